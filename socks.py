@@ -1,0 +1,1709 @@
+#!/usr/bin/env python3
+"""socks.py: a SOCKS4, SOCKS4a and SOCKS5 proxy in one file, on the standard library alone.
+
+Run one::
+
+    python socks.py -p 1080
+
+Embed one, for example in a test suite (port 0 takes a free port)::
+
+    with socks.Server(('127.0.0.1', 0)).start() as server:
+        host, port = server.server_address
+
+Speak the protocol; every message is a class with ``pack()`` and ``unpack()``::
+
+    socks.Request(socks.Command.CONNECT, socks.Address('example.org', 80)).pack()
+
+A client is a thread only while it speaks SOCKS: the `Handler` negotiates, dials and answers in
+straight, blocking lines.  Then both sockets move to a `RelayLoop`, where one thread and one
+selector carry thousands of tunnels.
+
+Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
+password), RFC 8305 (connecting to a name with several addresses).
+
+Sections: words, errors, wire format, sockets, access, relays, server, command line.
+"""
+
+import argparse
+import contextlib
+import enum
+import errno
+import functools
+import ipaddress
+import itertools
+import logging
+import os
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from queue import Empty, Queue
+from types import MappingProxyType
+from typing import Mapping, NamedTuple, Tuple
+
+try:
+    from queue import SimpleQueue
+except ImportError:                     # Python 3.6
+    SimpleQueue = Queue
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
+
+__version__ = '2.0.0'
+
+log = logging.getLogger('socks')
+
+
+# ------------------------------------------------------------------------------------------ words
+
+class Method(enum.IntEnum):
+    """Authentication methods (RFC 1928 section 3)."""
+    NO_AUTHENTICATION = 0x00
+    GSSAPI = 0x01
+    USERNAME_PASSWORD = 0x02
+    NO_ACCEPTABLE = 0xFF
+
+
+class Command(enum.IntEnum):
+    """What a request asks for (RFC 1928 section 4)."""
+    CONNECT = 0x01
+    BIND = 0x02
+    UDP_ASSOCIATE = 0x03
+
+
+class AddressType(enum.IntEnum):
+    """How an address is written (RFC 1928 section 5)."""
+    IPV4 = 0x01
+    DOMAINNAME = 0x03
+    IPV6 = 0x04
+
+
+class Outcome(enum.IntEnum):
+    """A code with its text."""
+
+    def __new__(cls, code, text):
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.text = text
+        return member
+
+
+class Reply(Outcome):
+    """What became of a request (RFC 1928 section 6)."""
+    SUCCEEDED = 0x00, 'Succeeded'
+    GENERAL_FAILURE = 0x01, 'General SOCKS server failure'
+    NOT_ALLOWED = 0x02, 'Connection not allowed by ruleset'
+    NETWORK_UNREACHABLE = 0x03, 'Network unreachable'
+    HOST_UNREACHABLE = 0x04, 'Host unreachable'
+    CONNECTION_REFUSED = 0x05, 'Connection refused'
+    TTL_EXPIRED = 0x06, 'TTL expired'
+    COMMAND_NOT_SUPPORTED = 0x07, 'Command not supported, or protocol error'
+    ADDRESS_TYPE_NOT_SUPPORTED = 0x08, 'Address type not supported'
+
+
+class Reply4(Outcome):
+    """What became of a SOCKS4 request (CD in its reply)."""
+    GRANTED = 0x5A, 'Request granted'
+    REJECTED = 0x5B, 'Request rejected or failed'
+    NO_IDENTD = 0x5C, 'Request rejected because SOCKS server cannot connect to identd on the client'
+    IDENT_MISMATCH = 0x5D, ('Request rejected because the client program and identd report '
+                            'different user-ids')
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+class ProxyError(OSError):
+    """Base of everything that goes wrong in SOCKS; `reply` is the code that tells a client so.
+
+    `socket_err` is the error that caused this one, if any; it shows in the text.
+    """
+    reply = Reply.GENERAL_FAILURE
+
+    def __init__(self, msg, socket_err=None, reply=None):
+        super().__init__(msg)
+        self.msg = msg
+        self.socket_err = socket_err
+        if reply is not None:
+            self.reply = reply
+
+    def __str__(self):
+        return f'{self.msg}: {self.socket_err}' if self.socket_err else self.msg
+
+
+class ProxyConnectionError(ProxyError):
+    """The proxy itself cannot be reached."""
+
+
+class GeneralProxyError(ProxyError):
+    """Anything that goes wrong while talking to a proxy."""
+
+
+class SOCKS5AuthError(GeneralProxyError):
+    """The SOCKS5 proxy accepts none of the methods offered, or not these credentials."""
+
+
+class SOCKS5Error(GeneralProxyError):
+    """The SOCKS5 proxy refused the request."""
+
+
+class SOCKS4Error(GeneralProxyError):
+    """The SOCKS4 proxy refused the request."""
+
+
+class HTTPError(GeneralProxyError):
+    """The HTTP proxy refused the request."""
+
+
+class ProtocolError(GeneralProxyError):
+    """Bytes that are not SOCKS, or name something that cannot be."""
+
+
+class Refused(ProxyError):
+    """Our own policy says no."""
+    reply = Reply.NOT_ALLOWED
+
+
+ERRNO_REPLIES = {
+    errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
+    errno.ENETDOWN: Reply.NETWORK_UNREACHABLE,
+    errno.EADDRNOTAVAIL: Reply.NETWORK_UNREACHABLE,
+    errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
+    getattr(errno, 'EHOSTDOWN', errno.EHOSTUNREACH): Reply.HOST_UNREACHABLE,
+    errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
+    errno.ECONNRESET: Reply.CONNECTION_REFUSED,
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,
+    errno.EAFNOSUPPORT: Reply.ADDRESS_TYPE_NOT_SUPPORTED,
+}
+
+# "There is no such name", as opposed to "the name server did not say".
+NO_SUCH_NAME = {getattr(socket, name) for name in ('EAI_NONAME', 'EAI_NODATA', 'EAI_ADDRFAMILY')
+                if hasattr(socket, name)}
+
+
+def reply_for(error):
+    """The `Reply` that tells a client of `error`, an OSError met on the way to its target."""
+    if isinstance(error, ProxyError):
+        return error.reply
+    if isinstance(error, socket.timeout):
+        return Reply.TTL_EXPIRED
+    if isinstance(error, socket.gaierror):          # its errno is of another kind
+        return Reply.HOST_UNREACHABLE if error.errno in NO_SUCH_NAME else Reply.GENERAL_FAILURE
+    return ERRNO_REPLIES.get(error.errno, Reply.GENERAL_FAILURE)
+
+
+def reason(error):
+    """What `error` says, without its number."""
+    return getattr(error, 'strerror', None) or str(error)
+
+
+# ------------------------------------------------------------------------------------ wire format
+#
+# Each message is a tuple with pack() -> bytes and unpack(read).  read(n) gives exactly n bytes or
+# raises EOFError, so the same code reads a socket, a datagram and a test's bytes, however they
+# are split.  unpack raises ProtocolError, whose `reply` is what a server answers.
+
+MAX_USERID = 512                        # bytes; SOCKS4 gives no length, so we bound both strings
+MAX_NAME = 255
+
+
+def reader(data):
+    """A `read` function for unpack over the bytes of `data`, and one for all that is left."""
+    left = memoryview(data)
+
+    def read(n):
+        nonlocal left
+        if len(left) < n:
+            raise EOFError(f'{n} bytes expected, {len(left)} left')
+        taken, left = left[:n], left[n:]
+        return bytes(taken)
+    return read, lambda: read(len(left))
+
+
+def expect_version(name, got, wanted):
+    """Raise ProtocolError unless the version byte is the one `wanted`."""
+    if got != wanted:
+        raise ProtocolError(f'{name} version {got:#04x}, expected {wanted:#04x}')
+
+
+def ip_bytes(host):
+    """The 4 or 16 bytes of an IP address given as text; None for any other text."""
+    try:
+        return socket.inet_pton(socket.AF_INET6 if ':' in host else socket.AF_INET, host)
+    except (OSError, ValueError):       # ValueError: NUL or characters outside ASCII
+        return None
+
+
+def ip_text(packed):
+    """The text of an IP address given as 4 or 16 bytes."""
+    return socket.inet_ntop(socket.AF_INET6 if len(packed) == 16 else socket.AF_INET, packed)
+
+
+def name_bytes(name):
+    """A host name as it is sent and resolved; ValueError if it cannot be (RFC 3490)."""
+    try:
+        return name.encode('ascii')
+    except UnicodeEncodeError:
+        return name.encode('idna')
+
+
+def name_text(data):
+    """The text of a host name as it came; bytes that are not UTF-8 become surrogates."""
+    return data.decode('utf-8', 'surrogateescape')
+
+
+class Address(NamedTuple):
+    """A host, as an IP address or a name, and a port (RFC 1928 section 5)."""
+    host: str
+    port: int
+
+    def __str__(self):
+        return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
+
+    def pack(self):
+        """ATYP, ADDR, PORT.  The text of an IP address is always sent as that address."""
+        packed = ip_bytes(self.host)
+        if packed is None:
+            name = name_bytes(self.host)
+            if not 0 < len(name) <= MAX_NAME:
+                raise ValueError(f'host name of {len(name)} bytes, expected 1 to {MAX_NAME}')
+            packed = bytes((AddressType.DOMAINNAME, len(name))) + name
+        else:
+            packed = bytes((AddressType.IPV6 if len(packed) == 16 else AddressType.IPV4,)) + packed
+        return packed + self.port.to_bytes(2, 'big')
+
+    @classmethod
+    def unpack(cls, read):
+        kind = read(1)[0]
+        if kind == AddressType.IPV4:
+            host = ip_text(read(4))
+        elif kind == AddressType.IPV6:
+            host = ip_text(read(16))
+        elif kind == AddressType.DOMAINNAME:
+            host = name_text(read(read(1)[0]))
+        else:                           # of unknown length, so nothing behind it can be read
+            raise ProtocolError(f'address type {kind:#04x}, expected 0x01, 0x03 or 0x04',
+                                reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        return cls(host, int.from_bytes(read(2), 'big'))
+
+
+UNSPECIFIED = Address('0.0.0.0', 0)
+
+
+class Greeting(NamedTuple):
+    """The client's first message: the methods it offers (RFC 1928 section 3)."""
+    methods: bytes
+
+    def pack(self):
+        return bytes((5, len(self.methods))) + bytes(self.methods)
+
+    @classmethod
+    def unpack(cls, read):
+        version, count = read(2)
+        expect_version('SOCKS', version, 5)
+        return cls(read(count))
+
+
+class Choice(NamedTuple):
+    """The method that the server takes (RFC 1928 section 3)."""
+    method: int
+
+    def pack(self):
+        return bytes((5, self.method))
+
+    @classmethod
+    def unpack(cls, read):
+        version, method = read(2)
+        expect_version('SOCKS', version, 5)
+        return cls(method)
+
+
+class Credentials(NamedTuple):
+    """User name and password, both bytes (RFC 1929 section 2); empty ones do occur."""
+    username: bytes
+    password: bytes
+
+    def pack(self):
+        for name, value in zip(self._fields, self):
+            if len(value) > 255:
+                raise ValueError(f'{name} of {len(value)} bytes, expected at most 255')
+        return b''.join((bytes((1, len(self.username))), self.username,
+                         bytes((len(self.password),)), self.password))
+
+    @classmethod
+    def unpack(cls, read):
+        version, length = read(2)
+        expect_version('user name/password', version, 1)
+        username = read(length)
+        return cls(username, read(read(1)[0]))
+
+
+class Verdict(NamedTuple):
+    """The server's answer to Credentials: 0 accepts them, anything else does not."""
+    status: int
+
+    def pack(self):
+        return bytes((1, self.status))
+
+    @classmethod
+    def unpack(cls, read):
+        version, status = read(2)
+        expect_version('user name/password', version, 1)
+        return cls(status)
+
+
+class Request(NamedTuple):
+    """A SOCKS5 request (RFC 1928 section 4); `command` may be one that we do not know."""
+    command: int
+    address: Address
+
+    def pack(self):
+        return bytes((5, self.command, 0)) + self.address.pack()
+
+    @classmethod
+    def unpack(cls, read):
+        version, command, _ = read(3)   # RSV should be 0; real clients send other values
+        expect_version('SOCKS', version, 5)
+        return cls(command, Address.unpack(read))
+
+
+class Response(NamedTuple):
+    """A SOCKS5 reply (RFC 1928 section 6); `reply` may be a code that we do not know."""
+    reply: int
+    address: Address = UNSPECIFIED
+
+    def pack(self):
+        return bytes((5, self.reply, 0)) + self.address.pack()
+
+    @classmethod
+    def unpack(cls, read):
+        version, reply, _ = read(3)
+        expect_version('SOCKS', version, 5)
+        return cls(reply, Address.unpack(read))
+
+
+class Request4(NamedTuple):
+    """A SOCKS4 request; a name as the host makes it SOCKS4a."""
+    command: int
+    address: Address
+    userid: bytes = b''
+
+    def pack(self):
+        packed, name = ip_bytes(self.address.host), b''
+        if packed is None:
+            packed, name = b'\0\0\0\1', name_bytes(self.address.host) + b'\0'
+        if len(packed) != 4:
+            raise ValueError(f'{self.address.host}: SOCKS4 has no IPv6 addresses')
+        return b''.join((bytes((4, self.command)), self.address.port.to_bytes(2, 'big'), packed,
+                         self.userid, b'\0', name))
+
+    @classmethod
+    def unpack(cls, read):
+        version, command = read(2)
+        expect_version('SOCKS', version, 4)
+        port, packed = int.from_bytes(read(2), 'big'), read(4)
+        userid = cls._string(read, 'userid', MAX_USERID)
+        if packed[:3] == b'\0\0\0' and packed[3]:
+            host = name_text(cls._string(read, 'host name', MAX_NAME))
+        else:
+            host = ip_text(packed)
+        return cls(command, Address(host, port), userid)
+
+    @staticmethod
+    def _string(read, name, limit):
+        """The bytes up to the next NUL."""
+        string = bytearray()
+        while len(string) <= limit:
+            byte = read(1)
+            if byte == b'\0':
+                return bytes(string)
+            string += byte
+        raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
+
+
+class Response4(NamedTuple):
+    """A SOCKS4 reply; its address can only be an IPv4 one."""
+    code: int
+    address: Address = UNSPECIFIED
+
+    @classmethod
+    def of(cls, reply, address=UNSPECIFIED):
+        """The SOCKS4 reply that says what the SOCKS5 `reply` does."""
+        if ':' in address.host:
+            address = Address(UNSPECIFIED.host, address.port)
+        return cls(Reply4.GRANTED if reply == Reply.SUCCEEDED else Reply4.REJECTED, address)
+
+    def pack(self):
+        return (bytes((0, self.code)) + self.address.port.to_bytes(2, 'big')
+                + socket.inet_aton(self.address.host))
+
+    @classmethod
+    def unpack(cls, read):
+        version, code = read(2)
+        if version != 4:                # some servers send 4, which harms nobody
+            expect_version('SOCKS4 reply', version, 0)
+        port = int.from_bytes(read(2), 'big')
+        return cls(code, Address(ip_text(read(4)), port))
+
+
+class Datagram(NamedTuple):
+    """A UDP datagram with the header it has between client and relay (RFC 1928 section 7)."""
+    address: Address
+    payload: bytes
+    fragment: int = 0
+
+    def pack(self):
+        return b'\0\0%c%b%b' % (self.fragment, self.address.pack(), self.payload)
+
+    @classmethod
+    def unpack(cls, data):
+        """From the bytes of one whole datagram; EOFError if they end within the header."""
+        read, rest = reader(data)
+        fragment = read(3)[2]           # RSV should be 0; real clients send other values
+        return cls(Address.unpack(read), rest(), fragment)
+
+
+# ---------------------------------------------------------------------------------------- sockets
+
+# Of several attempts to connect, the error that says most about the target counts.
+TELLING = {reply: rank for rank, reply in enumerate((
+    Reply.CONNECTION_REFUSED, Reply.HOST_UNREACHABLE, Reply.NETWORK_UNREACHABLE,
+    Reply.TTL_EXPIRED))}
+BLOCKED = (BlockingIOError, InterruptedError)
+IN_PROGRESS = {0, errno.EINPROGRESS, errno.EWOULDBLOCK}
+ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
+IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
+V4_MAPPED = b'\0' * 10 + b'\xff\xff'
+NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
+
+
+def plain_ip(host):
+    """`host` in the usual spelling if it is an IP address, a v4-mapped one as IPv4; else None."""
+    packed = ip_bytes(host)
+    if packed is None:
+        return None
+    return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
+
+
+def canonical(address):
+    """`address` as rules, resolver and log should see it.
+
+    An IP address, which many clients send as a name, becomes a plain one; a name becomes lower-case
+    ASCII without brackets and final dot.  ProtocolError for what can be neither, and for port 0.
+    """
+    host, port = address
+    if not port:
+        raise ProtocolError('port 0, expected 1 to 65535')
+    if host.startswith('[') and host.endswith(']'):
+        host = host[1:-1]
+    ip = plain_ip(host)
+    if ip:
+        return Address(ip, port)
+    try:
+        name = name_bytes(host).lower()
+    except ValueError:
+        raise ProtocolError(f'host name {shown(host)} is not text') from None
+    name = name[:-1] if name.endswith(b'.') else name
+    if not name or any(byte <= 32 or byte in b':%\x7f' for byte in name):
+        raise ProtocolError(f'host name {shown(host)} is empty or has characters that no name has')
+    return Address(name.decode(), port)
+
+
+def shown(text):
+    """`text` from a stranger, fit for one word of a log line."""
+    return text if text and text.isprintable() and ' ' not in text else ascii(text)
+
+
+def resolve(address, kind=socket.SOCK_STREAM):
+    """The IP addresses, as a list of `Address`, that a canonical `address` stands for.
+
+    Raises socket.gaierror; there is no way to bound the time that the system's resolver takes.
+    """
+    host, port = address
+    if ip_bytes(host) is not None:
+        return [address]
+    if host.rpartition('.')[2] in NEVER_RESOLVED:
+        raise socket.gaierror(socket.EAI_NONAME, f'{host} is never resolved')
+    found = socket.getaddrinfo(host.encode(), port, 0, kind)
+    return list(dict.fromkeys(Address(plain_ip(sockaddr[0].partition('%')[0]), port)
+                              for *_, sockaddr in found))
+
+
+def wait(reading, writing, seconds):
+    """Those of the two lists of sockets that are ready within `seconds` (None: for ever)."""
+    if not hasattr(select, 'poll'):     # Windows
+        return set().union(*select.select(reading, writing, writing, seconds))
+    poll = select.poll()
+    for sock in reading:
+        poll.register(sock, select.POLLIN)
+    for sock in writing:
+        poll.register(sock, select.POLLOUT)
+    ready = {fd for fd, _ in poll.poll(seconds if seconds is None else int(seconds * 1000) + 1)}
+    return [sock for sock in (*reading, *writing) if sock.fileno() in ready]
+
+
+class Waker:
+    """Something to wait for beside sockets: readable from wake() to clear()."""
+
+    def __init__(self):
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self):
+        return self._reader.fileno()
+
+    def wake(self):
+        with contextlib.suppress(OSError):      # full: it is awake already
+            self._writer.send(b'\0')
+
+    def clear(self):
+        with contextlib.suppress(OSError):
+            self._reader.recv(4096)
+
+    def close(self):
+        self._reader.close()
+        self._writer.close()
+
+
+class Deadline:
+    """A moment by which something must be done, `seconds` from now (0 or None: no end).
+
+    Once `cancel`, a `Waker`, is awake, every wait raises OSError with ECANCELED.
+    """
+
+    def __init__(self, seconds, cancel=None):
+        self._end = time.monotonic() + seconds if seconds else None
+        self._cancel = (cancel,) if cancel else ()
+
+    def wait(self, reading=(), writing=(), pause=None):
+        """Those of the sockets that are ready; none after `pause` seconds.
+
+        Raises socket.timeout once the moment has passed.
+        """
+        left = None
+        if self._end is not None:
+            left = self._end - time.monotonic()
+            if left <= 0:
+                raise socket.timeout('timed out')
+        if pause is not None:
+            left = pause if left is None else min(left, pause)
+        ready = wait((*self._cancel, *reading), writing, left)
+        if self._cancel and self._cancel[0] in ready:
+            raise OSError(errno.ECANCELED, 'the server is closing')
+        return ready
+
+
+class Stream:
+    """A conversation over a non-blocking socket: exact reads, whole writes, one deadline.
+
+    What a read brings beyond what was asked for stays in `surplus`: first the next message, at the
+    end of the conversation the first bytes of the tunnel.
+    """
+    SIZE = 4096                         # bytes; holds any handshake whole
+
+    def __init__(self, sock, deadline):
+        self.sock = sock
+        self.deadline = deadline
+        self.surplus = b''
+
+    def _receive(self):
+        while True:
+            try:
+                return self.sock.recv(self.SIZE)
+            except BLOCKED:
+                self.deadline.wait([self.sock])
+
+    def _want(self, n):
+        while len(self.surplus) < n:
+            data = self._receive()
+            if not data:
+                raise EOFError('the peer left')
+            self.surplus += data
+
+    def peek(self):
+        """The next byte, as a number; it stays there."""
+        self._want(1)
+        return self.surplus[0]
+
+    def read(self, n):
+        """The next n bytes; EOFError if the peer ends first, socket.timeout at the deadline."""
+        self._want(n)
+        data, self.surplus = self.surplus[:n], self.surplus[n:]
+        return data
+
+    def write(self, data):
+        """Send all of `data`."""
+        while data:
+            try:
+                data = data[self.sock.send(data):]
+            except BLOCKED:
+                self.deadline.wait(writing=[self.sock])
+
+    def linger(self, deadline):
+        """End our side and wait for the peer to end its own.
+
+        A close with unread bytes would send RST, which may overtake and destroy our last message.
+        """
+        self.deadline = deadline
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            while self._receive():
+                pass
+
+
+def interleave(addresses):
+    """The addresses, their families in turn, the first one's first (RFC 8305 section 4)."""
+    first = [a for a in addresses if (':' in a.host) == (':' in addresses[0].host)]
+    other = [a for a in addresses if a not in first]
+    turns = itertools.zip_longest(first, other)
+    return [address for turn in turns for address in turn if address]
+
+
+def start_connect(address, source):
+    """A non-blocking socket whose connect to `address` is done or on its way, and which of these.
+
+    `source` has the local addresses to use, at most one of a family; a family without one is then
+    unreachable.
+    """
+    family = socket.AF_INET6 if ':' in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if source:
+            bind_source(sock, family, source)
+        error = sock.connect_ex(address)
+        if error not in IN_PROGRESS:
+            raise OSError(error, os.strerror(error))
+        return sock, not error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def bind_source(sock, family, source):
+    """Bind `sock` to the address of its family in `source`."""
+    for host in source:
+        if (':' in host) == (family == socket.AF_INET6):
+            if sys.platform == 'linux':
+                sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            return sock.bind((host, 0))
+    raise OSError(errno.ENETUNREACH, 'no source address of this family')
+
+
+def dial(addresses, deadline, source=()):
+    """A non-blocking socket connected to the first of `addresses` to answer (RFC 8305 section 5).
+
+    An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
+    the error that says most is raised, or the last one of those that say as much.
+    """
+    waiting, racing, errors = deque(interleave(addresses)), [], []
+    try:
+        while waiting or racing:
+            if waiting:
+                try:
+                    sock, connected = start_connect(waiting.popleft(), source)
+                except OSError as error:
+                    errors.append(error)
+                    continue
+                if connected:
+                    return sock
+                racing.append(sock)
+            try:
+                ready = deadline.wait((), racing, ATTEMPT_DELAY if waiting else None)
+            except socket.timeout as error:
+                errors.append(error)
+                break
+            for sock in ready:
+                racing.remove(sock)
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not error:
+                    return sock
+                sock.close()
+                errors.append(OSError(error, os.strerror(error)))
+    finally:
+        for loser in racing:
+            loser.close()
+    raise min(reversed(errors), key=lambda error: TELLING.get(reply_for(error), len(TELLING)))
+
+
+def bound(address):
+    """A non-blocking TCP socket bound to `address` (an IP address), ready for listen()."""
+    family = socket.AF_INET6 if ':' in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        if os.name == 'posix':
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        else:                           # Windows: there SO_REUSEADDR would share a port in use
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if family == socket.AF_INET6:   # systems differ in their default
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Accepted sockets inherit these two.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.bind(address)
+        return sock
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f'cannot listen on {address}: {error.strerror}') from None
+
+
+# ----------------------------------------------------------------------------------------- access
+
+class Settings(NamedTuple):
+    """Everything that can be set, with its default.  Times are in seconds; 0 means no limit.
+
+    users               name to password, both bytes; without users nobody is asked
+    open                serve strangers: listen beyond loopback although there are no users
+    source              local IP addresses to connect from, at most one of a family
+    handshake_timeout   from accept to the whole request
+    connect_timeout     for connecting to the target, all its addresses together
+    idle_timeout        for a tunnel through which nothing moves
+    max_clients         clients at once; further ones wait in the listen queue
+    """
+    users: Mapping[bytes, bytes] = MappingProxyType({})
+    open: bool = False
+    source: Tuple[str, ...] = ()
+    handshake_timeout: float = 30.0
+    connect_timeout: float = 30.0
+    idle_timeout: float = 0.0
+    max_clients: int = 0
+
+
+# What only the proxy's own host should reach: itself, its link (there also live the metadata
+# services of clouds), groups, and addresses that are not one host's.
+LOCAL_NETWORKS = [ipaddress.ip_network(network) for network in (
+    '0.0.0.0/8', '127.0.0.0/8', '169.254.0.0/16', '224.0.0.0/4', '240.0.0.0/4',
+    '::/128', '::1/128', 'fe80::/10', 'ff00::/8', 'fd00:ec2::254/128')]
+
+# IPv6 networks whose addresses carry an IPv4 one: its place, in bytes.
+EMBEDDED = {
+    ipaddress.ip_network('::ffff:0:0/96'): 12,          # v4-mapped, RFC 4291
+    ipaddress.ip_network('::/96'): 12,                  # v4-compatible, RFC 4291
+    ipaddress.ip_network('64:ff9b::/96'): 12,           # NAT64, RFC 6052
+    ipaddress.ip_network('2002::/16'): 2,               # 6to4, RFC 3056
+}
+
+
+@functools.lru_cache(4096)
+def is_local(host):
+    """Whether the IP address `host`, or an IPv4 address within it, is in LOCAL_NETWORKS."""
+    ip = ipaddress.ip_address(host)
+    ips = [ip] + [ipaddress.ip_address(ip.packed[place:place + 4])
+                  for network, place in EMBEDDED.items() if ip in network]
+    return any(ip in network for ip in ips for network in LOCAL_NETWORKS)
+
+
+def is_loopback(host):
+    """Whether the IP address `host` is of this host alone."""
+    return ipaddress.ip_address(host).is_loopback
+
+
+def is_ours(host):
+    """Whether the IP address `host` is one of this machine's."""
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((host, 0))
+        except OSError:
+            return False
+        return True
+
+
+def authorize(client, target, listeners):
+    """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
+
+    A client on this host may reach anything.  Any other must not use the proxy to reach what
+    trusts this host: its own services, its link, or the proxy (`listeners`) itself.
+    """
+    if target.host in ('0.0.0.0', '::'):        # a system may take it for itself
+        raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
+    if is_loopback(client.host):
+        return
+    if is_local(target.host):
+        raise Refused(f'{target.host} is local to the proxy')
+    if any(target.port == listener.port for listener in listeners) and is_ours(target.host):
+        raise Refused(f'{target} is the proxy itself')
+
+
+def authenticated(users, credentials):
+    """Whether `credentials` are one of the users', in a time that does not tell why not."""
+    import hmac                         # here, because few servers need it and it is large
+    password = users.get(credentials.username, b'')
+    same = hmac.compare_digest(credentials.password, password)
+    return same and credentials.username in users
+
+
+# ----------------------------------------------------------------------------------------- relays
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
+
+
+class Pipe:
+    """One direction of a `Tunnel`: what `source` sends goes to `sink`.
+
+    hungry    waits for the source; holds nothing
+    loaded    holds what the sink did not take, and waits for it; reads nothing meanwhile
+    done      the source has ended, or the sink is gone
+    """
+    # One read takes `size` bytes at most: little at first, so that many slow tunnels hold little,
+    # and more while the source fills it, because few large system calls are what makes it fast.
+    SMALLEST, LARGEST = 1 << 14, 1 << 18
+
+    __slots__ = ('tunnel', 'source', 'sink', 'twin', 'load', 'done', 'size', 'count', 'events')
+
+    def __init__(self, tunnel, source, sink, load=b''):
+        self.tunnel = tunnel
+        self.source = source
+        self.sink = sink
+        self.twin = None                # the other direction
+        self.load = load
+        self.done = False
+        self.size = self.SMALLEST
+        self.count = len(load)          # bytes taken from the source
+        self.events = 0                 # what the loop watches the source for
+
+    def ready(self, events):
+        """The loop saw `events` at the source, which is also the twin's sink."""
+        events &= self.events           # an earlier one of the same round may have changed them
+        if events & READ:
+            self.fill()
+        if events & WRITE:
+            self.twin.flush()
+
+    def fill(self):
+        """Read once, and pass on at once what was read."""
+        loop = self.tunnel.loop
+        try:
+            count = self.source.recv_into(loop.buffer, self.size)
+        except BLOCKED:
+            return
+        except OSError as error:
+            return self.tunnel.close(reason(error), reset=True)
+        if not count:
+            return self.end()
+        self.tunnel.moved = loop.now
+        self.count += count
+        if count == self.size and count < self.LARGEST:
+            self.size *= 4
+        self.pour(loop.buffer[:count])
+        if self.load:
+            self.load = memoryview(bytes(self.load))    # the buffer is the whole loop's
+            self.tunnel.watch()
+
+    def flush(self):
+        """Send what is loaded."""
+        if self.load:
+            self.tunnel.moved = self.tunnel.loop.now
+            self.pour(self.load)
+            self.tunnel.watch()
+
+    def pour(self, data):
+        """Send `data`; what the sink does not take is the load."""
+        try:
+            sent = self.sink.send(data)
+        except BLOCKED:
+            sent = 0
+        except OSError as error:
+            return self.lose(error)
+        self.load = data[sent:]
+
+    def end(self):
+        """The source has said all: tell the sink; the other direction goes on (half-close)."""
+        self.done = True
+        with contextlib.suppress(OSError):      # a sink that is gone is the twin's to notice
+            self.sink.shutdown(socket.SHUT_WR)
+        self.tunnel.watch()
+
+    def lose(self, error):
+        """The sink is gone.  What it sent before that is still to be read: the twin goes on."""
+        self.done = True
+        self.load = b''
+        self.tunnel.error = error
+        self.tunnel.watch()
+
+    def watch(self):
+        """Have the loop watch the source for what this pipe and its twin wait for."""
+        wanted = (0 if self.load or self.done else READ) | (WRITE if self.twin.load else 0)
+        if wanted != self.events:
+            self.tunnel.loop.watch(self.source, self.events, wanted, self)
+            self.events = wanted
+
+    def close(self, outcome):
+        self.tunnel.close(outcome)
+
+
+class Tunnel:
+    """Two sockets, joined; owns both from its making on.
+
+    Ends when both directions are done, when a side resets (which is passed on as a reset), when
+    nothing has moved for too long, or with its loop.
+    """
+    __slots__ = ('client', 'loop', 'up', 'down', 'moved', 'error')
+
+    def __init__(self, client, near, far, surplus=b''):
+        self.client = client
+        self.loop = None
+        self.up = Pipe(self, near, far, surplus)
+        self.down = Pipe(self, far, near)
+        self.up.twin, self.down.twin = self.down, self.up
+        self.moved = time.monotonic()   # when bytes last did
+        self.error = None               # what took one side away
+
+    def start(self):
+        self.up.flush()
+        self.watch()
+
+    def watch(self):
+        if not (self.up.done and self.down.done):
+            self.up.watch()
+            self.down.watch()
+        elif self.error:
+            self.close(reason(self.error), reset=True)
+        else:
+            self.close('done')
+
+    def close(self, outcome, reset=False):
+        """Close both sockets, by RST if asked to; only the first call counts."""
+        if not self.client.end(outcome, self.up.count, self.down.count):
+            return
+        self.loop.relays.discard(self)
+        pipes = self.up, self.down
+        for pipe in pipes:
+            pipe.done, pipe.load = True, b''
+        for pipe in pipes:
+            pipe.watch()
+            if reset:
+                with contextlib.suppress(OSError):
+                    pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            pipe.source.close()
+
+
+class RelayLoop(threading.Thread):
+    """One thread and one selector that carry any number of relays.
+
+    A relay has `loop`, `moved`, start() and close(outcome).  For each of its sockets it gives
+    watch() something with ready(events) and close(outcome).  Other threads call only adopt() and
+    stop().
+    """
+
+    def __init__(self, idle_timeout=0):
+        super().__init__(name='socks-relay', daemon=True)
+        self.buffer = memoryview(bytearray(Pipe.LARGEST))
+        self.now = time.monotonic()     # as of this round of events
+        self.relays = set()
+        self._idle_timeout = idle_timeout
+        self._inbox = deque()
+        self._asleep = False
+        self._stopping = False
+        self._waker = Waker()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._waker, READ, self)
+
+    def adopt(self, relay):
+        """Own `relay` from now on, and start it soon."""
+        relay.loop = self
+        self.relays.add(relay)
+        self._inbox.append(relay)
+        if self._stopping:
+            relay.close('server closed')
+        elif self._asleep:
+            self._waker.wake()
+
+    def stop(self):
+        """Have the loop close all its relays and end."""
+        self._stopping = True
+        self._waker.wake()
+
+    def watch(self, sock, before, wanted, item):
+        """Watch `sock` for the events `wanted` instead of those `before`, on behalf of `item`.
+
+        With nothing wanted it is not watched at all: a poll for no events still reports a hang-up,
+        again and again.
+        """
+        if not before:
+            self._selector.register(sock, wanted, item)
+        elif wanted:
+            self._selector.modify(sock, wanted, item)
+        else:
+            self._selector.unregister(sock)
+
+    def run(self):
+        pause = self._idle_timeout / 8 or None      # seconds between looks at who is idle
+        looked = self.now
+        while not self._stopping:
+            self._asleep = True                     # before the look at the inbox: adopt() may
+            ready = self._selector.select(0 if self._inbox else pause)      # come in between
+            self._asleep = False
+            self.now = time.monotonic()
+            for key, events in ready:
+                self._call(key.data, key.data.ready, events)
+            while self._inbox:
+                relay = self._inbox.popleft()
+                self._call(relay, relay.start)
+            if pause and self.now - looked >= pause:
+                looked = self.now
+                self._close_idle(looked - self._idle_timeout)
+        for relay in list(self.relays):
+            relay.close('server closed')
+        self._selector.close()
+        self._waker.close()
+
+    @staticmethod
+    def _call(item, function, *args):
+        """Whatever happens to one relay must not end the others."""
+        try:
+            function(*args)
+        except Exception as error:
+            log.exception('relay failed')
+            item.close(f'failed: {error!r}')
+
+    def _close_idle(self, since):
+        for relay in list(self.relays):
+            if relay.moved < since:
+                relay.close('idle')
+
+    # The loop watches its own waker, as a relay does its sockets.
+
+    def ready(self, _):
+        self._waker.clear()
+
+    def close(self, _):
+        self._stopping = True
+
+
+# ----------------------------------------------------------------------------------------- server
+
+LINGER = 2.0                            # seconds, see Stream.linger
+ACCEPT_BATCH = 64                       # connections accepted before looking at other listeners
+ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
+NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+DESCRIPTORS_KEPT = 32                   # for all that is not a client
+THREAD_PATIENCE = 5.0                   # seconds that a free conversation thread waits for work
+
+HTTP_PAGE = b"""\
+HTTP/1.0 501 Not Implemented\r
+Content-Type: text/plain; charset=us-ascii\r
+Connection: close\r
+\r
+This port speaks SOCKS4, SOCKS4a and SOCKS5, not HTTP.\r
+Set it in your program as a SOCKS proxy (socks5://...), not as an HTTP proxy.\r
+"""
+
+
+class HttpPage(NamedTuple):
+    """The answer to a program that takes us for an HTTP proxy."""
+
+    def pack(self):
+        return HTTP_PAGE
+
+
+class Client:
+    """What is known of one client, from accept to the log line at its end."""
+    __slots__ = ('server', 'address', 'protocol', 'user', 'command', 'target', 'started')
+
+    def __init__(self, server, address):
+        self.server = server
+        self.address = address
+        self.protocol = self.user = self.command = self.target = '-'
+        self.started = time.monotonic()
+
+    def end(self, outcome, up=0, down=0):
+        """Forget the client and write its line; False if that has happened before.
+
+        up and down are the bytes that came from the client and from the target.
+        """
+        try:
+            self.server.clients.remove(self)
+        except KeyError:
+            return False
+        if self.server.crowded:
+            self.server.waker.wake()
+        if outcome:
+            log.info('%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s', self.address, self.user,
+                     self.protocol, self.command, self.target, outcome, up, down,
+                     time.monotonic() - self.started)
+        return True
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """The conversation with one client, up to its relay or its refusal.
+
+    setup, then handle: negotiate and do_COMMAND, then finish.  A command that is not there as a
+    method is refused as not supported.
+    """
+
+    def __init__(self, request, client, server):
+        self.client = client
+        super().__init__(request, client.address, server)
+
+    def setup(self):
+        self.settings = self.server.settings
+        self.stream = Stream(self.request, self.deadline(self.settings.handshake_timeout))
+        self.answer_form = None         # (reply, bound address) -> the message that says so now
+        self.outcome = None             # the end of the client's log line; None: no line
+        self.relayed = False            # the socket belongs to a relay now
+
+    def deadline(self, seconds):
+        return Deadline(seconds, self.server.closing)
+
+    def handle(self):
+        try:
+            request = self.negotiate()
+        except ProxyError as error:
+            return self.refuse(error)
+        except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
+            self.outcome = self.answer_form and f'left: {reason(error)}'
+            return
+        try:
+            self.command(request)
+        except OSError as error:                # on the way to the target
+            self.refuse(error)
+
+    def finish(self):
+        if not self.relayed:
+            self.request.close()
+            self.client.end(self.outcome)
+
+    def answer(self, reply, address=UNSPECIFIED):
+        self.stream.write(self.answer_form(reply, address).pack())
+
+    def refuse(self, error):
+        """Tell the client why not, in the form that it expects at this point."""
+        self.outcome = f'refused: {reason(error)}'
+        if self.answer_form:
+            with contextlib.suppress(OSError):
+                self.answer(reply_for(error))
+                self.stream.linger(self.deadline(LINGER))
+
+    # Negotiation
+
+    def negotiate(self):
+        """The client's request, after all that comes before it."""
+        first = self.stream.peek()
+        if first == 4:
+            return self.negotiate4()
+        if first == 5:
+            return self.negotiate5()
+        if first in b'CDGHOPT':                 # CONNECT, DELETE, GET, ...
+            self.client.protocol = 'HTTP'
+            self.answer_form = lambda *_: HttpPage()
+        raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
+
+    def negotiate4(self):
+        self.client.protocol = 'SOCKS4'
+        self.answer_form = Response4.of
+        request = Request4.unpack(self.stream.read)
+        if self.settings.users:
+            raise Refused('SOCKS4 has no passwords, expected SOCKS5')
+        return request
+
+    def negotiate5(self):
+        self.client.protocol = 'SOCKS5'
+        self.answer_form = lambda *_: Choice(Method.NO_ACCEPTABLE)
+        method = self.choose(Greeting.unpack(self.stream.read).methods)
+        self.stream.write(Choice(method).pack())
+        if method == Method.USERNAME_PASSWORD:
+            self.answer_form = lambda *_: Verdict(1)
+            self.authenticate(Credentials.unpack(self.stream.read))
+            self.stream.write(Verdict(0).pack())
+        self.answer_form = Response
+        return Request.unpack(self.stream.read)
+
+    def choose(self, offered):
+        """The authentication method to use, of those offered.
+
+        Without users, a client that insists on a password may send any.
+        """
+        for method in (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD):
+            if method in offered and (method or not self.settings.users):
+                return method
+        raise Refused(f'no usable method among {offered.hex() or "none"}')
+
+    def authenticate(self, credentials):
+        if self.settings.users:
+            self.client.user = shown(name_text(credentials.username))
+            if not authenticated(self.settings.users, credentials):
+                raise Refused('wrong user name or password')
+
+    # Commands
+
+    def command(self, request):
+        try:
+            name = Command(request.command).name
+            execute = getattr(self, 'do_' + name)
+        except (ValueError, AttributeError):
+            raise ProtocolError(f'command {request.command:#04x} is not supported',
+                                reply=Reply.COMMAND_NOT_SUPPORTED) from None
+        self.client.command = name
+        execute(request)
+
+    def do_CONNECT(self, request):
+        self.client.target = shown(str(request.address))
+        deadline = self.deadline(self.settings.connect_timeout)
+        target = dial(self.destinations(request.address), deadline, self.settings.source)
+        try:
+            self.stream.deadline = deadline
+            self.answer(Reply.SUCCEEDED, Address(*target.getsockname()[:2]))
+        except BaseException:
+            target.close()
+            raise
+        self.relay(Tunnel(self.client, self.request, target, self.stream.surplus))
+
+    def destinations(self, address):
+        """The IP addresses behind `address` that this client may reach; at least one."""
+        allowed, refusal = [], None
+        for candidate in resolve(canonical(address)):
+            try:
+                self.server.authorize(self.client, candidate)
+            except Refused as error:
+                refusal = error
+            else:
+                allowed.append(candidate)
+        if not allowed:
+            raise refusal
+        return allowed
+
+    def relay(self, relay):
+        """Hand the client's socket, and whatever else `relay` owns, to a relay loop."""
+        self.relayed = True
+        self.server.relay(relay)
+
+
+class Crew:
+    """Threads that do jobs; one that is done waits a while for the next before it ends."""
+
+    def __init__(self, patience=THREAD_PATIENCE):
+        self._patience = patience
+        self._jobs = SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = set()
+        self._free = 0                  # waiting threads to which no job was promised yet
+
+    def run(self, *job):
+        """Call job[0](*job[1:]) on some thread; RuntimeError if none can be started."""
+        with self._lock:
+            promised = self._free > 0
+            self._free -= promised
+        if promised:
+            self._jobs.put(job)
+        else:
+            thread = threading.Thread(target=self._work, args=(job,), name='socks-client',
+                                      daemon=True)
+            thread.start()
+            self._threads.add(thread)
+
+    def _work(self, job):
+        while job:
+            function, *args = job
+            function(*args)
+            job = function = args = None            # hold nothing while waiting
+            with self._lock:
+                self._free += 1
+            try:
+                job = self._jobs.get(timeout=self._patience)
+            except Empty:
+                with self._lock:
+                    promised = self._free == 0
+                    self._free -= not promised
+                if promised:                        # at the last moment
+                    job = self._jobs.get()
+        self._threads.discard(threading.current_thread())
+
+    def dismiss(self, seconds):
+        """Have all threads end when they are free, and wait for that so many seconds at most."""
+        end = time.monotonic() + seconds
+        self._patience = 0
+        with self._lock:
+            free, self._free = self._free, 0
+        for _ in range(free):
+            self._jobs.put(None)
+        for thread in self._threads - {threading.current_thread()}:
+            thread.join(max(0, end - time.monotonic()))
+
+
+def clients_possible():
+    """How many clients, each with a target, the limit of open files allows; 0: any number."""
+    if not resource:
+        return 0
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """A SOCKS server on one or several addresses.
+
+    server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
+                     for a free port, the same on all of them
+    settings         a `Settings`
+    handler_class    a `Handler`
+
+    To run it: serve_forever(), which returns after shutdown() from another thread or from a signal
+    handler; or start(), which runs it in the background until it is closed::
+
+        with Server(('127.0.0.1', 0)).start() as server:
+            print(server.server_address)
+
+    To decide more: override verify_request() for who may connect, authorize() for where they may
+    go, or a do_COMMAND method of the handler.
+
+    Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
+    loopback if neither `users` nor `open` are set: it would serve everybody.
+    """
+    request_queue_size = 1024
+    relay_loops = min(4, os.cpu_count() or 1)
+
+    def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
+                 bind_and_activate=True):
+        addresses = [server_address] if isinstance(server_address[0], str) else server_address
+        socketserver.BaseServer.__init__(self, addresses, handler_class)
+        self.settings = settings or Settings()
+        self.clients = set()
+        self.listeners = []             # sockets
+        self.addresses = []             # theirs, as `Address`
+        self.closing = Waker()          # awake once no conversation should go on
+        self._crew = Crew()
+        self._loops = []
+        self.max_clients = self.settings.max_clients or clients_possible()
+        self.crowded = False            # a client's end is worth a wake()
+        self._serving = threading.RLock()
+        self._stopping = False
+        self.waker = Waker()
+        if bind_and_activate:
+            try:
+                self.server_bind()
+                self.server_activate()
+            except BaseException:
+                self.server_close()
+                raise
+
+    def server_bind(self):
+        free_port = 0
+        for host, port in self.server_address:
+            missing = None
+            for ip, _ in self._resolve(host):
+                try:
+                    sock = bound(Address(ip, port or free_port))
+                except OSError as error:
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise
+                    missing = error             # one address of a name need not be here
+                    continue
+                self.listeners.append(sock)
+                self.addresses.append(Address(*sock.getsockname()[:2]))
+                if not port:
+                    free_port = self.addresses[-1].port
+            if missing and not self.listeners:
+                raise missing
+        self._refuse_open_proxy()
+        self.socket = self.listeners[0]
+        self.server_address = self.addresses[0]
+
+    @staticmethod
+    def _resolve(host):
+        try:
+            return resolve(Address(host, 0))
+        except OSError as error:
+            raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+
+    def _refuse_open_proxy(self):
+        if not (self.settings.users or self.settings.open):
+            for address in self.addresses:
+                if not is_loopback(address.host):
+                    raise ValueError(f'listening on {address} without users would serve everybody; '
+                                     f'give users (-u), or say that this is meant (--open)')
+
+    def server_activate(self):
+        for sock in self.listeners:
+            sock.listen(self.request_queue_size)
+        self._loops = [RelayLoop(self.settings.idle_timeout) for _ in range(self.relay_loops)]
+        for loop in self._loops:
+            loop.start()
+
+    def start(self):
+        """Serve in a thread of its own; gives the server itself, for a `with`."""
+        threading.Thread(target=self.serve_forever, name='socks-server', daemon=True).start()
+        return self
+
+    def server_close(self):
+        """Stop serving, close every connection, end every thread; takes less than a second."""
+        self.shutdown()
+        for sock in self.listeners:
+            sock.close()
+        self.closing.wake()
+        self._crew.dismiss(0.8)
+        for loop in self._loops:
+            loop.stop()
+        for loop in self._loops:
+            loop.join(1)
+        self.closing.close()
+        self.waker.close()
+
+    # Accepting.  Two faults of BaseServer are mended here: where it lacks descriptors its accept()
+    # fails and its loop spins; and its shutdown() waits for itself in a signal handler.
+
+    def serve_forever(self, poll_interval=None):
+        """Accept clients until shutdown(); calls service_actions() every `poll_interval` seconds
+        at least, if that is given."""
+        with self._serving, selectors.DefaultSelector() as selector:
+            for sock in self.listeners:
+                selector.register(sock, READ, self._accept)
+            selector.register(self.waker, READ, lambda waker: waker.clear())
+            while not self._stopping:
+                for key, _ in selector.select(poll_interval):
+                    key.data(key.fileobj)
+                self.service_actions()
+            self._stopping = False
+
+    def shutdown(self):
+        self._stopping = True
+        self.waker.wake()
+        with self._serving:             # returns at once in the serving thread
+            pass
+
+    def _accept(self, listener):
+        for _ in range(ACCEPT_BATCH):
+            if self._stopping or self._full():
+                return self._pause()
+            try:
+                request, client_address = listener.accept()
+            except BLOCKED:
+                return
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    log.warning('cannot accept: %s', reason(error))
+                    return self._pause()
+                continue                # that client has left already
+            if self.verify_request(request, client_address):
+                self.process_request(request, client_address)
+            else:
+                request.close()
+
+    def _full(self):
+        return self.max_clients and len(self.clients) >= self.max_clients
+
+    def _pause(self):
+        """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
+        self.crowded = True
+        wait([self.waker], [], ACCEPT_PAUSE)
+        self.crowded = False
+        self.waker.clear()
+
+    # One client
+
+    def process_request(self, request, client_address):
+        request.setblocking(False)
+        client = Client(self, Address(*client_address[:2]))
+        self.clients.add(client)
+        try:
+            self._crew.run(self.process_request_thread, request, client)
+        except RuntimeError as error:   # no thread to be had: this costs one client, not the server
+            request.close()
+            client.end(f'refused: {error}')
+
+    def process_request_thread(self, request, client):
+        try:
+            self.finish_request(request, client)
+        except Exception:
+            self.handle_error(request, client.address)
+
+    def handle_error(self, request, client_address):
+        log.exception('%s: this is a bug', client_address)
+
+    def authorize(self, client, target):
+        """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP."""
+        authorize(client.address, target, self.addresses)
+
+    def relay(self, relay):
+        """Hand `relay` to the relay loop that has least to do."""
+        min(self._loops, key=lambda loop: len(loop.relays)).adopt(relay)
+
+
+# ----------------------------------------------------------------------------------- command line
+
+EPILOG = """\
+examples:
+  socks.py                              serve this machine's programs on 127.0.0.1:1080
+  socks.py -p 0                         take a free port and print it
+  SOCKS_USERS=bob:secret socks.py -b 0.0.0.0
+                                        serve bob, from everywhere
+  curl -x socks5h://127.0.0.1:1080 http://example.org/
+
+environment:
+  SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
+
+signals:
+  INT, TERM                             stop
+
+exit status:
+  0 stopped by a signal, 1 cannot start, 2 wrong usage
+"""
+
+
+def port_number(text):
+    """argparse type: a port, 0 to 65535."""
+    if not (text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a port, 0 to 65535')
+    return int(text)
+
+
+def host_and_port(text):
+    """argparse type: (host, port or None) of HOST, HOST:PORT, IPV6 or [IPV6]:PORT."""
+    if ip_bytes(text) is not None:
+        return text, None
+    host, colon, port = text.rpartition(':')
+    if not colon or text.endswith(']'):
+        host, port = text, None
+    if host.startswith('[') and host.endswith(']') and ':' in host:
+        host = host[1:-1]
+    elif not host or set(host) & set('[]:'):
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: expected ADDRESS, ADDRESS:PORT, IPV6 or [IPV6]:PORT')
+    return host, port if port is None else port_number(port)
+
+
+def name_and_password(text):
+    """argparse type: both bytes, of NAME:PASSWORD."""
+    name, colon, password = os.fsencode(text).partition(b':')
+    if not (colon and 0 < len(name) < 256 and len(password) < 256):
+        raise argparse.ArgumentTypeError(
+            'expected NAME:PASSWORD, at most 255 bytes each')     # and never show it
+    return name, password
+
+
+def ip_address(text):
+    """argparse type: the text of an IP address."""
+    if ip_bytes(text) is None:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected an IP address')
+    return text
+
+
+def seconds(text):
+    """argparse type: a time, 0 or more."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float('inf'):
+            return float(text)
+    raise argparse.ArgumentTypeError(f'{text!r}: expected seconds, 0 or more')
+
+
+def count(text):
+    """argparse type: a whole number, 0 or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number, 0 or more')
+    return int(text)
+
+
+def build_parser():
+    """The command line; every default of a setting is the one in `Settings`."""
+    parser = argparse.ArgumentParser(
+        prog='socks.py', description='A SOCKS4, SOCKS4a and SOCKS5 proxy.', epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = Settings()
+
+    group = parser.add_argument_group('listening')
+    group.add_argument('-b', '--bind', metavar='ADDRESS[:PORT]', type=host_and_port,
+                       action='append', default=[],
+                       help='address or name to listen on, repeatable (default: 127.0.0.1)')
+    group.add_argument('-p', '--port', metavar='PORT', type=port_number, default=1080,
+                       help='port where --bind has none, 0 for a free one (default: 1080)')
+
+    group = parser.add_argument_group('who may use it')
+    group.add_argument('-u', '--user', metavar='NAME:PASSWORD', type=name_and_password,
+                       action='append', default=[], dest='users',
+                       help='ask for a password, repeatable; others on this machine can see it, '
+                            'see SOCKS_USERS below (default: ask nobody)')
+    group.add_argument('--open', action='store_true',
+                       help='serve everybody: allow an address beyond loopback without users')
+    group.add_argument('--max-clients', metavar='N', type=count, default=defaults.max_clients,
+                       help='serve so many at once, further ones wait '
+                            '(default: as many as open files allow)')
+
+    group = parser.add_argument_group('where they may go')
+    group.add_argument('--source', metavar='ADDRESS', type=ip_address, action='append', default=[],
+                       help='connect from this address, repeatable: one IPv4, one IPv6 '
+                            '(default: as the system routes)')
+
+    group = parser.add_argument_group('timeouts', 'all in seconds, 0 means none')
+    for name, what in (('handshake', 'from accept to the whole request'),
+                       ('connect', 'for connecting to the target'),
+                       ('idle', 'for a connection through which nothing moves')):
+        default = getattr(defaults, f'{name}_timeout')
+        group.add_argument(f'--{name}-timeout', metavar='SECONDS', type=seconds, default=default,
+                           help=f'{what} (default: {default:g})')
+
+    group = parser.add_argument_group('logging')
+    group.add_argument('-v', '--verbose', action='store_true', help='log every step')
+    group.add_argument('-q', '--quiet', action='store_true', help='log warnings only')
+    group.add_argument('-V', '--version', action='version', version=f'socks.py {__version__}')
+    return parser
+
+
+def settings_from(args, environ):
+    """The `Settings` of parsed arguments and the environment; ValueError if they contradict."""
+    pairs = args.users + [name_and_password(text)
+                          for text in environ.get('SOCKS_USERS', '').split()]
+    users = dict(pairs)
+    if len(users) < len(pairs):
+        raise ValueError('a user is given twice')
+    if len({':' in host for host in args.source}) < len(args.source):
+        raise ValueError('--source: expected one address of a family')
+    fields = {name: value for name, value in vars(args).items() if name in Settings._fields}
+    return Settings(**dict(fields, users=MappingProxyType(users), source=tuple(args.source)))
+
+
+def raise_descriptor_limit(wanted=65536):
+    """Allow this process as many open files as it may have, up to `wanted`."""
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def set_up_logging(args):
+    level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
+    logging.basicConfig(level=level, format='%(asctime)s %(levelname)s %(message)s')
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    set_up_logging(args)
+    raise_descriptor_limit()
+    addresses = [(host, args.port if port is None else port)
+                 for host, port in args.bind or [('127.0.0.1', None)]]
+    try:
+        server = Server(addresses, settings_from(args, os.environ))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    except OSError as error:
+        print(f'socks.py: {reason(error)}', file=sys.stderr)
+        return 1
+    if args.users:
+        log.warning('-u shows passwords to everybody on this machine; SOCKS_USERS does not')
+    with server:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.shutdown())
+        for address in server.addresses:
+            if 0 in (port for _, port in addresses):
+                print(f'listening on {address}', flush=True)
+            log.info('listening on %s', address)
+        server.serve_forever()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -14,14 +14,16 @@ Speak the protocol; every message is a class with ``pack()`` and ``unpack()``::
 
     socks.Request(socks.Command.CONNECT, socks.Address('example.org', 80)).pack()
 
-A client is a thread only while it speaks SOCKS: the `Handler` negotiates, dials and answers in
-straight, blocking lines.  Then both sockets move to a `RelayLoop`, where one thread and one
-selector carry thousands of tunnels.
+All that takes time is written as a conversation, a generator in straight lines that yields what it
+waits for.  One `Loop`, a thread with a selector, goes on with whichever can go on: it accepts,
+negotiates, dials and answers, and then moves the bytes of the `Tunnel`.  Other threads do only what
+is better done elsewhere: name look-ups, which block, and tunnels that turn out to carry much.
 
 Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
 password), RFC 8305 (connecting to a name with several addresses).
 
-Sections: words, errors, wire format, sockets, access, relays, server, command line.
+Sections, each of which uses only those before it: words, errors, wire format, sockets, access,
+loops, relays, server, command line.
 """
 
 import argparse
@@ -45,7 +47,7 @@ import time
 from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
-from typing import Mapping, NamedTuple, Tuple
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 try:
     from queue import SimpleQueue
@@ -520,141 +522,150 @@ def shown(text):
     return text if text and text.isprintable() and ' ' not in text else ascii(text)
 
 
-def resolve(address, kind=socket.SOCK_STREAM):
-    """The IP addresses, as a list of `Address`, that a canonical `address` stands for.
+# What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
+# for sockets or a `Call` that blocks, and is resumed with the result.  So it reads as straight
+# lines; run() drives one in the thread that calls it, a `Loop` any number of them.  Its times are
+# those of time.monotonic().
 
-    Raises socket.gaierror; there is no way to bound the time that the system's resolver takes.
+class Wait(NamedTuple):
+    """Resume with those of the sockets that are ready, with none when the clock passes `until`."""
+    reading: Sequence = ()
+    writing: Sequence = ()
+    until: Optional[float] = None
+
+
+class Call(NamedTuple):
+    """Resume with what function() returns or raises; socket.timeout after `until`."""
+    function: Callable
+    until: Optional[float] = None
+
+
+def run(conversation):
+    """Drive a conversation in this thread; its result."""
+    advance, value = conversation.send, None
+    while True:
+        try:
+            wish = advance(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            value = wish.function() if isinstance(wish, Call) else poll(*wish)
+            advance = conversation.send
+        except Exception as error:
+            advance, value = conversation.throw, error
+
+
+def poll(reading, writing, until):
+    """The answer to a `Wait`, in this thread."""
+    seconds = until and max(0, until - time.monotonic())
+    if not hasattr(select, 'poll'):     # Windows
+        return set().union(*select.select(reading, writing, writing, seconds))
+    poller = select.poll()
+    for sock in reading:
+        poller.register(sock, select.POLLIN)
+    for sock in writing:
+        poller.register(sock, select.POLLOUT)
+    found = {fd for fd, _ in poller.poll(seconds if seconds is None else int(seconds * 1000) + 1)}
+    return [sock for sock in (*reading, *writing) if sock.fileno() in found]
+
+
+def after(seconds):
+    """The time so many seconds from now, for `until`; 0 or None: never."""
+    return time.monotonic() + seconds if seconds else None
+
+
+def ready(reading, writing, until, pause=None):
+    """Conversation: those of the sockets that are ready; none after `pause` seconds.
+
+    Raises socket.timeout when the clock has passed `until`.
+    """
+    limit = until
+    if pause is not None:
+        limit = min(after(pause), until or float('inf'))
+    found = yield Wait(reading, writing, limit)
+    if not found and until and time.monotonic() >= until:
+        raise socket.timeout('timed out')
+    return found
+
+
+def resolve(address, until=None, kind=socket.SOCK_STREAM):
+    """Conversation: the IP addresses, a list of `Address`, that a canonical `address` stands for.
+
+    Raises socket.gaierror.
     """
     host, port = address
     if ip_bytes(host) is not None:
         return [address]
     if host.rpartition('.')[2] in NEVER_RESOLVED:
         raise socket.gaierror(socket.EAI_NONAME, f'{host} is never resolved')
-    found = socket.getaddrinfo(host.encode(), port, 0, kind)
+    found = yield Call(functools.partial(socket.getaddrinfo, host.encode(), port, 0, kind), until)
     return list(dict.fromkeys(Address(plain_ip(sockaddr[0].partition('%')[0]), port)
                               for *_, sockaddr in found))
 
 
-def wait(reading, writing, seconds):
-    """Those of the two lists of sockets that are ready within `seconds` (None: for ever)."""
-    if not hasattr(select, 'poll'):     # Windows
-        return set().union(*select.select(reading, writing, writing, seconds))
-    poll = select.poll()
-    for sock in reading:
-        poll.register(sock, select.POLLIN)
-    for sock in writing:
-        poll.register(sock, select.POLLOUT)
-    ready = {fd for fd, _ in poll.poll(seconds if seconds is None else int(seconds * 1000) + 1)}
-    return [sock for sock in (*reading, *writing) if sock.fileno() in ready]
-
-
-class Waker:
-    """Something to wait for beside sockets: readable from wake() to clear()."""
-
-    def __init__(self):
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    def fileno(self):
-        return self._reader.fileno()
-
-    def wake(self):
-        with contextlib.suppress(OSError):      # full: it is awake already
-            self._writer.send(b'\0')
-
-    def clear(self):
-        with contextlib.suppress(OSError):
-            self._reader.recv(4096)
-
-    def close(self):
-        self._reader.close()
-        self._writer.close()
-
-
-class Deadline:
-    """A moment by which something must be done, `seconds` from now (0 or None: no end).
-
-    Once `cancel`, a `Waker`, is awake, every wait raises OSError with ECANCELED.
-    """
-
-    def __init__(self, seconds, cancel=None):
-        self._end = time.monotonic() + seconds if seconds else None
-        self._cancel = (cancel,) if cancel else ()
-
-    def wait(self, reading=(), writing=(), pause=None):
-        """Those of the sockets that are ready; none after `pause` seconds.
-
-        Raises socket.timeout once the moment has passed.
-        """
-        left = None
-        if self._end is not None:
-            left = self._end - time.monotonic()
-            if left <= 0:
-                raise socket.timeout('timed out')
-        if pause is not None:
-            left = pause if left is None else min(left, pause)
-        ready = wait((*self._cancel, *reading), writing, left)
-        if self._cancel and self._cancel[0] in ready:
-            raise OSError(errno.ECANCELED, 'the server is closing')
-        return ready
-
-
 class Stream:
-    """A conversation over a non-blocking socket: exact reads, whole writes, one deadline.
+    """Messages over a non-blocking socket, up to the time `until`.
 
-    What a read brings beyond what was asked for stays in `surplus`: first the next message, at the
-    end of the conversation the first bytes of the tunnel.
+    What a read brings beyond the message stays in `surplus`: first the next message, at last the
+    first bytes of the tunnel.
     """
     SIZE = 4096                         # bytes; holds any handshake whole
 
-    def __init__(self, sock, deadline):
+    def __init__(self, sock, until):
         self.sock = sock
-        self.deadline = deadline
+        self.until = until
         self.surplus = b''
 
     def _receive(self):
+        """Conversation: what comes next; b'' at the end."""
         while True:
             try:
                 return self.sock.recv(self.SIZE)
             except BLOCKED:
-                self.deadline.wait([self.sock])
+                yield from ready([self.sock], (), self.until)
 
-    def _want(self, n):
-        while len(self.surplus) < n:
-            data = self._receive()
-            if not data:
-                raise EOFError('the peer left')
-            self.surplus += data
+    def read(self, unpack):
+        """Conversation: what unpack(read) makes of the next bytes, however they are split.
+
+        Raises EOFError if the peer ends within them, socket.timeout when it takes too long.
+        """
+        while True:
+            read, rest = reader(self.surplus)
+            try:
+                message = unpack(read)
+            except EOFError:
+                more = yield from self._receive()
+                if not more:
+                    raise EOFError('the peer left') from None
+                self.surplus += more
+            else:
+                self.surplus = rest()
+                return message
 
     def peek(self):
-        """The next byte, as a number; it stays there."""
-        self._want(1)
-        return self.surplus[0]
+        """Conversation: the next byte, as a number; it stays there."""
+        data = yield from self.read(lambda read: read(1))
+        self.surplus = data + self.surplus
+        return data[0]
 
-    def read(self, n):
-        """The next n bytes; EOFError if the peer ends first, socket.timeout at the deadline."""
-        self._want(n)
-        data, self.surplus = self.surplus[:n], self.surplus[n:]
-        return data
-
-    def write(self, data):
-        """Send all of `data`."""
+    def write(self, message):
+        """Conversation: send all of a message."""
+        data = message.pack()
         while data:
             try:
                 data = data[self.sock.send(data):]
             except BLOCKED:
-                self.deadline.wait(writing=[self.sock])
+                yield from ready((), [self.sock], self.until)
 
-    def linger(self, deadline):
-        """End our side and wait for the peer to end its own.
+    def linger(self, until):
+        """Conversation: end our side and wait for the peer to end its own.
 
         A close with unread bytes would send RST, which may overtake and destroy our last message.
         """
-        self.deadline = deadline
+        self.until = until
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            while self._receive():
+            while (yield from self._receive()):
                 pass
 
 
@@ -699,8 +710,8 @@ def bind_source(sock, family, source):
     raise OSError(errno.ENETUNREACH, 'no source address of this family')
 
 
-def dial(addresses, deadline, source=()):
-    """A non-blocking socket connected to the first of `addresses` to answer (RFC 8305 section 5).
+def dial(addresses, until=None, source=()):
+    """Conversation: a non-blocking socket connected to the first address to answer (RFC 8305 5).
 
     An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
     the error that says most is raised, or the last one of those that say as much.
@@ -718,11 +729,11 @@ def dial(addresses, deadline, source=()):
                     return sock
                 racing.append(sock)
             try:
-                ready = deadline.wait((), racing, ATTEMPT_DELAY if waiting else None)
+                found = yield from ready((), racing, until, ATTEMPT_DELAY if waiting else None)
             except socket.timeout as error:
                 errors.append(error)
                 break
-            for sock in ready:
+            for sock in found:
                 racing.remove(sock)
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not error:
@@ -843,9 +854,338 @@ def authenticated(users, credentials):
     return same and credentials.username in users
 
 
-# ----------------------------------------------------------------------------------------- relays
+# ------------------------------------------------------------------------------------------ loops
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Waker:
+    """A socket that is readable from wake(), which any thread may call, to clear()."""
+
+    def __init__(self):
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self):
+        return self._reader.fileno()
+
+    def wakeup_fd(self):
+        """For signal.set_wakeup_fd()."""
+        return self._writer.fileno()
+
+    def wake(self):
+        with contextlib.suppress(OSError):      # full: it is awake already
+            self._writer.send(b'\0')
+
+    def clear(self):
+        with contextlib.suppress(OSError):
+            self._reader.recv(4096)
+
+    def close(self):
+        self._reader.close()
+        self._writer.close()
+
+
+class Timers:
+    """At most one time for each item, kept in its attribute `due`; late by one TICK at most.
+
+    Items wait in one set for each tick, so that setting a time and dropping it cost the same
+    however many there are, and nothing is left of an item that ended early.
+    """
+    TICK = 0.05                         # seconds
+
+    def __init__(self):
+        self._ticks = {}
+        self._first = float('inf')      # no set is earlier
+
+    def set(self, item, when):
+        """Have the item's time be `when`; None for no time."""
+        tick = when and int(when / self.TICK) + 1
+        if tick != item.due:
+            if item.due in self._ticks:
+                self._ticks[item.due].discard(item)
+            item.due = tick
+            if tick:
+                self._ticks.setdefault(tick, set()).add(item)
+                self._first = min(self._first, tick)
+
+    def pause(self, now):
+        """Seconds until there may be something to do; None if there never is."""
+        return max(0, self._first * self.TICK - now) if self._ticks else None
+
+    def expired(self, now):
+        """The items whose time has passed; they have none then."""
+        if now < self._first * self.TICK:
+            return []
+        ticks = [tick for tick in self._ticks if tick * self.TICK <= now]
+        items = [item for tick in sorted(ticks) for item in self._ticks.pop(tick)]
+        self._first = min(self._ticks, default=float('inf'))
+        for item in items:
+            item.due = None
+        return items
+
+
+class Loop:
+    """One selector, and one thread at a time in run(), for any number of items.
+
+    An item is a `Task` or a relay.  It has
+
+    client                 whom it serves
+    due                    for `Timers`
+    ready(sock, events)    a socket that it watches is ready
+    expire()               its time has passed
+    close(outcome)         give everything back
+
+    Other threads use only call() and stop().  `crew` does what blocks.  relieve(tunnel), if there
+    is one, is called for a tunnel that turned out to carry much.
+    """
+    BUFFER = 1 << 18                    # bytes that one read can bring
+
+    def __init__(self, crew=None, relieve=None):
+        self.crew = crew
+        self.relieve = relieve
+        self.items = set()
+        self.timers = Timers()
+        self.now = time.monotonic()     # as of this round of events
+        self.buffer = memoryview(bytearray(self.BUFFER))
+        self._inbox = deque()
+        self._asleep = False
+        self._stopping = False
+        self._closed = False
+        self.waker = Waker()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.waker, READ, self)
+
+    def call(self, item, function, *args):
+        """Call function(*args) on behalf of `item`, after the events of this round."""
+        self._inbox.append((item, function, args))
+        if self._closed:
+            self._empty_inbox()
+        elif self._asleep:
+            self.waker.wake()
+
+    def watch(self, sock, before, wanted, item):
+        """Watch `sock` for the events `wanted` instead of those `before`, on behalf of `item`.
+
+        With nothing wanted it is not watched at all: a poll for no events still reports a hang-up,
+        again and again.
+        """
+        if not before:
+            if wanted:
+                self._selector.register(sock, wanted, item)
+        elif wanted:
+            self._selector.modify(sock, wanted, item)
+        else:
+            self._selector.unregister(sock)
+
+    def run(self):
+        """Serve the items until stop()."""
+        timers = self.timers
+        while not self._stopping:
+            self._asleep = True         # before the look at the inbox: call() may come in between
+            found = self._selector.select(0 if self._inbox else timers.pause(self.now))
+            self._asleep = False
+            self.now = time.monotonic()
+            for key, events in found:
+                self.attempt(key.data, key.data.ready, key.fileobj, events)
+            for item in timers.expired(self.now):
+                self.attempt(item, item.expire)
+            while self._inbox:
+                item, function, args = self._inbox.popleft()
+                self.attempt(item, function, *args)
+        self._stopping = False
+
+    def stop(self):
+        """Have run() return."""
+        self._stopping = True
+        self.waker.wake()
+
+    def close(self):
+        """Close all items; no thread may be in run()."""
+        self._closed = True
+        self._empty_inbox()
+        for item in list(self.items):
+            self.attempt(item, item.close, 'server closed')
+        self._selector.close()
+        self.waker.close()
+
+    def _empty_inbox(self):
+        while self._inbox:
+            self._inbox.popleft()[0].close('server closed')
+
+    @staticmethod
+    def attempt(item, function, *args):
+        """Call function(*args) on behalf of `item`; what happens to one must not end the others."""
+        try:
+            function(*args)
+        except Exception:
+            log.exception('this is a bug')
+            item.close('failed')
+
+    def ready(self, *_):
+        """The waker is; the loop watches it as an item does its sockets."""
+        self.waker.clear()
+
+
+class Task:
+    """A conversation in a loop, and the client's socket, which it owns.
+
+    The conversation's result is a relay, which takes the socket over, or None.
+    """
+    __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_conversation', '_wish', '_call')
+
+    def __init__(self, client, sock, conversation):
+        self.client = client
+        self.due = None
+        self._sock = sock
+        self._events = 0                # that it is watched for
+        self._conversation = conversation
+        self._wish = Wait()
+        self._call = None               # what the crew is at
+
+    def start(self, loop):
+        self.loop = loop
+        loop.items.add(self)
+        self._step(self._conversation.send, None)
+
+    def ready(self, sock, _):
+        if sock in self._wish.reading or sock in self._wish.writing:
+            self._step(self._conversation.send, [sock])
+        elif sock is self._sock:        # not now; _watch() looks again
+            self.loop.watch(sock, self._events, 0, self)
+            self._events = 0
+
+    def expire(self):
+        if self._call:
+            self._step(self._conversation.throw, socket.timeout('timed out'))
+        else:
+            self._step(self._conversation.send, [])
+
+    def close(self, outcome):
+        """End the conversation where it stands, with no more than one last word to the client."""
+        if self._conversation:
+            with contextlib.suppress(Exception):
+                self._step(self._conversation.throw, OSError(errno.ECANCELED, outcome))
+        if self._conversation:
+            self._conversation.close()
+            self._end(None)
+
+    def _step(self, advance, value):
+        """Resume the conversation and see to what it wants next."""
+        self._unwatch()
+        self._wish, self._call = Wait(), None
+        try:
+            wish = advance(value)
+        except StopIteration as stop:
+            return self._end(stop.value)
+        self.loop.timers.set(self, wish.until)
+        if isinstance(wish, Call):
+            self._call = wish
+            try:
+                self.loop.crew.run(self._work, wish)
+            except RuntimeError as error:           # no thread to be had
+                self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
+        else:
+            self._wish = wish
+            self._watch()
+
+    def _work(self, call):
+        """In a thread of the crew."""
+        advance = self._conversation.send
+        try:
+            value = call.function()
+        except Exception as error:
+            advance, value = self._conversation.throw, error
+        self.loop.call(self, self._resume, call, advance, value)
+
+    def _resume(self, call, advance, value):
+        if call is self._call:          # it is still waited for
+            self._step(advance, value)
+
+    # The client's socket stays watched between waits, which saves system calls; others may be
+    # closed by the conversation, so it gets them back unwatched.
+
+    def _watch(self):
+        for sockets, wanted in (self._wish.reading, READ), (self._wish.writing, WRITE):
+            for sock in sockets:
+                if sock is not self._sock:
+                    self.loop.watch(sock, 0, wanted, self)
+                elif wanted != self._events:
+                    self.loop.watch(sock, self._events, wanted, self)
+                    self._events = wanted
+
+    def _unwatch(self):
+        for sock in (*self._wish.reading, *self._wish.writing):
+            if sock is not self._sock:
+                self.loop.watch(sock, READ, 0, self)
+
+    def _end(self, relay):
+        self._unwatch()
+        self._conversation = None
+        self.loop.timers.set(self, None)
+        self.loop.items.discard(self)
+        if relay:
+            relay.start(self.loop, self._events)
+        else:
+            self.loop.watch(self._sock, self._events, 0, self)
+            self._sock.close()
+
+
+class Crew:
+    """Threads that do what blocks; a free one waits a while for the next job before it ends."""
+
+    def __init__(self, size=64, patience=5.0):
+        self._size = size
+        self._patience = patience       # seconds
+        self._jobs = SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = set()
+        self._free = 0                  # threads that wait, less the jobs that do
+
+    def run(self, *job):
+        """Call job[0](*job[1:]) in some thread; RuntimeError if there is none and none starts."""
+        with self._lock:
+            if self._free <= 0 and len(self._threads) < self._size:
+                thread = threading.Thread(target=self._work, args=(job,), name='socks-crew',
+                                          daemon=True)
+                thread.start()
+                self._threads.add(thread)
+            else:
+                self._free -= 1
+                self._jobs.put(job)
+
+    def _work(self, job):
+        while job:
+            function, *args = job
+            function(*args)
+            job = function = args = None            # hold nothing while waiting
+            with self._lock:
+                self._free += 1
+            job = self._next()
+        self._threads.discard(threading.current_thread())
+
+    def _next(self):
+        try:
+            return self._jobs.get(timeout=self._patience)
+        except Empty:
+            with self._lock:
+                if self._free > 0:
+                    self._free -= 1
+                    return None
+            return self._jobs.get()                 # it came at the last moment
+
+    def dismiss(self):
+        """Have all threads end as soon as they are free."""
+        self._patience = 0
+        with self._lock:
+            for _ in range(max(0, self._free)):
+                self._free -= 1
+                self._jobs.put(None)
+
+
+# ----------------------------------------------------------------------------------------- relays
+
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
 
 
@@ -858,7 +1198,7 @@ class Pipe:
     """
     # One read takes `size` bytes at most: little at first, so that many slow tunnels hold little,
     # and more while the source fills it, because few large system calls are what makes it fast.
-    SMALLEST, LARGEST = 1 << 14, 1 << 18
+    SMALLEST, LARGEST = 1 << 14, Loop.BUFFER
 
     __slots__ = ('tunnel', 'source', 'sink', 'twin', 'load', 'done', 'size', 'count', 'events')
 
@@ -873,7 +1213,7 @@ class Pipe:
         self.count = len(load)          # bytes taken from the source
         self.events = 0                 # what the loop watches the source for
 
-    def ready(self, events):
+    def ready(self, _, events):
         """The loop saw `events` at the source, which is also the twin's sink."""
         events &= self.events           # an earlier one of the same round may have changed them
         if events & READ:
@@ -894,12 +1234,18 @@ class Pipe:
             return self.end()
         self.tunnel.moved = loop.now
         self.count += count
-        if count == self.size and count < self.LARGEST:
-            self.size *= 4
+        if count == self.size < self.LARGEST:
+            self.grow()
         self.pour(loop.buffer[:count])
         if self.load:
             self.load = memoryview(bytes(self.load))    # the buffer is the whole loop's
             self.tunnel.watch()
+
+    def grow(self):
+        self.size *= 4
+        loop = self.tunnel.loop
+        if self.size == self.LARGEST and loop.relieve:
+            loop.call(self.tunnel, loop.relieve, self.tunnel)
 
     def flush(self):
         """Send what is loaded."""
@@ -932,9 +1278,12 @@ class Pipe:
         self.tunnel.error = error
         self.tunnel.watch()
 
+    def wanted(self):
+        """What this pipe and its twin wait for at the source."""
+        return (0 if self.load or self.done else READ) | (WRITE if self.twin.load else 0)
+
     def watch(self):
-        """Have the loop watch the source for what this pipe and its twin wait for."""
-        wanted = (0 if self.load or self.done else READ) | (WRITE if self.twin.load else 0)
+        wanted = self.wanted()
         if wanted != self.events:
             self.tunnel.loop.watch(self.source, self.events, wanted, self)
             self.events = wanted
@@ -949,20 +1298,34 @@ class Tunnel:
     Ends when both directions are done, when a side resets (which is passed on as a reset), when
     nothing has moved for too long, or with its loop.
     """
-    __slots__ = ('client', 'loop', 'up', 'down', 'moved', 'error')
+    __slots__ = ('client', 'loop', 'due', 'up', 'down', 'moved', 'error')
 
     def __init__(self, client, near, far, surplus=b''):
         self.client = client
-        self.loop = None
+        self.due = None
         self.up = Pipe(self, near, far, surplus)
         self.down = Pipe(self, far, near)
         self.up.twin, self.down.twin = self.down, self.up
-        self.moved = time.monotonic()   # when bytes last did
         self.error = None               # what took one side away
 
-    def start(self):
+    def start(self, loop, near_events=0):
+        """Go on in `loop`, which watches the client's socket for `near_events` already."""
+        self.loop = loop
+        loop.items.add(self)
+        self.moved = loop.now           # when bytes last did
+        self.expire()
+        for pipe, events in ((self.up, near_events), (self.down, 0)):
+            pipe.events = pipe.wanted()
+            loop.watch(pipe.source, events, pipe.events, pipe)
         self.up.flush()
-        self.watch()
+
+    def leave(self):
+        """Let go of the loop, so that another one can start this."""
+        for pipe in (self.up, self.down):
+            self.loop.watch(pipe.source, pipe.events, 0, pipe)
+            pipe.events = 0
+        self.loop.timers.set(self, None)
+        self.loop.items.discard(self)
 
     def watch(self):
         if not (self.up.done and self.down.done):
@@ -973,123 +1336,36 @@ class Tunnel:
         else:
             self.close('done')
 
+    def expire(self):
+        """Close what is idle, and come back when the rest may be."""
+        limit = self.client.server.settings.idle_timeout
+        if limit and self.moved + limit <= time.monotonic():
+            self.close('idle')
+        elif limit:
+            self.loop.timers.set(self, self.moved + limit)
+
     def close(self, outcome, reset=False):
         """Close both sockets, by RST if asked to; only the first call counts."""
-        if not self.client.end(outcome, self.up.count, self.down.count):
-            return
-        self.loop.relays.discard(self)
-        pipes = self.up, self.down
-        for pipe in pipes:
-            pipe.done, pipe.load = True, b''
-        for pipe in pipes:
-            pipe.watch()
-            if reset:
-                with contextlib.suppress(OSError):
-                    pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            pipe.source.close()
-
-
-class RelayLoop(threading.Thread):
-    """One thread and one selector that carry any number of relays.
-
-    A relay has `loop`, `moved`, start() and close(outcome).  For each of its sockets it gives
-    watch() something with ready(events) and close(outcome).  Other threads call only adopt() and
-    stop().
-    """
-
-    def __init__(self, idle_timeout=0):
-        super().__init__(name='socks-relay', daemon=True)
-        self.buffer = memoryview(bytearray(Pipe.LARGEST))
-        self.now = time.monotonic()     # as of this round of events
-        self.relays = set()
-        self._idle_timeout = idle_timeout
-        self._inbox = deque()
-        self._asleep = False
-        self._stopping = False
-        self._waker = Waker()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker, READ, self)
-
-    def adopt(self, relay):
-        """Own `relay` from now on, and start it soon."""
-        relay.loop = self
-        self.relays.add(relay)
-        self._inbox.append(relay)
-        if self._stopping:
-            relay.close('server closed')
-        elif self._asleep:
-            self._waker.wake()
-
-    def stop(self):
-        """Have the loop close all its relays and end."""
-        self._stopping = True
-        self._waker.wake()
-
-    def watch(self, sock, before, wanted, item):
-        """Watch `sock` for the events `wanted` instead of those `before`, on behalf of `item`.
-
-        With nothing wanted it is not watched at all: a poll for no events still reports a hang-up,
-        again and again.
-        """
-        if not before:
-            self._selector.register(sock, wanted, item)
-        elif wanted:
-            self._selector.modify(sock, wanted, item)
-        else:
-            self._selector.unregister(sock)
-
-    def run(self):
-        pause = self._idle_timeout / 8 or None      # seconds between looks at who is idle
-        looked = self.now
-        while not self._stopping:
-            self._asleep = True                     # before the look at the inbox: adopt() may
-            ready = self._selector.select(0 if self._inbox else pause)      # come in between
-            self._asleep = False
-            self.now = time.monotonic()
-            for key, events in ready:
-                self._call(key.data, key.data.ready, events)
-            while self._inbox:
-                relay = self._inbox.popleft()
-                self._call(relay, relay.start)
-            if pause and self.now - looked >= pause:
-                looked = self.now
-                self._close_idle(looked - self._idle_timeout)
-        for relay in list(self.relays):
-            relay.close('server closed')
-        self._selector.close()
-        self._waker.close()
-
-    @staticmethod
-    def _call(item, function, *args):
-        """Whatever happens to one relay must not end the others."""
-        try:
-            function(*args)
-        except Exception as error:
-            log.exception('relay failed')
-            item.close(f'failed: {error!r}')
-
-    def _close_idle(self, since):
-        for relay in list(self.relays):
-            if relay.moved < since:
-                relay.close('idle')
-
-    # The loop watches its own waker, as a relay does its sockets.
-
-    def ready(self, _):
-        self._waker.clear()
-
-    def close(self, _):
-        self._stopping = True
+        client, self.client = self.client, None
+        if client:
+            for pipe in (self.up, self.down):
+                pipe.done, pipe.load = True, b''
+            self.leave()
+            for pipe in (self.up, self.down):
+                if reset:
+                    with contextlib.suppress(OSError):
+                        pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                pipe.source.close()
+            client.end(outcome, self.up.count, self.down.count)
 
 
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
-ACCEPT_BATCH = 64                       # connections accepted before looking at other listeners
+ACCEPT_BATCH = 64                       # connections accepted before others get their turn
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
-THREAD_PATIENCE = 5.0                   # seconds that a free conversation thread waits for work
 
 HTTP_PAGE = b"""\
 HTTP/1.0 501 Not Implemented\r
@@ -1119,82 +1395,79 @@ class Client:
         self.started = time.monotonic()
 
     def end(self, outcome, up=0, down=0):
-        """Forget the client and write its line; False if that has happened before.
+        """Write the client's line, if there is an outcome.
 
         up and down are the bytes that came from the client and from the target.
         """
-        try:
-            self.server.clients.remove(self)
-        except KeyError:
-            return False
-        if self.server.crowded:
-            self.server.waker.wake()
+        self.server.client_ended()
         if outcome:
             log.info('%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s', self.address, self.user,
                      self.protocol, self.command, self.target, outcome, up, down,
                      time.monotonic() - self.started)
-        return True
 
 
 class Handler(socketserver.BaseRequestHandler):
-    """The conversation with one client, up to its relay or its refusal.
+    """What is said with one client, up to its relay or its refusal; all of it conversations.
 
-    setup, then handle: negotiate and do_COMMAND, then finish.  A command that is not there as a
-    method is refused as not supported.
+    converse: negotiate, then do_COMMAND, whose result is the relay.  A command that is not there
+    as a method is refused as not supported.
     """
 
     def __init__(self, request, client, server):
+        self.request = request
         self.client = client
-        super().__init__(request, client.address, server)
-
-    def setup(self):
-        self.settings = self.server.settings
-        self.stream = Stream(self.request, self.deadline(self.settings.handshake_timeout))
+        self.client_address = client.address
+        self.server = server
+        self.settings = server.settings
+        self.stream = Stream(request, after(self.settings.handshake_timeout))
         self.answer_form = None         # (reply, bound address) -> the message that says so now
         self.outcome = None             # the end of the client's log line; None: no line
-        self.relayed = False            # the socket belongs to a relay now
 
-    def deadline(self, seconds):
-        return Deadline(seconds, self.server.closing)
+    def converse(self):
+        relay = None
+        try:
+            relay = yield from self.handle()
+        finally:
+            if relay is None:
+                self.client.end(self.outcome)
+        return relay
 
     def handle(self):
         try:
-            request = self.negotiate()
+            request = yield from self.negotiate()
         except ProxyError as error:
-            return self.refuse(error)
+            return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
             self.outcome = self.answer_form and f'left: {reason(error)}'
-            return
+            return None
         try:
-            self.command(request)
+            return (yield from self.command(request))
         except OSError as error:                # on the way to the target
-            self.refuse(error)
-
-    def finish(self):
-        if not self.relayed:
-            self.request.close()
-            self.client.end(self.outcome)
+            return (yield from self.refuse(error))
+        except EOFError as error:
+            self.outcome = f'left: {reason(error)}'
+            return None
 
     def answer(self, reply, address=UNSPECIFIED):
-        self.stream.write(self.answer_form(reply, address).pack())
+        return self.stream.write(self.answer_form(reply, address))
 
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
         self.outcome = f'refused: {reason(error)}'
         if self.answer_form:
             with contextlib.suppress(OSError):
-                self.answer(reply_for(error))
-                self.stream.linger(self.deadline(LINGER))
+                yield from self.answer(reply_for(error))
+                yield from self.stream.linger(after(LINGER))
 
     # Negotiation
 
     def negotiate(self):
         """The client's request, after all that comes before it."""
-        first = self.stream.peek()
+        first = yield from self.stream.peek()
         if first == 4:
-            return self.negotiate4()
+            return (yield from self.negotiate4())
         if first == 5:
-            return self.negotiate5()
+            return (yield from self.negotiate5())
         if first in b'CDGHOPT':                 # CONNECT, DELETE, GET, ...
             self.client.protocol = 'HTTP'
             self.answer_form = lambda *_: HttpPage()
@@ -1203,7 +1476,7 @@ class Handler(socketserver.BaseRequestHandler):
     def negotiate4(self):
         self.client.protocol = 'SOCKS4'
         self.answer_form = Response4.of
-        request = Request4.unpack(self.stream.read)
+        request = yield from self.stream.read(Request4.unpack)
         if self.settings.users:
             raise Refused('SOCKS4 has no passwords, expected SOCKS5')
         return request
@@ -1211,14 +1484,15 @@ class Handler(socketserver.BaseRequestHandler):
     def negotiate5(self):
         self.client.protocol = 'SOCKS5'
         self.answer_form = lambda *_: Choice(Method.NO_ACCEPTABLE)
-        method = self.choose(Greeting.unpack(self.stream.read).methods)
-        self.stream.write(Choice(method).pack())
+        greeting = yield from self.stream.read(Greeting.unpack)
+        method = self.choose(greeting.methods)
+        yield from self.stream.write(Choice(method))
         if method == Method.USERNAME_PASSWORD:
             self.answer_form = lambda *_: Verdict(1)
-            self.authenticate(Credentials.unpack(self.stream.read))
-            self.stream.write(Verdict(0).pack())
+            self.authenticate((yield from self.stream.read(Credentials.unpack)))
+            yield from self.stream.write(Verdict(0))
         self.answer_form = Response
-        return Request.unpack(self.stream.read)
+        return (yield from self.stream.read(Request.unpack))
 
     def choose(self, offered):
         """The authentication method to use, of those offered.
@@ -1246,24 +1520,24 @@ class Handler(socketserver.BaseRequestHandler):
             raise ProtocolError(f'command {request.command:#04x} is not supported',
                                 reply=Reply.COMMAND_NOT_SUPPORTED) from None
         self.client.command = name
-        execute(request)
+        self.client.target = shown(str(request.address))
+        return execute(request)
 
     def do_CONNECT(self, request):
-        self.client.target = shown(str(request.address))
-        deadline = self.deadline(self.settings.connect_timeout)
-        target = dial(self.destinations(request.address), deadline, self.settings.source)
+        until = self.stream.until = after(self.settings.connect_timeout)
+        addresses = yield from self.destinations(request.address, until)
+        target = yield from dial(addresses, until, self.settings.source)
         try:
-            self.stream.deadline = deadline
-            self.answer(Reply.SUCCEEDED, Address(*target.getsockname()[:2]))
+            yield from self.answer(Reply.SUCCEEDED, Address(*target.getsockname()[:2]))
+            return Tunnel(self.client, self.request, target, self.stream.surplus)
         except BaseException:
             target.close()
             raise
-        self.relay(Tunnel(self.client, self.request, target, self.stream.surplus))
 
-    def destinations(self, address):
+    def destinations(self, address, until):
         """The IP addresses behind `address` that this client may reach; at least one."""
         allowed, refusal = [], None
-        for candidate in resolve(canonical(address)):
+        for candidate in (yield from resolve(canonical(address), until)):
             try:
                 self.server.authorize(self.client, candidate)
             except Refused as error:
@@ -1273,63 +1547,6 @@ class Handler(socketserver.BaseRequestHandler):
         if not allowed:
             raise refusal
         return allowed
-
-    def relay(self, relay):
-        """Hand the client's socket, and whatever else `relay` owns, to a relay loop."""
-        self.relayed = True
-        self.server.relay(relay)
-
-
-class Crew:
-    """Threads that do jobs; one that is done waits a while for the next before it ends."""
-
-    def __init__(self, patience=THREAD_PATIENCE):
-        self._patience = patience
-        self._jobs = SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads = set()
-        self._free = 0                  # waiting threads to which no job was promised yet
-
-    def run(self, *job):
-        """Call job[0](*job[1:]) on some thread; RuntimeError if none can be started."""
-        with self._lock:
-            promised = self._free > 0
-            self._free -= promised
-        if promised:
-            self._jobs.put(job)
-        else:
-            thread = threading.Thread(target=self._work, args=(job,), name='socks-client',
-                                      daemon=True)
-            thread.start()
-            self._threads.add(thread)
-
-    def _work(self, job):
-        while job:
-            function, *args = job
-            function(*args)
-            job = function = args = None            # hold nothing while waiting
-            with self._lock:
-                self._free += 1
-            try:
-                job = self._jobs.get(timeout=self._patience)
-            except Empty:
-                with self._lock:
-                    promised = self._free == 0
-                    self._free -= not promised
-                if promised:                        # at the last moment
-                    job = self._jobs.get()
-        self._threads.discard(threading.current_thread())
-
-    def dismiss(self, seconds):
-        """Have all threads end when they are free, and wait for that so many seconds at most."""
-        end = time.monotonic() + seconds
-        self._patience = 0
-        with self._lock:
-            free, self._free = self._free, 0
-        for _ in range(free):
-            self._jobs.put(None)
-        for thread in self._threads - {threading.current_thread()}:
-            thread.join(max(0, end - time.monotonic()))
 
 
 def clients_possible():
@@ -1361,24 +1578,22 @@ class Server(socketserver.ThreadingTCPServer):
     loopback if neither `users` nor `open` are set: it would serve everybody.
     """
     request_queue_size = 1024
-    relay_loops = min(4, os.cpu_count() or 1)
+    heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
 
     def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
                  bind_and_activate=True):
         addresses = [server_address] if isinstance(server_address[0], str) else server_address
         socketserver.BaseServer.__init__(self, addresses, handler_class)
         self.settings = settings or Settings()
-        self.clients = set()
+        self.max_clients = self.settings.max_clients or clients_possible()
         self.listeners = []             # sockets
         self.addresses = []             # theirs, as `Address`
-        self.closing = Waker()          # awake once no conversation should go on
-        self._crew = Crew()
-        self._loops = []
-        self.max_clients = self.settings.max_clients or clients_possible()
-        self.crowded = False            # a client's end is worth a wake()
+        self.due = None                 # for `Timers`: the end of a pause
+        self._accepting = False
         self._serving = threading.RLock()
-        self._stopping = False
-        self.waker = Waker()
+        self._crew = Crew()
+        self.loop = Loop(self._crew, self._relieve)
+        self._heavy = []                # pairs of a loop and its thread
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -1412,7 +1627,7 @@ class Server(socketserver.ThreadingTCPServer):
     @staticmethod
     def _resolve(host):
         try:
-            return resolve(Address(host, 0))
+            return run(resolve(Address(host, 0)))
         except OSError as error:
             raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
 
@@ -1426,54 +1641,49 @@ class Server(socketserver.ThreadingTCPServer):
     def server_activate(self):
         for sock in self.listeners:
             sock.listen(self.request_queue_size)
-        self._loops = [RelayLoop(self.settings.idle_timeout) for _ in range(self.relay_loops)]
-        for loop in self._loops:
-            loop.start()
 
     def start(self):
         """Serve in a thread of its own; gives the server itself, for a `with`."""
         threading.Thread(target=self.serve_forever, name='socks-server', daemon=True).start()
         return self
 
+    def serve_forever(self, poll_interval=None):
+        """Serve until shutdown(); may be called again."""
+        with self._serving:
+            self._watch_listeners(True)
+            self.loop.run()
+            self._watch_listeners(False)
+
+    def shutdown(self):
+        """Have serve_forever() return, and wait for that unless it is this thread's."""
+        self.loop.stop()
+        with self._serving:
+            pass
+
     def server_close(self):
-        """Stop serving, close every connection, end every thread; takes less than a second."""
+        """Stop serving, close every connection, end every thread."""
         self.shutdown()
         for sock in self.listeners:
             sock.close()
-        self.closing.wake()
-        self._crew.dismiss(0.8)
-        for loop in self._loops:
+        self._crew.dismiss()
+        for loop, thread in self._heavy:
             loop.stop()
-        for loop in self._loops:
-            loop.join(1)
-        self.closing.close()
-        self.waker.close()
+            thread.join()
+        for loop in self._loops():
+            loop.close()
 
-    # Accepting.  Two faults of BaseServer are mended here: where it lacks descriptors its accept()
-    # fails and its loop spins; and its shutdown() waits for itself in a signal handler.
+    # Accepting.  The server is what its loop watches the listeners for, so that one thread does
+    # all that is quick, and no connection has to wait for another thread to wake up.
 
-    def serve_forever(self, poll_interval=None):
-        """Accept clients until shutdown(); calls service_actions() every `poll_interval` seconds
-        at least, if that is given."""
-        with self._serving, selectors.DefaultSelector() as selector:
+    def _watch_listeners(self, accepting):
+        if accepting != self._accepting:
+            self._accepting = accepting
             for sock in self.listeners:
-                selector.register(sock, READ, self._accept)
-            selector.register(self.waker, READ, lambda waker: waker.clear())
-            while not self._stopping:
-                for key, _ in selector.select(poll_interval):
-                    key.data(key.fileobj)
-                self.service_actions()
-            self._stopping = False
+                self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
 
-    def shutdown(self):
-        self._stopping = True
-        self.waker.wake()
-        with self._serving:             # returns at once in the serving thread
-            pass
-
-    def _accept(self, listener):
+    def ready(self, listener, _):
         for _ in range(ACCEPT_BATCH):
-            if self._stopping or self._full():
+            if self._full():
                 return self._pause()
             try:
                 request, client_address = listener.accept()
@@ -1484,38 +1694,48 @@ class Server(socketserver.ThreadingTCPServer):
                     log.warning('cannot accept: %s', reason(error))
                     return self._pause()
                 continue                # that client has left already
+            self._receive(request, client_address)
+
+    def _receive(self, request, client_address):
+        try:
             if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
             else:
-                request.close()
+                self.shutdown_request(request)
+        except Exception:
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
 
     def _full(self):
-        return self.max_clients and len(self.clients) >= self.max_clients
+        return self.max_clients and sum(
+            len(loop.items) for loop in self._loops()) >= self.max_clients
 
     def _pause(self):
         """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
-        self.crowded = True
-        wait([self.waker], [], ACCEPT_PAUSE)
-        self.crowded = False
-        self.waker.clear()
+        self._watch_listeners(False)
+        self.loop.timers.set(self, self.loop.now + ACCEPT_PAUSE)
+
+    def expire(self):
+        """Accept again."""
+        self.loop.timers.set(self, None)
+        self._watch_listeners(True)
+
+    def client_ended(self):
+        if not self._accepting:
+            self.loop.call(self, self.expire)
+
+    def close(self, outcome):
+        """As an item of its loop; the listeners are closed by server_close()."""
 
     # One client
 
     def process_request(self, request, client_address):
+        """Begin the conversation with a client; the loop goes on with it."""
         request.setblocking(False)
         client = Client(self, Address(*client_address[:2]))
-        self.clients.add(client)
-        try:
-            self._crew.run(self.process_request_thread, request, client)
-        except RuntimeError as error:   # no thread to be had: this costs one client, not the server
-            request.close()
-            client.end(f'refused: {error}')
-
-    def process_request_thread(self, request, client):
-        try:
-            self.finish_request(request, client)
-        except Exception:
-            self.handle_error(request, client.address)
+        handler = self.RequestHandlerClass(request, client, self)
+        task = Task(client, request, handler.converse())
+        self.loop.attempt(task, task.start, self.loop)
 
     def handle_error(self, request, client_address):
         log.exception('%s: this is a bug', client_address)
@@ -1524,9 +1744,29 @@ class Server(socketserver.ThreadingTCPServer):
         """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP."""
         authorize(client.address, target, self.addresses)
 
-    def relay(self, relay):
-        """Hand `relay` to the relay loop that has least to do."""
-        min(self._loops, key=lambda loop: len(loop.relays)).adopt(relay)
+    @property
+    def clients(self):
+        """All that are served now, as a list of `Client`."""
+        return [item.client for loop in self._loops() for item in list(loop.items)]
+
+    def _loops(self):
+        return [self.loop, *(loop for loop, _ in self._heavy)]
+
+    def _relieve(self, tunnel):
+        """Move a tunnel that carries much to a thread of its own, or to that which has least.
+
+        Large reads and writes run in parallel even in Python, and light tunnels need not wait.
+        """
+        if len(self._heavy) < self.heavy_loops and all(loop.items for loop, _ in self._heavy):
+            loop = Loop()
+            thread = threading.Thread(target=loop.run, name='socks-heavy', daemon=True)
+            with contextlib.suppress(RuntimeError):     # no thread to be had
+                thread.start()
+                self._heavy.append((loop, thread))
+        if self._heavy and tunnel.loop is self.loop:
+            loop = min((loop for loop, _ in self._heavy), key=lambda loop: len(loop.items))
+            tunnel.leave()
+            loop.call(tunnel, tunnel.start, loop)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -1697,11 +1937,14 @@ def main(argv=None):
     with server:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.shutdown())
+        # A signal that comes just before select() would be seen only after it.
+        signal.set_wakeup_fd(server.loop.waker.wakeup_fd())
         for address in server.addresses:
             if 0 in (port for _, port in addresses):
                 print(f'listening on {address}', flush=True)
             log.info('listening on %s', address)
         server.serve_forever()
+        signal.set_wakeup_fd(-1)
     return 0
 
 

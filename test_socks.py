@@ -49,6 +49,19 @@ def eventually(condition):
     raise AssertionError('it never became true')
 
 
+def ready(reading, writing, seconds):
+    """Those of the sockets that are ready within so many seconds."""
+    return socks.poll(reading, writing, time.monotonic() + seconds)
+
+
+def resolve(address):
+    return socks.run(socks.resolve(address))
+
+
+def dial(addresses, seconds, source=()):
+    return socks.run(socks.dial(addresses, socks.after(seconds), source))
+
+
 def descriptors():
     """The open descriptors of this process, as far as the system tells."""
     with contextlib.suppress(OSError):
@@ -442,14 +455,14 @@ class SocketsTest(Case):
             socks.canonical(Address('127.0.0.1', 0))
 
     def test_resolve(self):
-        self.assertEqual(socks.resolve(Address('1.2.3.4', 80)), [Address('1.2.3.4', 80)])
-        self.assertIn(Address('127.0.0.1', 80), socks.resolve(Address('localhost', 80)))
-        self.assertEqual(socks.resolve(Address('127.1', 80)), [Address('127.0.0.1', 80)])
+        self.assertEqual(resolve(Address('1.2.3.4', 80)), [Address('1.2.3.4', 80)])
+        self.assertIn(Address('127.0.0.1', 80), resolve(Address('localhost', 80)))
+        self.assertEqual(resolve(Address('127.1', 80)), [Address('127.0.0.1', 80)])
 
     def test_names_that_are_nobodys(self):
         for host in ('invalid', 'a.invalid', 'abc.onion'):
             with self.subTest(host), self.assertRaises(socket.gaierror) as caught:
-                socks.resolve(Address(host, 80))
+                resolve(Address(host, 80))
             self.assertEqual(socks.reply_for(caught.exception), Reply.HOST_UNREACHABLE)
 
     def test_interleave(self):
@@ -462,7 +475,7 @@ class SocketsTest(Case):
         addresses = [Address('127.0.0.1', port)
                      for port in (self.refused_port(), self.silent_port(), origin.port)]
         started = time.monotonic()
-        with socks.dial(addresses, socks.Deadline(PATIENCE)) as sock:
+        with dial(addresses, PATIENCE) as sock:
             self.assertEqual(sock.getpeername(), addresses[2])
             self.assertGreater(time.monotonic() - started, socks.ATTEMPT_DELAY * 0.9)
 
@@ -470,15 +483,15 @@ class SocketsTest(Case):
         addresses = [Address('127.0.0.1', port)
                      for port in (self.refused_port(), self.silent_port())]
         with self.assertRaises(ConnectionRefusedError):
-            socks.dial(addresses, socks.Deadline(0.3))
+            dial(addresses, 0.3)
 
     def test_dial_source(self):
         origin = self.origin()
         target = [Address('127.0.0.1', origin.port)]
-        with socks.dial(target, socks.Deadline(PATIENCE), ('127.0.0.2',)) as sock:
+        with dial(target, PATIENCE, ('127.0.0.2',)) as sock:
             self.assertEqual(sock.getsockname()[0], '127.0.0.2')
         with self.assertRaisesRegex(OSError, 'family') as caught:
-            socks.dial(target, socks.Deadline(PATIENCE), ('::1',))
+            dial(target, PATIENCE, ('::1',))
         self.assertEqual(socks.reply_for(caught.exception), Reply.NETWORK_UNREACHABLE)
 
     def test_is_local(self):
@@ -659,7 +672,7 @@ class ConversationTest(Case):
         with Peer(server.server_address) as peer, self.assertRaises((OSError, EOFError)):
             for _ in range(200):
                 peer.send(b'\5')                # 5 methods, the fifth of which never comes
-                if select_readable(peer, 0.02):
+                if ready([peer.sock], [], 0.02):
                     peer.read(1)
 
     def test_client_leaves(self):
@@ -756,10 +769,6 @@ class ConversationTest(Case):
         for line in self.lines:
             self.assertTrue(line.isprintable(), line)
             self.assertNotIn('hunter2', line)
-
-
-def select_readable(peer, seconds):
-    return bool(socks.wait([peer.sock], [], seconds))
 
 
 # ------------------------------------------------------------------------------------------- relay
@@ -874,7 +883,7 @@ class RelayTest(Case):
                 peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
             sent = 0
             sender.sock.setblocking(False)
-            while socks.wait([], [sender.sock], 0.3):
+            while ready([], [sender.sock], 0.3):
                 with contextlib.suppress(BlockingIOError):
                     sent += sender.sock.send(b'x' * 65536)
             self.assertLess(sent, 64 << 20)
@@ -907,7 +916,7 @@ class RelayTest(Case):
         idle, _ = self.tunnel(server, self.held)
         busy, far = self.tunnel(server, self.held)
         started = time.monotonic()
-        while not socks.wait([idle.sock], [], 0.02):
+        while not ready([idle.sock], [], 0.02):
             far.send(b'x')
             busy.read(1)
         self.assertEqual(idle.rest(), b'')
@@ -947,7 +956,7 @@ class RelayTest(Case):
 
 
 class OneLoop(socks.Server):
-    relay_loops = 1
+    heavy_loops = 0
 
 
 # --------------------------------------------------------------------------------------- lifecycle
@@ -1002,7 +1011,7 @@ class LifecycleTest(Case):
             peer.ask(Greeting(b'\0'), Choice)
         third = self.peer(server.server_address)
         third.send(Greeting(b'\0').pack())
-        self.assertFalse(socks.wait([third.sock], [], 0.3))
+        self.assertFalse(ready([third.sock], [], 0.3))
         first.sock.close()
         self.assertEqual(third.read(2), b'\5\0')
 
@@ -1037,11 +1046,11 @@ class LifecycleTest(Case):
     def test_garbage(self):
         """5,000 random handshakes and 5,000 damaged ones; then a normal client is served."""
         class Near(socks.Handler):
-            def destinations(self, address):
+            def destinations(self, address, until):
                 """Whatever the bytes say, nothing leaves this machine."""
                 if not socks.canonical(address).host.startswith('127.'):
                     raise socks.Refused('far')
-                return super().destinations(address)
+                return super().destinations(address, until)
 
         server, origin = self.serve(Near), self.origin(echo)
         source = random.Random(2)
@@ -1064,17 +1073,57 @@ class LifecycleTest(Case):
         self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
 
     def test_no_thread_to_be_had(self):
-        """It costs one client, and the server goes on."""
-        server = self.serve()
+        """It costs one client that needs one, for a look-up; the server goes on."""
+        server, origin = self.serve(), self.origin(echo)
         threading.stack_size(1 << 46)           # more than any address space has
         try:
-            with Peer(server.server_address) as peer, self.assertRaises((OSError, EOFError)):
-                peer.ask(Greeting(b'\0'), Choice)
+            with Peer(server.server_address) as peer:
+                self.assertEqual(peer.connect('localhost', origin.port),
+                                 Response(Reply.GENERAL_FAILURE))
+            with Peer(server.server_address) as peer:
+                self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
         finally:
             threading.stack_size(0)
-        peer = self.peer(server.server_address)
-        self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
-        self.assertIn('refused: ', self.lines[0])
+        with Peer(server.server_address) as peer:
+            self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
+        self.assertIn("refused: can't start new thread", self.lines[0])
+
+    def test_look_ups_do_not_wait_for_each_other(self):
+        """A conversation that blocks takes a thread, and no time from the others."""
+        class Slow(socks.Handler):
+            def destinations(self, address, until):
+                if address.host == 'slow.example':
+                    yield socks.Call(blocker.wait, until)
+                return (yield from super().destinations(Address('127.0.0.1', address.port), until))
+
+        blocker = threading.Event()
+        self.addCleanup(blocker.set)
+        server, origin = self.serve(Slow, connect_timeout=1.0), self.origin(echo)
+        slow = [self.peer(server.server_address) for _ in range(5)]
+        for peer in slow:
+            peer.ask(Greeting(b'\0'), Choice)
+            peer.send(Request(1, Address('slow.example', origin.port)).pack())
+        started = time.monotonic()
+        self.assertEqual(self.peer(server.server_address).connect('x', origin.port).reply, 0)
+        self.assertLess(time.monotonic() - started, 0.5)
+        for peer in slow:
+            self.assertEqual(Response.unpack(peer.read).reply, Reply.TTL_EXPIRED)
+
+    def test_bug_in_a_handler(self):
+        """It costs one client, and is logged with its traceback."""
+        class Broken(socks.Handler):
+            def do_CONNECT(self, request):
+                if request.address.port == 1:
+                    raise ZeroDivisionError
+                return super().do_CONNECT(request)
+
+        server, origin = self.serve(Broken), self.origin(echo)
+        with Peer(server.server_address) as peer, self.assertRaises((OSError, EOFError)):
+            peer.connect('127.0.0.1', 1)
+        with Peer(server.server_address) as peer:
+            self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+        self.assertEqual(self.lines[0], 'this is a bug')
+        eventually(lambda: not server.clients)
 
 
 @unittest.skipUnless(os.environ.get(INSIDE), 'runs in the namespace that NamespaceTest makes')

@@ -940,7 +940,7 @@ class Loop:
     Other threads use only call() and stop().  `crew` does what blocks.  relieve(tunnel), if there
     is one, is called for a tunnel that turned out to carry much.
     """
-    BUFFER = 1 << 18                    # bytes that one read can bring
+    BUFFER = 1 << 20                    # bytes that one read can bring
 
     def __init__(self, crew=None, relieve=None):
         self.crew = crew
@@ -949,6 +949,7 @@ class Loop:
         self.timers = Timers()
         self.now = time.monotonic()     # as of this round of events
         self.buffer = memoryview(bytearray(self.BUFFER))
+        self.held = 0                   # bytes that relays hold because nobody takes them
         self._inbox = deque()
         self._asleep = False
         self._stopping = False
@@ -1196,9 +1197,11 @@ class Pipe:
     loaded    holds what the sink did not take, and waits for it; reads nothing meanwhile
     done      the source has ended, or the sink is gone
     """
-    # One read takes `size` bytes at most: little at first, so that many slow tunnels hold little,
-    # and more while the source fills it, because few large system calls are what makes it fast.
+    # One read takes `size` bytes at most: more while the source fills it, because few large system
+    # calls are what makes it fast; little at first and after the sink did not take all, and when
+    # the loop holds much already, so that many slow sinks cannot make it hold more and more.
     SMALLEST, LARGEST = 1 << 14, Loop.BUFFER
+    HELD = 1 << 26
 
     __slots__ = ('tunnel', 'source', 'sink', 'twin', 'load', 'done', 'size', 'count', 'events')
 
@@ -1225,7 +1228,8 @@ class Pipe:
         """Read once, and pass on at once what was read."""
         loop = self.tunnel.loop
         try:
-            count = self.source.recv_into(loop.buffer, self.size)
+            count = self.source.recv_into(
+                loop.buffer, self.size if loop.held < self.HELD else self.SMALLEST)
         except BLOCKED:
             return
         except OSError as error:
@@ -1238,6 +1242,7 @@ class Pipe:
             self.grow()
         self.pour(loop.buffer[:count])
         if self.load:
+            self.size = self.SMALLEST
             self.load = memoryview(bytes(self.load))    # the buffer is the whole loop's
             self.tunnel.watch()
 
@@ -1262,7 +1267,11 @@ class Pipe:
             sent = 0
         except OSError as error:
             return self.lose(error)
-        self.load = data[sent:]
+        self.keep(data[sent:] if sent < len(data) else b'')
+
+    def keep(self, load):
+        self.tunnel.loop.held += len(load) - len(self.load)
+        self.load = load
 
     def end(self):
         """The source has said all: tell the sink; the other direction goes on (half-close)."""
@@ -1274,7 +1283,7 @@ class Pipe:
     def lose(self, error):
         """The sink is gone.  What it sent before that is still to be read: the twin goes on."""
         self.done = True
-        self.load = b''
+        self.keep(b'')
         self.tunnel.error = error
         self.tunnel.watch()
 
@@ -1312,6 +1321,7 @@ class Tunnel:
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
         self.loop = loop
         loop.items.add(self)
+        loop.held += len(self.up.load) + len(self.down.load)
         self.moved = loop.now           # when bytes last did
         self.expire()
         for pipe, events in ((self.up, near_events), (self.down, 0)):
@@ -1319,11 +1329,18 @@ class Tunnel:
             loop.watch(pipe.source, events, pipe.events, pipe)
         self.up.flush()
 
+    def move(self, loop):
+        """Go on in another loop."""
+        self.leave()
+        self.loop = loop
+        loop.call(self, self.start, loop)
+
     def leave(self):
-        """Let go of the loop, so that another one can start this."""
+        """Have the loop forget this."""
         for pipe in (self.up, self.down):
             self.loop.watch(pipe.source, pipe.events, 0, pipe)
             pipe.events = 0
+        self.loop.held -= len(self.up.load) + len(self.down.load)
         self.loop.timers.set(self, None)
         self.loop.items.discard(self)
 
@@ -1348,10 +1365,9 @@ class Tunnel:
         """Close both sockets, by RST if asked to; only the first call counts."""
         client, self.client = self.client, None
         if client:
-            for pipe in (self.up, self.down):
-                pipe.done, pipe.load = True, b''
             self.leave()
             for pipe in (self.up, self.down):
+                pipe.done, pipe.load = True, b''
                 if reset:
                     with contextlib.suppress(OSError):
                         pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -1669,7 +1685,7 @@ class Server(socketserver.ThreadingTCPServer):
         for loop, thread in self._heavy:
             loop.stop()
             thread.join()
-        for loop in self._loops():
+        for loop in self.loops():
             loop.close()
 
     # Accepting.  The server is what its loop watches the listeners for, so that one thread does
@@ -1708,7 +1724,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _full(self):
         return self.max_clients and sum(
-            len(loop.items) for loop in self._loops()) >= self.max_clients
+            len(loop.items) for loop in self.loops()) >= self.max_clients
 
     def _pause(self):
         """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
@@ -1747,9 +1763,10 @@ class Server(socketserver.ThreadingTCPServer):
     @property
     def clients(self):
         """All that are served now, as a list of `Client`."""
-        return [item.client for loop in self._loops() for item in list(loop.items)]
+        return [item.client for loop in self.loops() for item in list(loop.items)]
 
-    def _loops(self):
+    def loops(self):
+        """All that carry clients."""
         return [self.loop, *(loop for loop, _ in self._heavy)]
 
     def _relieve(self, tunnel):
@@ -1764,9 +1781,7 @@ class Server(socketserver.ThreadingTCPServer):
                 thread.start()
                 self._heavy.append((loop, thread))
         if self._heavy and tunnel.loop is self.loop:
-            loop = min((loop for loop, _ in self._heavy), key=lambda loop: len(loop.items))
-            tunnel.leave()
-            loop.call(tunnel, tunnel.start, loop)
+            tunnel.move(min((loop for loop, _ in self._heavy), key=lambda loop: len(loop.items)))
 
 
 # ----------------------------------------------------------------------------------- command line

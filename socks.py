@@ -616,13 +616,17 @@ class Stream:
         self.until = until
         self.surplus = b''
 
-    def _receive(self):
-        """Conversation: what comes next; b'' at the end."""
+    def _more(self):
+        """Conversation: add what comes next to the surplus."""
         while True:
             try:
-                return self.sock.recv(self.SIZE)
+                data = self.sock.recv(self.SIZE)
+                break
             except BLOCKED:
                 yield from ready([self.sock], (), self.until)
+        if not data:
+            raise EOFError('the peer left')
+        self.surplus += data
 
     def read(self, unpack):
         """Conversation: what unpack(read) makes of the next bytes, however they are split.
@@ -634,19 +638,16 @@ class Stream:
             try:
                 message = unpack(read)
             except EOFError:
-                more = yield from self._receive()
-                if not more:
-                    raise EOFError('the peer left') from None
-                self.surplus += more
+                yield from self._more()
             else:
                 self.surplus = rest()
                 return message
 
     def peek(self):
         """Conversation: the next byte, as a number; it stays there."""
-        data = yield from self.read(lambda read: read(1))
-        self.surplus = data + self.surplus
-        return data[0]
+        while not self.surplus:
+            yield from self._more()
+        return self.surplus[0]
 
     def write(self, message):
         """Conversation: send all of a message."""
@@ -662,11 +663,12 @@ class Stream:
 
         A close with unread bytes would send RST, which may overtake and destroy our last message.
         """
-        self.until = until
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            while (yield from self._receive()):
-                pass
+            while time.monotonic() < until:
+                yield from ready([self.sock], (), until)
+                if not self.sock.recv(self.SIZE):
+                    break
 
 
 def interleave(addresses):
@@ -1537,11 +1539,13 @@ class Handler(socketserver.BaseRequestHandler):
                                 reply=Reply.COMMAND_NOT_SUPPORTED) from None
         self.client.command = name
         self.client.target = shown(str(request.address))
+        log.debug('%s: %s %s', self.client.address, name, self.client.target)
         return execute(request)
 
     def do_CONNECT(self, request):
         until = self.stream.until = after(self.settings.connect_timeout)
         addresses = yield from self.destinations(request.address, until)
+        log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
         target = yield from dial(addresses, until, self.settings.source)
         try:
             yield from self.answer(Reply.SUCCEEDED, Address(*target.getsockname()[:2]))
@@ -1781,6 +1785,7 @@ class Server(socketserver.ThreadingTCPServer):
                 thread.start()
                 self._heavy.append((loop, thread))
         if self._heavy and tunnel.loop is self.loop:
+            log.debug('%s: carries much', tunnel.client.address)
             tunnel.move(min((loop for loop, _ in self._heavy), key=lambda loop: len(loop.items)))
 
 

@@ -706,6 +706,21 @@ class ConversationTest(Case):
             peer.send(hexed('050101') + b'x' * 100000)
             self.assertEqual(peer.rest(), hexed('05ff'))
 
+    def test_flood_after_refusal(self):
+        """A client that goes on sending is cut off, and slows nobody meanwhile."""
+        server = self.serve()
+        flood = self.peer(server.server_address)
+        flood.send(hexed('050101'))
+        self.assertEqual(flood.read(2), hexed('05ff'))
+        started = time.monotonic()
+        with self.assertRaises(ConnectionError):
+            while time.monotonic() < started + PATIENCE:
+                flood.send(bytes(1 << 20))
+                with Peer(server.server_address) as peer:
+                    before = time.monotonic()
+                    peer.ask(Greeting(b'\0'), Choice)
+                    self.assertLess(time.monotonic() - before, 0.5)
+
     def test_hooks(self):
         """R-12, and the ways to decide more that Server's docstring names."""
         class Strict(socks.Server):
@@ -1094,7 +1109,7 @@ class LifecycleTest(Case):
 
     def test_no_thread_to_be_had(self):
         """It costs one client that needs one, for a look-up; the server goes on."""
-        server, origin = self.serve(), self.origin(echo)
+        server, origin = self.serve(), self.origin()
         threading.stack_size(1 << 46)           # more than any address space has
         try:
             with Peer(server.server_address) as peer:
@@ -1327,6 +1342,7 @@ class CommandLineTest(Case):
                 peer.sock.close()
                 program.stop()
             self.assertEqual('refused: Connection refused' in program.log, expected)
+            self.assertEqual('dialling 127.0.0.1:' in program.log, arguments == ['-v'])
 
     @unittest.skipUnless(socks.resource, 'no limit of open files on this system')
     def test_descriptors_run_out(self):

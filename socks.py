@@ -78,6 +78,8 @@ class Command(enum.IntEnum):
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
+    RESOLVE = 0xF0                      # these two are Tor's, see its socks-extensions.txt
+    RESOLVE_PTR = 0xF1
 
 
 class AddressType(enum.IntEnum):
@@ -168,8 +170,12 @@ class ProtocolError(GeneralProxyError):
 
 
 class Refused(ProxyError):
-    """Our own policy says no."""
+    """Our own policy says no; `address` is whom it concerns, where a reply should tell."""
     reply = Reply.NOT_ALLOWED
+
+    def __init__(self, msg, socket_err=None, reply=None, address=None):
+        super().__init__(msg, socket_err, reply)
+        self.address = address
 
 
 ERRNO_REPLIES = {
@@ -234,10 +240,15 @@ def expect_version(name, got, wanted):
         raise ProtocolError(f'{name} version {got:#04x}, expected {wanted:#04x}')
 
 
+def family_of(host):
+    """The address family of an IP address given as text."""
+    return socket.AF_INET6 if ':' in host else socket.AF_INET
+
+
 def ip_bytes(host):
     """The 4 or 16 bytes of an IP address given as text; None for any other text."""
     try:
-        return socket.inet_pton(socket.AF_INET6 if ':' in host else socket.AF_INET, host)
+        return socket.inet_pton(family_of(host), host)
     except (OSError, ValueError):       # ValueError: NUL or characters outside ASCII
         return None
 
@@ -497,11 +508,9 @@ def canonical(address):
     """`address` as rules, resolver and log should see it.
 
     An IP address, which many clients send as a name, becomes a plain one; a name becomes lower-case
-    ASCII without brackets and final dot.  ProtocolError for what can be neither, and for port 0.
+    ASCII without brackets and final dot.  ProtocolError for what can be neither.
     """
     host, port = address
-    if not port:
-        raise ProtocolError('port 0, expected 1 to 65535')
     if host.startswith('[') and host.endswith(']'):
         host = host[1:-1]
     ip = plain_ip(host)
@@ -588,7 +597,7 @@ def ready(reading, writing, until, pause=None):
     return found
 
 
-def resolve(address, until=None, kind=socket.SOCK_STREAM):
+def resolve(address, until=None):
     """Conversation: the IP addresses, a list of `Address`, that a canonical `address` stands for.
 
     Raises socket.gaierror.
@@ -598,7 +607,8 @@ def resolve(address, until=None, kind=socket.SOCK_STREAM):
         return [address]
     if host.rpartition('.')[2] in NEVER_RESOLVED:
         raise socket.gaierror(socket.EAI_NONAME, f'{host} is never resolved')
-    found = yield Call(functools.partial(socket.getaddrinfo, host.encode(), port, 0, kind), until)
+    found = yield Call(functools.partial(
+        socket.getaddrinfo, host.encode(), port, 0, socket.SOCK_STREAM), until)
     return list(dict.fromkeys(Address(plain_ip(sockaddr[0].partition('%')[0]), port)
                               for *_, sockaddr in found))
 
@@ -610,6 +620,7 @@ class Stream:
     first bytes of the tunnel.
     """
     SIZE = 4096                         # bytes; holds any handshake whole
+    LARGEST = 1 << 16                   # surplus
 
     def __init__(self, sock, until):
         self.sock = sock
@@ -649,6 +660,18 @@ class Stream:
             yield from self._more()
         return self.surplus[0]
 
+    def wait_for(self, sockets, until):
+        """Conversation: return when one of the sockets is readable, socket.timeout at `until`.
+
+        Meanwhile take what the peer sends, up to LARGEST; EOFError if it ends.
+        """
+        while True:
+            own = [self.sock] if len(self.surplus) < self.LARGEST else []
+            found = yield from ready([*sockets, *own], (), until)
+            if self.sock not in found:
+                return
+            yield from self._more()
+
     def write(self, message):
         """Conversation: send all of a message."""
         data = message.pack()
@@ -673,7 +696,8 @@ class Stream:
 
 def interleave(addresses):
     """The addresses, their families in turn, the first one's first (RFC 8305 section 4)."""
-    first = [a for a in addresses if (':' in a.host) == (':' in addresses[0].host)]
+    family = family_of(addresses[0].host)
+    first = [a for a in addresses if family_of(a.host) == family]
     other = [a for a in addresses if a not in first]
     turns = itertools.zip_longest(first, other)
     return [address for turn in turns for address in turn if address]
@@ -685,14 +709,16 @@ def start_connect(address, source):
     `source` has the local addresses to use, at most one of a family; a family without one is then
     unreachable.
     """
-    family = socket.AF_INET6 if ':' in address.host else socket.AF_INET
+    family = family_of(address.host)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if source:
-            bind_source(sock, family, source)
+            if sys.platform == 'linux':
+                sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((source_of(family, source), 0))
         error = sock.connect_ex(address)
         if error not in IN_PROGRESS:
             raise OSError(error, os.strerror(error))
@@ -702,13 +728,13 @@ def start_connect(address, source):
         raise
 
 
-def bind_source(sock, family, source):
-    """Bind `sock` to the address of its family in `source`."""
+def source_of(family, source):
+    """The address of `family` in `source`; if that is empty, zeros: any of ours."""
+    if not source:
+        return '::' if family == socket.AF_INET6 else '0.0.0.0'
     for host in source:
-        if (':' in host) == (family == socket.AF_INET6):
-            if sys.platform == 'linux':
-                sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            return sock.bind((host, 0))
+        if family_of(host) == family:
+            return host
     raise OSError(errno.ENETUNREACH, 'no source address of this family')
 
 
@@ -748,26 +774,39 @@ def dial(addresses, until=None, source=()):
     raise min(reversed(errors), key=lambda error: TELLING.get(reply_for(error), len(TELLING)))
 
 
-def bound(address):
-    """A non-blocking TCP socket bound to `address` (an IP address), ready for listen()."""
-    family = socket.AF_INET6 if ':' in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def bound(address, kind=socket.SOCK_STREAM):
+    """A non-blocking socket bound to `address`, an IP address; a TCP one ready for listen()."""
+    family = family_of(address.host)
+    sock = socket.socket(family, kind)
     try:
         sock.setblocking(False)
-        if os.name == 'posix':
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        else:                           # Windows: there SO_REUSEADDR would share a port in use
+        if os.name != 'posix':          # Windows: there SO_REUSEADDR would share a port in use
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        elif kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:   # systems differ in their default
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # Accepted sockets inherit these two.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if kind == socket.SOCK_STREAM:  # accepted sockets inherit these two
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.bind(address)
         return sock
     except OSError as error:
         sock.close()
         raise OSError(error.errno, f'cannot listen on {address}: {error.strerror}') from None
+
+
+def bound_in(host, ports):
+    """A UDP socket bound to `host` and a port of (lowest, highest); OSError if none is free."""
+    lowest, highest = ports
+    first = lowest + int.from_bytes(os.urandom(4), 'big') % (highest - lowest + 1)
+    for port in itertools.chain(range(first, highest + 1), range(lowest, first)):
+        try:
+            return bound(Address(host, port), socket.SOCK_DGRAM)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, f'no UDP port is free of {lowest} to {highest}')
 
 
 # ----------------------------------------------------------------------------------------- access
@@ -778,17 +817,30 @@ class Settings(NamedTuple):
     users               name to password, both bytes; without users nobody is asked
     open                serve strangers: listen beyond loopback although there are no users
     source              local IP addresses to connect from, at most one of a family
+    advertise           IP addresses to name in replies to BIND and UDP ASSOCIATE instead of our
+                        own, at most one of a family, for a proxy behind NAT
+    udp_ports           (lowest, highest) that clients send datagrams to; (0, 0): any
+    udp_strict          pass on datagrams only from where the client has sent some
+    tor_extensions      offer Tor's RESOLVE and RESOLVE_PTR
     handshake_timeout   from accept to the whole request
     connect_timeout     for connecting to the target, all its addresses together
+    bind_timeout        for the peer that BIND waits for
     idle_timeout        for a tunnel through which nothing moves
+    udp_timeout         for an association without datagrams
     max_clients         clients at once; further ones wait in the listen queue
     """
     users: Mapping[bytes, bytes] = MappingProxyType({})
     open: bool = False
     source: Tuple[str, ...] = ()
+    advertise: Tuple[str, ...] = ()
+    udp_ports: Tuple[int, int] = (0, 0)
+    udp_strict: bool = False
+    tor_extensions: bool = False
     handshake_timeout: float = 30.0
     connect_timeout: float = 30.0
+    bind_timeout: float = 120.0
     idle_timeout: float = 0.0
+    udp_timeout: float = 300.0
     max_clients: int = 0
 
 
@@ -823,8 +875,7 @@ def is_loopback(host):
 
 def is_ours(host):
     """Whether the IP address `host` is one of this machine's."""
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+    with socket.socket(family_of(host), socket.SOCK_DGRAM) as sock:
         try:
             sock.bind((host, 0))
         except OSError:
@@ -832,13 +883,14 @@ def is_ours(host):
         return True
 
 
-def authorize(client, target, listeners):
+def authorize(client, command, target, listeners):
     """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
 
     A client on this host may reach anything.  Any other must not use the proxy to reach what
-    trusts this host: its own services, its link, or the proxy (`listeners`) itself.
+    trusts this host: its own services, its link, or the proxy (`listeners`) itself; nor BIND for
+    anybody, which is what a target of zeros means there.
     """
-    if target.host in ('0.0.0.0', '::'):        # a system may take it for itself
+    if target.host in ('0.0.0.0', '::') and command != Command.BIND:
         raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
     if is_loopback(client.host):
         return
@@ -1192,6 +1244,38 @@ class Crew:
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
 
 
+class Relay:
+    """What a loop carries for a client after the conversation; closes its sockets at its end.
+
+    `moved` is when something last did, in the loop's time; after `patience` seconds without, the
+    relay ends.
+    """
+    __slots__ = ('client', 'loop', 'due', 'moved')
+
+    def __init__(self, client):
+        self.client = client
+        self.due = None
+
+    def begin(self, loop):
+        """Belong to `loop`."""
+        self.loop = loop
+        self.moved = loop.now
+        loop.items.add(self)
+        self.expire()
+
+    def expire(self):
+        """Close what is idle; come back when it may be."""
+        if self.patience and self.moved + self.patience <= time.monotonic():
+            self.close('idle')
+        elif self.patience:
+            self.loop.timers.set(self, self.moved + self.patience)
+
+    def leave(self):
+        """Belong to no loop."""
+        self.loop.timers.set(self, None)
+        self.loop.items.discard(self)
+
+
 class Pipe:
     """One direction of a `Tunnel`: what `source` sends goes to `sink`.
 
@@ -1303,29 +1387,29 @@ class Pipe:
         self.tunnel.close(outcome)
 
 
-class Tunnel:
+class Tunnel(Relay):
     """Two sockets, joined; owns both from its making on.
 
     Ends when both directions are done, when a side resets (which is passed on as a reset), when
     nothing has moved for too long, or with its loop.
     """
-    __slots__ = ('client', 'loop', 'due', 'up', 'down', 'moved', 'error')
+    __slots__ = ('up', 'down', 'error')
 
     def __init__(self, client, near, far, surplus=b''):
-        self.client = client
-        self.due = None
+        super().__init__(client)
         self.up = Pipe(self, near, far, surplus)
         self.down = Pipe(self, far, near)
         self.up.twin, self.down.twin = self.down, self.up
         self.error = None               # what took one side away
 
+    @property
+    def patience(self):
+        return self.client.server.settings.idle_timeout
+
     def start(self, loop, near_events=0):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
-        self.loop = loop
-        loop.items.add(self)
+        self.begin(loop)
         loop.held += len(self.up.load) + len(self.down.load)
-        self.moved = loop.now           # when bytes last did
-        self.expire()
         for pipe, events in ((self.up, near_events), (self.down, 0)):
             pipe.events = pipe.wanted()
             loop.watch(pipe.source, events, pipe.events, pipe)
@@ -1338,13 +1422,11 @@ class Tunnel:
         loop.call(self, self.start, loop)
 
     def leave(self):
-        """Have the loop forget this."""
+        super().leave()
         for pipe in (self.up, self.down):
             self.loop.watch(pipe.source, pipe.events, 0, pipe)
             pipe.events = 0
         self.loop.held -= len(self.up.load) + len(self.down.load)
-        self.loop.timers.set(self, None)
-        self.loop.items.discard(self)
 
     def watch(self):
         if not (self.up.done and self.down.done):
@@ -1354,14 +1436,6 @@ class Tunnel:
             self.close(reason(self.error), reset=True)
         else:
             self.close('done')
-
-    def expire(self):
-        """Close what is idle, and come back when the rest may be."""
-        limit = self.client.server.settings.idle_timeout
-        if limit and self.moved + limit <= time.monotonic():
-            self.close('idle')
-        elif limit:
-            self.loop.timers.set(self, self.moved + limit)
 
     def close(self, outcome, reset=False):
         """Close both sockets, by RST if asked to; only the first call counts."""
@@ -1375,6 +1449,302 @@ class Tunnel:
                         pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 pipe.source.close()
             client.end(outcome, self.up.count, self.down.count)
+
+
+class Reassembly:
+    """The queue of the fragments of one datagram (RFC 1928 section 7)."""
+    PATIENCE = 10.0                     # seconds; the RFC wants 5 at least
+    LARGEST = 65507                     # bytes, what one UDP datagram over IPv4 can carry
+
+    def __init__(self):
+        self.position = 0               # of the last fragment; 0: the queue is empty
+
+    def add(self, datagram, now):
+        """The whole datagram if this is its last fragment, else None.
+
+        A datagram that is none abandons the queue, as does a fragment that cannot follow.
+        """
+        position, last = datagram.fragment & 0x7F, datagram.fragment & 0x80
+        if position == self.position > 1 and now <= self._end:
+            return None                 # the same again
+        if position != self.position + 1 or self.position and now > self._end:
+            self.position = 0
+        if not datagram.fragment:
+            return datagram
+        if position == 1:
+            self._address, self._parts, self._end = datagram.address, [], now + self.PATIENCE
+        elif not self.position or datagram.address != self._address:
+            self.position = 0
+            return None
+        self.position = position
+        self._parts.append(datagram.payload)
+        if sum(map(len, self._parts)) > self.LARGEST:
+            self.position = 0
+        elif last:
+            self.position = 0
+            return Datagram(self._address, b''.join(self._parts))
+        return None
+
+
+class UdpRelay(Relay):
+    """The datagrams of one client, to any targets and back (RFC 1928 section 7).
+
+    control    the client's TCP connection, whose end is the relay's
+    near       the UDP socket for the client
+    hint       the address that the client says it will send from, as far as it knows
+
+    Datagrams count only from the client's IP address, and from the port that it announced; but if
+    it did not, or not with this address, so that the port may be another on the way here, from
+    that which is used first, until the announced one is.  Once that is settled, `near` is
+    connected and the system keeps strangers away.  A datagram that goes wrong is never answered.
+    """
+    BATCH = 64                          # datagrams before others get their turn
+    ROUTES = 1024                       # targets, and sources, known at a time
+    QUEUE = 64                          # datagrams that wait for look-ups
+    RETRY = 5.0                         # seconds until a failed look-up is tried again
+    ROOM = 22                           # bytes of the longest header of an answer
+
+    def __init__(self, client, control, near, hint):
+        super().__init__(client)
+        self.control = control
+        self.near = near
+        self.hint = hint
+        self.owner = None               # the client's UDP address, once it sent
+        self.connected = False
+        self.far = {}                   # family: the socket that targets see
+        self.routes = {}                # header: (socket, address) of the target
+        self.headers = {}               # address of a sender: header
+        self.queues = {}                # header: payloads that wait for its look-up
+        self.failed = {}                # header: when to try again
+        self.reassembly = Reassembly()
+        self.up = self.down = self.dropped = 0
+
+    @property
+    def patience(self):
+        return self.client.server.settings.udp_timeout
+
+    def start(self, loop, control_events=0):
+        self.begin(loop)
+        loop.watch(self.control, control_events, READ, self)
+        loop.watch(self.near, 0, READ, self)
+
+    def ready(self, sock, _):
+        if not self.client:             # closed by an earlier event of this round
+            return
+        if sock is self.control:
+            self.listen()
+        elif sock is self.near:
+            self.from_client()
+        else:
+            self.from_target(sock)
+
+    def listen(self):
+        """What a client says on its TCP connection means nothing, but that it ends does."""
+        try:
+            if self.control.recv(4096):
+                return
+        except BLOCKED:
+            return
+        except OSError as error:
+            return self.close(reason(error))
+        self.close('done')
+
+    # From the client.  The bytes of the header are the key to the route, so that a target is
+    # unpacked, resolved and judged once.
+
+    def from_client(self):
+        buffer, routes = self.loop.buffer, self.routes
+        for _ in range(self.BATCH):
+            try:
+                count, source = self.near.recvfrom_into(buffer)
+            except BLOCKED:
+                return
+            except OSError:             # of an earlier send
+                continue
+            end = self.header_end(buffer, count)
+            if source != self.owner and not self.admit(source):
+                self.drop(f'{source} is not the client')
+                continue
+            if end > count:
+                self.drop('malformed header')
+                continue
+            self.moved = self.loop.now
+            header = bytes(buffer[:end])
+            route = routes.get(header)
+            if route and not self.reassembly.position:
+                self.send(route, buffer[end:count])
+            else:
+                self.take(header, bytes(buffer[end:count]))
+
+    @staticmethod
+    def header_end(data, count):
+        """Where the header of a datagram of `count` bytes ends; beyond them if it has none."""
+        if count > 4:
+            kind = data[3]
+            if kind == AddressType.IPV4:
+                return 10
+            if kind == AddressType.DOMAINNAME:
+                return 7 + data[4]
+            if kind == AddressType.IPV6:
+                return 22
+        return count + 1
+
+    def admit(self, source):
+        """Whether a datagram from `source`, of whom we have had none, is the client's."""
+        if source[0] != self.client.address.host:
+            return False
+        announced = source[1] == self.hint.port
+        if not announced and (self.owner or self.hint.host == source[0]):
+            return False
+        self.owner = source
+        if announced or not self.hint.port:
+            with contextlib.suppress(OSError):
+                self.near.connect(source)
+                self.connected = True
+        return True
+
+    def take(self, header, payload):
+        """Find the way of a datagram whose route is not known."""
+        datagram = self.reassembly.add(
+            Datagram(Address.unpack(reader(header[3:])[0]), payload, header[2]), self.loop.now)
+        if datagram:
+            header = b'\0\0\0' + header[3:]
+            if header in self.routes:
+                self.send(self.routes[header], datagram.payload)
+            elif header in self.queues:
+                self.queue(header, datagram.payload)
+            else:
+                self.find(header, datagram)
+
+    def find(self, header, datagram):
+        """Have the target looked up."""
+        try:
+            address = canonical(datagram.address)
+        except ProtocolError as error:
+            return self.drop(error)
+        if self.failed.get(header, 0) > self.loop.now:
+            return self.drop(f'{address.host} was not found or not allowed a moment ago')
+        self.queues[header] = []
+        self.queue(header, datagram.payload)
+        if ip_bytes(address.host) is not None:
+            return self.found(header, [address])
+        try:
+            self.loop.crew.run(self.look_up, header, address)
+        except RuntimeError:            # no thread to be had
+            self.found(header, [])
+
+    def queue(self, header, payload):
+        if sum(map(len, self.queues.values())) < self.QUEUE:
+            self.queues[header].append(payload)
+        else:
+            self.drop('too many wait for look-ups')
+
+    def look_up(self, header, address):
+        """In a thread of the crew."""
+        try:
+            addresses = run(resolve(address))
+        except OSError:
+            addresses = []
+        self.loop.call(self, self.found, header, addresses)
+
+    def found(self, header, addresses):
+        """Send what waits to the first address that may be reached and can be, and remember it."""
+        payloads = self.queues.pop(header)
+        for address in addresses:
+            try:
+                self.client.server.authorize(self.client, address)
+                route = self.far_socket(address.host), address
+                self.learn(self.routes, header, route)
+                self.learn(self.headers, tuple(address), Datagram(address, b'').pack())
+            except OSError as error:
+                log.debug('%s: %s', self.client.address, reason(error))
+                continue
+            for payload in payloads:
+                self.send(route, payload)
+            return
+        for _ in payloads:
+            self.drop('its target was not found or is not allowed')
+        if len(self.failed) >= self.ROUTES:
+            self.failed.clear()
+        self.failed[header] = self.loop.now + self.RETRY
+
+    def far_socket(self, host):
+        """The socket for targets of the family of `host`."""
+        family = family_of(host)
+        if family not in self.far:
+            source = source_of(family, self.client.server.settings.source)
+            sock = self.far[family] = bound(Address(source, 0), socket.SOCK_DGRAM)
+            self.loop.watch(sock, 0, READ, self)
+        return self.far[family]
+
+    def send(self, route, payload):
+        sock, address = route
+        try:
+            sock.sendto(payload, address)
+            self.up += len(payload)
+        except OSError as error:
+            self.drop(reason(error))
+
+    def learn(self, known, key, value):
+        """Set known[key]; all is forgotten together when it becomes too much."""
+        if len(known) >= self.ROUTES:
+            self.routes.clear()
+            self.headers.clear()
+        known[key] = value
+
+    # To the client.  The header of an answer goes into the room before it, so that nothing is
+    # copied.
+
+    def from_target(self, sock):
+        buffer, headers = self.loop.buffer, self.headers
+        for _ in range(self.BATCH):
+            try:
+                count, source = sock.recvfrom_into(buffer[self.ROOM:])
+            except BLOCKED:
+                return
+            except OSError:             # of an earlier send
+                continue
+            self.moved = self.loop.now
+            header = headers.get(source[:2]) or self.meet(source[:2])
+            if not header:
+                self.drop(f'{source} was not sent to')
+                continue
+            start = self.ROOM - len(header)
+            buffer[start:self.ROOM] = header
+            self.answer(buffer[start:self.ROOM + count], count)
+
+    def meet(self, source):
+        """The header for a sender to whom the client did not send, if that is allowed."""
+        if self.client.server.settings.udp_strict:
+            return None
+        header = Datagram(Address(*source), b'').pack()
+        self.learn(self.headers, source, header)
+        return header
+
+    def answer(self, datagram, count):
+        try:
+            if self.connected:
+                self.near.send(datagram)
+            else:
+                self.near.sendto(datagram, self.owner)
+            self.down += count
+        except OSError as error:        # too large with its header, or nobody listens any more
+            self.drop(reason(error))
+
+    def drop(self, why):
+        self.dropped += 1
+        log.debug('%s: datagram dropped: %s', self.client.address, why)
+
+    def close(self, outcome):
+        client, self.client = self.client, None
+        if client:
+            self.leave()
+            for sock in (self.control, self.near, *self.far.values()):
+                self.loop.watch(sock, READ, 0, self)
+                sock.close()
+            if self.dropped:
+                outcome = f'{outcome}, {self.dropped} datagrams dropped'
+            client.end(outcome, self.up, self.down)
 
 
 # ----------------------------------------------------------------------------------------- server
@@ -1409,7 +1779,8 @@ class Client:
     def __init__(self, server, address):
         self.server = server
         self.address = address
-        self.protocol = self.user = self.command = self.target = '-'
+        self.protocol = self.user = self.target = '-'
+        self.command = None             # a `Command`
         self.started = time.monotonic()
 
     def end(self, outcome, up=0, down=0):
@@ -1420,15 +1791,15 @@ class Client:
         self.server.client_ended()
         if outcome:
             log.info('%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s', self.address, self.user,
-                     self.protocol, self.command, self.target, outcome, up, down,
+                     self.protocol, self.command.name if self.command else '-', self.target,
+                     outcome, up, down,
                      time.monotonic() - self.started)
 
 
-class Handler(socketserver.BaseRequestHandler):
+class Negotiation(socketserver.BaseRequestHandler):
     """What is said with one client, up to its relay or its refusal; all of it conversations.
 
-    converse: negotiate, then do_COMMAND, whose result is the relay.  A command that is not there
-    as a method is refused as not supported.
+    converse: negotiate, then command(request) of the subclass, whose result is the relay.
     """
 
     def __init__(self, request, client, server):
@@ -1472,12 +1843,11 @@ class Handler(socketserver.BaseRequestHandler):
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
         self.outcome = f'refused: {reason(error)}'
+        address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.answer_form:
             with contextlib.suppress(OSError):
-                yield from self.answer(reply_for(error))
+                yield from self.answer(reply_for(error), address)
                 yield from self.stream.linger(after(LINGER))
-
-    # Negotiation
 
     def negotiate(self):
         """The client's request, after all that comes before it."""
@@ -1528,21 +1898,37 @@ class Handler(socketserver.BaseRequestHandler):
             if not authenticated(self.settings.users, credentials):
                 raise Refused('wrong user name or password')
 
-    # Commands
+
+class Handler(Negotiation):
+    """What a client can ask for: a method do_COMMAND for each `Command`.
+
+    One that is not there, or that the settings switch off, is refused as not supported.
+    """
 
     def command(self, request):
-        try:
-            name = Command(request.command).name
-            execute = getattr(self, 'do_' + name)
-        except (ValueError, AttributeError):
-            raise ProtocolError(f'command {request.command:#04x} is not supported',
-                                reply=Reply.COMMAND_NOT_SUPPORTED) from None
-        self.client.command = name
+        command = self.client.command = self.known(request)
         self.client.target = shown(str(request.address))
-        log.debug('%s: %s %s', self.client.address, name, self.client.target)
-        return execute(request)
+        log.debug('%s: %s %s', self.client.address, command.name, self.client.target)
+        return getattr(self, 'do_' + command.name)(request)
+
+    def known(self, request):
+        """The command, if there is such a one here."""
+        try:
+            command = Command(request.command)
+        except ValueError:
+            command = None
+        theirs = not isinstance(request, Request4) or command in (
+            Command.CONNECT, Command.BIND, Command.RESOLVE)
+        ours = self.settings.tor_extensions or command not in (
+            Command.RESOLVE, Command.RESOLVE_PTR)
+        if command and theirs and ours and hasattr(self, 'do_' + command.name):
+            return command
+        raise ProtocolError(f'command {request.command:#04x} is not supported',
+                            reply=Reply.COMMAND_NOT_SUPPORTED)
 
     def do_CONNECT(self, request):
+        if not request.address.port:
+            raise ProtocolError('port 0, expected 1 to 65535')
         until = self.stream.until = after(self.settings.connect_timeout)
         addresses = yield from self.destinations(request.address, until)
         log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
@@ -1553,6 +1939,101 @@ class Handler(socketserver.BaseRequestHandler):
         except BaseException:
             target.close()
             raise
+
+    def do_BIND(self, request):
+        """Accept one connection, of the peer that the client named, on its behalf.
+
+        Others are turned away; if one of them was all that came, the second reply says so.
+        """
+        until = self.stream.until = after(self.settings.bind_timeout)
+        expected = {host for host, _ in (yield from self.destinations(request.address, until))}
+        host, told = self.own_address()
+        with bound(Address(host, 0)) as listener:
+            listener.listen(16)
+            yield from self.answer(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
+            peer, address = yield from self.accept(listener, expected, until)
+        try:
+            yield from self.answer(Reply.SUCCEEDED, address)
+            return Tunnel(self.client, self.request, peer, self.stream.surplus)
+        except BaseException:
+            peer.close()
+            raise
+
+    def accept(self, listener, expected, until):
+        """The socket and the address of the expected peer, any if zeros are expected."""
+        stranger = None
+        while True:
+            try:
+                peer, address = listener.accept()
+            except BLOCKED:
+                try:
+                    yield from self.stream.wait_for([listener], until)
+                except socket.timeout:
+                    if stranger:
+                        raise Refused(f'only {stranger} came', address=stranger) from None
+                    raise
+                continue
+            address = Address(*address[:2])
+            if expected & {address.host, '0.0.0.0', '::'}:
+                peer.setblocking(False)
+                return peer, address
+            stranger = address
+            peer.close()
+
+    def do_UDP_ASSOCIATE(self, request):
+        """Relay datagrams; DST may be where the client will send from, or anything."""
+        host, told = self.own_address()
+        near = bound_in(host, self.settings.udp_ports)
+        try:
+            yield from self.answer(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
+            return UdpRelay(self.client, self.request, near, self.hint(request.address))
+        except BaseException:
+            near.close()
+            raise
+
+    def hint(self, address):
+        """Where the client will send from, of what it says.
+
+        Some programs put their target there, and some do not know their address (PySocks: "0").
+        """
+        plausible = ('', '0', '0.0.0.0', '::', self.client.address.host)
+        return address if address.port and address.host in plausible else UNSPECIFIED
+
+    def do_RESOLVE(self, request):
+        """Tor's command for a look-up; an IPv4 address is what its users expect."""
+        until = self.stream.until = after(self.settings.connect_timeout)
+        addresses = yield from resolve(canonical(request.address), until)
+        address = min(addresses, key=lambda address: ':' in address.host)
+        yield from self.tell(Address(address.host, 0))
+
+    def do_RESOLVE_PTR(self, request):
+        """Tor's command for the name of an IP address."""
+        host = plain_ip(request.address.host)
+        if host is None:
+            raise ProtocolError('RESOLVE_PTR of a name, expected an IP address',
+                                reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        until = self.stream.until = after(self.settings.connect_timeout)
+        name, _ = yield Call(functools.partial(
+            socket.getnameinfo, (host, 0), socket.NI_NAMEREQD), until)
+        yield from self.tell(Address(name, 0))
+
+    def tell(self, address):
+        """Answer with an address, which is all that was asked for."""
+        self.outcome = f'done, {address.host}'
+        yield from self.answer(Reply.SUCCEEDED, address)
+        yield from self.stream.linger(after(LINGER))
+
+    def own_address(self):
+        """Our IP address for others to connect or send to, and how to tell it to the client.
+
+        The one that the client reached us at, or the one to advertise; that may be another host's
+        which forwards to us, so it is not always one to listen on.
+        """
+        host = self.request.getsockname()[0]
+        for told in self.settings.advertise:
+            if family_of(told) == family_of(host) and not is_loopback(host):
+                return (told if is_ours(told) else host), told
+        return host, host
 
     def destinations(self, address, until):
         """The IP addresses behind `address` that this client may reach; at least one."""
@@ -1762,7 +2243,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def authorize(self, client, target):
         """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP."""
-        authorize(client.address, target, self.addresses)
+        authorize(client.address, client.command, target, self.addresses)
 
     @property
     def clients(self):
@@ -1817,6 +2298,15 @@ def port_number(text):
     return int(text)
 
 
+def port_range(text):
+    """argparse type: (lowest, highest) of LOW-HIGH, or of one port."""
+    low, _, high = text.partition('-')
+    low, high = port_number(low), port_number(high or low)
+    if not 0 < low <= high:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected LOW-HIGH, from 1 to 65535')
+    return low, high
+
+
 def host_and_port(text):
     """argparse type: (host, port or None) of HOST, HOST:PORT, IPV6 or [IPV6]:PORT."""
     if ip_bytes(text) is not None:
@@ -1863,48 +2353,73 @@ def count(text):
     return int(text)
 
 
+DEFAULTS = Settings()
+
+# Group, then its options: flags and what add_argument() takes.
+OPTIONS = [
+    ('listening', [
+        (('-b', '--bind'), dict(
+            metavar='ADDRESS[:PORT]', type=host_and_port, action='append', default=[],
+            help='address or name to listen on, repeatable (default: 127.0.0.1)')),
+        (('-p', '--port'), dict(
+            metavar='PORT', type=port_number, default=1080,
+            help='port where --bind has none, 0 for a free one (default: %(default)s)'))]),
+    ('who may use it', [
+        (('-u', '--user'), dict(
+            metavar='NAME:PASSWORD', type=name_and_password, action='append', default=[],
+            dest='users', help='ask for a password, repeatable; others on this machine can see it, '
+                               'see SOCKS_USERS below (default: ask nobody)')),
+        (('--open',), dict(
+            action='store_true',
+            help='serve everybody: allow an address beyond loopback without users')),
+        (('--max-clients',), dict(
+            metavar='N', type=count, default=DEFAULTS.max_clients,
+            help='serve so many at once, further ones wait '
+                 '(default: as many as open files allow)'))]),
+    ('what they may do', [
+        (('--tor-extensions',), dict(
+            action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
+        (('--udp-strict',), dict(
+            action='store_true', help='pass on datagrams only from where the client has sent some '
+                                      '(default: from anywhere)'))]),
+    ('addresses', [
+        (('--source',), dict(
+            metavar='ADDRESS', type=ip_address, action='append', default=[],
+            help='connect from this address, repeatable: one IPv4, one IPv6 '
+                 '(default: as the system routes)')),
+        (('--advertise',), dict(
+            metavar='ADDRESS', type=ip_address, action='append', default=[],
+            help='tell this address to clients of BIND and UDP ASSOCIATE, repeatable: one IPv4, '
+                 'one IPv6 (default: where the client reached us)')),
+        (('--udp-ports',), dict(
+            metavar='LOW-HIGH', type=port_range, default=DEFAULTS.udp_ports,
+            help='ports that clients send datagrams to (default: any)'))]),
+    ('timeouts, in seconds, 0 for none', [
+        ((f'--{name}-timeout',), dict(
+            metavar='SECONDS', type=seconds, default=getattr(DEFAULTS, f'{name}_timeout'),
+            help=f'{what} (default: %(default)g)'))
+        for name, what in (
+            ('handshake', 'from accept to the whole request'),
+            ('connect', 'for connecting to the target'),
+            ('bind', 'for the peer that a BIND waits for'),
+            ('idle', 'for a connection through which nothing moves'),
+            ('udp', 'for an association without datagrams'))]),
+    ('logging', [
+        (('-v', '--verbose'), dict(action='store_true', help='log every step')),
+        (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
+        (('-V', '--version'), dict(action='version', version=f'socks.py {__version__}'))]),
+]
+
+
 def build_parser():
     """The command line; every default of a setting is the one in `Settings`."""
     parser = argparse.ArgumentParser(
         prog='socks.py', description='A SOCKS4, SOCKS4a and SOCKS5 proxy.', epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = Settings()
-
-    group = parser.add_argument_group('listening')
-    group.add_argument('-b', '--bind', metavar='ADDRESS[:PORT]', type=host_and_port,
-                       action='append', default=[],
-                       help='address or name to listen on, repeatable (default: 127.0.0.1)')
-    group.add_argument('-p', '--port', metavar='PORT', type=port_number, default=1080,
-                       help='port where --bind has none, 0 for a free one (default: 1080)')
-
-    group = parser.add_argument_group('who may use it')
-    group.add_argument('-u', '--user', metavar='NAME:PASSWORD', type=name_and_password,
-                       action='append', default=[], dest='users',
-                       help='ask for a password, repeatable; others on this machine can see it, '
-                            'see SOCKS_USERS below (default: ask nobody)')
-    group.add_argument('--open', action='store_true',
-                       help='serve everybody: allow an address beyond loopback without users')
-    group.add_argument('--max-clients', metavar='N', type=count, default=defaults.max_clients,
-                       help='serve so many at once, further ones wait '
-                            '(default: as many as open files allow)')
-
-    group = parser.add_argument_group('where they may go')
-    group.add_argument('--source', metavar='ADDRESS', type=ip_address, action='append', default=[],
-                       help='connect from this address, repeatable: one IPv4, one IPv6 '
-                            '(default: as the system routes)')
-
-    group = parser.add_argument_group('timeouts', 'all in seconds, 0 means none')
-    for name, what in (('handshake', 'from accept to the whole request'),
-                       ('connect', 'for connecting to the target'),
-                       ('idle', 'for a connection through which nothing moves')):
-        default = getattr(defaults, f'{name}_timeout')
-        group.add_argument(f'--{name}-timeout', metavar='SECONDS', type=seconds, default=default,
-                           help=f'{what} (default: {default:g})')
-
-    group = parser.add_argument_group('logging')
-    group.add_argument('-v', '--verbose', action='store_true', help='log every step')
-    group.add_argument('-q', '--quiet', action='store_true', help='log warnings only')
-    group.add_argument('-V', '--version', action='version', version=f'socks.py {__version__}')
+    for title, options in OPTIONS:
+        group = parser.add_argument_group(title)
+        for flags, details in options:
+            group.add_argument(*flags, **details)
     return parser
 
 
@@ -1915,10 +2430,13 @@ def settings_from(args, environ):
     users = dict(pairs)
     if len(users) < len(pairs):
         raise ValueError('a user is given twice')
-    if len({':' in host for host in args.source}) < len(args.source):
-        raise ValueError('--source: expected one address of a family')
-    fields = {name: value for name, value in vars(args).items() if name in Settings._fields}
-    return Settings(**dict(fields, users=MappingProxyType(users), source=tuple(args.source)))
+    for name in ('source', 'advertise'):
+        hosts = getattr(args, name)
+        if len(set(map(family_of, hosts))) < len(hosts):
+            raise ValueError(f'--{name}: expected one address of a family')
+    fields = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in vars(args).items() if name in Settings._fields}
+    return Settings(**dict(fields, users=MappingProxyType(users)))
 
 
 def raise_descriptor_limit(wanted=65536):

@@ -338,7 +338,7 @@ DATAGRAMS = [
 UNSENDABLE = [
     (Address('', 80), 'name of 0 bytes'),
     (Address('a' * 256, 80), 'name of 256 bytes'),
-    (Address('\udcff', 80), 'idna'),
+    (Address('\udcff', 80), 'idna|character|label'),
     (Credentials(b'u' * 256, b''), 'username of 256 bytes'),
     (Credentials(b'', b'p' * 256), 'password of 256 bytes'),
     (Request4(1, Address('::1', 80)), 'IPv6'),
@@ -449,10 +449,6 @@ class SocketsTest(Case):
             with self.subTest(host), self.assertRaises(ProtocolError) as caught:
                 socks.canonical(Address(host, 80))
             self.assertTrue(str(caught.exception).isprintable(), host)
-
-    def test_port_0(self):
-        with self.assertRaisesRegex(ProtocolError, 'port 0'):
-            socks.canonical(Address('127.0.0.1', 0))
 
     def test_resolve(self):
         self.assertEqual(resolve(Address('1.2.3.4', 80)), [Address('1.2.3.4', 80)])
@@ -622,7 +618,7 @@ BOB = [
 USERS = {b'bob': b'secret', '用户'.encode(): '密码'.encode()}
 
 
-class ConversationTest(Case):
+class VectorCase(Case):
     """Every vector, in the parts it names and one byte at a time."""
 
     def setUp(self):
@@ -631,12 +627,6 @@ class ConversationTest(Case):
         self.origin(echo, host='::1', port=origin.port)
         self.ports = {'port': origin.port, 'refused': self.refused_port(),
                       'silent': self.silent_port()}
-
-    def test_vectors(self):
-        self.check(NO_AUTHENTICATION, self.serve(connect_timeout=0.3))
-
-    def test_vectors_with_users(self):
-        self.check(BOB, self.serve(users=USERS))
 
     def check(self, vectors, server):
         for name, sends, answers, closes in vectors:
@@ -661,6 +651,15 @@ class ConversationTest(Case):
             self.assertRegex(peer.read(length), re.compile(expected, re.DOTALL))
             if answer.strip().endswith('~'):
                 peer.sock.recv(65536)
+
+
+class ConversationTest(VectorCase):
+
+    def test_vectors(self):
+        self.check(NO_AUTHENTICATION, self.serve(connect_timeout=0.3))
+
+    def test_vectors_with_users(self):
+        self.check(BOB, self.serve(users=USERS))
 
     def test_silence_ends_the_handshake(self):
         """N-16, N-21: one deadline for all of it, however slowly the client goes on."""
@@ -854,7 +853,7 @@ class RelayTest(Case):
             if one is near:
                 far.send(b'and now?')
                 self.assertEqual(near.read(8), b'and now?')
-        eventually(lambda: not server.clients)
+        eventually(lambda: self.lines)
         self.assertIn('done, 10 bytes up, 18 down', self.lines[0])
 
     def test_half_close_by_the_target(self):
@@ -992,6 +991,436 @@ class RelayTest(Case):
 
 class OneLoop(socks.Server):
     heavy_loops = 0
+
+
+# -------------------------------------------------------------------------------------------- BIND
+
+class BindTest(Case):
+
+    def bind(self, server, host='127.0.0.1', kind=Request, source=None):
+        """A client that has its first reply, and the address to connect to."""
+        peer = self.peer(server.server_address, source)
+        if kind is Request:
+            peer.ask(Greeting(b'\0'), Choice)
+        answer_class = Response if kind is Request else Response4
+        first = peer.ask(kind(socks.Command.BIND, Address(host, 0)), answer_class)
+        self.assertIn(first[0], (0, 0x5a))
+        return peer, first.address
+
+    def test_expected_peer(self):
+        """S4-17, R-30, R-31: by address, by name, in SOCKS4a, over IPv6; anybody for zeros."""
+        server = self.serve()
+        six = self.serve(host='::1')
+        for kind, host, answer_class, its in [
+                (Request, '127.0.0.1', Response, server), (Request, '0.0.0.0', Response, server),
+                (Request, 'localhost', Response, server), (Request, '::1', Response, six),
+                (Request4, '127.0.0.1', Response4, server),
+                (Request4, '0.0.0.0', Response4, server),
+                (Request4, 'localhost', Response4, server), (Request, '::', Response, six)]:
+            with self.subTest(kind=kind, host=host):
+                client, address = self.bind(its, host, kind)
+                self.assertEqual(address.host, its.server_address.host)
+                target = self.peer(address)
+                second = answer_class.unpack(client.read)
+                self.assertEqual(second[0], 0 if kind is Request else 0x5a)
+                self.assertEqual(second.address, target.sock.getsockname()[:2])
+                client.send(b'up')
+                target.send(b'down')
+                self.assertEqual((target.read(2), client.read(4)), (b'up', b'down'))
+
+    def test_only_a_stranger(self):
+        """S4-18, R-32: the second reply tells who came instead."""
+        server = self.serve(bind_timeout=0.3)
+        for kind, answer_class, refusal in [(Request, Response, Reply.NOT_ALLOWED),
+                                            (Request4, Response4, 0x5b)]:
+            client, address = self.bind(server, '127.0.0.1', kind)
+            stranger = self.peer(address, ('127.0.0.2', 0))
+            self.assertEqual(stranger.rest(), b'')
+            self.assertEqual(answer_class.unpack(client.read),
+                             answer_class(refusal, Address(*stranger.sock.getsockname())))
+            self.assertEqual(client.rest(), b'')
+
+    def test_stranger_first(self):
+        """He is turned away, and the one expected can still come."""
+        client, address = self.bind(self.serve())
+        self.assertEqual(self.peer(address, ('127.0.0.2', 0)).rest(), b'')
+        target = self.peer(address)
+        self.assertEqual(Response.unpack(client.read).address, target.sock.getsockname())
+
+    def test_nobody(self):
+        """S4-19: the time is over."""
+        server = self.serve(bind_timeout=0.2)
+        client, _ = self.bind(server)
+        self.assertEqual(Response.unpack(client.read), Response(Reply.TTL_EXPIRED))
+        client, _ = self.bind(server, kind=Request4)
+        self.assertEqual(Response4.unpack(client.read), Response4(0x5b))
+
+    def test_client_leaves(self):
+        """Its port is free at once."""
+        client, address = self.bind(self.serve())
+        client.finish()
+        self.assertEqual(client.rest(), b'')
+        eventually(lambda: self.lines)
+        self.assertIn('left: ', self.lines[0])
+        with self.assertRaises(ConnectionRefusedError):
+            self.peer(address)
+
+    def test_early_data(self):
+        """What the client sends before the peer comes is kept; a flood of it waits."""
+        client, address = self.bind(self.serve())
+        client.send(b'early')
+        client.sock.settimeout(0.3)
+        with self.assertRaises(socket.timeout):
+            while True:
+                client.send(bytes(1 << 20))
+        client.sock.settimeout(PATIENCE)
+        target = self.peer(address)
+        self.assertEqual(target.read(5), b'early')
+        self.assertEqual(target.read(1 << 16), bytes(1 << 16))
+        self.assertEqual(Response.unpack(client.read).reply, 0)
+
+    def test_advertise(self):
+        """The address told; listened on if it is ours."""
+        server = self.serve(host='127.0.0.1', advertise=('203.0.113.9',))
+        self.assertEqual(self.bind(server)[1].host, '127.0.0.1')
+
+
+# --------------------------------------------------------------------------------------------- UDP
+
+class Echo:
+    """A UDP target that answers each datagram with `prefix` before it."""
+
+    def __init__(self, host='127.0.0.1', prefix=b'E:'):
+        self.sock = socket.socket(socks.family_of(host), socket.SOCK_DGRAM)
+        self.sock.bind((host, 0))
+        self.address = Address(*self.sock.getsockname()[:2])
+        self.prefix = prefix
+        self.seen = []
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self):
+        for data, source in iter(lambda: self.sock.recvfrom(65535), None):
+            if data == b'stop':
+                return
+            self.seen.append(data)
+            with contextlib.suppress(OSError):
+                self.sock.sendto(self.prefix + data, source)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.sock.sendto(b'stop', self.address)
+        self.thread.join()
+        self.sock.close()
+
+
+class Associate:
+    """A client with a UDP association."""
+
+    def __init__(self, server, hint=Address('0.0.0.0', 0)):
+        self.control = Peer(server.server_address)
+        self.control.ask(Greeting(b'\0'), Choice)
+        self.sock = socket.socket(socks.family_of(server.server_address.host), socket.SOCK_DGRAM)
+        self.sock.bind((server.server_address.host, 0))
+        self.sock.settimeout(PATIENCE)
+        if hint == 'own':
+            hint = Address(*self.sock.getsockname()[:2])
+        self.response = self.control.ask(Request(3, hint), Response)
+        self.relay = self.response.address
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.control.sock.close()
+        self.sock.close()
+
+    def send(self, data, sock=None):
+        (sock or self.sock).sendto(data, self.relay)
+
+    def receive(self):
+        data, source = self.sock.recvfrom(65535)
+        assert source[:2] == self.relay, source
+        return data
+
+    def ask(self, data):
+        self.send(data)
+        return self.receive()
+
+    def nothing_comes(self):
+        return not ready([self.sock], [], 0.1)
+
+
+# (name, datagrams to send, the answer or '' to each); {port} is the target's.
+DATAGRAM_VECTORS = [
+    ('U-10', ['000000017f000001{port}6f6e65'], ['000000017f000001{port}453a6f6e65']),
+    ('U-11', ['00000003096c6f63616c686f7374{port}74776f'], ['000000017f000001{port}453a74776f']),
+    ('U-12', ['00000003093132372e302e302e31{port}78'], ['000000017f000001{port}453a78']),
+    ('U-13', ['0000000400000000000000000000ffff7f000001{port}78'],
+     ['000000017f000001{port}453a78']),
+    ('U-14', ['000000017f000001{port}'], ['000000017f000001{port}453a']),
+    ('U-15', ['000100017f000001{port}78'], ['000000017f000001{port}453a78']),
+    ('U-17', ['000001017f000001{port}4142', '000082017f000001{port}4344'],
+     ['', '000000017f000001{port}453a41424344']),
+    ('U-18', ['000001017f000001{port}4142', '000001017f000001{port}5859',
+              '000082017f000001{port}5a'], ['', '', '000000017f000001{port}453a58595a']),
+    ('U-19', ['000001017f000001{port}41', '000083017f000001{port}43'], ['', '']),
+    ('U-20', ['000081017f000001{port}41'], ['000000017f000001{port}453a41']),
+    ('U-21', ['000001017f000001{port}41', '000000017f000001{port}42', '000082017f000001{port}43'],
+     ['', '000000017f000001{port}453a42', '']),
+    ('U-22', ['000000017f'], ['']),
+    ('U-23', ['000000027f000001{port}78'], ['']),
+    ('position 0', ['000080017f000001{port}41'], ['']),
+    ('duplicate', ['000001017f000001{port}41', '000002017f000001{port}42',
+                   '000002017f000001{port}42', '000083017f000001{port}43'],
+     ['', '', '', '000000017f000001{port}453a414243']),
+    ('other address', ['000001017f000001{port}41', '000082017f000002{port}42'], ['', '']),
+    ('no header', ['', '00', '00000001'], ['', '', '']),
+    ('denied, nowhere, port 0', ['0000000100000000{port}78', '00000001cb0071010000',
+                                 '000000030a6e6f2e696e76616c6964{port}78'], ['', '', '']),
+]
+
+
+class UdpTest(Case):
+
+    def associate(self, server, *args):
+        return self.enter(Associate(server, *args))
+
+    def echo(self, *args):
+        return self.enter(Echo(*args))
+
+    def test_vectors(self):
+        """U-10 to U-23, also with the target known already, and the association intact."""
+        echo = self.echo()
+        client = self.associate(self.serve())
+        for name, datagrams, answers in DATAGRAM_VECTORS * 2:
+            for datagram, answer in zip(datagrams, answers):
+                with self.subTest(name, datagram=datagram):
+                    client.send(hexed(datagram, port=echo.address.port))
+                    if answer:
+                        self.assertEqual(client.receive(), hexed(answer, port=echo.address.port))
+        self.assertTrue(client.nothing_comes())
+        self.assertEqual(client.ask(Datagram(echo.address, b'!').pack())[-3:], b'E:!')
+
+    def test_hints(self):
+        """U-01 to U-06: any DST is fine, and the answer is of the control connection's family."""
+        server, echo = self.serve(), self.echo()
+        for hint in (Address('0.0.0.0', 0), 'own', Address('0', 50000), Address('::', 0),
+                     Address('127.0.0.1', 0),
+                     Address('8.8.8.8', 53), Address('nowhere.invalid', 9)):
+            with self.subTest(hint), Associate(server, hint) as client:
+                self.assertEqual(client.response.reply, 0)
+                self.assertEqual(client.relay.host, '127.0.0.1')
+                self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
+        peer = self.peer(server.server_address)
+        peer.send(hexed('050100 05030003000000'))
+        self.assertEqual(peer.read(12)[:10], hexed('0500 050000017f000001'))
+
+    def test_owner(self):
+        """U-24: a stranger's datagrams are dropped, and do not lock the owner out."""
+        server, echo = self.serve(), self.echo()
+        strangers = []
+        for host in ('127.0.0.2', '127.0.0.1'):
+            strangers.append(self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+            strangers[-1].bind((host, 0))
+        data = Datagram(echo.address, b'stranger').pack()
+        for hint, rogues in ((Address('0.0.0.0', 0), strangers[:1]), ('own', strangers)):
+            client = self.associate(server, hint)
+            for rogue in rogues:
+                client.send(data, rogue)
+            self.assertEqual(client.ask(Datagram(echo.address, b'owner').pack())[-7:], b'E:owner')
+            del echo.seen[:]
+            for rogue in strangers:
+                client.send(data, rogue)
+            self.assertEqual(client.ask(Datagram(echo.address, b'again').pack())[-7:], b'E:again')
+            self.assertEqual(echo.seen, [b'again'])
+
+    def test_ends_with_the_connection(self):
+        """U-25: within a second, by whatever end; what the client says there means nothing."""
+        server, echo = self.serve(), self.echo()
+        for end in (Peer.finish, Peer.reset):
+            client = self.associate(server)
+            client.control.send(b'junk' * 10000)
+            data = Datagram(echo.address, b'x').pack()
+            client.ask(data)
+            end(client.control)
+            eventually(lambda: not server.clients)
+            client.send(data)
+            self.assertTrue(client.nothing_comes())
+        eventually(lambda: self.lines)
+        self.assertIn('UDP_ASSOCIATE', self.lines[0])
+        self.assertIn('done, 1 bytes up, 3 down', self.lines[0])
+
+    def test_idle(self):
+        client = self.associate(self.serve(udp_timeout=0.2))
+        self.assertEqual(client.control.rest(), b'')
+        eventually(lambda: self.lines)
+        self.assertIn(': idle, ', self.lines[0])
+
+    def test_both_families(self):
+        """IPv4 and IPv6 targets in one association, over either."""
+        four, six = self.echo(), self.echo('::1')
+        for host in ('127.0.0.1', '::1'):
+            client = self.associate(self.serve(host=host))
+            self.assertEqual(client.relay.host, host)
+            for echo in (four, six):
+                answer = Datagram.unpack(client.ask(Datagram(echo.address, b'x').pack()))
+                self.assertEqual(answer, Datagram(echo.address, b'E:x'))
+
+    def test_sizes(self):
+        """Every size arrives whole, the largest too, or not at all."""
+        echo = self.echo('127.0.0.1', b'')
+        client = self.associate(self.serve())
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        for size in (0, 1, 1472, 9000, 65496, 65497):
+            payload = bytes(random.Random(size).getrandbits(8) for _ in range(size))
+            answer = Datagram.unpack(client.ask(Datagram(echo.address, payload).pack()))
+            self.assertEqual(answer.payload, payload)
+        echo.prefix = b'1'                      # too large for the header
+        client.send(Datagram(echo.address, bytes(65497)).pack())
+        self.assertTrue(client.nothing_comes())
+
+    def test_anybody_may_answer(self):
+        """From an address that the client did not send to; not so with udp_strict."""
+        echo = self.echo()
+        for strict in (False, True):
+            client = self.associate(self.serve(udp_strict=strict))
+            client.ask(Datagram(echo.address, b'x').pack())
+            relay = self.relay_of(client, echo)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.bind(('127.0.0.2', 0))
+                other.sendto(b'hello', relay)
+                if strict:
+                    self.assertTrue(client.nothing_comes())
+                else:
+                    self.assertEqual(client.receive(),
+                                     Datagram(Address(*other.getsockname()), b'hello').pack())
+
+    def relay_of(self, client, echo):
+        """Where the targets see the client's datagrams come from."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as target:
+            target.bind(('127.0.0.1', 0))
+            target.settimeout(PATIENCE)
+            client.send(Datagram(Address(*target.getsockname()), b'who?').pack())
+            return target.recvfrom(100)[1]
+
+    def test_port_range(self):
+        """Full, it is a refusal and a line in the log."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(('127.0.0.1', 0))
+            port = sock.getsockname()[1]
+        server = self.serve(udp_ports=(port, port))
+        first = self.associate(server)
+        self.assertEqual(first.relay, ('127.0.0.1', port))
+        self.assertEqual(self.associate(server).response, Response(Reply.GENERAL_FAILURE))
+        eventually(lambda: self.lines)
+        self.assertIn(f'no UDP port is free of {port} to {port}', self.lines[0])
+
+    def test_not_in_socks4(self):
+        peer = self.peer(self.serve().server_address)
+        self.assertEqual(peer.ask(Request4(3, Address('127.0.0.1', 1)), Response4), Response4(0x5b))
+
+    def test_look_ups_keep_order(self):
+        """Datagrams to a name wait for its look-up in order; others pass them by."""
+        echo = self.echo('127.0.0.1', b'')
+        client = self.associate(self.serve())
+        for number in range(20):
+            client.send(Datagram(Address('localhost', echo.address.port), b'%d' % number).pack())
+        numbers = [int(Datagram.unpack(client.receive()).payload) for _ in range(20)]
+        self.assertEqual(numbers, sorted(numbers))
+
+    def test_many(self):
+        """500 associations at once, each with its own answers."""
+        server, echo = self.serve(), self.echo()
+        clients = [self.associate(server) for _ in range(500)]
+        for number, client in enumerate(clients):
+            client.send(Datagram(echo.address, b'%d' % number).pack())
+        for number, client in enumerate(clients):
+            self.assertEqual(Datagram.unpack(client.receive()).payload, b'E:%d' % number)
+        self.assertTrue(all(not ready([client.sock], [], 0) for client in clients))
+
+    def test_garbage(self):
+        """10,000 malformed datagrams from owner and strangers; it serves on, with no descriptor
+        more."""
+        class Near(socks.Server):
+            def authorize(self, client, target):
+                """Whatever the bytes say, nothing leaves this machine."""
+                if not target.host.startswith('127.0.0.'):
+                    raise socks.Refused('far')
+
+        server, echo = self.serve(server_class=Near), self.echo()
+        client = self.associate(server, 'own')
+        stranger = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        valid = Datagram(echo.address, b'x').pack()
+        client.ask(valid)
+        files, source = descriptors(), random.Random(4)
+        for number in range(10000):
+            if number % 2:
+                data = bytearray(source.getrandbits(8) for _ in range(source.randrange(40)))
+            else:
+                data = bytearray(valid)
+                data[source.randrange(3)] = source.getrandbits(8)
+                data[source.randrange(len(data))] = source.getrandbits(8)
+            if len(data) > 3 and data[3] == 3:
+                data[3] = 2                     # nor is any name looked up
+            client.send(data, stranger if number % 3 == 0 else None)
+            if number % 50 == 0:
+                time.sleep(0.001)               # what the system drops tests nothing
+        while not client.nothing_comes():
+            client.receive()
+        client.send(hexed('000000017f'))        # ends a sequence of fragments, if there is one
+        self.assertEqual(client.ask(valid)[-3:], b'E:x')
+        self.assertLessEqual(descriptors(), files)
+        client.control.sock.close()
+        eventually(lambda: self.lines)
+        self.assertRegex(self.lines[-1], r'done, \d+ datagrams dropped')
+
+
+class ReassemblyTest(unittest.TestCase):
+
+    def test_time(self):
+        """After PATIENCE a fragment continues nothing; a first one begins anew."""
+        queue, address = socks.Reassembly(), Address('1.2.3.4', 5)
+        self.assertIsNone(queue.add(Datagram(address, b'a', 1), 100.0))
+        self.assertIsNone(queue.add(Datagram(address, b'b', 0x82), 100.0 + queue.PATIENCE + 1))
+        self.assertIsNone(queue.add(Datagram(address, b'a', 1), 200.0))
+        self.assertEqual(queue.add(Datagram(address, b'b', 0x82), 205.0), Datagram(address, b'ab'))
+
+    def test_size(self):
+        """At most what a datagram can carry; then the rest is dropped too."""
+        queue, address = socks.Reassembly(), Address('1.2.3.4', 5)
+        for number in range(1, 120):
+            self.assertIsNone(queue.add(Datagram(address, bytes(1000), number), 0.0))
+        self.assertIsNone(queue.add(Datagram(address, b'', 0x80 | 120), 0.0))
+        for number in range(1, 127):
+            queue.add(Datagram(address, bytes([number]), number), 0.0)
+        whole = queue.add(Datagram(address, b'!', 0xff), 0.0)
+        self.assertEqual(whole.payload, bytes(range(1, 127)) + b'!')
+
+
+# --------------------------------------------------------------------------------- Tor's extensions
+
+TOR = [
+    ('S4-22', '04f000000000000100312e322e332e3400', '005a000001020304', True),
+    ('T-01', '050100 / 05f0000307312e322e332e340000', '0500 / 05000001010203040000', True),
+    ('T-02', '050100 / 05f00001010203040000', '0500 / 05000001010203040000', True),
+    ('T-03', '050100 / 05f0000420010db80000000000000000000000010000',
+     '0500 / 0500000420010db80000000000000000000000010000', True),
+    ('T-04', '050100 / 05f00003096c6f63616c686f7374002a', '0500 / 050000017f0000010000', True),
+    ('T-05', '050100 / 05f100017f0000010000', '0500 / 05000003096c6f63616c686f73740000', True),
+    ('T-06', '050100 / 05f1000303612e620000', '0500 / 05080001............', True),
+    ('no such name', '050100 / 05f000030a6e6f2e696e76616c69640000', '0500 / 05040001............',
+     True),
+    ('F1 in SOCKS4', '04f100007f00000100', '005b............', True),
+]
+
+
+class TorTest(VectorCase):
+
+    def test_vectors(self):
+        self.check(TOR, self.serve(tor_extensions=True))
 
 
 # --------------------------------------------------------------------------------------- lifecycle
@@ -1264,6 +1693,10 @@ WRONG_USAGE = [
     (['-u', 'bob:a', '-u', 'bob:b'], r'a user is given twice'),
     (['--source', 'localhost'], r"--source: 'localhost': expected an IP address"),
     (['--source', '127.0.0.1', '--source', '127.0.0.2'], r'--source: expected one address of'),
+    (['--advertise', '::1', '--advertise', '::2'], r'--advertise: expected one address of'),
+    (['--udp-ports', '5-4'], r"--udp-ports: '5-4': expected LOW-HIGH, from 1 to 65535"),
+    (['--udp-ports', '0'], r"--udp-ports: '0': expected LOW-HIGH"),
+    (['--udp-ports', '1-x'], r"--udp-ports: 'x': expected a port"),
     (['--idle-timeout', '-1'], r"--idle-timeout: '-1': expected seconds, 0 or more"),
     (['--connect-timeout', 'nan'], r"--connect-timeout: 'nan': expected seconds"),
     (['--max-clients', '1.5'], r"--max-clients: '1.5': expected a whole number"),
@@ -1359,8 +1792,11 @@ class CommandLineTest(Case):
                     self.assertLess(cpu_seconds(program.process.pid) - before, 0.1)
                     tunnel.send(b'alive')
                     self.assertEqual(tunnel.read(5), b'alive')
-                with Peer(program.address) as peer:
-                    self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+                eventually(lambda: self.serves(program, origin))
+
+    def serves(self, program, origin):
+        with Peer(program.address) as peer:
+            return peer.connect('127.0.0.1', origin.port).reply == 0
 
 
 def cpu_seconds(pid):
@@ -1413,17 +1849,18 @@ class Page(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def serve_page(peer):
+    """An HTTP server, as the function of an `Origin`."""
+    Page(peer.sock, peer.sock.getpeername(), None)
+
+
 class ForeignTest(Case):
 
     def setUp(self):
         super().setUp()
-        self.site = self.origin(self.serve_page)
-        self.origin(self.serve_page, host='::1', port=self.site.port)
+        self.site = self.origin(serve_page)
+        self.origin(serve_page, host='::1', port=self.site.port)
         self.url = f'http://127.0.0.1:{self.site.port}/'
-
-    @staticmethod
-    def serve_page(peer):
-        Page(peer.sock, peer.sock.getpeername(), None)
 
     def curl(self, server, *arguments):
         """Exit status and output."""
@@ -1534,6 +1971,139 @@ class ForeignTest(Case):
             finally:
                 daemon.terminate()
                 daemon.communicate()
+
+    # BIND and UDP
+
+    @needs('socksify', 'curl')
+    def test_active_ftp(self):
+        """curl fetches a file by active-mode FTP: the server connects to where BIND listens."""
+        with self.socksify() as run_socksified:
+            url = f'ftp://u:p@127.0.0.1:{self.origin(serve_ftp).port}/file'
+            done = run_socksified('curl', '-sS', '-m', '20', '-P', '-', url)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        self.assertEqual(done.stdout, 'by FTP' * 50000)
+        eventually(lambda: len(self.lines) == 2)
+        self.assertTrue(any('BIND' in line and '300000 down' in line for line in self.lines))
+
+    @needs('socksify')
+    def test_dns_query(self):
+        """A program that asks a name server, without knowing that a proxy is in between."""
+        query = hexed('1234 0100 0001 0000 0000 0000 04 74657374 00 0001 0001')
+        program = (f'import socket; sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);'
+                   f'sock.settimeout(10); sock.sendto({query!r}, ("127.0.0.1", %d));'
+                   f'print(sock.recvfrom(512))')
+        with self.socksify() as run_socksified, Echo(prefix=b'') as server:
+            done = run_socksified(sys.executable, '-c', program % server.address.port)
+            self.assertEqual(done.stdout, f'{(query, tuple(server.address))!r}\n')
+        eventually(lambda: self.lines)
+        self.assertIn('UDP_ASSOCIATE', self.lines[0])
+
+    @contextlib.contextmanager
+    def socksify(self):
+        """A function like run() under Dante's client, with a new server of ours."""
+        host, port = self.serve().server_address
+        with tempfile.NamedTemporaryFile('w') as config:
+            config.write(f'route {{ from: 0.0.0.0/0 to: 0.0.0.0/0 via: {host} port = {port}\n'
+                         'proxyprotocol: socks_v5\n method: none\n protocol: tcp udp\n'
+                         'command: connect bind udpassociate bindreply }')
+            config.flush()
+            environment = dict(os.environ, SOCKS_CONF=config.name, SOCKS_AUTOADD_LANROUTES='no')
+            yield lambda *command: run('socksify', *command, env=environment)
+
+    @needs('perl')
+    def test_perl(self):
+        """IO::Socket::Socks: SOCKS4 and 5 CONNECT, BIND, UDP."""
+        if run('perl', '-MIO::Socket::Socks', '-e', '1').returncode:
+            self.skipTest('not installed: IO::Socket::Socks')
+        target, echo = self.origin(lambda peer: peer.send(b'hello')), self.enter(Echo())
+        done = run('perl', '-e', PERL, *map(str, (
+            *self.serve().server_address, target.port, echo.address.port)))
+        self.assertEqual((done.stdout, done.stderr),
+                         ('4 hello\n5 hello\nBIND hello\nUDP E:perl\n', ''))
+
+    @needs('tor-resolve')
+    def test_tor_resolve(self):
+        proxy = str(self.serve(tor_extensions=True).server_address)
+        for arguments, output in (
+                (['localhost'], '127.0.0.1\n'), (['-4', 'localhost'], '127.0.0.1\n'),
+                (['-x', '127.0.0.1'], 'localhost\n'), (['a.invalid'], '')):
+            done = run('tor-resolve', *arguments, proxy)
+            self.assertEqual((done.returncode, done.stdout), (0 if output else 1, output))
+
+    @needs('torsocks', 'curl', 'unshare', 'ip')
+    def test_torsocks(self):
+        """In a namespace where a name stands for an address that is ours, but not loopback."""
+        script = ('ip link set lo up; ip address add 198.51.100.1/32 dev lo;'
+                  'mount --bind "$1" /etc/hosts; exec "$0" -m test_socks InsideTorsocks')
+        if run('unshare', '-rnm', 'true').returncode:
+            self.skipTest('this user cannot make namespaces')
+        with tempfile.NamedTemporaryFile('w') as hosts:
+            hosts.write('127.0.0.1 localhost\n198.51.100.1 site.example\n')
+            hosts.flush()
+            done = run('unshare', '-rnm', 'sh', '-ec', script, sys.executable, hosts.name, cwd=HERE,
+                       env=dict(os.environ, **{INSIDE: '1'}))
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+
+@unittest.skipUnless(os.environ.get(INSIDE), 'runs in the namespace that test_torsocks makes')
+class InsideTorsocks(Case):
+
+    def test(self):
+        host, port = self.serve(tor_extensions=True).server_address
+        site = self.origin(serve_page, host='198.51.100.1')
+        done = run('torsocks', '-a', host, '-P', str(port), 'curl', '-sS', '-m', '20',
+                   f'http://site.example:{site.port}/')
+        self.assertEqual(done.stdout, 'hello\n', done.stderr)
+        self.assertTrue(any('RESOLVE site.example' in line for line in self.lines))
+
+
+def serve_ftp(peer):
+    """An FTP server for one file, in active mode."""
+    answers = {b'USER': b'331 password', b'PASS': b'230 in', b'PWD': b'257 "/"', b'TYPE': b'200 ok',
+               b'SIZE': b'213 300000', b'QUIT': b'221 bye'}
+    peer.send(b'220 ready\r\n')
+    for line in peer.sock.makefile('rb'):
+        command, _, argument = line.strip().partition(b' ')
+        if command == b'EPRT':
+            _, _, host, port, _ = argument.decode().split('|')
+            answer = b'200 ok'
+        elif command == b'RETR':
+            peer.send(b'150 here it comes\r\n')
+            with Peer((host, int(port))) as data:
+                data.send(b'by FTP' * 50000)
+            answer = b'226 done'
+        else:
+            answer = answers.get(command, b'502 no')
+        peer.send(answer + b'\r\n')
+
+
+PERL = r'''
+use strict;
+use Socket;
+use IO::Socket::Socks qw(:constants $SOCKS_ERROR);
+my ($host, $port, $tcp, $udp) = @ARGV;
+my @proxy = (ProxyAddr => $host, ProxyPort => $port, Timeout => 10);
+my $data;
+for my $version (4, 5) {
+    my $sock = IO::Socket::Socks->new(@proxy, SocksVersion => $version,
+        ConnectAddr => '127.0.0.1', ConnectPort => $tcp) or die "CONNECT: $SOCKS_ERROR";
+    sysread($sock, $data, 5);
+    print "$version $data\n";
+}
+my $bound = IO::Socket::Socks->new(@proxy, SocksVersion => 5,
+    BindAddr => '127.0.0.1', BindPort => $tcp) or die "BIND: $SOCKS_ERROR";
+my ($h, $p) = $bound->dst;
+my $caller = IO::Socket::INET->new(PeerAddr => $h, PeerPort => $p) or die "peer: $!";
+$bound->accept or die "accept: $SOCKS_ERROR";
+syswrite($caller, "hello");
+sysread($bound, $data, 5);
+print "BIND $data\n";
+my $sock = IO::Socket::Socks->new(@proxy, SocksVersion => 5,
+    UdpAddr => '127.0.0.1', UdpPort => 0) or die "UDP: $SOCKS_ERROR";
+$sock->send("perl", 0, pack_sockaddr_in($udp, inet_aton('127.0.0.1'))) or die "send: $!";
+$sock->recv($data, 100);
+print "UDP $data\n";
+'''
 
 
 if __name__ == '__main__':

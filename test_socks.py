@@ -1313,7 +1313,8 @@ class UdpTest(Case):
         server = self.serve(udp_ports=(port, port))
         first = self.associate(server)
         self.assertEqual(first.relay, ('127.0.0.1', port))
-        self.assertEqual(self.associate(server).response, Response(Reply.GENERAL_FAILURE))
+        with Associate(server) as second:
+            self.assertEqual(second.response, Response(Reply.GENERAL_FAILURE))
         eventually(lambda: self.lines)
         self.assertIn(f'no UDP port is free of {port} to {port}', self.lines[0])
 
@@ -1334,10 +1335,11 @@ class UdpTest(Case):
         """500 associations at once, each with its own answers."""
         server, echo = self.serve(), self.echo()
         clients = [self.associate(server) for _ in range(500)]
-        for number, client in enumerate(clients):
-            client.send(Datagram(echo.address, b'%d' % number).pack())
-        for number, client in enumerate(clients):
-            self.assertEqual(Datagram.unpack(client.receive()).payload, b'E:%d' % number)
+        for start in range(0, 500, 50):         # as many as the target's buffer is sure to hold
+            for number, client in enumerate(clients[start:start + 50]):
+                client.send(Datagram(echo.address, b'%d' % number).pack())
+            for number, client in enumerate(clients[start:start + 50]):
+                self.assertEqual(Datagram.unpack(client.receive()).payload, b'E:%d' % number)
         self.assertTrue(all(not ready([client.sock], [], 0) for client in clients))
 
     def test_garbage(self):
@@ -1976,10 +1978,13 @@ class ForeignTest(Case):
         """curl fetches a file by active-mode FTP: the server connects to where BIND listens."""
         with self.socksify() as run_socksified:
             url = f'ftp://u:p@127.0.0.1:{self.origin(serve_ftp).port}/file'
-            done = run_socksified('curl', '-sS', '-m', '20', '-P', '-', url)
+            for _ in range(3):          # now and then socksify gives curl no address to its accept()
+                done = run_socksified('curl', '-sS', '-m', '20', '-P', '-', url)
+                if 'inet_ntop() failed' not in done.stderr:
+                    break
         self.assertEqual((done.returncode, done.stderr), (0, ''))
         self.assertEqual(done.stdout, 'by FTP' * 50000)
-        eventually(lambda: len(self.lines) == 2)
+        eventually(lambda: len(self.lines) % 2 == 0)
         self.assertTrue(any('BIND' in line and '300000 down' in line for line in self.lines))
 
     @needs('socksify')

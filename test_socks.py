@@ -1978,7 +1978,7 @@ class ForeignTest(Case):
         """curl fetches a file by active-mode FTP: the server connects to where BIND listens."""
         with self.socksify() as run_socksified:
             url = f'ftp://u:p@127.0.0.1:{self.origin(serve_ftp).port}/file'
-            for _ in range(3):          # now and then socksify gives curl no address to its accept()
+            for _ in range(3):          # now and then socksify gives curl no peer address
                 done = run_socksified('curl', '-sS', '-m', '20', '-P', '-', url)
                 if 'inet_ntop() failed' not in done.stderr:
                     break

@@ -8,7 +8,7 @@ Run one::
 Embed one, for example in a test suite (port 0 takes a free port)::
 
     with socks.Server(('127.0.0.1', 0)).start() as server:
-        host, port = server.server_address
+        print(f'socks5h://{server.server_address}')
 
 Speak the protocol; every message is a class with ``pack()`` and ``unpack()``::
 
@@ -35,6 +35,7 @@ import ipaddress
 import itertools
 import logging
 import os
+import re
 import select
 import selectors
 import signal
@@ -47,7 +48,7 @@ import time
 from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 try:
     from queue import SimpleQueue
@@ -636,7 +637,7 @@ class Stream:
             except BLOCKED:
                 yield from ready([self.sock], (), self.until)
         if not data:
-            raise EOFError('the peer left')
+            raise EOFError('the client left')
         self.surplus += data
 
     def read(self, unpack):
@@ -814,7 +815,7 @@ def bound_in(host, ports):
 class Settings(NamedTuple):
     """Everything that can be set, with its default.  Times are in seconds; 0 means no limit.
 
-    users               name to password, both bytes; without users nobody is asked
+    users               name to password, bytes or text; without users nobody is asked
     open                serve strangers: listen beyond loopback although there are no users
     source              local IP addresses to connect from, at most one of a family
     advertise           IP addresses to name in replies to BIND and UDP ASSOCIATE instead of our
@@ -829,7 +830,7 @@ class Settings(NamedTuple):
     udp_timeout         for an association without datagrams
     max_clients         clients at once; further ones wait in the listen queue
     """
-    users: Mapping[bytes, bytes] = MappingProxyType({})
+    users: Mapping[Union[bytes, str], Union[bytes, str]] = MappingProxyType({})
     open: bool = False
     source: Tuple[str, ...] = ()
     advertise: Tuple[str, ...] = ()
@@ -842,6 +843,11 @@ class Settings(NamedTuple):
     idle_timeout: float = 0.0
     udp_timeout: float = 300.0
     max_clients: int = 0
+
+    def __repr__(self):
+        fields = ', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self)
+                           if name != 'users')
+        return f'Settings({len(self.users)} users, {fields})'       # and no passwords
 
 
 # What only the proxy's own host should reach: itself, its link (there also live the metadata
@@ -1007,7 +1013,7 @@ class Loop:
         self._inbox = deque()
         self._asleep = False
         self._stopping = False
-        self._closed = False
+        self.closed = False
         self.waker = Waker()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.waker, READ, self)
@@ -1015,7 +1021,7 @@ class Loop:
     def call(self, item, function, *args):
         """Call function(*args) on behalf of `item`, after the events of this round."""
         self._inbox.append((item, function, args))
-        if self._closed:
+        if self.closed:
             self._empty_inbox()
         elif self._asleep:
             self.waker.wake()
@@ -1058,7 +1064,7 @@ class Loop:
 
     def close(self):
         """Close all items; no thread may be in run()."""
-        self._closed = True
+        self.closed = True
         self._empty_inbox()
         for item in list(self.items):
             self.attempt(item, item.close, 'server closed')
@@ -1075,7 +1081,7 @@ class Loop:
         try:
             function(*args)
         except Exception:
-            log.exception('this is a bug')
+            log.exception('%s: this is a bug', item.client.address if item.client else '-')
             item.close('failed')
 
     def ready(self, *_):
@@ -1761,7 +1767,7 @@ Content-Type: text/plain; charset=us-ascii\r
 Connection: close\r
 \r
 This port speaks SOCKS4, SOCKS4a and SOCKS5, not HTTP.\r
-Set it in your program as a SOCKS proxy (socks5://...), not as an HTTP proxy.\r
+Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy.\r
 """
 
 
@@ -1827,14 +1833,14 @@ class Negotiation(socketserver.BaseRequestHandler):
         except ProxyError as error:
             return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
-            self.outcome = self.answer_form and f'left: {reason(error)}'
+            self.outcome = self.answer_form and f'no request: {reason(error)}'
             return None
         try:
             return (yield from self.command(request))
         except OSError as error:                # on the way to the target
             return (yield from self.refuse(error))
         except EOFError as error:
-            self.outcome = f'left: {reason(error)}'
+            self.outcome = reason(error)
             return None
 
     def answer(self, reply, address=UNSPECIFIED):
@@ -1842,7 +1848,8 @@ class Negotiation(socketserver.BaseRequestHandler):
 
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
-        self.outcome = f'refused: {reason(error)}'
+        verb = 'refused' if isinstance(error, ProxyError) else 'failed'
+        self.outcome = f'{verb}: {reason(error)}'
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.answer_form:
             with contextlib.suppress(OSError):
@@ -1857,8 +1864,10 @@ class Negotiation(socketserver.BaseRequestHandler):
         if first == 5:
             return (yield from self.negotiate5())
         if first in b'CDGHOPT':                 # CONNECT, DELETE, GET, ...
-            self.client.protocol = 'HTTP'
             self.answer_form = lambda *_: HttpPage()
+            raise ProtocolError('HTTP, expected SOCKS')
+        if first == 0x16:
+            raise ProtocolError('TLS, expected SOCKS')
         raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
 
     def negotiate4(self):
@@ -1890,7 +1899,8 @@ class Negotiation(socketserver.BaseRequestHandler):
         for method in (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD):
             if method in offered and (method or not self.settings.users):
                 return method
-        raise Refused(f'no usable method among {offered.hex() or "none"}')
+        raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
+                      f'{"02, a password" if self.settings.users else "00 or 02"}')
 
     def authenticate(self, credentials):
         if self.settings.users:
@@ -2050,6 +2060,20 @@ class Handler(Negotiation):
         return allowed
 
 
+def prepared(settings):
+    """The settings with users as bytes; OSError if `source` is not ours."""
+    for host in settings.source:
+        if not is_ours(host):
+            raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
+    users = {name_or_password(name): name_or_password(password)
+             for name, password in settings.users.items()}
+    return settings._replace(users=MappingProxyType(users))
+
+
+def name_or_password(value):
+    return value.encode() if isinstance(value, str) else value
+
+
 def clients_possible():
     """How many clients, each with a target, the limit of open files allows; 0: any number."""
     if not resource:
@@ -2085,12 +2109,13 @@ class Server(socketserver.ThreadingTCPServer):
                  bind_and_activate=True):
         addresses = [server_address] if isinstance(server_address[0], str) else server_address
         socketserver.BaseServer.__init__(self, addresses, handler_class)
-        self.settings = settings or Settings()
+        self.settings = prepared(settings or Settings())
         self.max_clients = self.settings.max_clients or clients_possible()
         self.listeners = []             # sockets
         self.addresses = []             # theirs, as `Address`
         self.due = None                 # for `Timers`: the end of a pause
         self._accepting = False
+        self._thread = None             # that of start()
         self._serving = threading.RLock()
         self._crew = Crew()
         self.loop = Loop(self._crew, self._relieve)
@@ -2137,15 +2162,22 @@ class Server(socketserver.ThreadingTCPServer):
             for address in self.addresses:
                 if not is_loopback(address.host):
                     raise ValueError(f'listening on {address} without users would serve everybody; '
-                                     f'give users (-u), or say that this is meant (--open)')
+                                     f'give users (SOCKS_USERS, -u) or allow that (--open)')
 
     def server_activate(self):
-        for sock in self.listeners:
-            sock.listen(self.request_queue_size)
+        for sock, address in zip(self.listeners, self.addresses):
+            try:
+                sock.listen(self.request_queue_size)
+            except OSError as error:
+                raise OSError(error.errno, f'cannot listen on {address}: {reason(error)}') from None
 
     def start(self):
         """Serve in a thread of its own; gives the server itself, for a `with`."""
-        threading.Thread(target=self.serve_forever, name='socks-server', daemon=True).start()
+        if self.loop.closed or self._thread:
+            raise RuntimeError('the server is closed, or started already')
+        self._thread = threading.Thread(
+            target=self.serve_forever, name='socks-server', daemon=True)
+        self._thread.start()
         return self
 
     def serve_forever(self, poll_interval=None):
@@ -2156,10 +2188,13 @@ class Server(socketserver.ThreadingTCPServer):
             self._watch_listeners(False)
 
     def shutdown(self):
-        """Have serve_forever() return, and wait for that unless it is this thread's."""
+        """Have serve_forever() return, at once if it has not begun; wait for that unless it is
+        this thread's."""
         self.loop.stop()
         with self._serving:
-            pass
+            thread, self._thread = self._thread, None
+        if thread and thread is not threading.current_thread():
+            thread.join()
 
     def server_close(self):
         """Stop serving, close every connection, end every thread."""
@@ -2293,7 +2328,7 @@ exit status:
 
 def port_number(text):
     """argparse type: a port, 0 to 65535."""
-    if not (text.isdigit() and int(text) < 65536):
+    if not (re.match('[0-9]{1,5}$', text) and int(text) < 65536):
         raise argparse.ArgumentTypeError(f'{text!r}: expected a port, 0 to 65535')
     return int(text)
 
@@ -2327,7 +2362,7 @@ def name_and_password(text):
     name, colon, password = os.fsencode(text).partition(b':')
     if not (colon and 0 < len(name) < 256 and len(password) < 256):
         raise argparse.ArgumentTypeError(
-            'expected NAME:PASSWORD, at most 255 bytes each')     # and never show it
+            'expected NAME:PASSWORD, NAME of 1 to 255 bytes, PASSWORD of at most 255')
     return name, password
 
 
@@ -2348,7 +2383,7 @@ def seconds(text):
 
 def count(text):
     """argparse type: a whole number, 0 or more."""
-    if not text.isdigit():
+    if not re.match('[0-9]+$', text):
         raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number, 0 or more')
     return int(text)
 
@@ -2425,11 +2460,14 @@ def build_parser():
 
 def settings_from(args, environ):
     """The `Settings` of parsed arguments and the environment; ValueError if they contradict."""
-    pairs = args.users + [name_and_password(text)
-                          for text in environ.get('SOCKS_USERS', '').split()]
+    try:
+        pairs = args.users + [name_and_password(text)
+                              for text in environ.get('SOCKS_USERS', '').split()]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f'SOCKS_USERS: {error}, pairs separated by white space') from None
     users = dict(pairs)
     if len(users) < len(pairs):
-        raise ValueError('a user is given twice')
+        raise ValueError('-u, SOCKS_USERS: a user is given twice')
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
@@ -2465,13 +2503,13 @@ def main(argv=None):
                  for host, port in args.bind or [('127.0.0.1', None)]]
     try:
         server = Server(addresses, settings_from(args, os.environ))
-    except (ValueError, argparse.ArgumentTypeError) as error:
+    except ValueError as error:
         parser.error(str(error))
     except OSError as error:
         print(f'socks.py: {reason(error)}', file=sys.stderr)
         return 1
     if args.users:
-        log.warning('-u shows passwords to everybody on this machine; SOCKS_USERS does not')
+        log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
     with server:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.shutdown())
@@ -2483,6 +2521,7 @@ def main(argv=None):
             log.info('listening on %s', address)
         server.serve_forever()
         signal.set_wakeup_fd(-1)
+        log.info('stopped')
     return 0
 
 

@@ -685,7 +685,7 @@ class ConversationTest(VectorCase):
                 self.assertEqual(peer.rest(), hexed(answer))
         eventually(lambda: len(self.lines) == 3)
         for line in self.lines:
-            self.assertIn('left: ', line)
+            self.assertIn('no request: the client left', line)
 
     def test_probe_is_silent(self):
         server = self.serve()
@@ -1060,7 +1060,7 @@ class BindTest(Case):
         client.finish()
         self.assertEqual(client.rest(), b'')
         eventually(lambda: self.lines)
-        self.assertIn('left: ', self.lines[0])
+        self.assertIn('BIND 127.0.0.1:0: the client left', self.lines[0])
         with self.assertRaises(ConnectionRefusedError):
             self.peer(address)
 
@@ -1467,6 +1467,23 @@ class LifecycleTest(Case):
         server = socks.Server(('127.0.0.1', 0)).start()
         server.server_close()
         server.server_close()
+        with self.assertRaisesRegex(RuntimeError, 'closed'):
+            server.start()
+
+    def test_start_twice(self):
+        server = self.serve()
+        with self.assertRaisesRegex(RuntimeError, 'started'):
+            server.start()
+
+    def test_settings(self):
+        """Users may be text, and passwords are not shown."""
+        server = self.serve(users={'bob': 'secret'})
+        with Peer(server.server_address) as peer:
+            peer.ask(Greeting(b'\2'), Choice)
+            self.assertEqual(peer.ask(Credentials(b'bob', b'secret'), Verdict), Verdict(0))
+        self.assertNotIn('secret', repr(server.settings))
+        with self.assertRaisesRegex(OSError, 'not ours'):
+            socks.Server(('127.0.0.1', 0), Settings(source=('203.0.113.1',)))
 
     def test_max_clients(self):
         """One more client than allowed waits until another one leaves."""
@@ -1533,7 +1550,7 @@ class LifecycleTest(Case):
                 peer.send(data)
                 peer.finish()
         eventually(lambda: not server.clients)
-        self.assertEqual([line for line in self.lines if 'bug' in line or 'failed' in line], [])
+        self.assertEqual([line for line in self.lines if 'bug' in line], [])
         peer = self.peer(server.server_address)
         self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
 
@@ -1551,7 +1568,7 @@ class LifecycleTest(Case):
             threading.stack_size(0)
         with Peer(server.server_address) as peer:
             self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
-        self.assertIn("refused: can't start new thread", self.lines[0])
+        self.assertIn("failed: can't start new thread", self.lines[0])
 
     def test_look_ups_do_not_wait_for_each_other(self):
         """A conversation that blocks takes a thread, and no time from the others."""
@@ -1587,7 +1604,7 @@ class LifecycleTest(Case):
             peer.connect('127.0.0.1', 1)
         with Peer(server.server_address) as peer:
             self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
-        self.assertEqual(self.lines[0], 'this is a bug')
+        self.assertRegex(self.lines[0], r'^127.0.0.1:\d+: this is a bug$')
         eventually(lambda: not server.clients)
 
 
@@ -1699,7 +1716,8 @@ WRONG_USAGE = [
     (['--idle-timeout', '-1'], r"--idle-timeout: '-1': expected seconds, 0 or more"),
     (['--connect-timeout', 'nan'], r"--connect-timeout: 'nan': expected seconds"),
     (['--max-clients', '1.5'], r"--max-clients: '1.5': expected a whole number"),
-    (['-b', '0.0.0.0'], r'would serve everybody.*--open'),
+    (['-b', '0.0.0.0'], r'would serve everybody.*SOCKS_USERS.*--open'),
+    (['-p', '²'], r"-p/--port: '²': expected a port"),
     (['--frobnicate'], r'unrecognized arguments: --frobnicate'),
 ]
 
@@ -1737,11 +1755,13 @@ class CommandLineTest(Case):
             for arguments, message in [
                     (['-p', str(server.server_address.port)], 'Address already in use'),
                     (['-b', '203.0.113.1', '--open'], 'Cannot assign requested address'),
+                    (['-b', '127.0.0.1:0', '-b', 'localhost:0', '-p', '0'], 'already in use'),
+                    (['--source', '203.0.113.1'], 'connect from 203.0.113.1: it is not'),
                     (['-b', 'nowhere.invalid'], 'nowhere.invalid is never resolved')]:
                 with self.subTest(arguments):
                     done = run(sys.executable, 'socks.py', *arguments, cwd=HERE)
                     self.assertEqual((done.returncode, done.stdout), (1, ''))
-                    self.assertRegex(done.stderr, f'^socks.py: cannot listen on .*{message}.*\n$')
+                    self.assertRegex(done.stderr, f'^socks.py: cannot .*{message}.*\n$')
 
     def test_users(self):
         with Program('-u', 'eve:a:b', SOCKS_USERS='bob:secret  carl:') as program:
@@ -1773,7 +1793,7 @@ class CommandLineTest(Case):
                 peer.connect('127.0.0.1', self.refused_port())
                 peer.sock.close()
                 program.stop()
-            self.assertEqual('refused: Connection refused' in program.log, expected)
+            self.assertEqual('failed: Connection refused' in program.log, expected)
             self.assertEqual('dialling 127.0.0.1:' in program.log, arguments == ['-v'])
 
     @unittest.skipUnless(socks.resource, 'no limit of open files on this system')

@@ -277,6 +277,11 @@ class Address(NamedTuple):
     host: str
     port: int
 
+    @classmethod
+    def of(cls, sockaddr):
+        """That of a socket's address, without flow and scope."""
+        return cls(sockaddr[0].partition('%')[0], sockaddr[1])
+
     def __str__(self):
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
@@ -492,6 +497,8 @@ TELLING = {reply: rank for rank, reply in enumerate((
 BLOCKED = (BlockingIOError, InterruptedError)
 IN_PROGRESS = {0, errno.EINPROGRESS, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
+ATTEMPTS = 16                           # addresses of one name that are tried
+LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
@@ -567,7 +574,7 @@ def run(conversation):
 
 def poll(reading, writing, until):
     """The answer to a `Wait`, in this thread."""
-    seconds = until and max(0, until - time.monotonic())
+    seconds = until and min(LONGEST, max(0, until - time.monotonic()))
     if not hasattr(select, 'poll'):     # Windows
         return set().union(*select.select(reading, writing, writing, seconds))
     poller = select.poll()
@@ -610,8 +617,8 @@ def resolve(address, until=None):
         raise socket.gaierror(socket.EAI_NONAME, f'{host} is never resolved')
     found = yield Call(functools.partial(
         socket.getaddrinfo, host.encode(), port, 0, socket.SOCK_STREAM), until)
-    return list(dict.fromkeys(Address(plain_ip(sockaddr[0].partition('%')[0]), port)
-                              for *_, sockaddr in found))
+    hosts = (Address.of(sockaddr).host for *_, sockaddr in found)
+    return list(dict.fromkeys(Address(plain_ip(host), port) for host in hosts))
 
 
 class Stream:
@@ -745,7 +752,7 @@ def dial(addresses, until=None, source=()):
     An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
     the error that says most is raised, or the last one of those that say as much.
     """
-    waiting, racing, errors = deque(interleave(addresses)), [], []
+    waiting, racing, errors = deque(interleave(addresses)[:ATTEMPTS]), [], []
     try:
         while waiting or racing:
             if waiting:
@@ -892,9 +899,9 @@ def is_ours(host):
 def authorize(client, command, target, listeners):
     """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
 
-    A client on this host may reach anything.  Any other must not use the proxy to reach what
-    trusts this host: its own services, its link, or the proxy (`listeners`) itself; nor BIND for
-    anybody, which is what a target of zeros means there.
+    A client on this host may reach anything.  Any other must not use the proxy to reach
+    LOCAL_NETWORKS, or the proxy (`listeners`) itself; nor BIND for anybody, which is what a target
+    of zeros means there.
     """
     if target.host in ('0.0.0.0', '::') and command != Command.BIND:
         raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
@@ -948,7 +955,7 @@ class Waker:
 
 
 class Timers:
-    """At most one time for each item, kept in its attribute `due`; late by one TICK at most.
+    """At most one time for each item, kept in its attribute `due`, to the next TICK.
 
     Items wait in one set for each tick, so that setting a time and dropping it cost the same
     however many there are, and nothing is left of an item that ended early.
@@ -965,6 +972,8 @@ class Timers:
         if tick != item.due:
             if item.due in self._ticks:
                 self._ticks[item.due].discard(item)
+                if not self._ticks[item.due]:
+                    del self._ticks[item.due]
             item.due = tick
             if tick:
                 self._ticks.setdefault(tick, set()).add(item)
@@ -972,7 +981,7 @@ class Timers:
 
     def pause(self, now):
         """Seconds until there may be something to do; None if there never is."""
-        return max(0, self._first * self.TICK - now) if self._ticks else None
+        return min(LONGEST, max(0, self._first * self.TICK - now)) if self._ticks else None
 
     def expired(self, now):
         """The items whose time has passed; they have none then."""
@@ -1021,9 +1030,7 @@ class Loop:
     def call(self, item, function, *args):
         """Call function(*args) on behalf of `item`, after the events of this round."""
         self._inbox.append((item, function, args))
-        if self.closed:
-            self._empty_inbox()
-        elif self._asleep:
+        if self._asleep:
             self.waker.wake()
 
     def watch(self, sock, before, wanted, item):
@@ -1045,7 +1052,8 @@ class Loop:
         timers = self.timers
         while not self._stopping:
             self._asleep = True         # before the look at the inbox: call() may come in between
-            found = self._selector.select(0 if self._inbox else timers.pause(self.now))
+            found = self._selector.select(
+                0 if self._inbox else timers.pause(time.monotonic()))
             self._asleep = False
             self.now = time.monotonic()
             for key, events in found:
@@ -1065,15 +1073,10 @@ class Loop:
     def close(self):
         """Close all items; no thread may be in run()."""
         self.closed = True
-        self._empty_inbox()
-        for item in list(self.items):
+        for item in [*(item for item, _, _ in self._inbox), *self.items]:
             self.attempt(item, item.close, 'server closed')
         self._selector.close()
         self.waker.close()
-
-    def _empty_inbox(self):
-        while self._inbox:
-            self._inbox.popleft()[0].close('server closed')
 
     @staticmethod
     def attempt(item, function, *args):
@@ -1081,8 +1084,9 @@ class Loop:
         try:
             function(*args)
         except Exception:
-            log.exception('%s: this is a bug', item.client.address if item.client else '-')
-            item.close('failed')
+            log.exception('%s: this is a bug', item.client and item.client.address)
+            with contextlib.suppress(Exception):
+                item.close('failed')
 
     def ready(self, *_):
         """The waker is; the loop watches it as an item does its sockets."""
@@ -1113,7 +1117,7 @@ class Task:
     def ready(self, sock, _):
         if sock in self._wish.reading or sock in self._wish.writing:
             self._step(self._conversation.send, [sock])
-        elif sock is self._sock:        # not now; _watch() looks again
+        elif sock is self._sock and self._conversation:     # not now; _watch() looks again
             self.loop.watch(sock, self._events, 0, self)
             self._events = 0
 
@@ -1153,16 +1157,21 @@ class Task:
 
     def _work(self, call):
         """In a thread of the crew."""
-        advance = self._conversation.send
-        try:
-            value = call.function()
-        except Exception as error:
-            advance, value = self._conversation.throw, error
-        self.loop.call(self, self._resume, call, advance, value)
-
-    def _resume(self, call, advance, value):
+        value = error = None
         if call is self._call:          # it is still waited for
-            self._step(advance, value)
+            try:
+                value = call.function()
+            except Exception as caught:
+                error = caught
+            self.loop.call(self, self._resume, call, value, error)
+
+    def _resume(self, call, value, error):
+        if call is not self._call:
+            return
+        if error:
+            self._step(self._conversation.throw, error)
+        else:
+            self._step(self._conversation.send, value)
 
     # The client's socket stays watched between waits, which saves system calls; others may be
     # closed by the conversation, so it gets them back unwatched.
@@ -1187,7 +1196,7 @@ class Task:
         self.loop.timers.set(self, None)
         self.loop.items.discard(self)
         if relay:
-            relay.start(self.loop, self._events)
+            self.loop.attempt(relay, relay.start, self.loop, self._events)
         else:
             self.loop.watch(self._sock, self._events, 0, self)
             self._sock.close()
@@ -1219,7 +1228,10 @@ class Crew:
     def _work(self, job):
         while job:
             function, *args = job
-            function(*args)
+            try:
+                function(*args)
+            except Exception:
+                log.exception('this is a bug')
             job = function = args = None            # hold nothing while waiting
             with self._lock:
                 self._free += 1
@@ -1416,9 +1428,10 @@ class Tunnel(Relay):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
         self.begin(loop)
         loop.held += len(self.up.load) + len(self.down.load)
-        for pipe, events in ((self.up, near_events), (self.down, 0)):
+        self.up.events = near_events
+        for pipe in (self.up, self.down):
+            loop.watch(pipe.source, pipe.events, pipe.wanted(), pipe)
             pipe.events = pipe.wanted()
-            loop.watch(pipe.source, events, pipe.events, pipe)
         self.up.flush()
 
     def move(self, loop):
@@ -1506,7 +1519,8 @@ class UdpRelay(Relay):
     """
     BATCH = 64                          # datagrams before others get their turn
     ROUTES = 1024                       # targets, and sources, known at a time
-    QUEUE = 64                          # datagrams that wait for look-ups
+    LOOKUPS = 8                         # at a time
+    QUEUE = 64                          # datagrams that wait for them
     RETRY = 5.0                         # seconds until a failed look-up is tried again
     ROOM = 22                           # bytes of the longest header of an answer
 
@@ -1568,11 +1582,14 @@ class UdpRelay(Relay):
             except OSError:             # of an earlier send
                 continue
             end = self.header_end(buffer, count)
-            if source != self.owner and not self.admit(source):
+            if source != self.owner and source[0] != self.client.address.host:
                 self.drop(f'{source} is not the client')
                 continue
             if end > count:
                 self.drop('malformed header')
+                continue
+            if source != self.owner and not self.admit(source):
+                self.drop(f'{source} is not the port of the client')
                 continue
             self.moved = self.loop.now
             header = bytes(buffer[:end])
@@ -1596,9 +1613,7 @@ class UdpRelay(Relay):
         return count + 1
 
     def admit(self, source):
-        """Whether a datagram from `source`, of whom we have had none, is the client's."""
-        if source[0] != self.client.address.host:
-            return False
+        """Whether a datagram from another port of the client's IP address is the client's."""
         announced = source[1] == self.hint.port
         if not announced and (self.owner or self.hint.host == source[0]):
             return False
@@ -1630,9 +1645,12 @@ class UdpRelay(Relay):
             return self.drop(error)
         if self.failed.get(header, 0) > self.loop.now:
             return self.drop(f'{address.host} was not found or not allowed a moment ago')
+        literal = ip_bytes(address.host) is not None
+        if not literal and len(self.queues) >= self.LOOKUPS:
+            return self.drop('too many names are looked up')
         self.queues[header] = []
         self.queue(header, datagram.payload)
-        if ip_bytes(address.host) is not None:
+        if literal:
             return self.found(header, [address])
         try:
             self.loop.crew.run(self.look_up, header, address)
@@ -1647,29 +1665,35 @@ class UdpRelay(Relay):
 
     def look_up(self, header, address):
         """In a thread of the crew."""
-        try:
-            addresses = run(resolve(address))
-        except OSError:
-            addresses = []
+        addresses = []
+        if self.client:                 # it is still waited for
+            with contextlib.suppress(OSError):
+                addresses = run(resolve(address))
         self.loop.call(self, self.found, header, addresses)
 
     def found(self, header, addresses):
         """Send what waits to the first address that may be reached and can be, and remember it."""
         payloads = self.queues.pop(header)
+        if not self.client:             # it ended meanwhile
+            return
+        why = 'its name was not found'
         for address in addresses:
             try:
                 self.client.server.authorize(self.client, address)
                 route = self.far_socket(address.host), address
-                self.learn(self.routes, header, route)
-                self.learn(self.headers, tuple(address), Datagram(address, b'').pack())
             except OSError as error:
-                log.debug('%s: %s', self.client.address, reason(error))
+                why = reason(error)
                 continue
+            if max(len(self.routes), len(self.headers)) >= self.ROUTES:
+                self.routes.clear()     # both, because a route promises a header
+                self.headers.clear()
+            self.routes[header] = route
+            self.headers[tuple(address)] = Datagram(address, b'').pack()
             for payload in payloads:
                 self.send(route, payload)
             return
         for _ in payloads:
-            self.drop('its target was not found or is not allowed')
+            self.drop(why)
         if len(self.failed) >= self.ROUTES:
             self.failed.clear()
         self.failed[header] = self.loop.now + self.RETRY
@@ -1691,13 +1715,6 @@ class UdpRelay(Relay):
         except OSError as error:
             self.drop(reason(error))
 
-    def learn(self, known, key, value):
-        """Set known[key]; all is forgotten together when it becomes too much."""
-        if len(known) >= self.ROUTES:
-            self.routes.clear()
-            self.headers.clear()
-        known[key] = value
-
     # To the client.  The header of an answer goes into the room before it, so that nothing is
     # copied.
 
@@ -1710,11 +1727,11 @@ class UdpRelay(Relay):
                 return
             except OSError:             # of an earlier send
                 continue
-            self.moved = self.loop.now
             header = headers.get(source[:2]) or self.meet(source[:2])
             if not header:
                 self.drop(f'{source} was not sent to')
                 continue
+            self.moved = self.loop.now
             start = self.ROOM - len(header)
             buffer[start:self.ROOM] = header
             self.answer(buffer[start:self.ROOM + count], count)
@@ -1723,9 +1740,10 @@ class UdpRelay(Relay):
         """The header for a sender to whom the client did not send, if that is allowed."""
         if self.client.server.settings.udp_strict:
             return None
-        header = Datagram(Address(*source), b'').pack()
-        self.learn(self.headers, source, header)
-        return header
+        if len(self.headers) >= self.ROUTES:
+            self.headers.clear()
+        self.headers[source] = Datagram(Address.of(source), b'').pack()
+        return self.headers[source]
 
     def answer(self, datagram, count):
         try:
@@ -1944,7 +1962,7 @@ class Handler(Negotiation):
         log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
         target = yield from dial(addresses, until, self.settings.source)
         try:
-            yield from self.answer(Reply.SUCCEEDED, Address(*target.getsockname()[:2]))
+            yield from self.answer(Reply.SUCCEEDED, Address.of(target.getsockname()))
             return Tunnel(self.client, self.request, target, self.stream.surplus)
         except BaseException:
             target.close()
@@ -1983,7 +2001,9 @@ class Handler(Negotiation):
                         raise Refused(f'only {stranger} came', address=stranger) from None
                     raise
                 continue
-            address = Address(*address[:2])
+            except ConnectionError:     # he has left already
+                continue
+            address = Address.of(address)
             if expected & {address.host, '0.0.0.0', '::'}:
                 peer.setblocking(False)
                 return peer, address
@@ -2014,6 +2034,8 @@ class Handler(Negotiation):
         until = self.stream.until = after(self.settings.connect_timeout)
         addresses = yield from resolve(canonical(request.address), until)
         address = min(addresses, key=lambda address: ':' in address.host)
+        if ':' in address.host and isinstance(request, Request4):
+            raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
         yield from self.tell(Address(address.host, 0))
 
     def do_RESOLVE_PTR(self, request):
@@ -2025,7 +2047,7 @@ class Handler(Negotiation):
         until = self.stream.until = after(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
             socket.getnameinfo, (host, 0), socket.NI_NAMEREQD), until)
-        yield from self.tell(Address(name, 0))
+        yield from self.tell(canonical(Address(name, 0)))
 
     def tell(self, address):
         """Answer with an address, which is all that was asked for."""
@@ -2076,8 +2098,8 @@ def name_or_password(value):
 
 def clients_possible():
     """How many clients, each with a target, the limit of open files allows; 0: any number."""
-    if not resource:
-        return 0
+    if not resource:                    # Windows, whose select() takes 512 sockets
+        return (512 - DESCRIPTORS_KEPT) // 2
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
 
@@ -2141,7 +2163,7 @@ class Server(socketserver.ThreadingTCPServer):
                     missing = error             # one address of a name need not be here
                     continue
                 self.listeners.append(sock)
-                self.addresses.append(Address(*sock.getsockname()[:2]))
+                self.addresses.append(Address.of(sock.getsockname()))
                 if not port:
                     free_port = self.addresses[-1].port
             if missing and not self.listeners:
@@ -2268,7 +2290,7 @@ class Server(socketserver.ThreadingTCPServer):
     def process_request(self, request, client_address):
         """Begin the conversation with a client; the loop goes on with it."""
         request.setblocking(False)
-        client = Client(self, Address(*client_address[:2]))
+        client = Client(self, Address.of(client_address))
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
         self.loop.attempt(task, task.start, self.loop)
@@ -2283,7 +2305,8 @@ class Server(socketserver.ThreadingTCPServer):
     @property
     def clients(self):
         """All that are served now, as a list of `Client`."""
-        return [item.client for loop in self.loops() for item in list(loop.items)]
+        clients = (item.client for loop in self.loops() for item in list(loop.items))
+        return [client for client in clients if client]     # it may be ending
 
     def loops(self):
         """All that carry clients."""
@@ -2295,14 +2318,21 @@ class Server(socketserver.ThreadingTCPServer):
         Large reads and writes run in parallel even in Python, and light tunnels need not wait.
         """
         if len(self._heavy) < self.heavy_loops and all(loop.items for loop, _ in self._heavy):
-            loop = Loop()
-            thread = threading.Thread(target=loop.run, name='socks-heavy', daemon=True)
-            with contextlib.suppress(RuntimeError):     # no thread to be had
-                thread.start()
-                self._heavy.append((loop, thread))
-        if self._heavy and tunnel.loop is self.loop:
+            with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
+                self._start_heavy_loop()
+        if self._heavy and tunnel.client and tunnel.loop is self.loop:
             log.debug('%s: carries much', tunnel.client.address)
             tunnel.move(min((loop for loop, _ in self._heavy), key=lambda loop: len(loop.items)))
+
+    def _start_heavy_loop(self):
+        loop = Loop()
+        thread = threading.Thread(target=loop.run, name='socks-heavy', daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            loop.close()
+            raise
+        self._heavy.append((loop, thread))
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -2484,7 +2514,8 @@ def raise_descriptor_limit(wanted=65536):
         if hard != resource.RLIM_INFINITY:
             wanted = min(wanted, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            with contextlib.suppress(ValueError, OSError):      # macOS may allow less than `hard`
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def set_up_logging(args):

@@ -223,6 +223,21 @@ class Case(unittest.TestCase):
         self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
         return near, self.enter(eventually(lambda: origin.peers and origin.peers.pop(0)))
 
+    def slow_names(self):
+        """Have look-ups of names under .slow wait for the event that is returned, then fail."""
+        event, look_up = threading.Event(), socket.getaddrinfo
+
+        def getaddrinfo(host, *args, **options):
+            if host[-5:] in ('.slow', b'.slow'):
+                event.wait(PATIENCE)
+                raise socket.gaierror(socket.EAI_AGAIN, 'slow')
+            return look_up(host, *args, **options)
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', look_up)
+        self.addCleanup(event.set)
+        socket.getaddrinfo = getaddrinfo
+        return event
+
     def refused_port(self):
         """A port that nobody listens on and nobody else can take."""
         sock = self.enter(socket.socket())
@@ -988,6 +1003,49 @@ class RelayTest(Case):
             self.assertEqual(near.read(8), b'%08d' % -number)
 
 
+    def test_late_event(self):
+        """One that is meant for the conversation does no harm to the tunnel after it."""
+        server = self.serve()
+        near, client = [self.enter(sock) for sock in socket.socketpair()]
+        far, target = [self.enter(sock) for sock in socket.socketpair()]
+        for sock in (near, far):
+            sock.setblocking(False)
+
+        def conversation():
+            yield socks.Wait(reading=[near])
+            return socks.Tunnel(task.client, near, far)
+
+        task = socks.Task(socks.Client(server, Address('127.0.0.1', 1)), near, conversation())
+        loop = socks.Loop()
+        task.start(loop)
+        task.ready(near, socks.READ)
+        task.ready(near, socks.READ)
+        thread = Background(loop.run)
+        client.send(b'x')
+        target.settimeout(PATIENCE)
+        self.assertEqual(target.recv(1), b'x')
+        loop.stop()
+        thread.result()
+        loop.close()
+
+
+class TimersTest(unittest.TestCase):
+
+    class Item:
+        due = None
+
+    def test_order_and_change(self):
+        timers, (a, b, c) = socks.Timers(), (self.Item() for _ in range(3))
+        self.assertIsNone(timers.pause(0))
+        for item, when in ((a, 10.0), (b, 5.0), (c, 7.0), (a, 1.0), (c, None)):
+            timers.set(item, when)
+        self.assertAlmostEqual(timers.pause(0), 1.0, delta=0.1)
+        self.assertEqual(timers.expired(0.9), [])
+        self.assertEqual(timers.expired(6.0), [a, b])
+        self.assertIsNone(timers.pause(6.0))
+        self.assertEqual(timers.expired(100.0), [])
+
+
 class OneLoop(socks.Server):
     heavy_loops = 0
 
@@ -1305,6 +1363,23 @@ class UdpTest(Case):
             client.send(Datagram(Address(*target.getsockname()), b'who?').pack())
             return target.recvfrom(100)[1]
 
+    def test_slow_look_ups(self):
+        """Few at a time, so that one client cannot keep all threads; they may outlast it."""
+        event = self.slow_names()
+        server, echo = self.serve(), self.echo()
+        client = self.associate(server)
+        for number in range(200):
+            client.send(Datagram(Address('%d.slow' % number, 9), b'').pack())
+        self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
+        crew = [thread for thread in threading.enumerate() if thread.name == 'socks-crew']
+        self.assertLessEqual(len(crew), socks.UdpRelay.LOOKUPS)
+        client.control.finish()
+        eventually(lambda: self.lines)
+        event.set()
+        with Peer(server.server_address) as peer:
+            peer.connect('localhost', 1)
+        self.assertEqual([line for line in self.lines if 'bug' in line], [])
+
     def test_port_range(self):
         """Full, it is a refusal and a line in the log."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -1571,25 +1646,34 @@ class LifecycleTest(Case):
         self.assertIn("failed: can't start new thread", self.lines[0])
 
     def test_look_ups_do_not_wait_for_each_other(self):
-        """A conversation that blocks takes a thread, and no time from the others."""
-        class Slow(socks.Handler):
-            def destinations(self, address, until):
-                if address.host == 'slow.example':
-                    yield socks.Call(blocker.wait, until)
-                return (yield from super().destinations(Address('127.0.0.1', address.port), until))
-
-        blocker = threading.Event()
-        self.addCleanup(blocker.set)
-        server, origin = self.serve(Slow, connect_timeout=1.0), self.origin(echo)
-        slow = [self.peer(server.server_address) for _ in range(5)]
+        """One that hangs takes a thread, until it ends, and no time from others."""
+        event = self.slow_names()
+        server, origin = self.serve(connect_timeout=0.3), self.origin(echo)
+        slow = [self.peer(server.server_address) for _ in range(40)]
         for peer in slow:
             peer.ask(Greeting(b'\0'), Choice)
-            peer.send(Request(1, Address('slow.example', origin.port)).pack())
-        started = time.monotonic()
-        self.assertEqual(self.peer(server.server_address).connect('x', origin.port).reply, 0)
-        self.assertLess(time.monotonic() - started, 0.5)
+            peer.send(Request(1, Address('name.slow', origin.port)).pack())
+        peer = self.peer(server.server_address)
+        self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
         for peer in slow:
             self.assertEqual(Response.unpack(peer.read).reply, Reply.TTL_EXPIRED)
+            peer.sock.close()
+        eventually(lambda: len(server.clients) == 1)
+        event.set()                             # now they fail, and nobody waits for them
+        for _ in range(50):
+            with Peer(server.server_address) as peer:
+                self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
+        crew = [thread for thread in threading.enumerate() if thread.name == 'socks-crew']
+        self.assertGreater(len(crew), 40)
+        self.assertEqual([line for line in self.lines if 'bug' in line], [])
+
+    def test_long_timeouts(self):
+        """Longer than any system call can wait."""
+        server, origin = self.serve(handshake_timeout=1e9, idle_timeout=1e9), self.origin(echo)
+        peer = self.peer(server.server_address)
+        self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+        peer.send(b'x')
+        self.assertEqual(peer.read(1), b'x')
 
     def test_bug_in_a_handler(self):
         """It costs one client, and is logged with its traceback."""

@@ -752,34 +752,45 @@ def dial(addresses, until=None, source=()):
     An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
     the error that says most is raised, or the last one of those that say as much.
     """
-    waiting, racing, errors = deque(interleave(addresses)[:ATTEMPTS]), [], []
+    racing, errors = [], []
     try:
-        while waiting or racing:
-            if waiting:
-                try:
-                    sock, connected = start_connect(waiting.popleft(), source)
-                except OSError as error:
-                    errors.append(error)
-                    continue
-                if connected:
-                    return sock
-                racing.append(sock)
-            try:
-                found = yield from ready((), racing, until, ATTEMPT_DELAY if waiting else None)
-            except socket.timeout as error:
-                errors.append(error)
-                break
-            for sock in found:
-                racing.remove(sock)
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not error:
-                    return sock
-                sock.close()
-                errors.append(OSError(error, os.strerror(error)))
+        winner = yield from race(deque(interleave(addresses)[:ATTEMPTS]), racing, errors, until,
+                                 source)
+    except socket.timeout as error:
+        errors.append(error)
+        winner = None
     finally:
         for loser in racing:
             loser.close()
+    if winner:
+        return winner
     raise min(reversed(errors), key=lambda error: TELLING.get(reply_for(error), len(TELLING)))
+
+
+def race(waiting, racing, errors, until, source):
+    """Conversation: the first socket to be connected; None if none is.
+
+    Takes addresses from `waiting`; `racing` has the sockets that are under way, `errors` what
+    became of others.
+    """
+    while waiting or racing:
+        if waiting:
+            try:
+                sock, connected = start_connect(waiting.popleft(), source)
+            except OSError as error:
+                errors.append(error)
+                continue
+            if connected:
+                return sock
+            racing.append(sock)
+        for sock in (yield from ready((), racing, until, ATTEMPT_DELAY if waiting else None)):
+            racing.remove(sock)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not error:
+                return sock
+            sock.close()
+            errors.append(OSError(error, os.strerror(error)))
+    return None
 
 
 def bound(address, kind=socket.SOCK_STREAM):
@@ -1505,6 +1516,106 @@ class Reassembly:
         return None
 
 
+class Routes:
+    """Which way one client's datagrams go, and from whom answers may come.
+
+    The bytes of a header are the key to its route, so that a target is unpacked, resolved and
+    judged once, and the address of a sender is the key to the header of its answers.  `relay` is
+    the `UdpRelay` that sends.
+    """
+    LIMIT = 1024                        # targets, and senders, that are known at a time
+    LOOKUPS = 8                         # at a time
+    QUEUE = 64                          # datagrams that wait for them
+    RETRY = 5.0                         # seconds until a failed look-up is tried again
+
+    def __init__(self, relay):
+        self.relay = relay
+        self.known = {}                 # header: (socket, address) of the target
+        self.headers = {}               # address of a sender: header
+        self._queues = {}               # header: payloads that wait for its look-up
+        self._failed = {}               # header: when to try again
+
+    def follow(self, header, datagram):
+        """Send the payload of `datagram` now, or when the way is found."""
+        if header in self.known:
+            self.relay.send(self.known[header], datagram.payload)
+        elif header in self._queues:
+            self._queue(header, datagram.payload)
+        elif self._failed.get(header, 0) > self.relay.loop.now:
+            self.relay.drop('its target failed a moment ago')
+        else:
+            self._find(header, datagram)
+
+    def _find(self, header, datagram):
+        try:
+            address = canonical(datagram.address)
+        except ProtocolError as error:
+            return self.relay.drop(error)
+        literal = ip_bytes(address.host) is not None
+        if not literal and len(self._queues) >= self.LOOKUPS:
+            return self.relay.drop('too many names are looked up')
+        self._queues[header] = []
+        self._queue(header, datagram.payload)
+        if literal:
+            return self._found(header, [address])
+        try:
+            self.relay.loop.crew.run(self._look_up, header, address)
+        except RuntimeError:            # no thread to be had
+            self._found(header, [])
+
+    def _queue(self, header, payload):
+        if sum(map(len, self._queues.values())) < self.QUEUE:
+            self._queues[header].append(payload)
+        else:
+            self.relay.drop('too many wait for look-ups')
+
+    def _look_up(self, header, address):
+        """In a thread of the crew."""
+        addresses = []
+        if self.relay.client:           # it is still waited for
+            with contextlib.suppress(OSError):
+                addresses = run(resolve(address))
+        self.relay.loop.call(self.relay, self._found, header, addresses)
+
+    def _found(self, header, addresses):
+        """Send what waits to the first address that may be reached and can be, and remember it."""
+        payloads = self._queues.pop(header)
+        client, why = self.relay.client, 'its name was not found'
+        for address in addresses if client else ():
+            try:
+                client.server.authorize(client, address)
+                route = self.relay.far_socket(address.host), address
+            except OSError as error:
+                why = reason(error)
+                continue
+            self._learn(header, route)
+            for payload in payloads:
+                self.relay.send(route, payload)
+            return
+        if client:                      # else it ended meanwhile
+            for _ in payloads:
+                self.relay.drop(why)
+            if len(self._failed) >= self.LIMIT:
+                self._failed.clear()
+            self._failed[header] = self.relay.loop.now + self.RETRY
+
+    def _learn(self, header, route):
+        if max(len(self.known), len(self.headers)) >= self.LIMIT:
+            self.known.clear()          # both, because who is sent to may answer
+            self.headers.clear()
+        self.known[header] = route
+        self.headers[tuple(route[1])] = Datagram(route[1], b'').pack()
+
+    def meet(self, source):
+        """The header for a sender to whom the client did not send, if that is allowed."""
+        if self.relay.client.server.settings.udp_strict:
+            return None
+        if len(self.headers) >= self.LIMIT:
+            self.headers.clear()
+        self.headers[source] = Datagram(Address.of(source), b'').pack()
+        return self.headers[source]
+
+
 class UdpRelay(Relay):
     """The datagrams of one client, to any targets and back (RFC 1928 section 7).
 
@@ -1518,10 +1629,6 @@ class UdpRelay(Relay):
     connected and the system keeps strangers away.  A datagram that goes wrong is never answered.
     """
     BATCH = 64                          # datagrams before others get their turn
-    ROUTES = 1024                       # targets, and sources, known at a time
-    LOOKUPS = 8                         # at a time
-    QUEUE = 64                          # datagrams that wait for them
-    RETRY = 5.0                         # seconds until a failed look-up is tried again
     ROOM = 22                           # bytes of the longest header of an answer
 
     def __init__(self, client, control, near, hint):
@@ -1532,10 +1639,7 @@ class UdpRelay(Relay):
         self.owner = None               # the client's UDP address, once it sent
         self.connected = False
         self.far = {}                   # family: the socket that targets see
-        self.routes = {}                # header: (socket, address) of the target
-        self.headers = {}               # address of a sender: header
-        self.queues = {}                # header: payloads that wait for its look-up
-        self.failed = {}                # header: when to try again
+        self.routes = Routes(self)
         self.reassembly = Reassembly()
         self.up = self.down = self.dropped = 0
 
@@ -1569,11 +1673,10 @@ class UdpRelay(Relay):
             return self.close(reason(error))
         self.close('done')
 
-    # From the client.  The bytes of the header are the key to the route, so that a target is
-    # unpacked, resolved and judged once.
+    # From the client
 
     def from_client(self):
-        buffer, routes = self.loop.buffer, self.routes
+        buffer, known = self.loop.buffer, self.routes.known
         for _ in range(self.BATCH):
             try:
                 count, source = self.near.recvfrom_into(buffer)
@@ -1582,18 +1685,12 @@ class UdpRelay(Relay):
             except OSError:             # of an earlier send
                 continue
             end = self.header_end(buffer, count)
-            if source != self.owner and source[0] != self.client.address.host:
-                self.drop(f'{source} is not the client')
-                continue
-            if end > count:
-                self.drop('malformed header')
-                continue
-            if source != self.owner and not self.admit(source):
-                self.drop(f'{source} is not the port of the client')
+            if end > count or source != self.owner and not self.admit(source):
+                self.drop('malformed, or not the client:', source)
                 continue
             self.moved = self.loop.now
             header = bytes(buffer[:end])
-            route = routes.get(header)
+            route = known.get(header)
             if route and not self.reassembly.position:
                 self.send(route, buffer[end:count])
             else:
@@ -1613,9 +1710,11 @@ class UdpRelay(Relay):
         return count + 1
 
     def admit(self, source):
-        """Whether a datagram from another port of the client's IP address is the client's."""
+        """Whether a valid datagram from elsewhere than the owner is the client's."""
+        if Address.of(source).host != self.client.address.host:
+            return False
         announced = source[1] == self.hint.port
-        if not announced and (self.owner or self.hint.host == source[0]):
+        if not announced and (self.owner or self.hint.host == self.client.address.host):
             return False
         self.owner = source
         if announced or not self.hint.port:
@@ -1625,78 +1724,11 @@ class UdpRelay(Relay):
         return True
 
     def take(self, header, payload):
-        """Find the way of a datagram whose route is not known."""
+        """A datagram that is a fragment, or whose route is not known."""
         datagram = self.reassembly.add(
             Datagram(Address.unpack(reader(header[3:])[0]), payload, header[2]), self.loop.now)
         if datagram:
-            header = b'\0\0\0' + header[3:]
-            if header in self.routes:
-                self.send(self.routes[header], datagram.payload)
-            elif header in self.queues:
-                self.queue(header, datagram.payload)
-            else:
-                self.find(header, datagram)
-
-    def find(self, header, datagram):
-        """Have the target looked up."""
-        try:
-            address = canonical(datagram.address)
-        except ProtocolError as error:
-            return self.drop(error)
-        if self.failed.get(header, 0) > self.loop.now:
-            return self.drop(f'{address.host} was not found or not allowed a moment ago')
-        literal = ip_bytes(address.host) is not None
-        if not literal and len(self.queues) >= self.LOOKUPS:
-            return self.drop('too many names are looked up')
-        self.queues[header] = []
-        self.queue(header, datagram.payload)
-        if literal:
-            return self.found(header, [address])
-        try:
-            self.loop.crew.run(self.look_up, header, address)
-        except RuntimeError:            # no thread to be had
-            self.found(header, [])
-
-    def queue(self, header, payload):
-        if sum(map(len, self.queues.values())) < self.QUEUE:
-            self.queues[header].append(payload)
-        else:
-            self.drop('too many wait for look-ups')
-
-    def look_up(self, header, address):
-        """In a thread of the crew."""
-        addresses = []
-        if self.client:                 # it is still waited for
-            with contextlib.suppress(OSError):
-                addresses = run(resolve(address))
-        self.loop.call(self, self.found, header, addresses)
-
-    def found(self, header, addresses):
-        """Send what waits to the first address that may be reached and can be, and remember it."""
-        payloads = self.queues.pop(header)
-        if not self.client:             # it ended meanwhile
-            return
-        why = 'its name was not found'
-        for address in addresses:
-            try:
-                self.client.server.authorize(self.client, address)
-                route = self.far_socket(address.host), address
-            except OSError as error:
-                why = reason(error)
-                continue
-            if max(len(self.routes), len(self.headers)) >= self.ROUTES:
-                self.routes.clear()     # both, because a route promises a header
-                self.headers.clear()
-            self.routes[header] = route
-            self.headers[tuple(address)] = Datagram(address, b'').pack()
-            for payload in payloads:
-                self.send(route, payload)
-            return
-        for _ in payloads:
-            self.drop(why)
-        if len(self.failed) >= self.ROUTES:
-            self.failed.clear()
-        self.failed[header] = self.loop.now + self.RETRY
+            self.routes.follow(b'\0\0\0' + header[3:], datagram)
 
     def far_socket(self, host):
         """The socket for targets of the family of `host`."""
@@ -1719,7 +1751,7 @@ class UdpRelay(Relay):
     # copied.
 
     def from_target(self, sock):
-        buffer, headers = self.loop.buffer, self.headers
+        buffer, headers = self.loop.buffer, self.routes.headers
         for _ in range(self.BATCH):
             try:
                 count, source = sock.recvfrom_into(buffer[self.ROOM:])
@@ -1727,23 +1759,14 @@ class UdpRelay(Relay):
                 return
             except OSError:             # of an earlier send
                 continue
-            header = headers.get(source[:2]) or self.meet(source[:2])
+            header = headers.get(source[:2]) or self.routes.meet(source[:2])
             if not header:
-                self.drop(f'{source} was not sent to')
+                self.drop('nothing was sent to', source)
                 continue
             self.moved = self.loop.now
             start = self.ROOM - len(header)
             buffer[start:self.ROOM] = header
             self.answer(buffer[start:self.ROOM + count], count)
-
-    def meet(self, source):
-        """The header for a sender to whom the client did not send, if that is allowed."""
-        if self.client.server.settings.udp_strict:
-            return None
-        if len(self.headers) >= self.ROUTES:
-            self.headers.clear()
-        self.headers[source] = Datagram(Address.of(source), b'').pack()
-        return self.headers[source]
 
     def answer(self, datagram, count):
         try:
@@ -1755,9 +1778,10 @@ class UdpRelay(Relay):
         except OSError as error:        # too large with its header, or nobody listens any more
             self.drop(reason(error))
 
-    def drop(self, why):
+    def drop(self, *why):
         self.dropped += 1
-        log.debug('%s: datagram dropped: %s', self.client.address, why)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: datagram dropped: %s', self.client.address, ' '.join(map(str, why)))
 
     def close(self, outcome):
         client, self.client = self.client, None

@@ -1372,7 +1372,7 @@ class UdpTest(Case):
             client.send(Datagram(Address('%d.slow' % number, 9), b'').pack())
         self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
         crew = [thread for thread in threading.enumerate() if thread.name == 'socks-crew']
-        self.assertLessEqual(len(crew), socks.UdpRelay.LOOKUPS)
+        self.assertLessEqual(len(crew), socks.Routes.LOOKUPS)
         client.control.finish()
         eventually(lambda: self.lines)
         event.set()
@@ -1720,6 +1720,31 @@ class Inside(Case):
                 self.assertEqual(peer.sock.getsockname()[0], '198.51.100.1')
                 self.assertEqual(peer.connect(host, number).reply, reply)
 
+    def test_bind_and_udp_from_elsewhere(self):
+        """What a client from elsewhere may not CONNECT to, it may not BIND for or send to."""
+        server, echo = self.serve(host='198.51.100.1', open=True), self.enter(Echo('127.0.0.1'))
+        for host, reply in (('198.51.100.1', 0), ('127.0.0.1', 2), ('0.0.0.0', 2)):
+            with self.subTest(host), Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                self.assertEqual(peer.ask(Request(2, Address(host, 0)), Response).reply, reply)
+        with Associate(server) as client, Echo('198.51.100.1') as ours:
+            client.send(Datagram(echo.address, b'no').pack())
+            self.assertEqual(client.ask(Datagram(ours.address, b'yes').pack())[-5:], b'E:yes')
+            self.assertEqual(echo.seen, [])
+
+    def test_advertise(self):
+        """The address that is told; and listened on, if it is ours."""
+        for told in ('203.0.113.9', '198.51.100.2'):
+            server = self.serve(host='198.51.100.1', open=True, advertise=('2001:db8::1', told))
+            for command in (2, 3):
+                peer = self.peer(server.server_address)
+                peer.ask(Greeting(b'\0'), Choice)
+                address = peer.ask(Request(command, Address('198.51.100.1', 0)), Response).address
+                self.assertEqual(address.host, told)
+                if (told, command) == ('198.51.100.2', 2):
+                    with Peer(address, ('198.51.100.1', 0)):
+                        self.assertEqual(Response.unpack(peer.read).reply, 0)
+
 
 def needs(*programs):
     """Skip a test where one of the programs is missing."""
@@ -1739,7 +1764,8 @@ class NamespaceTest(unittest.TestCase):
     def test_inside(self):
         """The tests of Inside, in a namespace where they can set routes."""
         script = ('ip link set lo up; ip address add 198.51.100.1/32 dev lo;'
-                  'ip route add unreachable 203.0.113.0/24; ip route add prohibit 192.0.2.0/24;'
+                  'ip address add 198.51.100.2/32 dev lo; ip route add unreachable 203.0.113.0/24;'
+                  'ip route add prohibit 192.0.2.0/24;'
                   'exec "$0" -m test_socks Inside')
         if run('unshare', '-rn', 'true').returncode:
             self.skipTest('this user cannot make namespaces')

@@ -495,7 +495,7 @@ TELLING = {reply: rank for rank, reply in enumerate((
     Reply.CONNECTION_REFUSED, Reply.HOST_UNREACHABLE, Reply.NETWORK_UNREACHABLE,
     Reply.TTL_EXPIRED))}
 BLOCKED = (BlockingIOError, InterruptedError)
-IN_PROGRESS = {0, errno.EINPROGRESS, errno.EWOULDBLOCK}
+UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
 ATTEMPTS = 16                           # addresses of one name that are tried
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
@@ -728,9 +728,11 @@ def start_connect(address, source):
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((source_of(family, source), 0))
         error = sock.connect_ex(address)
-        if error not in IN_PROGRESS:
+        if error in UNDER_WAY:          # within this host it is done by now, if one asks
+            error = sock.connect_ex(address)
+        if error not in (0, errno.EISCONN, *UNDER_WAY):
             raise OSError(error, os.strerror(error))
-        return sock, not error
+        return sock, error not in UNDER_WAY
     except BaseException:
         sock.close()
         raise
@@ -892,6 +894,7 @@ def is_local(host):
     return any(ip in network for ip in ips for network in LOCAL_NETWORKS)
 
 
+@functools.lru_cache(4096)
 def is_loopback(host):
     """Whether the IP address `host` is of this host alone."""
     return ipaddress.ip_address(host).is_loopback
@@ -1391,8 +1394,9 @@ class Pipe:
     def end(self):
         """The source has said all: tell the sink; the other direction goes on (half-close)."""
         self.done = True
-        with contextlib.suppress(OSError):      # a sink that is gone is the twin's to notice
-            self.sink.shutdown(socket.SHUT_WR)
+        if not self.twin.done:                  # else the tunnel's close says it
+            with contextlib.suppress(OSError):  # a sink that is gone is the twin's to notice
+                self.sink.shutdown(socket.SHUT_WR)
         self.tunnel.watch()
 
     def lose(self, error):

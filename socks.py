@@ -1014,7 +1014,7 @@ class Loop:
 
     An item is a `Task` or a relay.  It has
 
-    client                 whom it serves
+    client                 whom it serves, or None
     due                    for `Timers`
     ready(sock, events)    a socket that it watches is ready
     expire()               its time has passed
@@ -1024,6 +1024,7 @@ class Loop:
     is one, is called for a tunnel that turned out to carry much.
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
+    client = None                       # as an item of itself, for its waker
 
     def __init__(self, crew=None, relieve=None):
         self.crew = crew
@@ -2152,6 +2153,7 @@ class Server(socketserver.ThreadingTCPServer):
     Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
     loopback if neither `users` nor `open` are set: it would serve everybody.
     """
+    client = None                       # as an item of its loop
     request_queue_size = 1024
     heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
 
@@ -2165,6 +2167,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.addresses = []             # theirs, as `Address`
         self.due = None                 # for `Timers`: the end of a pause
         self._accepting = False
+        self._starving = False
         self._thread = None             # that of start()
         self._serving = threading.RLock()
         self._crew = Crew()
@@ -2181,7 +2184,7 @@ class Server(socketserver.ThreadingTCPServer):
     def server_bind(self):
         free_port = 0
         for host, port in self.server_address:
-            missing = None
+            missing, before = None, len(self.listeners)
             for ip, _ in self._resolve(host):
                 try:
                     sock = bound(Address(ip, port or free_port))
@@ -2194,7 +2197,7 @@ class Server(socketserver.ThreadingTCPServer):
                 self.addresses.append(Address.of(sock.getsockname()))
                 if not port:
                     free_port = self.addresses[-1].port
-            if missing and not self.listeners:
+            if missing and len(self.listeners) == before:
                 raise missing
         self._refuse_open_proxy()
         self.socket = self.listeners[0]
@@ -2277,9 +2280,10 @@ class Server(socketserver.ThreadingTCPServer):
                 return
             except OSError as error:
                 if error.errno in NO_ROOM:
-                    log.warning('cannot accept: %s', reason(error))
+                    self._starve(error)
                     return self._pause()
                 continue                # that client has left already
+            self._starving = False
             self._receive(request, client_address)
 
     def _receive(self, request, client_address):
@@ -2291,6 +2295,11 @@ class Server(socketserver.ThreadingTCPServer):
         except Exception:
             self.handle_error(request, client_address)
             self.shutdown_request(request)
+
+    def _starve(self, error):
+        if not self._starving:          # one line is enough until it is over
+            log.warning('cannot accept clients: %s', reason(error))
+        self._starving = True
 
     def _full(self):
         return self.max_clients and sum(

@@ -1870,6 +1870,7 @@ class CommandLineTest(Case):
             for arguments, message in [
                     (['-p', str(server.server_address.port)], 'Address already in use'),
                     (['-b', '203.0.113.1', '--open'], 'Cannot assign requested address'),
+                    (['-b', '127.0.0.1:0', '-b', '203.0.113.1', '--open'], '203.0.113.1:1080: '),
                     (['-b', '127.0.0.1:0', '-b', 'localhost:0', '-p', '0'], 'already in use'),
                     (['--source', '203.0.113.1'], 'connect from 203.0.113.1: it is not'),
                     (['-b', 'nowhere.invalid'], 'nowhere.invalid is never resolved')]:
@@ -1921,12 +1922,14 @@ class CommandLineTest(Case):
                     self.assertEqual(tunnel.connect('127.0.0.1', origin.port).reply, 0)
                     for _ in range(200):
                         stack.enter_context(Peer(program.address)).send(b'\5')
+                    time.sleep(0.2)
                     before = cpu_seconds(program.process.pid)
                     time.sleep(1)
                     self.assertLess(cpu_seconds(program.process.pid) - before, 0.1)
                     tunnel.send(b'alive')
                     self.assertEqual(tunnel.read(5), b'alive')
                 eventually(lambda: self.serves(program, origin))
+            self.assertLess(program.log.count('cannot accept clients'), 20)
 
     def serves(self, program, origin):
         with Peer(program.address) as peer:

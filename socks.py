@@ -1475,15 +1475,16 @@ class Tunnel(Relay):
     def close(self, outcome, reset=False):
         """Close both sockets, by RST if asked to; only the first call counts."""
         client, self.client = self.client, None
-        if client:
-            self.leave()
-            for pipe in (self.up, self.down):
-                pipe.done, pipe.load = True, b''
-                if reset:
-                    with contextlib.suppress(OSError):
-                        pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                pipe.source.close()
-            client.end(outcome, self.up.count, self.down.count)
+        if not client:
+            return
+        self.leave()
+        for pipe in (self.up, self.down):
+            pipe.done, pipe.load = True, b''
+            if reset:
+                with contextlib.suppress(OSError):
+                    pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            pipe.source.close()
+        client.end(outcome, self.up.count, self.down.count)
 
 
 class Reassembly:

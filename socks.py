@@ -600,7 +600,7 @@ def ready(reading, writing, until, pause=None):
     if pause is not None:
         limit = min(after(pause), until or float('inf'))
     found = yield Wait(reading, writing, limit)
-    if not found and until and time.monotonic() >= until:
+    if until and time.monotonic() >= until:     # also where somebody keeps the sockets busy
         raise socket.timeout('timed out')
     return found
 
@@ -696,7 +696,7 @@ class Stream:
         """
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            while time.monotonic() < until:
+            while True:
                 yield from ready([self.sock], (), until)
                 if not self.sock.recv(self.SIZE):
                     break
@@ -2022,16 +2022,14 @@ class Handler(Negotiation):
         stranger = None
         while True:
             try:
+                yield from self.stream.wait_for([listener], until)
+            except socket.timeout:
+                if stranger:
+                    raise Refused(f'only {stranger} came', address=stranger) from None
+                raise
+            try:
                 peer, address = listener.accept()
-            except BLOCKED:
-                try:
-                    yield from self.stream.wait_for([listener], until)
-                except socket.timeout:
-                    if stranger:
-                        raise Refused(f'only {stranger} came', address=stranger) from None
-                    raise
-                continue
-            except ConnectionError:     # he has left already
+            except (*BLOCKED, ConnectionError):     # he has left already
                 continue
             address = Address.of(address)
             if expected & {address.host, '0.0.0.0', '::'}:
@@ -2134,6 +2132,45 @@ def clients_possible():
     return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
 
 
+class Helpers:
+    """Threads, each with a loop, for tunnels that carry much.
+
+    Large reads and writes run in parallel even in Python, and light tunnels need not wait for them.
+    """
+
+    def __init__(self, size):
+        self._size = size
+        self._threads = {}              # by loop
+
+    @property
+    def loops(self):
+        return list(self._threads)
+
+    def take(self, tunnel):
+        """Move `tunnel` to a loop of its own, or to the one that has least."""
+        if len(self._threads) < self._size and all(loop.items for loop in self.loops):
+            with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
+                self._start()
+        if self._threads and tunnel.client and tunnel.loop not in self._threads:
+            log.debug('%s: carries much', tunnel.client.address)
+            tunnel.move(min(self.loops, key=lambda loop: len(loop.items)))
+
+    def _start(self):
+        loop = Loop()
+        thread = threading.Thread(target=loop.run, name='socks-heavy', daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            loop.close()
+            raise
+        self._threads[loop] = thread
+
+    def stop(self):
+        for loop, thread in self._threads.items():
+            loop.stop()
+            thread.join()
+
+
 class Server(socketserver.ThreadingTCPServer):
     """A SOCKS server on one or several addresses.
 
@@ -2172,8 +2209,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._thread = None             # that of start()
         self._serving = threading.RLock()
         self._crew = Crew()
-        self.loop = Loop(self._crew, self._relieve)
-        self._heavy = []                # pairs of a loop and its thread
+        self._helpers = Helpers(self.heavy_loops)
+        self.loop = Loop(self._crew, self._helpers.take)
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -2185,24 +2222,29 @@ class Server(socketserver.ThreadingTCPServer):
     def server_bind(self):
         free_port = 0
         for host, port in self.server_address:
-            missing, before = None, len(self.listeners)
-            for ip, _ in self._resolve(host):
-                try:
-                    sock = bound(Address(ip, port or free_port))
-                except OSError as error:
-                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        raise
-                    missing = error             # one address of a name need not be here
-                    continue
-                self.listeners.append(sock)
-                self.addresses.append(Address.of(sock.getsockname()))
-                if not port:
-                    free_port = self.addresses[-1].port
-            if missing and len(self.listeners) == before:
-                raise missing
+            self._bind(host, port or free_port)
+            if not port:
+                free_port = self.addresses[-1].port
         self._refuse_open_proxy()
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
+
+    def _bind(self, host, port):
+        """Bind to all addresses of `host` that are here; one must be."""
+        missing, before = None, len(self.listeners)
+        for ip, _ in self._resolve(host):
+            try:
+                sock = bound(Address(ip, port))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+                continue
+            self.listeners.append(sock)
+            self.addresses.append(Address.of(sock.getsockname()))
+            port = self.addresses[-1].port      # a free one serves all of them
+        if missing and len(self.listeners) == before:
+            raise missing
 
     @staticmethod
     def _resolve(host):
@@ -2256,9 +2298,7 @@ class Server(socketserver.ThreadingTCPServer):
         for sock in self.listeners:
             sock.close()
         self._crew.dismiss()
-        for loop, thread in self._heavy:
-            loop.stop()
-            thread.join()
+        self._helpers.stop()
         for loop in self.loops():
             loop.close()
 
@@ -2348,29 +2388,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def loops(self):
         """All that carry clients."""
-        return [self.loop, *(loop for loop, _ in self._heavy)]
-
-    def _relieve(self, tunnel):
-        """Move a tunnel that carries much to a thread of its own, or to that which has least.
-
-        Large reads and writes run in parallel even in Python, and light tunnels need not wait.
-        """
-        if len(self._heavy) < self.heavy_loops and all(loop.items for loop, _ in self._heavy):
-            with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
-                self._start_heavy_loop()
-        if self._heavy and tunnel.client and tunnel.loop is self.loop:
-            log.debug('%s: carries much', tunnel.client.address)
-            tunnel.move(min((loop for loop, _ in self._heavy), key=lambda loop: len(loop.items)))
-
-    def _start_heavy_loop(self):
-        loop = Loop()
-        thread = threading.Thread(target=loop.run, name='socks-heavy', daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            loop.close()
-            raise
-        self._heavy.append((loop, thread))
+        return [self.loop, *self._helpers.loops]
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -479,6 +479,13 @@ class SocketsTest(Case):
         order = socks.interleave([Address(host, 1) for host in ('::1', '::2', '::3', '1.1.1.1')])
         self.assertEqual([a.host for a in order], ['::1', '1.1.1.1', '::2', '::3'])
 
+    def test_a_busy_socket_does_not_outlast_the_deadline(self):
+        one, other = [self.enter(sock) for sock in socket.socketpair()]
+        other.send(b'x')
+        self.assertEqual(socks.run(socks.ready([one], (), socks.after(PATIENCE))), [one])
+        with self.assertRaises(socket.timeout):
+            socks.run(socks.ready([one], (), time.monotonic() - 1))
+
     def test_dial_falls_through(self):
         """A refused address costs nothing, a silent one ATTEMPT_DELAY."""
         origin = self.origin()
@@ -1895,6 +1902,29 @@ class CommandLineTest(Case):
         self.assertEqual(done.returncode, 2)
         self.assertIn('expected NAME:PASSWORD', done.stderr)
         self.assertNotIn('hunter2', done.stderr)
+
+    def test_settings(self):
+        """Each option that is a setting arrives there; without options there are the defaults."""
+        def settings(*arguments):
+            return socks.settings_from(socks.build_parser().parse_args(arguments), {})
+
+        self.assertEqual(settings(), Settings())
+        for arguments, expected in [
+                ('--open', {'open': True}), ('--max-clients 7', {'max_clients': 7}),
+                ('--tor-extensions', {'tor_extensions': True}),
+                ('--udp-strict', {'udp_strict': True}),
+                ('--source ::1 --source 127.0.0.1', {'source': ('::1', '127.0.0.1')}),
+                ('--advertise 192.0.2.1', {'advertise': ('192.0.2.1',)}),
+                ('--udp-ports 5-9', {'udp_ports': (5, 9)}),
+                ('--udp-ports 5', {'udp_ports': (5, 5)}),
+                ('--handshake-timeout 1', {'handshake_timeout': 1}),
+                ('--connect-timeout 2.5', {'connect_timeout': 2.5}),
+                ('--bind-timeout 3', {'bind_timeout': 3}),
+                ('--idle-timeout 4', {'idle_timeout': 4}),
+                ('--udp-timeout 0', {'udp_timeout': 0}),
+                ('-u bob:x', {'users': {b'bob': b'x'}})]:
+            with self.subTest(arguments):
+                self.assertEqual(settings(*arguments.split()), Settings()._replace(**expected))
 
     def test_version_and_help(self):
         self.assertEqual(in_process('-V'), (0, f'socks.py {socks.__version__}\n', ''))

@@ -27,10 +27,12 @@ loops, relays, server, command line.
 """
 
 import argparse
+import atexit
 import contextlib
 import enum
 import errno
 import functools
+import io
 import ipaddress
 import itertools
 import logging
@@ -45,6 +47,7 @@ import struct
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
@@ -58,10 +61,18 @@ try:
     import resource
 except ImportError:                     # Windows
     resource = None
+try:
+    from contextvars import ContextVar
+except ImportError:                     # Python 3.6
+    ContextVar = None
 
 __version__ = '2.0.0'
 
 log = logging.getLogger('socks')
+
+# As they were at import: programs replace them by ours, which must not come back to themselves.
+_orgsocket = _orig_socket = socket.socket
+_orig_getaddrinfo = socket.getaddrinfo
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -170,6 +181,10 @@ class ProtocolError(GeneralProxyError):
     """Bytes that are not SOCKS, or name something that cannot be."""
 
 
+Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4Error
+_ProxyError = ProxyError                # names before PySocks 1.5, which old programs use
+
+
 class Refused(ProxyError):
     """Our own policy says no; `address` is whom it concerns, where a reply should tell."""
     reply = Reply.NOT_ALLOWED
@@ -189,6 +204,17 @@ ERRNO_REPLIES = {
     errno.ECONNRESET: Reply.CONNECTION_REFUSED,
     errno.ETIMEDOUT: Reply.TTL_EXPIRED,
     errno.EAFNOSUPPORT: Reply.ADDRESS_TYPE_NOT_SUPPORTED,
+}
+
+# The other way round, for connect_ex() and the errno of a `ProxyError`; any other is ECONNABORTED.
+REPLY_ERRNOS = {
+    Reply.NOT_ALLOWED: errno.EACCES,
+    Reply.NETWORK_UNREACHABLE: errno.ENETUNREACH,
+    Reply.HOST_UNREACHABLE: errno.EHOSTUNREACH,
+    Reply.CONNECTION_REFUSED: errno.ECONNREFUSED,
+    Reply.TTL_EXPIRED: errno.ETIMEDOUT,
+    Reply.COMMAND_NOT_SUPPORTED: errno.EOPNOTSUPP,
+    Reply.ADDRESS_TYPE_NOT_SUPPORTED: errno.EAFNOSUPPORT,
 }
 
 # "There is no such name", as opposed to "the name server did not say".
@@ -220,6 +246,7 @@ def reason(error):
 
 MAX_USERID = 512                        # bytes; SOCKS4 gives no length, so we bound both strings
 MAX_NAME = 255
+MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
 
 
 def reader(data):
@@ -265,6 +292,11 @@ def name_bytes(name):
         return name.encode('ascii')
     except UnicodeEncodeError:
         return name.encode('idna')
+
+
+def encoded(value):
+    """The bytes of a user name or password that is given as bytes or text."""
+    return value.encode() if isinstance(value, str) else value
 
 
 def name_text(data):
@@ -402,9 +434,14 @@ class Response(NamedTuple):
 
     @classmethod
     def unpack(cls, read):
+        return cls(cls.unpack_reply(read), Address.unpack(read))
+
+    @staticmethod
+    def unpack_reply(read):
+        """Only the code: some servers end a failure there, or put an odd address behind it."""
         version, reply, _ = read(3)
         expect_version('SOCKS', version, 5)
-        return cls(reply, Address.unpack(read))
+        return reply
 
 
 class Request4(NamedTuple):
@@ -486,6 +523,45 @@ class Datagram(NamedTuple):
         read, rest = reader(data)
         fragment = read(3)[2]           # RSV should be 0; real clients send other values
         return cls(Address.unpack(read), rest(), fragment)
+
+
+class HttpConnect(NamedTuple):
+    """A request for a tunnel to an HTTP proxy (RFC 9110 section 9.3.6)."""
+    address: Address
+    credentials: bytes = b''            # NAME:PASSWORD (RFC 7617), if any
+
+    def pack(self):
+        host = (self.address.host if ip_bytes(self.address.host)
+                else name_bytes(self.address.host).decode())
+        where = str(Address(host, self.address.port)).encode()
+        lines = [b'CONNECT %b HTTP/1.1' % where, b'Host: ' + where]
+        if self.credentials:
+            lines.append(b'Proxy-Authorization: Basic ' + b64encode(self.credentials))
+        return b'\r\n'.join(lines) + b'\r\n\r\n'
+
+
+class HttpStatus(NamedTuple):
+    """The first line of the answer to it."""
+    code: int
+    phrase: str
+
+    @classmethod
+    def unpack(cls, read):
+        line = http_line(read)
+        match = re.match(r'HTTP/[0-9]\.[0-9] ([0-9]{3})(?: (.*))?$', line.decode('latin-1'))
+        if not match:
+            raise ProtocolError(f'{line[:40]!r}, expected the status line of an HTTP proxy')
+        return cls(int(match.group(1)), match.group(2) or '')
+
+
+def http_line(read):
+    """The next line, without its end."""
+    line = bytearray()
+    while not line.endswith(b'\n'):
+        if len(line) >= MAX_LINE:
+            raise ProtocolError(f'an HTTP line of more than {MAX_LINE} bytes')
+        line += read(1)
+    return bytes(line).rstrip(b'\r\n')
 
 
 # ---------------------------------------------------------------------------------------- sockets
@@ -629,23 +705,28 @@ class Stream:
     """
     SIZE = 4096                         # bytes; holds any handshake whole
     LARGEST = 1 << 16                   # surplus
+    GONE = 'the client left'
 
     def __init__(self, sock, until):
         self.sock = sock
         self.until = until
         self.surplus = b''
 
-    def _more(self):
-        """Conversation: add what comes next to the surplus."""
+    def _receive(self, flags=0):
+        """Conversation: the bytes that come next."""
         while True:
             try:
-                data = self.sock.recv(self.SIZE)
+                data = self.sock.recv(self.SIZE, flags)
                 break
             except BLOCKED:
                 yield from ready([self.sock], (), self.until)
         if not data:
-            raise EOFError('the client left')
-        self.surplus += data
+            raise EOFError(self.GONE)
+        return data
+
+    def _more(self):
+        """Conversation: add what comes next to the surplus."""
+        self.surplus += yield from self._receive()
 
     def read(self, unpack):
         """Conversation: what unpack(read) makes of the next bytes, however they are split.
@@ -702,6 +783,128 @@ class Stream:
                     break
 
 
+class ExactStream(Stream):
+    """A stream that leaves in the socket what is behind a message.
+
+    For the client's side, whose socket goes to a program that must find all that comes after the
+    last reply.  So there is never a surplus between messages.
+    """
+    GONE = 'Connection closed unexpectedly'
+
+    def read(self, unpack):
+        while True:
+            seen = yield from self._receive(socket.MSG_PEEK)
+            read, rest = reader(self.surplus + seen)
+            try:
+                message, left = unpack(read), len(rest())
+            except EOFError:
+                self.surplus += self.sock.recv(len(seen))
+            else:
+                self.sock.recv(len(seen) - left)
+                self.surplus = b''
+                return message
+
+
+class Secure:
+    """TLS over a non-blocking socket that it owns, as far as a relay needs a socket's interface.
+
+    It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
+    end its direction and go on reading.  After recv_into() nothing decrypted is left behind, so
+    the socket's readiness tells all, and send() counts only what the socket took whole.
+    """
+    RECORD = 1 << 15                    # more than the bytes of one TLS record
+
+    def __init__(self, sock, context, **options):
+        import ssl                      # here, because few need it and it is large
+        self._sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._waits = ssl.SSLWantReadError
+        self._closed = ssl.SSLZeroReturnError, ssl.SSLEOFError
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
+        self._cipher = b''              # made, but not taken by the socket
+        self._plain = 0                 # bytes that it stands for
+        self.fileno = sock.fileno
+        self.setsockopt = sock.setsockopt
+        self.getsockname = sock.getsockname
+        self.close = sock.close
+
+    def handshake(self, until):
+        """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+                done = True
+            except self._waits:
+                done = False
+            finally:                    # also what tells the peer of a failure
+                flushed = self._flush()
+            while not flushed:
+                yield from ready((), [self._sock], until)
+                flushed = self._flush()
+            if done:
+                return
+            yield from ready([self._sock], (), until)
+            with contextlib.suppress(*BLOCKED):
+                self._feed(self.RECORD)
+
+    def _flush(self):
+        """Whether the socket took all that there is for it."""
+        self._cipher += self._outgoing.read()
+        with contextlib.suppress(*BLOCKED):
+            while self._cipher:
+                self._cipher = self._cipher[self._sock.send(self._cipher):]
+        return not self._cipher
+
+    def _feed(self, size):
+        data = self._sock.recv(size)
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def recv_into(self, buffer, size):
+        """Read what the socket has, but of `size` bytes; `buffer` has room for a RECORD more."""
+        buffer, count = memoryview(buffer), 0
+        self._feed(min(size, len(buffer) - self.RECORD))
+        try:
+            while True:
+                more = self._tls.read(len(buffer) - count, buffer[count:])
+                if not more:
+                    break
+                count += more
+        except self._waits:
+            self._flush()               # the protocol itself may have something to answer
+            if not count:
+                raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record') from None
+            return count
+        except self._closed:
+            pass
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
+        return count
+
+    def recv(self, size):
+        buffer = bytearray(size + self.RECORD)
+        return bytes(buffer[:self.recv_into(buffer, size)])
+
+    def send(self, data):
+        """Send the first bytes; after BlockingIOError the same ones must come again."""
+        if not self._plain:
+            self._plain = self._tls.write(data[:1 << 18])
+        if not self._flush():
+            raise BlockingIOError(errno.EAGAIN, 'the socket is full')
+        sent, self._plain = self._plain, 0
+        return sent
+
+    def shutdown(self, _):
+        """End our direction, and only that."""
+        with contextlib.suppress(self._waits):
+            self._tls.unwrap()
+        if self._flush():
+            self._sock.shutdown(socket.SHUT_WR)
+
+
 def interleave(addresses):
     """The addresses, their families in turn, the first one's first (RFC 8305 section 4)."""
     family = family_of(addresses[0].host)
@@ -718,7 +921,7 @@ def start_connect(address, source):
     unreachable.
     """
     family = family_of(address.host)
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = _orig_socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -798,7 +1001,7 @@ def race(waiting, racing, errors, until, source):
 def bound(address, kind=socket.SOCK_STREAM):
     """A non-blocking socket bound to `address`, an IP address; a TCP one ready for listen()."""
     family = family_of(address.host)
-    sock = socket.socket(family, kind)
+    sock = _orig_socket(family, kind)
     try:
         sock.setblocking(False)
         if os.name != 'posix':          # Windows: there SO_REUSEADDR would share a port in use
@@ -902,7 +1105,7 @@ def is_loopback(host):
 
 def is_ours(host):
     """Whether the IP address `host` is one of this machine's."""
-    with socket.socket(family_of(host), socket.SOCK_DGRAM) as sock:
+    with _orig_socket(family_of(host), socket.SOCK_DGRAM) as sock:
         try:
             sock.bind((host, 0))
         except OSError:
@@ -1438,7 +1641,7 @@ class Tunnel(Relay):
 
     @property
     def patience(self):
-        return self.client.server.settings.idle_timeout
+        return self.client.idle_timeout
 
     def start(self, loop, near_events=0):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
@@ -1801,6 +2004,444 @@ class UdpRelay(Relay):
             client.end(outcome, self.up, self.down)
 
 
+# ----------------------------------------------------------------------------------------- client
+
+SOCKS4, SOCKS5, HTTP = 1, 2, 3          # PySocks' numbers
+TLS = 0x10                              # added to one of them: inside of TLS
+SCHEMES = {                             # of proxy URLs: type, whether the proxy resolves names
+    'socks4': (SOCKS4, False), 'socks4a': (SOCKS4, True), 'socks5': (SOCKS5, False),
+    'socks5h': (SOCKS5, True), 'socks': (SOCKS5, True), 'http': (HTTP, True),
+    'https': (HTTP | TLS, True)}
+TYPE_NAMES = {SOCKS4: 'SOCKS4', SOCKS5: 'SOCKS5', HTTP: 'HTTP'}
+SOCKS5_ERRORS = {int(code): code.text for code in Reply if code != Reply.SUCCEEDED}
+SOCKS4_ERRORS = {int(code): code.text for code in Reply4 if code != Reply4.GRANTED}
+DEFAULT_PORTS = {SOCKS4: 1080, SOCKS5: 1080, HTTP: 8080}
+SETUP_TIMEOUT = 60.0                    # seconds, where a caller cannot wait and set none
+
+
+class Proxy(NamedTuple):
+    """A proxy and how to use it; the six fields are those that PySocks' programs know.
+
+    type        SOCKS4, SOCKS5 or HTTP; with TLS added, inside of TLS
+    addr        host name, IP address, or path of a unix socket, which begins with a slash
+    port        0 or None: the usual one
+    rdns        whether the proxy resolves names
+    username    bytes; of SOCKS4, the userid
+    password    bytes
+    """
+    type: int
+    addr: str
+    port: Optional[int] = None
+    rdns: bool = True
+    username: Optional[bytes] = None
+    password: Optional[bytes] = None
+
+    @classmethod
+    def checked(cls, proxy_type, addr, port=None, rdns=True, username=None, password=None):
+        """One of a caller's arguments; GeneralProxyError or ValueError says which is wrong."""
+        kind = proxy_type & ~TLS if isinstance(proxy_type, int) else None
+        if kind not in TYPE_NAMES:
+            raise GeneralProxyError(f'Invalid proxy type: {proxy_type!r}')
+        addr = addr.decode() if isinstance(addr, bytes) else addr
+        if not isinstance(addr, str) or not addr or addr[0] != '/' and min(addr) <= ' ':
+            raise ValueError(f'proxy address {addr!r}: expected a name or an IP address')
+        if port is not None and not (isinstance(port, int) and 0 <= port < 65536):
+            raise ValueError(f'proxy port {port!r}: expected a number up to 65535')
+        if isinstance(rdns, (str, bytes)):
+            raise ValueError('rdns: expected True or False')
+        username, password = encoded(username) or None, encoded(password) or None
+        if kind == SOCKS5:
+            Credentials(username or b'', password or b'').pack()
+        if kind == SOCKS4 and username and (b'\0' in username or len(username) > MAX_USERID):
+            raise ValueError(f'userid: expected at most {MAX_USERID} bytes, none of them 0')
+        if kind == HTTP and username and b':' in username:
+            raise ValueError('user name for an HTTP proxy: expected no colon')
+        addr = addr[1:-1] if addr.startswith('[') and addr.endswith(']') else addr
+        return cls(proxy_type, addr, port, rdns, username, password)
+
+    def __repr__(self):
+        secret = '' if self.username is None and self.password is None else ' with credentials'
+        return f'<{self}{secret}>'
+
+    def __str__(self):
+        kind = TYPE_NAMES[self.type & ~TLS] + ('+TLS' if self.type & TLS else '')
+        place = self.addr if self.is_path else Address(self.addr, self.sure_port)
+        return f'{kind} proxy {place}'
+
+    @property
+    def is_path(self):
+        return self.addr.startswith('/')
+
+    @property
+    def sure_port(self):
+        return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.type & ~TLS])
+
+
+def parse_proxy_url(url):
+    """The `Proxy` of a URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT]; ValueError says what is wrong.
+
+    Schemes: socks5h and socks4a, where the proxy resolves names, socks5 and socks4, where we do,
+    http, and https for HTTP inside of TLS.  With +tls added, inside of TLS; with +unix added, the
+    path is that of a unix socket.  User and password are percent-decoded.
+    """
+    from urllib.parse import unquote, unquote_to_bytes, urlsplit
+    parts = urlsplit(url)
+    scheme, *layers = parts.scheme.split('+')
+    if scheme not in SCHEMES or set(layers) - {'tls', 'unix'}:
+        raise ValueError(f'proxy URL: scheme {parts.scheme!r}, expected one of '
+                         f'{", ".join(SCHEMES)}, with +tls or +unix')
+    kind, rdns = SCHEMES[scheme]
+    if 'tls' in layers:
+        kind |= TLS
+    try:
+        port = parts.port
+    except ValueError:
+        raise ValueError('proxy URL: bad port, expected a number up to 65535') from None
+    addr = parts.hostname
+    if 'unix' in layers or addr == 'localhost' and len(parts.path) > 1:     # so has curl it
+        addr = unquote(parts.path)
+        if not addr.startswith('/'):
+            raise ValueError('proxy URL: expected the path of a unix socket')
+    elif parts.path not in ('', '/') or parts.query or parts.fragment:
+        raise ValueError('proxy URL: there is something behind host and port')
+    if not addr:
+        raise ValueError('proxy URL: there is no host')
+    username, password = (text and unquote_to_bytes(text)
+                          for text in (parts.username, parts.password))
+    return Proxy.checked(kind, addr, port, rdns, username, password)
+
+
+def hops(proxy):
+    """The chain of `Proxy`, first hop first, that is meant by a URL, a tuple of arguments as
+    set_proxy() takes them, a list of those, or None."""
+    if not proxy:
+        return []
+    if isinstance(proxy, str):
+        return [parse_proxy_url(proxy)]
+    if isinstance(proxy, list):
+        chain = [hop for item in proxy for hop in hops(item)]
+        if any(hop.is_path for hop in chain[1:]):
+            raise ValueError('proxy chain: a unix socket can only be the first')
+        return chain
+    if proxy[0] is None or isinstance(proxy[0], (str, list)):
+        return hops(proxy[0])
+    return [Proxy.checked(*proxy)]
+
+
+def is_bypassed(host, patterns):
+    """Whether `host` is to be reached without a proxy.
+
+    patterns: separated by commas or spaces; a name stands for itself and all below it, with or
+    without a dot before it; IP addresses and networks (10.0.0.0/8) for those; * for everything.
+    """
+    ip, name = plain_ip(host), host.lower().rstrip('.')
+    for pattern in patterns.lower().replace(',', ' ').split():
+        if pattern == '*':
+            return True
+        if ip:
+            with contextlib.suppress(ValueError):
+                network = ipaddress.ip_network(pattern.strip('[]'), strict=False)
+                if ipaddress.ip_address(ip) in network:
+                    return True
+        elif ('.' + name).endswith('.' + pattern.strip('.')):
+            return True
+    return False
+
+
+def proxy_from_environment(host=None):
+    """The URL in all_proxy or ALL_PROXY; None without one, or if no_proxy names `host`."""
+    url, bypass = (os.environ.get(name) or os.environ.get(name.upper())
+                   for name in ('all_proxy', 'no_proxy'))
+    return None if not url or host and bypass and is_bypassed(host, bypass) else url
+
+
+@contextlib.contextmanager
+def negotiating():
+    """Raise what goes wrong while talking to a proxy as PySocks does: the cause is `socket_err`.
+
+    The class is that of the cause, if it is one of ours, so that either can be asked for.
+    """
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        cause = GeneralProxyError(str(error)) if isinstance(error, EOFError) else error
+        kind = type(cause) if isinstance(cause, GeneralProxyError) else GeneralProxyError
+        wrapped = kind('Socket error', cause, reply_for(cause))
+        if isinstance(cause, SOCKS5AuthError):
+            wrapped.errno = errno.EACCES
+        elif cause.errno and not isinstance(cause, socket.gaierror):
+            wrapped.errno = cause.errno
+        else:
+            wrapped.errno = REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED)
+        raise wrapped from cause
+
+
+def ask(stream, proxy, command, address):
+    """Conversation: have `proxy` do `command` for `address`; the address it answers with, BND."""
+    kind = proxy.type & ~TLS
+    if kind == SOCKS5:
+        yield from authenticate5(stream, proxy)
+    if not proxy.rdns and ip_bytes(address.host) is None:
+        found = yield from resolve(canonical(address), stream.until)
+        address = min(found, key=lambda address: kind == SOCKS4 and ':' in address.host)
+    if kind == SOCKS5:
+        yield from stream.write(Request(command, address))
+        return (yield from answer5(stream))
+    if kind == SOCKS4:
+        yield from stream.write(Request4(command, address, proxy.username or b''))
+        return (yield from answer4(stream))
+    if command != Command.CONNECT:
+        raise HTTPError('HTTP proxies have CONNECT only', reply=Reply.COMMAND_NOT_SUPPORTED)
+    credentials = (proxy.username or b'') + b':' + (proxy.password or b'')
+    yield from stream.write(HttpConnect(address, credentials.strip(b':') and credentials))
+    return (yield from answer_http(stream))
+
+
+def authenticate5(stream, proxy):
+    """Conversation: what comes before a SOCKS5 request."""
+    credentials = Credentials(proxy.username or b'', proxy.password or b'')
+    offered = b'\0\2' if any(credentials) else b'\0'
+    yield from stream.write(Greeting(offered))
+    method = (yield from stream.read(Choice.unpack)).method
+    if method == Method.NO_ACCEPTABLE:
+        raise SOCKS5AuthError('All offered SOCKS5 authentication methods were rejected')
+    if method not in offered:
+        if method == Method.USERNAME_PASSWORD:
+            raise SOCKS5AuthError('No username/password supplied. Server requested '
+                                  'username/password authentication')
+        raise ProtocolError(f'the proxy chose method {method:#04x}, which was not offered')
+    if method == Method.USERNAME_PASSWORD:
+        yield from stream.write(credentials)
+        if (yield from stream.read(Verdict.unpack)).status:
+            raise SOCKS5AuthError('SOCKS5 authentication failed')
+
+
+def answer5(stream):
+    """Conversation: BND of a SOCKS5 reply; the code alone decides, whatever is behind it."""
+    code = yield from stream.read(Response.unpack_reply)
+    if code:
+        raise SOCKS5Error(f'{code:#04x}: {SOCKS5_ERRORS.get(code, "Unknown error")}', reply=code)
+    return (yield from stream.read(Address.unpack))
+
+
+def answer4(stream):
+    """Conversation: the address in a SOCKS4 reply."""
+    code, address = yield from stream.read(Response4.unpack)
+    if code != Reply4.GRANTED:
+        raise SOCKS4Error(f'{code:#04x}: {SOCKS4_ERRORS.get(code, "Unknown error")}')
+    return address
+
+
+def answer_http(stream):
+    """Conversation: UNSPECIFIED, once the head of an answer that grants a tunnel is read."""
+    code, phrase = yield from stream.read(HttpStatus.unpack)
+    if not 200 <= code < 300:
+        note = ('; it may be that this proxy makes no tunnels (CONNECT)'
+                if code in (400, 403, 405) else '')
+        raise HTTPError(f'{code}: {phrase}{note}')
+    for _ in range(MAX_LINES):
+        if not (yield from stream.read(http_line)):
+            return UNSPECIFIED
+    raise ProtocolError(f'more than {MAX_LINES} lines in the head of an HTTP answer')
+
+
+class Carried:
+    """Whom a tunnel of our own serves: nobody that is logged or has a limit."""
+    address, idle_timeout = 'TLS', 0
+
+    def end(self, *_):
+        """There is no line to write."""
+
+
+@functools.lru_cache(1)
+def carrier():
+    """The loop, in a thread of its own, that joins TLS to the plain sockets that programs get."""
+    loop = Loop()
+    threading.Thread(target=loop.run, name='socks-tls', daemon=True).start()
+    atexit.register(deliver, loop)
+    return loop
+
+
+def deliver(loop, patience=5.0):
+    """Wait, for `patience` seconds at most, until the loop has taken what programs have sent."""
+    until = after(patience)
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError, ValueError):      # a socket was closed just now
+            pipes = [tunnel.up for tunnel in list(loop.items)]
+            if not any(pipe.load or not pipe.done and poll([pipe.source], (), time.monotonic())
+                       for pipe in pipes):
+                return
+        time.sleep(0.01)
+
+
+def tcp_pair():
+    """Two non-blocking TCP sockets that are connected to each other, unlike those of socketpair(),
+    which programs could not set TCP's options on."""
+    with bound(Address('127.0.0.1', 0)) as listener:
+        listener.listen(1)
+        near, _ = start_connect(Address.of(listener.getsockname()), ())
+        try:
+            poll([listener], (), after(1))
+            far, address = listener.accept()
+            if address != near.getsockname():
+                far.close()
+                raise OSError(errno.ECONNABORTED, 'somebody else connected')
+        except BaseException:
+            near.close()
+            raise
+    far.setblocking(False)
+    return near, far
+
+
+def secured(sock, proxy, context, until):
+    """Conversation: a plain socket, in front of TLS over (a duplicate of) `sock` to `proxy`."""
+    import ssl
+    context = context or ssl.create_default_context()
+    name = 'localhost' if proxy.is_path else proxy.addr
+    tls = Secure(sock.dup(), context, server_hostname=name)
+    try:
+        yield from tls.handshake(until)
+        near, far = tcp_pair()
+    except BaseException:
+        tls.close()
+        raise
+    tunnel = Tunnel(Carried(), far, tls)
+    carrier().call(tunnel, tunnel.start, carrier())
+    return near
+
+
+@contextlib.contextmanager
+def connecting(proxy):
+    """Raise what goes wrong on the way to `proxy` as ProxyConnectionError."""
+    try:
+        yield
+    except OSError as error:
+        wrapped = ProxyConnectionError(f'Error connecting to {proxy}', error)
+        if not isinstance(error, socket.gaierror):          # whose numbers are others
+            wrapped.errno = error.errno
+        raise wrapped from error
+
+
+def look_up(host, port):
+    """socket.getaddrinfo() for a proxy, whose address is needed even if a program replaced that
+    function by one that hands names through."""
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None for *_, sockaddr in found):
+        found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    return found
+
+
+def await_connect(sock, address, until):
+    """Conversation: connect the non-blocking `sock` to `address`."""
+    try:
+        sock.connect(address)
+    except BLOCKED:
+        yield from ready((), [sock], until)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error)) from None
+
+
+def open_proxy(proxy, until=None, source=()):
+    """Conversation: a non-blocking socket that is connected to `proxy`."""
+    with connecting(proxy):
+        if not proxy.is_path:
+            found = yield Call(functools.partial(look_up, proxy.addr, proxy.sure_port), until)
+            addresses = dict.fromkeys(Address.of(sockaddr) for *_, sockaddr in found)
+            return (yield from dial(list(addresses), until, source))
+        sock = _orig_socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            yield from await_connect(sock, proxy.addr, until)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+
+def destination(pair, chain):
+    """The `Address` that a caller's (host, port, ...) means; GeneralProxyError if the proxies of
+    the chain could not be told."""
+    if not (isinstance(pair, (tuple, list)) and 2 <= len(pair) <= 4 and pair[0]
+            and isinstance(pair[0], (str, bytes)) and isinstance(pair[1], int)
+            and 0 <= pair[1] < 65536):
+        raise GeneralProxyError('Invalid destination-connection (host, port) pair')
+    host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
+    host = host[1:-1] if host.startswith('[') and host.endswith(']') else host
+    address = Address.of((host, pair[1]))
+    address = Address(plain_ip(address.host) or address.host, address.port)
+    canonical(address)
+    for proxy, (host, port) in zip(chain, targets(chain, address)):
+        if proxy.type & ~TLS == SOCKS4 and ':' in host:
+            raise GeneralProxyError(f'{host}: SOCKS4 has no IPv6 addresses')
+        try:
+            Address(host, port).pack()
+        except ValueError as error:
+            raise GeneralProxyError(f'{shown(host)}: {error}') from None
+    return address
+
+
+def targets(chain, address):
+    """What each proxy of the chain is asked for: the next proxy, at last `address`."""
+    return [Address(proxy.addr, proxy.sure_port) for proxy in chain[1:]] + [address]
+
+
+def through(sock, chain, command, address, until=None, context=None):
+    """Conversation: over `sock`, which is connected to the first proxy of the chain, have each
+    proxy connect to the next, and the last one do `command` for `address`.
+
+    The result is the socket to go on with, which is another one where TLS is in between, and BND.
+    """
+    last = sock
+    try:
+        with negotiating():
+            for proxy, target in zip(chain, targets(chain, address)):
+                if proxy.type & TLS:
+                    outer, last = last, (yield from secured(last, proxy, context, until))
+                    if outer is not sock:
+                        outer.close()
+                step = command if target is address else Command.CONNECT
+                bnd = yield from ask(ExactStream(last, until), proxy, step, target)
+        return last, bnd
+    except BaseException:
+        if last is not sock:
+            last.close()
+        raise
+
+
+def reach(chain, address, until=None, source=(), context=None, command=Command.CONNECT):
+    """Conversation: a new socket through the proxies of the chain, and BND, as through() has it."""
+    sock = yield from open_proxy(chain[0], until, source)
+    try:
+        last, bnd = yield from through(sock, chain, command, address, until, context)
+        if command in (Command.BIND, Command.UDP_ASSOCIATE):
+            bnd = yield from reachable(bnd, sock, until)
+    except BaseException:
+        sock.close()
+        raise
+    if last is not sock:
+        sock.close()
+    return last, bnd
+
+
+def reachable(bnd, sock, until):
+    """Conversation: `bnd`, where the proxy waits, for those who do not know the proxy's address.
+
+    It is on the proxy that `sock` is connected to, if it names no host, one that is not known, or
+    a private address of a public proxy.
+    """
+    proxy_host = '127.0.0.1'            # beyond a unix socket
+    if sock.family != socket.AF_UNIX:
+        proxy_host = plain_ip(Address.of(sock.getpeername()).host)
+    with contextlib.suppress(OSError):
+        for host, port in (yield from resolve(canonical(bnd), until)):
+            ip = ipaddress.ip_address(host)
+            if not ip.is_unspecified and (
+                    ip.is_global or not ipaddress.ip_address(proxy_host).is_global):
+                return Address(host, port)
+    return Address(proxy_host, bnd.port)
+
+
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
@@ -1836,6 +2477,11 @@ class Client:
         self.protocol = self.user = self.target = '-'
         self.command = None             # a `Command`
         self.started = time.monotonic()
+
+    @property
+    def idle_timeout(self):
+        """For a tunnel, in seconds."""
+        return self.server.settings.idle_timeout
 
     def end(self, outcome, up=0, down=0):
         """Write the client's line, if there is an outcome.
@@ -2115,13 +2761,9 @@ def prepared(settings):
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
-    users = {name_or_password(name): name_or_password(password)
+    users = {encoded(name): encoded(password)
              for name, password in settings.users.items()}
     return settings._replace(users=MappingProxyType(users))
-
-
-def name_or_password(value):
-    return value.encode() if isinstance(value, str) else value
 
 
 def clients_possible():
@@ -2391,6 +3033,725 @@ class Server(socketserver.ThreadingTCPServer):
         return [self.loop, *self._helpers.loops]
 
 
+# ------------------------------------------------------------------------------------ socket face
+#
+# The client half as sockets: what PySocks 1.7.1 has, by the same names, and more in the same style.
+# A socket without a proxy is a stock socket in every respect.
+
+PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
+PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
+PRINTABLE_PROXY_TYPES = TYPE_NAMES
+NO_PROXY = (None,) * 6
+STOCK = _orig_socket.__init__.__defaults__      # family, type, proto, fileno; since 3.7 other ones
+
+if ContextVar is None:                  # Python 3.6: a value for each thread only
+    class ContextVar(threading.local):
+        def __init__(self, name, default=None):
+            self.value = default
+
+        def get(self):
+            return self.value
+
+        def set(self, value):
+            before, self.value = self.value, value
+            return before
+
+        reset = set
+
+_scope = ContextVar('socks_default_proxy', default=None)       # as _default() gives it
+
+
+def arguments(proxy_type, addr=None, port=None, rdns=True, username=None, password=None):
+    """The 6-tuple that set_proxy() keeps: a `Proxy`, or one whose first field is a chain or None.
+
+    That field may be a URL, or a list of them and of such tuples: a chain, first hop first.
+    """
+    if proxy_type is None:
+        return None, addr, port, rdns, encoded(username), encoded(password)
+    if not isinstance(proxy_type, (str, list)):
+        return Proxy.checked(proxy_type, addr, port, rdns, username, password)
+    chain = hops(proxy_type)
+    if not chain:
+        return NO_PROXY
+    first = chain[0]
+    return first if len(chain) == 1 else (chain, first.addr, first.port, first.rdns, None, None)
+
+
+def set_default_proxy(proxy_type=None, addr: Optional[str] = None, port: Optional[int] = None,
+                      rdns: bool = True, username=None, password=None, *, bypass: str = ''):
+    """Set the proxy of all socksockets made from now on, unless set_proxy() gives them another.
+
+    The arguments are those of socksocket.set_proxy().  `bypass` names hosts that are reached
+    without it, as is_bypassed() has it: 'localhost, 127.0.0.0/8, .local'.
+    """
+    socksocket.default_proxy = arguments(proxy_type, addr, port, rdns, username, password)
+    socksocket.default_bypass = bypass
+
+
+def setdefaultproxy(*args, **kwargs):
+    """set_default_proxy(), also with `proxytype` for `proxy_type`."""
+    if 'proxytype' in kwargs:
+        kwargs['proxy_type'] = kwargs.pop('proxytype')
+    return set_default_proxy(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def default_proxy(proxy, bypass: str = ''):
+    """Within a `with`, and only in this thread or task, have another default proxy.
+
+    proxy   URL, list of URLs for a chain, 6-tuple as set_proxy() takes it, or None for none
+    """
+    chosen = arguments(*proxy) if isinstance(proxy, tuple) else arguments(proxy)
+    token = _scope.set((chosen, bypass))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def _default():
+    """The default proxy, as a 6-tuple, and what to bypass it for."""
+    return _scope.get() or (socksocket.default_proxy, socksocket.default_bypass)
+
+
+def get_default_proxy() -> Optional[tuple]:
+    """The default proxy, as a 6-tuple, or None if none was ever set."""
+    return _default()[0]
+
+
+getdefaultproxy = get_default_proxy
+
+
+def wrap_module(module, dns: bool = False):
+    """Have the module `socket` that `module` imported make socksockets, for the whole process.
+
+    With `dns`, names are not looked up here any more but handed to the proxy, see getaddrinfo().
+    Raises GeneralProxyError if there is no default proxy.
+    """
+    if not get_default_proxy():
+        raise GeneralProxyError('No default proxy specified')
+    module.socket.socket = socksocket
+    if dns:
+        module.socket.getaddrinfo = getaddrinfo
+
+
+def unwrap_module(module):
+    """Undo wrap_module()."""
+    module.socket.socket = _orig_socket
+    if module.socket.getaddrinfo is getaddrinfo:
+        module.socket.getaddrinfo = _orig_getaddrinfo
+
+
+wrapmodule, unwrapmodule = wrap_module, unwrap_module
+
+
+def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
+    """socket.getaddrinfo(), but a name that the default proxy is to resolve is its own address.
+
+    So no look-up leaves this machine, and connect() has the name.
+    """
+    text = name_text(host) if isinstance(host, bytes) else host
+    proxy, bypass = _default()
+    chain = hops(proxy)
+    if (not text or not chain or not chain[-1].rdns or ip_bytes(text.partition('%')[0]) is not None
+            or is_bypassed(text, bypass)):
+        return _orig_getaddrinfo(host, port, family, type, proto, flags)
+    number = _orig_getaddrinfo(None, port, 0, type)[0][4][1] if port else 0
+    sockaddr = (text, number, 0, 0) if family == socket.AF_INET6 else (text, number)
+    kinds = [(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)]
+    return [(family or socket.AF_INET, kind, protocol, '', sockaddr) for kind, protocol in kinds
+            if type in (0, kind) and proto in (0, protocol)]
+
+
+def set_self_blocking(function):
+    """Decorator of a socket's method: let it block, whatever the socket's mode is."""
+    @functools.wraps(function)
+    def blocking(self, *args, **kwargs):
+        timeout = self.gettimeout()
+        if timeout == 0:
+            self.setblocking(True)
+        try:
+            return function(self, *args, **kwargs)
+        finally:
+            if timeout == 0:
+                self.setblocking(False)
+    return blocking
+
+
+def relayed(method):
+    """Decorator: what a socket does whose datagrams go through a relay; any other is stock."""
+    stock = getattr(_orig_socket, method.__name__, None)
+
+    @functools.wraps(method)
+    def either(self, *args, **kwargs):
+        if self._is_datagram and self._use_relay():
+            return method(self, *args, **kwargs)
+        return stock(self, *args, **kwargs)
+    del either.__wrapped__              # stock's parameters have no names
+    return either
+
+
+class _BaseSocket(_orig_socket):
+    """A socket that may have a proxy; if it is one for datagrams, they go through its relay.
+
+    The relay is asked for by bind(), connect() or the first datagram (RFC 1928 section 7).
+    """
+    _is_datagram = False                # UDP over IPv4 or IPv6
+    proxy_peername = None               # (host, port) of the destination
+    proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
+    ssl_context = None                  # for proxies inside of TLS; None: a usual one
+    _proxyconn = None                   # TCP connection that keeps the relay alive
+
+    def _chain(self, dest_pair=None):
+        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket."""
+        raise NotImplementedError
+
+    def _use_relay(self, dest_pair=None):
+        """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
+        if self._proxyconn:
+            self._check_relay()
+        elif not self._chain(dest_pair):
+            return False
+        else:
+            self.bind(('::' if self.family == socket.AF_INET6 else '', 0))
+        return True
+
+    def _check_relay(self):
+        """Raise GeneralProxyError if the proxy has ended the association."""
+        try:
+            ended = not self._proxyconn.recv(4096)
+        except BLOCKED:
+            return
+        except OSError:
+            ended = True
+        if ended:
+            raise GeneralProxyError('The proxy ended the UDP association')
+
+    def _deadline(self):
+        """For a setup: the socket's timeout, and some for one that does not block."""
+        timeout = self.gettimeout()
+        return after(SETUP_TIMEOUT if timeout == 0 else timeout)
+
+    def _associate(self):
+        """Have the proxy relay what this bound socket sends and receives."""
+        ours = Address('0.0.0.0', self.getsockname()[1])        # the host may be another there
+        control, relay = run(reach(self._chain(), ours, self._deadline(), (), self.ssl_context,
+                                   Command.UDP_ASSOCIATE))
+        try:
+            if family_of(relay.host) == self.family:
+                super().connect(relay)
+            elif self.family == socket.AF_INET6:
+                super().connect(('::ffff:' + relay.host, relay.port))
+            else:
+                self._replace(bound(Address('::', ours.port), socket.SOCK_DGRAM))
+                super().connect(relay)
+        except BaseException:
+            control.close()
+            raise
+        self._proxyconn = control
+        self.proxy_sockname = tuple(UNSPECIFIED)
+
+    def _replace(self, sock):
+        """Have the descriptor of `sock` instead, by the old number where the system lets us."""
+        timeout, fd, family, kind, proto = (self.gettimeout(), self.detach(), sock.family,
+                                            sock.type, sock.proto)
+        other = sock.detach()
+        if os.name == 'posix':
+            os.dup2(other, fd, inheritable=False)
+            os.close(other)
+        else:
+            socket.close(fd)
+            fd = other
+        _orig_socket.__init__(self, family, kind, proto, fd)
+        self.settimeout(timeout)
+
+    # Datagrams
+
+    def _receive(self, size, flags=0):
+        """The payload of the next datagram, its sender, and whether it was longer than `size`."""
+        until = after(self.gettimeout())
+        waits = self.gettimeout() != 0 and not flags & getattr(socket, 'MSG_DONTWAIT', 0)
+        while True:
+            while waits and self not in poll([self, self._proxyconn], (), until):
+                self._check_relay()
+                if until and time.monotonic() >= until:
+                    raise socket.timeout('timed out')
+            data = super().recv(1 << 16, flags)
+            with contextlib.suppress(EOFError, ProtocolError):
+                datagram = Datagram.unpack(data)
+                if not datagram.fragment and self._is_from_peer(datagram.address):
+                    payload = datagram.payload
+                    return payload[:size], self._name(datagram.address), len(payload) > size
+            if flags & socket.MSG_PEEK:
+                super().recv(1)         # else it would come again
+
+    def _is_from_peer(self, address):
+        """Whether connect() lets it in; of a name that the proxy resolved only the port counts."""
+        host, port = (self.proxy_peername or ('', 0))[:2]
+        return port in (0, address.port) and plain_ip(host) in (None, plain_ip(address.host))
+
+    def _name(self, address):
+        """The tuple that a socket of this family calls `address`."""
+        if self.family != socket.AF_INET6:
+            return tuple(address)
+        host = address.host
+        return host if ':' in host else '::ffff:' + host, address.port, 0, 0
+
+    def _transmit(self, data, flags, dest_pair):
+        if dest_pair is None:
+            raise OSError(errno.EDESTADDRREQ, 'Destination address required')
+        chain = self._chain()
+        address = destination(dest_pair, chain)
+        if not chain[-1].rdns and ip_bytes(address.host) is None:
+            address = run(resolve(canonical(address)))[0]
+        header = Datagram(address, b'').pack()
+        return max(0, super().send(b''.join((header, data)), flags) - len(header))
+
+    def sendto(self, *args, **kwargs):
+        """As in stock, up to 65,497 bytes to an IPv4 address, less to others."""
+        if self._is_datagram and len(args) > 1 and self._use_relay(args[-1]):
+            return self._transmit(args[0], args[1] if len(args) > 2 else 0, args[-1])
+        return super().sendto(*args, **kwargs)
+
+    @relayed
+    def send(self, bytes, flags=0):
+        return self._transmit(bytes, flags, self.proxy_peername)
+
+    @relayed
+    def sendall(self, bytes, flags=0):
+        self._transmit(bytes, flags, self.proxy_peername)
+
+    @relayed
+    def sendmsg(self, buffers, ancdata=(), flags=0, address=None):
+        return self._transmit(b''.join(buffers), flags, address or self.proxy_peername)
+
+    @relayed
+    def recv(self, bufsize, flags=0):
+        return self._receive(bufsize, flags)[0]
+
+    @relayed
+    def recvfrom(self, bufsize, flags=0):
+        return self._receive(bufsize, flags)[:2]
+
+    @relayed
+    def recv_into(self, buffer, nbytes=0, flags=0):
+        return self.recvfrom_into(buffer, nbytes, flags)[0]
+
+    @relayed
+    def recvfrom_into(self, buffer, nbytes=0, flags=0):
+        view = memoryview(buffer).cast('B')
+        payload, sender, _ = self._receive(nbytes or len(view), flags)
+        view[:len(payload)] = payload
+        return len(payload), sender
+
+    @relayed
+    def recvmsg(self, bufsize, ancbufsize=0, flags=0):
+        payload, sender, longer = self._receive(bufsize, flags)
+        return payload, [], socket.MSG_TRUNC if longer else 0, sender
+
+    @relayed
+    def recvmsg_into(self, buffers, ancbufsize=0, flags=0):
+        views = [memoryview(buffer).cast('B') for buffer in buffers]
+        payload, sender, longer = self._receive(sum(map(len, views)), flags)
+        stream = io.BytesIO(payload)
+        for view in views:
+            stream.readinto(view)
+        return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
+
+    def close(self):
+        if self._proxyconn:
+            self._proxyconn.close()
+        super().close()
+
+
+class socksocket(_BaseSocket):
+    """A socket that connects through a proxy, if it has one; else a stock socket.
+
+    The arguments are those of socket.socket.  `proxy` is a URL, or a list of them: a chain, first
+    hop first; or None: the default proxy.
+
+    A proxy carries TCP and UDP over IPv4 and IPv6; sockets of all other kinds are stock ones.
+    A connect() that fails closes the socket.  It blocks even if the socket does not, for a minute
+    at most.
+    """
+    default_proxy = None
+    default_bypass = ''
+
+    def __init__(self, family=STOCK[0], type=STOCK[1], proto=STOCK[2], fileno=None, *, proxy=None):
+        default, bypass = _default() if proxy is None else (arguments(proxy), '')
+        super().__init__(family, type, proto, fileno)
+        kind = self.type & 0xF          # before Python 3.7 there are flags in it
+        if (self.family in (socket.AF_INET, socket.AF_INET6)
+                and self.proto in (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)):
+            self._is_datagram = kind == socket.SOCK_DGRAM
+            self._is_proxied = kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+        self.proxy = default or NO_PROXY
+        self._bypass = bypass
+
+    _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
+    _options = ()                       # of setsockopt(), for another descriptor
+    _proxy_address = None
+
+    def set_proxy(self, proxy_type=None, addr=None, port=None, rdns=True, username=None,
+                  password=None):
+        """Set the proxy for the next connect(); without arguments, none.
+
+        proxy_type          SOCKS4, SOCKS5 or HTTP; or a URL, or a list of URLs for a chain; then
+                            the others are not used
+        addr, port          where it is; by default port 1080, of an HTTP proxy 8080
+        rdns                whether it resolves names
+        username, password  str or bytes; SOCKS4 has only the first
+
+        Raises ValueError or GeneralProxyError for what cannot be.
+        """
+        self.proxy = arguments(proxy_type, addr, port, rdns, username, password)
+        self._bypass = ''
+
+    def setproxy(self, *args, **kwargs):
+        """set_proxy(), also with `proxytype` for `proxy_type`."""
+        if 'proxytype' in kwargs:
+            kwargs['proxy_type'] = kwargs.pop('proxytype')
+        return self.set_proxy(*args, **kwargs)
+
+    def _chain(self, dest_pair=None):
+        if not self._is_proxied or not self.proxy[0]:
+            return []
+        if dest_pair and self._bypass and is_bypassed(str(dest_pair[0]), self._bypass):
+            return []
+        return hops(tuple(self.proxy))
+
+    def setsockopt(self, *args):
+        super().setsockopt(*args)
+        if self._is_proxied:
+            self._options = (*self._options, args)
+
+    def bind(self, *address):
+        """As in stock; a UDP socket with a proxy gets its relay now."""
+        chain = self._chain() if self._is_datagram and not self._proxyconn else []
+        if chain and (len(chain) > 1 or chain[0].type & ~TLS != SOCKS5):
+            raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
+        super().bind(*address)
+        if chain:
+            self._associate()
+
+    def connect(self, dest_pair, catch_errors=None):
+        """Connect to `dest_pair`, (host, port), through the proxy, if there is one.
+
+        Raises ProxyConnectionError if the proxy cannot be reached, and SOCKS5AuthError,
+        SOCKS5Error, SOCKS4Error, HTTPError or another GeneralProxyError for what goes wrong there;
+        with `catch_errors`, the cause of it instead.
+        """
+        chain = self._chain(dest_pair)
+        if not chain:
+            return super().connect(dest_pair)
+        if self._is_datagram:
+            return self._connect_datagrams(dest_pair, chain)
+        try:
+            self._connect_through(dest_pair, chain)
+        except BaseException as error:
+            self.close()
+            if catch_errors and isinstance(error, ProxyError) and error.socket_err:
+                raise error.socket_err
+            raise
+
+    def connect_ex(self, dest_pair):
+        """connect(), but return an errno, 0 for success; unknown names are still raised."""
+        if not self._chain(dest_pair):
+            return super().connect_ex(dest_pair)
+        try:
+            self.connect(dest_pair)
+        except ProxyError as error:
+            if isinstance(error.socket_err, socket.timeout):
+                return errno.EAGAIN     # as in stock
+            if not error.errno:
+                raise
+            return error.errno
+        return 0
+
+    def _connect_datagrams(self, dest_pair, chain):
+        """Send to `dest_pair`, and receive from there only; from all if that is 0.0.0.0, 0."""
+        address = destination(dest_pair, chain)
+        self._use_relay()
+        if not chain[-1].rdns:
+            address = run(resolve(canonical(address)))[0]
+        anybody = address.host in ('0.0.0.0', '::') and not address.port
+        self.proxy_peername = None if anybody else tuple(address)
+
+    def _connect_through(self, dest_pair, chain, sockaddr=None):
+        """connect() by way of the chain, whose first proxy is at `sockaddr`, if that is known."""
+        destination(dest_pair, chain)   # before anything is sent
+        until = self._deadline()
+        with connecting(chain[0]):
+            self._connect_first(chain[0], sockaddr, until)
+        self._negotiate(dest_pair, chain, until)
+
+    def _negotiate(self, dest_pair, chain, until):
+        """The rest of connect(), when this socket is connected to the first proxy."""
+        with self._bare() as sock:
+            last, bnd = run(through(sock, chain, Command.CONNECT, destination(dest_pair, chain),
+                                    until, self.ssl_context))
+        if last is not sock:
+            self._replace(last)
+        self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
+
+    def _connect_first(self, proxy, sockaddr, until):
+        """Connect to the first proxy, with another descriptor if it needs another family."""
+        if proxy.is_path:
+            family, sockaddr = socket.AF_UNIX, proxy.addr
+        elif sockaddr:
+            family = self.family
+        else:
+            found = look_up(proxy.addr, proxy.sure_port)
+            family, *_, sockaddr = min(found, key=lambda info: info[0] != self.family)
+        if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
+            sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
+        elif family != self.family:
+            self._replace(_orig_socket(family, socket.SOCK_STREAM))
+            for option in self._options:
+                with contextlib.suppress(OSError):
+                    super().setsockopt(*option)
+        with self._bare() as sock:
+            run(await_connect(sock, sockaddr, until))
+        self._proxy_address = sockaddr
+
+    def _check_open(self):
+        if self.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    @contextlib.contextmanager
+    def _bare(self):
+        """This socket as a non-blocking stock one, whatever subclasses make of its methods."""
+        timeout = self.gettimeout()
+        self._check_open()
+        sock = _orig_socket(self.family, self.type, self.proto, self.fileno())
+        try:
+            sock.setblocking(False)
+            yield sock
+        finally:
+            sock.detach()
+            super().settimeout(timeout)
+
+    def get_proxy_sockname(self):
+        """(host, port) of the proxy's own side of the connection, as far as it says."""
+        return self.proxy_sockname
+
+    getproxysockname = get_proxy_sockname
+
+    def get_proxy_peername(self):
+        """The address of the proxy; None without one."""
+        return self._proxyconn.getpeername() if self._proxyconn else self._proxy_address
+
+    getproxypeername = get_proxy_peername
+
+    def get_peername(self):
+        """The destination, as it was given to connect(); without a proxy as in stock."""
+        address = super().getpeername()
+        return self.proxy_peername or address
+
+    getpeername = get_peername
+
+    # There are subclasses that connect to the proxy in a way of their own, and then call these.
+
+    def _negotiate_SOCKS5(self, *dest_addr):
+        self._negotiate(dest_addr, hops(tuple(self.proxy)), self._deadline())
+
+    _negotiate_SOCKS4 = _negotiate_HTTP = _negotiate_SOCKS5
+
+    def _proxy_addr(self):
+        proxy, *_ = hops(tuple(self.proxy))
+        return proxy.addr, proxy.sure_port
+
+
+def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=None,
+                      proxy_type=None, proxy_addr: Optional[str] = None,
+                      proxy_port: Optional[int] = None, proxy_rdns: bool = True,
+                      proxy_username=None, proxy_password=None, socket_options=None, *,
+                      proxy=None, ssl_context=None) -> socksocket:
+    """A socksocket that is connected to `dest_pair`, (host, port), through a proxy.
+
+    timeout           seconds for the whole, and of the socket afterwards
+    source_address    (host, port) to connect from
+    proxy_type, ...   as in socksocket.set_proxy()
+    socket_options    arguments of setsockopt(), set before it connects
+    proxy             instead of these: a URL, or a list of URLs for a chain, empty for no proxy
+
+    ssl_context       for proxies inside of TLS
+
+    Without a proxy, the default one is used, if there is one.  Tries all addresses of the proxy,
+    or of the destination if there is none.  Raises as socksocket.connect() does.
+    """
+    if proxy is None and (proxy_type is not None or proxy_addr is not None):
+        proxy = arguments(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
+                          proxy_password)
+    host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
+    dest_pair = (host.strip('[]') if host.startswith('[') else host, *dest_pair[1:])
+    chain = chosen(proxy, dest_pair[0])
+    error = OSError('getaddrinfo() gave no address')
+    for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
+        sock = socksocket(family, kind, proto, proxy=chain)
+        sock.ssl_context = ssl_context
+        try:
+            for option in socket_options or ():
+                sock.setsockopt(*option)
+            if isinstance(timeout, (int, float)):
+                sock.settimeout(timeout)
+            if source_address:
+                sock.bind(source_address)
+            if chain:
+                sock._connect_through(dest_pair, chain, sockaddr)
+            else:
+                sock.connect(sockaddr)
+            return sock
+        except BaseException as caught:
+            sock.close()
+            # Another address of the proxy makes no difference to what it says.
+            if isinstance(caught, GeneralProxyError) or not isinstance(caught, OSError):
+                raise
+            error = caught
+    try:
+        raise error
+    finally:
+        error = None                    # it has this frame, which has it
+
+
+def chosen(proxy, host=None):
+    """The chain that is meant by an argument `proxy`; the default one if it is None."""
+    if proxy is not None:
+        return hops(proxy)
+    default, bypass = _default()
+    return [] if host and is_bypassed(host, bypass) else hops(default)
+
+
+def first_addresses(chain, dest_pair):
+    """What getaddrinfo() gives for the first proxy; or for the destination, without one."""
+    if not chain:
+        return socket.getaddrinfo(*dest_pair[:2], 0, socket.SOCK_STREAM)
+    if chain[0].is_path:
+        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, '', chain[0].addr)]
+    with connecting(chain[0]):
+        return look_up(chain[0].addr, chain[0].sure_port)
+
+
+class _ServerSocket(socksocket):
+    """A connection to a proxy that waits there for another one (BIND, RFC 1928 section 4)."""
+    _answer = None                      # the conversation that reads the second reply
+
+    def getsockname(self):
+        """(host, port) where the proxy waits."""
+        return self.proxy_sockname
+
+    def accept(self):
+        """(socket, its peer's address), when there is one; this socket has served then.
+
+        Raises SOCKS5Error or SOCKS4Error if the proxy gave up, socket.timeout as in stock.
+        """
+        self._check_open()
+        timeout = self.gettimeout()
+        until = time.monotonic() if timeout == 0 else after(timeout)
+        if not poll([self], (), until):
+            raise socket.timeout('timed out') if timeout else BlockingIOError(
+                errno.EAGAIN, os.strerror(errno.EAGAIN))
+        with negotiating(), self._bare() as sock:
+            address = run(self._answer(ExactStream(sock, self._deadline())))
+        peer = socksocket(self.family, self.type, self.proto, self.detach(), proxy=[])
+        peer.settimeout(socket.getdefaulttimeout())
+        peer.proxy_sockname, peer.proxy_peername = self.proxy_sockname, tuple(address)
+        return peer, tuple(address)
+
+
+def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = None,
+                  ssl_context=None) -> socksocket:
+    """A socket for one connection that somebody makes to the proxy (BIND, RFC 1928 section 4).
+
+    address   (host, port) of who is expected; an empty host for anybody, if the proxy allows that
+    proxy     as in create_connection()
+    timeout   seconds for the proxy's answer, and of the socket afterwards
+
+    Its getsockname() is where to connect to; its accept() gives (socket, address), once.  Raises as
+    socksocket.connect() does.
+    """
+    chain = chosen(proxy)
+    if not chain:
+        raise GeneralProxyError('No proxy specified')
+    expected = destination((address[0] or UNSPECIFIED.host, address[1]), chain)
+    near, bnd = run(reach(chain, expected, after(timeout), (), ssl_context, Command.BIND))
+    sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
+    sock.settimeout(timeout)
+    sock._answer = answer4 if chain[-1].type & ~TLS == SOCKS4 else answer5
+    sock.proxy_sockname = tuple(bnd)
+    return sock
+
+
+async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
+                          timeout: Optional[float] = SETUP_TIMEOUT, **options):
+    """asyncio.open_connection() through a proxy: (reader, writer).
+
+    proxy, ssl_context    as in create_connection()
+    timeout               seconds until it is connected
+    options               of asyncio.open_connection(): ssl, server_hostname, limit
+    """
+    import asyncio
+    chain = chosen(proxy, host)
+    if not chain:
+        return await asyncio.open_connection(host, port, **options)
+    address = destination((host, port), chain)
+    sock, _ = await drive(reach(chain, address, after(timeout), (), ssl_context))
+    if options.get('ssl'):
+        options.setdefault('server_hostname', host)
+    try:
+        return await asyncio.open_connection(sock=sock, **options)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def drive(conversation):
+    """run() in an asyncio task."""
+    advance, value = conversation.send, None
+    while True:
+        try:
+            wish = advance(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            value = await fulfil(wish)
+            advance = conversation.send
+        except BaseException as error:          # CancelledError too: it ends the conversation
+            advance, value = conversation.throw, error
+
+
+async def fulfil(wish):
+    """What a conversation asks for."""
+    import asyncio
+    loop = asyncio.get_event_loop()
+    seconds = wish.until and max(0, wish.until - time.monotonic())
+    if isinstance(wish, Call):
+        try:
+            return await asyncio.wait_for(loop.run_in_executor(None, wish.function), seconds)
+        except asyncio.TimeoutError:
+            raise socket.timeout('timed out') from None
+    found, watched = loop.create_future(), []
+
+    def tell(sock):
+        if not found.done():
+            found.set_result([sock])
+
+    try:
+        for sockets, watch, unwatch in ((wish.reading, loop.add_reader, loop.remove_reader),
+                                        (wish.writing, loop.add_writer, loop.remove_writer)):
+            for sock in sockets:
+                watch(sock, tell, sock)
+                watched.append((unwatch, sock))
+        return await asyncio.wait_for(found, seconds)
+    except asyncio.TimeoutError:
+        return []
+    except NotImplementedError:         # Windows' usual loop
+        return await loop.run_in_executor(None, poll, *wish)
+    finally:
+        for unwatch, sock in watched:
+            unwatch(sock)
+
+
 # ----------------------------------------------------------------------------------- command line
 
 EPILOG = """\
@@ -2400,15 +3761,19 @@ examples:
   SOCKS_USERS=bob:secret socks.py -b 0.0.0.0
                                         serve bob, from everywhere
   curl -x socks5h://127.0.0.1:1080 http://example.org/
+  ssh -o 'ProxyCommand=socks.py -x socks5h://proxy:1080 --connect %h:%p' host
+  socks.py -x socks5h://proxy:1080 --run fetch.py http://example.org/
 
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
+  ALL_PROXY, NO_PROXY                   for a client: -x where none is given, and what to reach
+                                        without it
 
 signals:
   INT, TERM                             stop
 
 exit status:
-  0 stopped by a signal, 1 cannot start, 2 wrong usage
+  0 stopped by a signal, 1 cannot start, 2 wrong usage; of --run, that of the program
 """
 
 
@@ -2474,6 +3839,22 @@ def count(text):
     return int(text)
 
 
+def host_with_port(text):
+    """argparse type: (host, port) of HOST:PORT."""
+    host, port = host_and_port(text)
+    if not port:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected HOST:PORT')
+    return host, port
+
+
+def proxy_url(text):
+    """argparse type: a `Proxy`."""
+    try:
+        return parse_proxy_url(text)
+    except (ValueError, GeneralProxyError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 DEFAULTS = Settings()
 
 # Group, then its options: flags and what add_argument() takes.
@@ -2525,6 +3906,22 @@ OPTIONS = [
             ('bind', 'for the peer that a BIND waits for'),
             ('idle', 'for a connection through which nothing moves'),
             ('udp', 'for an association without datagrams'))]),
+    ('as a client, instead of serving', [
+        (('-x', '--proxy'), dict(
+            metavar='URL', type=proxy_url, action='append', default=[],
+            help='proxy to use, repeatable: a chain, first hop first; SCHEME://[USER:PASSWORD@]'
+                 'HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, socks4, http, https, also '
+                 'with +tls or +unix (default: that in ALL_PROXY)')),
+        (('--connect',), dict(
+            metavar='HOST:PORT', type=host_with_port,
+            help='join stdin and stdout to a connection')),
+        (('--resolve',), dict(
+            metavar='NAME', help="print the address of a name, or the name of an address, by Tor's "
+                                 'extension')),
+        (('--run',), dict(
+            metavar='PROGRAM', nargs=argparse.REMAINDER,
+            help='run a Python script, or a module after -m, and its arguments, with all its '
+                 'sockets sent through the proxy'))]),
     ('logging', [
         (('-v', '--verbose'), dict(action='store_true', help='log every step')),
         (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
@@ -2580,18 +3977,102 @@ def set_up_logging(args):
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
+def client_command(args):
+    """Do what --connect, --resolve or --run asks for; the exit status."""
+    if args.run:
+        return run_program(args.run, args.proxy or hops(proxy_from_environment()))
+    host, port = args.connect or (args.resolve, 0)
+    chain = args.proxy or hops(proxy_from_environment(args.connect and host))
+    until = after(args.connect_timeout)
+    try:
+        if args.resolve:
+            print(resolve_through(chain, host, until))
+        elif chain:
+            sock, _ = run(reach(chain, destination((host, port), chain), until))
+            converse(sock)
+        else:
+            converse(socket.create_connection((host, port), args.connect_timeout or None))
+    except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
+        return 1
+    except OSError as error:
+        print(f'socks.py: {reason(error)}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def resolve_through(chain, host, until):
+    """The IP address of a name, or the name of an IP address, as the last proxy finds it."""
+    if not chain or chain[-1].type & ~TLS == HTTP:
+        raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
+    chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
+    command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR
+    sock, found = run(reach(chain, destination((host, 0), chain), until, command=command))
+    sock.close()
+    return found.host
+
+
+def converse(sock):
+    """Copy stdin to the socket and the socket to stdout, each up to its end."""
+    with sock, open(1, 'wb', 0) as out:
+        sock.settimeout(None)
+        upward = threading.Thread(target=copy_stdin, args=(sock,), daemon=True)
+        upward.start()
+        for data in iter(functools.partial(sock.recv, 1 << 18), b''):
+            while data:
+                data = data[out.write(data):]
+        out.close()
+        if not os.isatty(0):            # there nobody would know that a key is waited for
+            upward.join()
+
+
+def copy_stdin(sock):
+    with contextlib.suppress(OSError):  # the other thread meets it too
+        for data in iter(functools.partial(os.read, 0, 1 << 18), b''):
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+
+def run_program(arguments, chain):
+    """Run a Python script, or a module after -m, with its sockets sent through the proxies."""
+    import runpy
+    is_module = arguments[0] == '-m'
+    program, *rest = arguments[is_module:] or ['']
+    if not chain or not program:
+        raise ValueError('--run: expected a proxy, -x URL, and a program')
+    set_default_proxy(chain, bypass=os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
+    wrap_module(sys.modules[__name__], dns=True)
+    sys.modules['socks'] = sys.modules[__name__]        # should the program import it
+    sys.argv = [program, *rest]
+    if is_module:
+        sys.path[0] = os.getcwd()
+        runpy.run_module(program, run_name='__main__', alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(program))
+        runpy.run_path(program, run_name='__main__')
+    return 0
+
+
 def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
     set_up_logging(args)
+    tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
+    if len(tasks) > 1 or args.proxy and not tasks:
+        parser.error('expected one of --connect, --resolve and --run')
+    try:
+        return client_command(args) if tasks else serve(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def serve(args):
+    """Serve until a signal; the exit status, or ValueError for options that contradict."""
     raise_descriptor_limit()
     addresses = [(host, args.port if port is None else port)
                  for host, port in args.bind or [('127.0.0.1', None)]]
     try:
         server = Server(addresses, settings_from(args, os.environ))
-    except ValueError as error:
-        parser.error(str(error))
     except OSError as error:
         print(f'socks.py: {reason(error)}', file=sys.stderr)
         return 1

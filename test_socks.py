@@ -5,19 +5,25 @@ Programs that some tests talk to (curl, ssh, nc, ncat, proxychains4, unshare) ar
 are installed; elsewhere those tests are skipped and say so.
 """
 
+import asyncio
+import concurrent.futures
 import contextlib
+import errno
 import faulthandler
 import hashlib
+import http.client
 import http.server
 import io
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import subprocess
 import sys
@@ -25,6 +31,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.request
 
 import socks
 from socks import (Address, Choice, Credentials, Datagram, Greeting, ProtocolError, Reply, Request,
@@ -143,6 +150,19 @@ def echo(peer):
             peer.read(len(HTTP) - len(data))
             return peer.send(b'HTTP/1.0 200 OK\r\n\r\nhello')
         peer.send(data)
+
+
+def unused_port():
+    """A port for a program that cannot choose one by itself."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+def listens(port):
+    """Whether somebody does on 127.0.0.1."""
+    with socket.socket() as sock:
+        return not sock.connect_ex(('127.0.0.1', port))
 
 
 class Origin(socketserver.ThreadingTCPServer):
@@ -845,6 +865,12 @@ class Background(threading.Thread):
     def result(self):
         self.join(60)
         return self.value
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.join(60)
 
 
 class RelayTest(Case):
@@ -1786,6 +1812,970 @@ class NamespaceTest(unittest.TestCase):
         self.assertRegex(done.stderr, r'Ran [1-9]')
 
 
+# ------------------------------------------------------------------------------------------ client
+
+# Of a certificate for localhost and 127.0.0.1, which signs itself; nothing else ever trusts it.
+KEY = '''\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpOP55uIewOclSL4v
+MVvSYOCGdVQc4ZaUTL6T//X/Af2hRANCAARX6goLbNm5aaXQ+7IlwQSwm3lV/pYB
+PSLlfo9DzswszsYIcFcSPvhYt0ZeHTrwLUUf0miorG9Hqwl4IfxuZD61
+-----END PRIVATE KEY-----
+'''
+CERTIFICATE = '''\
+-----BEGIN CERTIFICATE-----
+MIIBnDCCAUGgAwIBAgIUEhGZ005Q9HMTGCtGU434qCfrCAcwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMTExMzg1MVoYDzIxMjYxMDI4
+MTEzODUxWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARX6goLbNm5aaXQ+7IlwQSwm3lV/pYBPSLlfo9DzswszsYIcFcSPvhY
+t0ZeHTrwLUUf0miorG9Hqwl4IfxuZD61o28wbTAdBgNVHQ4EFgQU1lZTUVO+nE/j
+pE8YJWVx2mc4gqUwHwYDVR0jBBgwFoAU1lZTUVO+nE/jpE8YJWVx2mc4gqUwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSQAwRgIhALbzeUbTa3XbLmZpRSPpGeTd3qg0QJmGYL+o1D/OqX1+AiEA
+i1Rla78yky7Fytd35gS6sXmZImE0XFUMey9w7DppEm0=
+-----END CERTIFICATE-----
+'''
+
+
+def server_context():
+    """Of a TLS server with that certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'both')
+        with open(path, 'w') as file:
+            file.write(KEY + CERTIFICATE)
+        context.load_cert_chain(path)
+    return context
+
+
+def client_context():
+    """Of a TLS client that trusts it."""
+    return ssl.create_default_context(cadata=CERTIFICATE)
+
+
+NAME = '0b6578616d706c652e6f7267'       # example.org, as a SOCKS5 name
+IP5, OK5 = '0501000101020304 0050', '0500000105060708 0051'
+OK4 = '005a005105060708'
+HEAD = b'CONNECT example.org:80 HTTP/1.1\r\nHost: example.org:80\r\n'.hex()
+
+
+def crlf(text):
+    return text.replace('\n', '\r\n').encode().hex()
+
+
+ASK_HTTP = crlf('CONNECT 1.2.3.4:80 HTTP/1.1\nHost: 1.2.3.4:80\n\n')
+
+
+# What a scripted proxy must be told and what it answers, in turn: (name, URL's beginning and its
+# user, host to connect to, script, BND).
+ACCEPTING = [
+    ('SOCKS5', 'socks5h://', 'example.org',
+     ['050100', '0500', f'05010003{NAME}0050', OK5], ('5.6.7.8', 81)),
+    ('SOCKS5, IPv4', 'socks5h://', '1.2.3.4', ['050100', '0500', IP5, OK5], ('5.6.7.8', 81)),
+    ('SOCKS5, IPv6', 'socks5h://', '[2001:db8::1]',
+     ['050100', '0500', '05010004 20010db8 0000*4 0000 0001 0050'.replace('0000*4', '0000' * 4),
+      OK5], ('5.6.7.8', 81)),
+    ('SOCKS5, mapped', 'socks5h://', '::ffff:1.2.3.4', ['050100', '0500', IP5, OK5],
+     ('5.6.7.8', 81)),
+    ('SOCKS5, looked up here', 'socks5://', 'localhost',
+     ['050100', '0500', '050100017f0000010050', OK5], ('5.6.7.8', 81)),
+    ('SOCKS5, password', 'socks5h://bob:s%20%40@', '1.2.3.4',
+     ['05020002', '0502', '0103626f6203732040', '0100', IP5, OK5], ('5.6.7.8', 81)),
+    ('SOCKS5, password not wanted', 'socks5h://bob:s@', '1.2.3.4',
+     ['05020002', '0500', IP5, OK5], ('5.6.7.8', 81)),
+    ('SOCKS5, user only', 'socks5h://bob@', '1.2.3.4',
+     ['05020002', '0502', '0103626f6200', '0100', IP5, OK5], ('5.6.7.8', 81)),
+    ('K-01', 'socks5h://', '1.2.3.4', ['050100', '0500', IP5, '05000004' + '00' * 18], ('::', 0)),
+    ('K-02', 'socks5h://', '1.2.3.4', ['050100', '0500', IP5, '0500000301610000'], ('a', 0)),
+    ('K-03', 'socks5h://', '1.2.3.4', ['050100', '0500', IP5, '05000003000000'], ('', 0)),
+    ('SOCKS4', 'socks4a://', '1.2.3.4', ['04010050 01020304 00', OK4], ('5.6.7.8', 81)),
+    ('SOCKS4, userid', 'socks4a://bob@', '1.2.3.4', ['0401005001020304626f6200', OK4],
+     ('5.6.7.8', 81)),
+    ('SOCKS4a', 'socks4a://', 'example.org',
+     ['0401005000000001 00' + NAME[2:] + '00', OK4], ('5.6.7.8', 81)),
+    ('SOCKS4, looked up here', 'socks4://', 'localhost', ['040100507f00000100', OK4],
+     ('5.6.7.8', 81)),
+    ('K-12', 'socks4a://', '1.2.3.4', ['040100500102030400', '045a005105060708'], ('5.6.7.8', 81)),
+    ('HTTP', 'http://', 'example.org', [HEAD + '0d0a', crlf('HTTP/1.1 200 OK\n\n')],
+     ('0.0.0.0', 0)),
+    ('HTTP, 201, no phrase', 'http://', 'example.org', [HEAD + '0d0a', crlf('HTTP/1.0 201\n\n')],
+     ('0.0.0.0', 0)),
+    ('HTTP, more in the head', 'http://', 'example.org',
+     [HEAD + '0d0a', crlf('HTTP/1.1 200 OK\nVia: x\nContent-Length: 5\n\n')], ('0.0.0.0', 0)),
+    ('HTTP, IPv6', 'http://', '::1',
+     [crlf('CONNECT [::1]:80 HTTP/1.1\nHost: [::1]:80\n\n'), crlf('HTTP/1.1 200 OK\n\n')],
+     ('0.0.0.0', 0)),
+    ('HTTP, password', 'http://bob:secret@', 'example.org',
+     [HEAD + crlf('Proxy-Authorization: Basic Ym9iOnNlY3JldA==\n\n'),
+      crlf('HTTP/1.1 200 OK\n\n')], ('0.0.0.0', 0)),
+    ('HTTP, user only', 'http://bob@', 'example.org',
+     [HEAD + crlf('Proxy-Authorization: Basic Ym9iOg==\n\n'), crlf('HTTP/1.1 200 OK\n\n')],
+     ('0.0.0.0', 0)),
+]
+
+# A script, and the exception with its text, its cause's text and errno.
+GENERAL, AUTH = socks.GeneralProxyError, socks.SOCKS5AuthError
+REFUSING = [
+    ('K-06', 'socks5h://', ['050100', '0500', IP5, '05050001'], socks.SOCKS5Error,
+     '0x05: Connection refused', errno.ECONNREFUSED),
+    ('K-07', 'socks5h://', ['050100', '0500', IP5, '050500'], socks.SOCKS5Error,
+     '0x05: Connection refused', errno.ECONNREFUSED),
+    ('K-08', 'socks5h://', ['050100', '0500', IP5, '05f00001000000000000'], socks.SOCKS5Error,
+     '0xf0: Unknown error', errno.ECONNABORTED),
+    ('K-09', 'socks5h://', ['050100', '0502'], AUTH,
+     'No username/password supplied. Server requested username/password authentication',
+     errno.EACCES),
+    ('K-10', 'socks5h://', ['050100', '0500', IP5, '05040000000000000000'], socks.SOCKS5Error,
+     '0x04: Host unreachable', errno.EHOSTUNREACH),
+    ('K-11', 'socks5h://', ['050100', '005a000000000000'], socks.ProtocolError,
+     'SOCKS version 0x00, expected 0x05', errno.ECONNABORTED),
+    ('no method', 'socks5h://', ['050100', '05ff'], AUTH,
+     'All offered SOCKS5 authentication methods were rejected', errno.EACCES),
+    ('method not offered', 'socks5h://', ['050100', '0580'], socks.ProtocolError,
+     'the proxy chose method 0x80, which was not offered', errno.ECONNABORTED),
+    ('wrong password', 'socks5h://bob:s@', ['05020002', '0502', '0103626f620173', '0101'], AUTH,
+     'SOCKS5 authentication failed', errno.EACCES),
+    ('version in the reply', 'socks5h://', ['050100', '0500', IP5, '040000'], socks.ProtocolError,
+     'SOCKS version 0x04, expected 0x05', errno.ECONNABORTED),
+    ('address type in the reply', 'socks5h://', ['050100', '0500', IP5, '05000002'],
+     socks.ProtocolError, 'address type 0x02, expected 0x01, 0x03 or 0x04', errno.EAFNOSUPPORT),
+    ('reply cut off', 'socks5h://', ['050100', '0500', IP5, '05000001 7f'], GENERAL,
+     'Connection closed unexpectedly', errno.ECONNABORTED),
+    ('SOCKS4 cut off', 'socks4://', ['040100500102030400', '005a'], GENERAL,
+     'Connection closed unexpectedly', errno.ECONNABORTED),
+    ('SOCKS4 from SOCKS5', 'socks4://', ['040100500102030400', '0500'], socks.ProtocolError,
+     'SOCKS4 reply version 0x05, expected 0x00', errno.ECONNABORTED),
+    ('HTTP from SOCKS5', 'http://', [ASK_HTTP, '05ff'], GENERAL, 'Connection closed unexpectedly',
+     errno.ECONNABORTED),
+    ('SOCKS5 from HTTP', 'socks5h://', ['050100', crlf('HTTP/1.0 400 Bad\n\n')],
+     socks.ProtocolError, 'SOCKS version 0x48, expected 0x05', errno.ECONNABORTED),
+    ('HTTP 407', 'http://', [ASK_HTTP, crlf('HTTP/1.1 407 Proxy Authentication Required\n\n')],
+     socks.HTTPError, '407: Proxy Authentication Required', errno.ECONNABORTED),
+    ('HTTP 403', 'http://', [ASK_HTTP, crlf('HTTP/1.1 403 Forbidden\n\n')], socks.HTTPError,
+     '403: Forbidden; it may be that this proxy makes no tunnels (CONNECT)', errno.ECONNABORTED),
+    ('no HTTP', 'http://', [ASK_HTTP, b'SSH-2.0-x\r\n'.hex()], socks.ProtocolError,
+     "b'SSH-2.0-x', expected the status line of an HTTP proxy", errno.ECONNABORTED),
+    ('endless HTTP line', 'http://', [ASK_HTTP, crlf('HTTP/1.1 200 OK\nx: ') + '61' * 9000],
+     socks.ProtocolError, 'an HTTP line of more than 8192 bytes', errno.ECONNABORTED),
+    ('endless HTTP head', 'http://', [ASK_HTTP, crlf('HTTP/1.1 200 OK\n' + 'x: y\n' * 101)],
+     socks.ProtocolError, 'more than 100 lines in the head of an HTTP answer',
+     errno.ECONNABORTED),
+] + [
+    (f'SOCKS5 reply {code}', 'socks5h://', ['050100', '0500', IP5, f'05{code:02x}0001' + '00' * 6],
+     socks.SOCKS5Error, f'{code:#04x}: {socks.SOCKS5_ERRORS[code]}', number)
+    for code, number in zip(range(1, 9), (
+        errno.ECONNABORTED, errno.EACCES, errno.ENETUNREACH, errno.EHOSTUNREACH,
+        errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT))
+] + [
+    (f'SOCKS4 code {code}', 'socks4://', ['040100500102030400', f'00{code:02x}' + '00' * 6],
+     socks.SOCKS4Error, f'{code:#04x}: {socks.SOCKS4_ERRORS.get(code, "Unknown error")}',
+     errno.ECONNABORTED) for code in (0x5b, 0x5c, 0x5d, 0x77)
+]
+
+PROXY_URLS = [
+    ('socks5://h', (2, 'h', None, False, None, None)),
+    ('socks5h://h:1', (2, 'h', 1, True, None, None)),
+    ('socks4://u@h', (1, 'h', None, False, b'u', None)),
+    ('socks4a://h/', (1, 'h', None, True, None, None)),
+    ('SOCKS://h', (2, 'h', None, True, None, None)),
+    ('http://b%3ab:c%3ac@h:3128', None),
+    ('http://bob:c%3ac%ff@h:3128', (3, 'h', 3128, True, b'bob', b'c:c\xff')),
+    ('https://h', (socks.HTTP | socks.TLS, 'h', None, True, None, None)),
+    ('socks5h+tls://[::1]:443', (socks.SOCKS5 | socks.TLS, '::1', 443, True, None, None)),
+    ('socks5h+unix:///run/a%20b', (2, '/run/a b', None, True, None, None)),
+    ('socks5h://localhost/run/s', (2, '/run/s', None, True, None, None)),
+    ('socks5h://bob:@h', (2, 'h', None, True, b'bob', None)),
+    ('ftp://h', 'scheme'), ('h:1080', 'scheme'), ('', 'scheme'), ('socks5h+x://h', 'scheme'),
+    ('socks5://', 'no host'), ('socks5://:1080', 'no host'), ('socks5://h:x', 'port'),
+    ('socks5://h:65536', 'port'), ('socks5://h/x', 'behind'), ('socks5://h?x', 'behind'),
+    ('socks5+unix://', 'path'), ('socks5://' + 'u' * 256 + '@h', 'username of 256 bytes'),
+    ('socks5://u:' + 'p' * 256 + '@h', 'password of 256 bytes'), ('socks4://a%00@h', 'userid'),
+    ('http://a%3ab:x@h', 'colon'),
+]
+
+BYPASS = [
+    ('localhost', 'localhost', True), ('localhost', 'LOCALHOST.', True),
+    ('localhost', 'notlocalhost', False), ('.local', 'a.local', True), ('.local', 'local', True),
+    ('local', 'a.local', True), ('example.org', 'badexample.org', False), ('*', 'x', True),
+    ('10.0.0.0/8', '10.1.2.3', True), ('10.0.0.0/8', '11.1.2.3', False),
+    ('127.0.0.1', '127.0.0.1', True), ('127.0.0.1', '::ffff:127.0.0.1', True),
+    ('[::1]', '::1', True), ('fe80::/10, ::1', '::1', True), ('a b,c', 'c', True),
+    ('10.0.0.1/8', '10.2.2.2', True), ('', 'x', False), ('127.0.0.1', 'localhost', False),
+]
+
+
+def leave(peer):
+    """Close."""
+
+
+def be_silent(peer):
+    peer.rest()
+
+
+class Scripted(Origin):
+    """A proxy that expects what it is told to, answers as told, sends `then`, and does `last`."""
+
+    def __init__(self, script, step=None, tls=False, then=b'', last=echo, **options):
+        steps = [hexed(text) for text in script]
+        self.wrong = []
+
+        def function(peer):
+            if tls:
+                peer.sock = context.wrap_socket(peer.sock, server_side=True)
+            with peer:
+                for expected, answer in zip(steps[::2], steps[1::2]):
+                    got = peer.read(len(expected))
+                    if got != expected:
+                        self.wrong.append((got.hex(), expected.hex()))
+                    for start in range(0, len(answer), step or len(answer)):
+                        peer.send(answer[start:start + (step or len(answer))])
+                peer.send(then)
+                last(peer)
+
+        context = server_context() if tls else None
+        super().__init__(function, **options)
+
+
+class ClientTest(Case):
+
+    def setUp(self):
+        socks.carrier()                 # its thread stays
+        super().setUp()
+
+    def scripted(self, *args, **kwargs):
+        proxy = self.enter(Scripted(*args, **kwargs))
+        self.addCleanup(lambda: self.assertEqual(proxy.wrong, []))
+        return proxy
+
+    def url(self, server, scheme='socks5h', user=''):
+        address = server.server_address
+        return f'{scheme}://{user}{Address(*address[:2])}'
+
+    def check_echo(self, sock, data=b'some bytes'):
+        sock.sendall(data)
+        received = b''
+        while len(received) < len(data):
+            received += sock.recv(65536)
+        self.assertEqual(received, data)
+
+    def test_accepting_proxies(self):
+        """Whatever comes behind the last reply is the program's, from its first byte on."""
+        for name, start, host, script, bnd in ACCEPTING:
+            for step in (None, 1):
+                with self.subTest(name, step=step):
+                    proxy = self.scripted(script, step, then=b'Hello')
+                    url = f'{start}127.0.0.1:{proxy.port}'
+                    with socks.create_connection((host, 80), PATIENCE, proxy=url) as sock:
+                        self.assertEqual(sock.recv(5, socket.MSG_WAITALL), b'Hello')
+                        self.check_echo(sock)
+                        self.assertEqual(sock.getpeername(), (host.strip('[]'), 80))
+                        self.assertEqual(sock.get_proxy_sockname(), bnd)
+                        self.assertEqual(sock.get_proxy_peername(), ('127.0.0.1', proxy.port))
+                        self.assertEqual(sock.gettimeout(), PATIENCE)
+
+    def test_refusing_proxies(self):
+        for name, start, script, kind, text, number in REFUSING:
+            for step in (None, 1) if len(script[-1]) < 1000 else (None,):
+                with self.subTest(name, step=step):
+                    proxy = self.scripted(script, step, last=leave)
+                    url = f'{start}127.0.0.1:{proxy.port}'
+                    with self.assertRaises(GENERAL) as caught:
+                        socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy=url)
+                    error = caught.exception
+                    self.assertEqual((type(error), str(error), type(error.socket_err),
+                                      str(error.socket_err), error.socket_err.errno, error.errno),
+                                     (kind, 'Socket error: ' + text, kind, text, None, number))
+                    with socks.socksocket(proxy=url) as sock:
+                        self.assertEqual(sock.connect_ex(('1.2.3.4', 80)), number)
+                        self.assertEqual(sock.fileno(), -1)
+
+    def test_silent_proxies(self):
+        for start, script in (('socks5', []), ('socks5', ['050100', '05']), ('socks4', []),
+                              ('http', []), ('http', [ASK_HTTP, '48545450']), ('https', [])):
+            with self.subTest(start, script=script):
+                url = self.url(self.scripted(script, last=be_silent), start)
+                started = time.monotonic()
+                with self.assertRaises(GENERAL) as caught:
+                    socks.create_connection(('1.2.3.4', 80), 0.2, proxy=url)
+                self.assertIsInstance(caught.exception.socket_err, socket.timeout)
+                self.assertEqual(str(caught.exception), 'Socket error: timed out')
+                self.assertLess(time.monotonic() - started, 2)
+
+    def test_unreachable_proxies(self):
+        url = f'socks5://127.0.0.1:{self.refused_port()}'
+        with self.assertRaises(socks.ProxyConnectionError) as caught:
+            socks.create_connection(('1.2.3.4', 80), proxy=url)
+        self.assertRegex(str(caught.exception),
+                         r'^Error connecting to SOCKS5 proxy 127.0.0.1:\d+: \[Errno 111\] ')
+        self.assertEqual(caught.exception.errno, errno.ECONNREFUSED)
+        self.assertNotIsInstance(caught.exception, GENERAL)
+        with socks.socksocket(proxy=f'http://127.0.0.1:{self.silent_port()}') as sock:
+            sock.settimeout(0.2)
+            with self.assertRaises(socks.ProxyConnectionError) as caught:
+                sock.connect(('1.2.3.4', 80))
+        self.assertEqual(str(caught.exception.socket_err), 'timed out')
+        with socks.default_proxy('socks4://nowhere.invalid'), socks.socksocket() as sock:
+            for method in (socks.create_connection, sock.connect):
+                with self.assertRaises(socks.ProxyConnectionError) as caught:
+                    method(('1.2.3.4', 80))
+                self.assertIsInstance(caught.exception.socket_err, socket.gaierror)
+
+    def test_errors_are_kept(self):
+        """They can be pickled and copied; the class can be asked for in all the usual ways."""
+        url = self.url(self.scripted(['050100', '0500', IP5, '05020001'], last=leave))
+        try:
+            socks.create_connection(('1.2.3.4', 80), proxy=url)
+        except socks.ProxyError as error:
+            other = pickle.loads(pickle.dumps(error))
+            self.assertEqual((type(other), str(other), other.msg, other.reply),
+                             (socks.SOCKS5Error, str(error), error.msg, 2))
+            self.assertIsInstance(error, (socks.GeneralProxyError, OSError))
+
+    def test_what_cannot_be_asked(self):
+        """Said before anything is sent."""
+        def forbidden(peer):
+            self.fail('something connected')
+
+        proxy = self.origin(forbidden)
+        for scheme, pair in (('socks5h', ('', 80)), ('socks5h', ('a b', 80)),
+                             ('http', ('a\r\n', 80)), ('socks5h', ('a' * 256, 80)),
+                             ('socks5h', ('h', 65536)), ('socks5h', ('h', '80')),
+                             ('socks5h', (None, 80)),
+                             ('socks5h', ('h',)), ('socks4a', ('::1', 80)),
+                             ('socks5h', ('\udcff', 80))):
+            with self.subTest(pair), socks.socksocket(proxy=self.url(proxy, scheme)) as sock, \
+                    self.assertRaises(GENERAL):
+                sock.connect(pair)
+        with self.assertRaises(OSError) as caught, \
+                socks.socksocket(type=socket.SOCK_DGRAM, proxy='socks4://h') as sock:
+            sock.bind(('', 0))
+        self.assertEqual(caught.exception.errno, errno.EOPNOTSUPP)
+
+    def test_arguments(self):
+        for args, error, text in (
+                ((7, 'h'), GENERAL, 'Invalid proxy type: 7'),
+                (('socks5', 'h'), ValueError, 'scheme'),
+                ((2, ''), ValueError, "address ''"), ((2, 'h', 70000), ValueError, 'port 70000'),
+                ((2, 'h', '1'), ValueError, "port '1'"), ((2, None), ValueError, 'address None'),
+                ((2, 'h', 1, 'bob', 'secret'), ValueError, 'rdns'),
+                ((2, 'h', 1, True, 'b' * 256), ValueError, 'username of 256 bytes'),
+                ((['socks5://h', 'socks5+unix:///x'],), ValueError, 'only be the first')):
+            with self.subTest(args), socks.socksocket() as sock:
+                for function in (sock.set_proxy, sock.setproxy, socks.set_default_proxy):
+                    with self.assertRaisesRegex(error, text):
+                        function(*args)
+                self.assertEqual(sock.proxy, (None,) * 6)
+        with socks.socksocket() as sock:
+            sock.setproxy(proxytype=2, addr=b'h', port=None, username=b'u', password='p')
+            self.assertEqual(sock.proxy, (2, 'h', None, True, b'u', b'p'))
+            self.assertEqual(repr(sock.proxy), '<SOCKS5 proxy h:1080 with credentials>')
+            sock.set_proxy()
+            self.assertEqual(sock.proxy, (None, None, None, True, None, None))
+
+    def test_urls(self):
+        for url, expected in PROXY_URLS:
+            with self.subTest(url):
+                if isinstance(expected, tuple):
+                    self.assertEqual(socks.parse_proxy_url(url), expected)
+                else:
+                    with self.assertRaisesRegex(ValueError, expected or 'colon') as caught:
+                        socks.parse_proxy_url(url)
+                    self.assertNotIn('ppp', str(caught.exception))
+
+    def test_bypass(self):
+        for patterns, host, expected in BYPASS:
+            with self.subTest(patterns, host=host):
+                self.assertEqual(socks.is_bypassed(host, patterns), expected)
+
+    def test_environment(self):
+        saved = dict(os.environ)
+        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(saved)))
+        for name in ('all_proxy', 'ALL_PROXY', 'no_proxy', 'NO_PROXY'):
+            os.environ.pop(name, None)
+        self.assertIsNone(socks.proxy_from_environment())
+        os.environ['ALL_PROXY'] = 'socks5h://h'
+        os.environ['NO_PROXY'] = 'localhost,10.0.0.0/8'
+        self.assertEqual(socks.proxy_from_environment(), 'socks5h://h')
+        self.assertEqual(socks.proxy_from_environment('example.org'), 'socks5h://h')
+        self.assertIsNone(socks.proxy_from_environment('10.1.1.1'))
+
+    def test_all_addresses_of_the_proxy(self):
+        """The next one is tried if the proxy cannot be reached, but not if it refuses."""
+        calls = []
+
+        def getaddrinfo(host, port, family, kind):          # four arguments, as programs patch it
+            calls.append((host, port))
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.0.1', each))
+                    for each in ports]
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', socket.getaddrinfo)
+        accepting = self.scripted(['050100', '0500', IP5, OK5])
+        refusing = self.scripted(['050100', '05ff'])
+        socket.getaddrinfo = getaddrinfo
+        arguments = (('1.2.3.4', 80), PATIENCE, None, socks.SOCKS5, '[proxy.example]')
+        ports = [self.refused_port(), accepting.port]
+        with socks.create_connection(*arguments) as sock:
+            self.check_echo(sock)
+        self.assertEqual(calls, [('proxy.example', 1080)])
+        ports = [refusing.port, accepting.port]
+        with self.assertRaises(AUTH):
+            socks.create_connection(*arguments)
+        ports = []
+        with self.assertRaises(OSError):
+            socks.create_connection(*arguments)
+
+    def test_options_and_source(self):
+        proxy = self.scripted(['050100', '0500', IP5, OK5])
+        options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+                   (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+        with socks.create_connection(
+                ('1.2.3.4', 80), object(), ('127.0.0.2', 0), 2, b'127.0.0.1', proxy.port,
+                socket_options=options) as sock:
+            self.assertIsNone(sock.gettimeout())            # a sentinel is no time-out
+            self.assertEqual(sock.getsockname()[0], '127.0.0.2')
+            for option in options:
+                self.assertTrue(sock.getsockopt(*option[:2]))
+
+    def test_another_family_than_the_proxys(self):
+        """The descriptor keeps its number, and its options where it is replaced."""
+        for host in ('127.0.0.1', '::1'):
+            for family in (socket.AF_INET, socket.AF_INET6):
+                with self.subTest(host, family=family):
+                    proxy = self.scripted(['050100', '0500', IP5, OK5], host=host)
+                    with socks.socksocket(family, proxy=self.url(proxy)) as sock:
+                        number = sock.fileno()
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                        sock.settimeout(PATIENCE)
+                        sock.connect(('1.2.3.4', 80, 0, 0))
+                        self.check_echo(sock)
+                        self.assertEqual((sock.fileno(), sock.gettimeout(), sock.getpeername()),
+                                         (number, PATIENCE, ('1.2.3.4', 80, 0, 0)))
+                        self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+    @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')
+    def test_unix_socket(self):
+        folder = self.enter(tempfile.TemporaryDirectory())
+        path = os.path.join(folder, 'a socket')
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(1)
+            url = 'socks5h+unix://' + path.replace(' ', '%20')
+            for connect in (lambda: socks.create_connection(('1.2.3.4', 80), proxy=url),
+                            lambda: self.connected_later(url)):
+                with Background(self.serve_unix, listener), connect() as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    self.check_echo(sock)
+                    self.assertEqual(sock.getpeername(), ('1.2.3.4', 80))
+
+    def connected_later(self, url):
+        sock = socks.socksocket(proxy=url)
+        sock.connect(('1.2.3.4', 80))
+        return sock
+
+    def serve_unix(self, listener):
+        with listener.accept()[0] as sock:
+            for expected, answer in (('050100', '0500'), (IP5, OK5)):
+                self.assertEqual(sock.recv(100), hexed(expected))
+                sock.sendall(hexed(answer))
+            sock.sendall(sock.recv(100))
+
+    def test_tls(self):
+        """A proxy inside of TLS; the program gets a plain socket, and can use TLS inside again."""
+        for scheme, script in (('https', [HEAD + '0d0a', crlf('HTTP/1.1 200 OK\n\n')]),
+                               ('socks5h+tls', ['050100', '0500', f'05010003{NAME}0050', OK5]),
+                               ('socks4a+tls', ['0401005000000001 00' + NAME[2:] + '00', OK4])):
+            with self.subTest(scheme):
+                proxy = self.scripted(script, tls=True, then=b'Hello')
+                with socks.create_connection(('example.org', 80), PATIENCE,
+                                             proxy=self.url(proxy, scheme),
+                                             ssl_context=client_context()) as sock:
+                    self.assertEqual(sock.recv(5, socket.MSG_WAITALL), b'Hello')
+                    self.check_echo(sock, b'0123456789' * 30000)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    self.assertEqual(sock.getpeername(), ('example.org', 80))
+
+    def test_tls_must_be_trusted(self):
+        proxy = self.scripted([], tls=True)
+        with self.assertRaises(GENERAL) as caught:
+            socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy=self.url(proxy, 'https'))
+        self.assertIsInstance(caught.exception.socket_err, ssl.SSLError)
+
+    def test_chain(self):
+        """Three proxies: each sees the one before it, the last one asks for the destination."""
+        origin = self.origin(echo)
+        first, third = self.serve(users={'bob': 's'}), self.serve()
+        lines = self.lines
+        chain = [self.url(first, 'socks5h', 'bob:s@'), self.url(third, 'socks4a'),
+                 self.url(third, 'socks5h')]
+        with socks.create_connection(('localhost', origin.port), proxy=chain) as sock:
+            self.check_echo(sock)
+            self.assertEqual(sock.get_proxy_peername(), tuple(first.server_address))
+        eventually(lambda: len({line for line in lines if 'done' in line}) == 3)
+        self.assertTrue(any(f'bob SOCKS5 CONNECT {third.server_address}' in line for line in lines))
+        with self.assertRaises(socks.SOCKS5Error) as caught:
+            socks.create_connection(('127.0.0.1', self.refused_port()), proxy=chain)
+        self.assertEqual(caught.exception.reply, Reply.CONNECTION_REFUSED)
+        with self.assertRaises(socks.SOCKS4Error):
+            socks.create_connection(('localhost', 1), proxy=[
+                self.url(third, 'socks4a'), f'socks5://127.0.0.1:{self.refused_port()}'])
+
+    def test_large_and_half_closed(self):
+        """8 MiB each way at once, then either side ends; through TLS too."""
+        origin, server = self.origin(), self.serve()
+        with socks.create_connection(('127.0.0.1', origin.port), PATIENCE,
+                                     proxy=self.url(server)) as sock:
+            peer = eventually(lambda: origin.peers and origin.peers[0])
+            with Background(pour, Peer(sock), 8 << 20, 1), Background(pour, peer, 8 << 20, 2):
+                pass
+            self.assertTrue(peer)
+
+    def test_bind(self):
+        server = self.serve()
+        for scheme in ('socks4', 'socks5'):
+            with self.subTest(scheme), socks.create_server(
+                    ('127.0.0.1', 0), proxy=self.url(server, scheme), timeout=PATIENCE) as waiting:
+                with self.peer(waiting.getsockname()) as peer:
+                    sock, address = waiting.accept()
+                    with sock:
+                        self.assertEqual(address, peer.sock.getsockname())
+                        self.assertEqual(sock.getpeername(), address)
+                        peer.send(b'early')
+                        self.assertEqual(sock.recv(5), b'early')
+                        sock.sendall(b'late')
+                        self.assertEqual(peer.read(4), b'late')
+                with self.assertRaises(OSError):
+                    waiting.accept()
+
+    def test_bind_in_vain(self):
+        server = self.serve(bind_timeout=0.3)
+        url = self.url(server)
+        with socks.create_server(proxy=url) as waiting:
+            waiting.settimeout(0)
+            with self.assertRaises(BlockingIOError):
+                waiting.accept()
+            waiting.settimeout(0.01)
+            with self.assertRaises(socket.timeout):
+                waiting.accept()
+            waiting.settimeout(PATIENCE)
+            with self.assertRaises(socks.SOCKS5Error) as caught:
+                waiting.accept()
+            self.assertEqual(caught.exception.reply, Reply.TTL_EXPIRED)
+        for proxy in (None, [], 'http://127.0.0.1:1'):
+            with self.assertRaises(socks.ProxyError):
+                socks.create_server(proxy=proxy)
+
+    def test_bind_announced_without_an_address(self):
+        """Zeros mean the proxy's own address."""
+        proxy = self.scripted(['050100', '0500', '05020001 00000000 0000',
+                               '05000001 00000000 1d49'])
+        with socks.create_server(proxy=self.url(proxy)) as waiting:
+            self.assertEqual(waiting.getsockname(), ('127.0.0.1', 7497))
+
+    # UDP
+
+    def relayed(self, family=socket.AF_INET, **settings):
+        """A UDP socket with a proxy."""
+        host = '::1' if family == socket.AF_INET6 else '127.0.0.1'
+        server = self.serve(host=host, **settings)
+        sock = self.enter(socks.socksocket(family, socket.SOCK_DGRAM, proxy=self.url(server)))
+        sock.settimeout(PATIENCE)
+        return sock
+
+    def test_datagrams(self):
+        """Every call that sends and every one that receives."""
+        target, other = self.enter(Echo()), self.enter(Echo(prefix=b'O:'))
+        sock = self.relayed()
+        self.assertEqual(sock.sendto(b'one', target.address), 3)
+        self.assertEqual(sock.recvfrom(100), (b'E:one', tuple(target.address)))
+        self.assertEqual(sock.sendto(memoryview(b'two'), 0, ('localhost', target.address.port)), 3)
+        self.assertEqual(sock.recvfrom(3), (b'E:t', tuple(target.address)))
+        with self.assertRaises(OSError) as caught:
+            sock.send(b'nowhere')
+        self.assertEqual(caught.exception.errno, errno.EDESTADDRREQ)
+        sock.connect(target.address)
+        self.assertEqual(sock.getpeername(), tuple(target.address))
+        self.assertEqual(sock.get_proxy_sockname(), ('0.0.0.0', 0))
+        self.assertEqual(sock.send(b'three'), 5)
+        self.assertEqual(sock.recv(100), b'E:three')
+        self.assertIsNone(sock.sendall(bytearray(b'four')))
+        buffer = bytearray(10)
+        self.assertEqual((sock.recv_into(buffer), buffer[:6]), (6, b'E:four'))
+        self.assertEqual(sock.sendmsg([b'fi', b've']), 4)
+        self.assertEqual(sock.recvfrom_into(buffer, 3), (3, tuple(target.address)))
+        sock.sendmsg([b'six'], [], 0, other.address)        # its answer is not from the peer
+        sock.send(b'')
+        self.assertEqual(sock.recvmsg(100), (b'E:', [], 0, tuple(target.address)))
+        sock.send(b'seven')
+        first, second = bytearray(3), bytearray(2)
+        self.assertEqual(sock.recvmsg_into([first, second])[::2], (5, socket.MSG_TRUNC))
+        self.assertEqual((first, second), (b'E:s', b'ev'))
+        sock.connect(('0.0.0.0', 0))
+        sock.sendto(b'x' * 60000, other.address)
+        self.assertEqual(sock.recv(65536, socket.MSG_PEEK)[:3], b'O:x')
+        self.assertEqual(len(sock.recv(65536)), 60002)
+
+    def test_datagrams_wait(self):
+        target, sock = self.enter(Echo()), self.relayed()
+        sock.bind(('127.0.0.1', 0))
+        with self.assertRaises(OSError) as caught:
+            sock.bind(('127.0.0.1', 0))
+        self.assertEqual(caught.exception.errno, errno.EINVAL)
+        sock.settimeout(0.05)
+        with self.assertRaises(socket.timeout):
+            sock.recv(10)
+        sock.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            sock.recvfrom(10)
+        sock.sendto(b'x', target.address)
+        self.assertTrue(ready([sock], [], PATIENCE))
+        self.assertEqual(sock.recv(10), b'E:x')
+
+    def test_datagrams_over_ipv6(self):
+        """An IPv6 socket has IPv6 addresses, 4-tuples, and may have an IPv4 proxy, and back."""
+        six, four = self.enter(Echo('::1')), self.enter(Echo())
+        for family, host in ((socket.AF_INET6, '::1'), (socket.AF_INET6, '127.0.0.1'),
+                             (socket.AF_INET, '::1')):
+            with self.subTest(host, family=family):
+                server = self.serve(host=host)
+                with socks.socksocket(family, socket.SOCK_DGRAM, proxy=self.url(server)) as sock:
+                    sock.settimeout(PATIENCE)
+                    sock.sendto(b'x', ('::1', six.address.port, 0, 0))
+                    data, sender = sock.recvfrom(10)
+                    self.assertEqual((data, sender[:2]), (b'E:x', tuple(six.address)))
+                    mapped = '::ffff:127.0.0.1' if family == socket.AF_INET6 else '127.0.0.1'
+                    sock.sendto(b'y', (mapped, four.address.port))
+                    data, sender = sock.recvfrom(10)
+                    if sock.family == socket.AF_INET6:
+                        self.assertEqual(sender, ('::ffff:127.0.0.1', four.address.port, 0, 0))
+
+    def test_association_ends(self):
+        sock = self.relayed(udp_timeout=0.2)
+        sock.bind(('127.0.0.1', 0))
+        with self.assertRaisesRegex(GENERAL, 'ended the UDP association'):
+            sock.recv(10)
+        with self.assertRaisesRegex(GENERAL, 'ended the UDP association'):
+            sock.sendto(b'x', ('127.0.0.1', 9))
+
+    def test_announced_relays(self):
+        """K-04, K-05: BND says no host; the relay is on the proxy.  Fragments are dropped."""
+        for answer in ('0500000301 00 {port}', '05000001 00000000 {port}',
+                       '05000003 09 6c6f63616c686f7374 {port}', '05000001 7f000001 {port}'):
+            with self.subTest(answer), \
+                    socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay, \
+                    socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                relay.bind(('127.0.0.1', 0))
+                relay.settimeout(PATIENCE)
+                sender.bind(('127.0.0.1', 0))
+                hint = '050300 01 00000000 %04x' % sender.getsockname()[1]
+                sender.close()
+                proxy = self.scripted(['050100', '0500', hint, answer.replace(
+                    '{port}', '%04x' % relay.getsockname()[1])])
+                with socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.url(proxy)) as sock:
+                    sock.settimeout(PATIENCE)
+                    sock.bind(('', int(hint[-4:], 16)))
+                    sock.sendto(b'x', ('1.2.3.4', 5))
+                    data, source = relay.recvfrom(100)
+                    self.assertEqual(data, hexed('00000001 01020304 0005 78'))
+                    for wrong in ('', '0000', '00000002', '00000101 01020304 0005 78'):
+                        relay.sendto(hexed(wrong), source)
+                    relay.sendto(hexed('00000003 0161 0005 79'), source)
+                    self.assertEqual(sock.recvfrom(10), (b'y', ('a', 5)))
+
+    # Defaults
+
+    def default(self, *args, **kwargs):
+        socks.set_default_proxy(*args, **kwargs)
+        self.addCleanup(setattr, socks.socksocket, 'default_proxy', None)
+        self.addCleanup(setattr, socks.socksocket, 'default_bypass', '')
+
+    def test_default_proxy(self):
+        server, origin = self.serve(), self.origin(echo)
+        target = '127.0.0.1', origin.port
+        self.assertIsNone(socks.get_default_proxy())
+        with self.assertRaises(GENERAL):
+            socks.wrap_module(http.client)
+        self.default(socks.SOCKS5, *server.server_address, username='u', password=b'p')
+        self.assertEqual(socks.getdefaultproxy(), (2, *server.server_address, True, b'u', b'p'))
+        with socks.create_connection(target) as sock:
+            self.assertEqual(sock.get_proxy_peername(), tuple(server.server_address))
+        arguments = dict(zip(('proxy_type', 'proxy_addr', 'proxy_port', 'proxy_rdns',
+                              'proxy_username', 'proxy_password'), socks.get_default_proxy()))
+        with socks.create_connection(target, **arguments) as sock:      # as paho-mqtt does
+            self.assertEqual(sock.get_proxy_peername(), tuple(server.server_address))
+        with socks.create_connection(target, proxy=[]) as sock:
+            self.assertIsNone(sock.get_proxy_peername())
+        socks.socksocket.default_proxy = None
+        with socks.create_connection(target) as sock:
+            self.assertIsNone(sock.get_proxy_peername())
+        chain = [self.url(server), self.url(server, 'socks4a')]
+        self.default(chain, bypass='127.0.0.0/8, .local')
+        self.assertEqual(socks.get_default_proxy()[1:3], server.server_address)
+        with socks.create_connection(target) as sock:
+            self.assertIsNone(sock.get_proxy_peername())
+        with socks.socksocket() as sock:
+            sock.connect(target)
+            self.assertIsNone(sock.get_proxy_peername())
+        with socks.create_connection(('localhost', origin.port), **dict(
+                arguments, proxy_type=socks.get_default_proxy()[0])) as sock:
+            self.check_echo(sock)
+        eventually(lambda: sum('SOCKS4 CONNECT localhost' in line for line in self.lines))
+        socks.setdefaultproxy()
+        self.assertEqual(socks.get_default_proxy(), (None, None, None, True, None, None))
+        with socks.create_connection(target) as sock:
+            self.assertIsNone(sock.get_proxy_peername())
+
+    def test_default_proxy_of_a_thread(self):
+        server, origin = self.serve(), self.origin(echo)
+        seen = []
+
+        def elsewhere():
+            with socks.socksocket() as sock:
+                seen.append(sock.proxy)
+
+        with socks.default_proxy(self.url(server), bypass='10.0.0.0/8'):
+            Background(elsewhere).result()
+            with socks.socksocket() as sock, socks.default_proxy(None):
+                sock.connect(('localhost', origin.port))
+                self.assertEqual(sock.get_proxy_peername(), tuple(server.server_address))
+                with socks.socksocket() as direct:
+                    self.assertIsNone(direct.proxy[0])
+        self.assertEqual(seen, [(None,) * 6])
+        self.assertIsNone(socks.get_default_proxy())
+
+    def test_wrapped_module(self):
+        """A program that knows nothing of proxies; with dns, no name is looked up here."""
+        server, site = self.serve(), self.origin(serve_page)
+        url = f'http://localhost:{site.port}/'
+        self.addCleanup(socks.unwrap_module, http.client)
+        with socks.default_proxy(self.url(server)):
+            for dns in (False, True):
+                socks.wrap_module(http.client, dns)
+                with urllib.request.urlopen(url) as page:
+                    self.assertEqual(page.read(), b'hello\n')
+            found = socket.getaddrinfo('host.example', 'http', 0, socket.SOCK_STREAM)
+            self.assertEqual(found, [(socket.AF_INET, socket.SOCK_STREAM, 6, '',
+                                      ('host.example', 80))])
+            self.assertEqual(socket.getaddrinfo('h.example', 53, socket.AF_INET6)[1],
+                             (socket.AF_INET6, socket.SOCK_DGRAM, 17, '', ('h.example', 53, 0, 0)))
+            self.assertEqual(socket.getaddrinfo('::1', 80)[0][4], ('::1', 80, 0, 0))
+            self.assertTrue(socket.getaddrinfo(None, 80))
+        self.assertEqual(socket.socket.__module__, 'socks')
+        socks.unwrapmodule(http.client)
+        self.assertIs(socket.socket, socks._orgsocket)
+        self.assertNotEqual(socket.getaddrinfo, socks.getaddrinfo)
+        eventually(lambda: len(self.lines) == 2)
+        self.assertIn(f'CONNECT localhost:{site.port}: done', self.lines[1])
+
+    def test_a_server_beside_a_wrapped_module(self):
+        """The server's own sockets are stock ones, whatever socket.socket is."""
+        origin = self.origin(echo)
+        server = self.serve()
+        self.addCleanup(socks.unwrap_module, http.client)
+        with socks.default_proxy(self.url(server)):
+            socks.wrap_module(http.client, dns=True)
+            with socket.create_connection(('localhost', origin.port)) as sock:
+                self.check_echo(sock)
+            socks.unwrap_module(http.client)
+        eventually(lambda: len(self.lines) == 1)
+
+    # Without blocking
+
+    def test_asyncio(self):
+        server, origin = self.serve(users={'bob': 's'}), self.origin(echo)
+
+        async def talk(**options):
+            reader, writer = await socks.open_connection('localhost', origin.port, **options)
+            writer.write(b'hello')
+            self.assertEqual(await reader.readexactly(5), b'hello')
+            writer.close()
+
+        async def silence(url):
+            turns = asyncio.ensure_future(asyncio.sleep(0.05))      # others go on meanwhile
+            with self.assertRaises(GENERAL) as caught:
+                await socks.open_connection('localhost', 80, proxy=url, timeout=0.2)
+            self.assertIsInstance(caught.exception.socket_err, socket.timeout)
+            self.assertTrue(turns.done())
+            task = asyncio.ensure_future(socks.open_connection('localhost', 80, proxy=url))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+
+        url = self.url(server, user='bob:s@')
+        silent = self.url(self.scripted([], last=be_silent))
+        tls = self.scripted(['050100', '0500', '050100 03 096c6f63616c686f7374%04x' % origin.port,
+                             OK5], tls=True)
+        for job in (talk(proxy=url), talk(proxy=[url, url]), talk(proxy=[]), talk(),
+                    talk(proxy=self.url(tls, 'socks5h+tls'), ssl_context=client_context()),
+                    silence(silent)):
+            self.run_async(job)
+
+    def run_async(self, job):
+        loop = asyncio.new_event_loop()
+        with concurrent.futures.ThreadPoolExecutor() as executor:
+            loop.set_default_executor(executor)
+            loop.run_until_complete(job)
+            loop.close()
+
+    def test_a_socket_that_does_not_block(self):
+        """As asyncio and Telethon use one: connect() blocks nevertheless, and nothing after it."""
+        server, origin = self.serve(), self.origin(echo)
+
+        async def talk():
+            loop = asyncio.get_event_loop()
+            with socks.socksocket(proxy=self.url(server)) as sock:
+                sock.setblocking(False)
+                await loop.sock_connect(sock, ('127.0.0.1', origin.port))
+                self.assertEqual(sock.gettimeout(), 0)
+                await loop.sock_sendall(sock, b'hello')
+                self.assertEqual(await loop.sock_recv(sock, 5), b'hello')
+
+        self.run_async(talk())
+
+    # A drop-in
+
+    def test_without_a_proxy(self):
+        """A stock socket: see also CPython's own tests, run with socket.socket replaced."""
+        origin = self.origin(echo)
+        with socks.socksocket() as sock, self.assertRaises(OSError) as caught:
+            self.assertEqual(sock.proxy, (None,) * 6)
+            sock.getpeername()
+        self.assertEqual(caught.exception.errno, errno.ENOTCONN)
+        with socks.create_connection(('localhost', origin.port)) as sock, sock.dup() as other:
+            self.assertEqual(sock.getpeername(), origin.server_address)
+            self.assertEqual(other.getpeername(), origin.server_address)
+            self.check_echo(other)
+        with socks.socksocket(fileno=socket.socket().detach()) as sock:
+            self.assertEqual((sock.family, sock.type & 15), (socket.AF_INET, socket.SOCK_STREAM))
+        with socks.default_proxy('socks5h://127.0.0.1:1'):
+            for kind in ((socket.AF_UNIX, socket.SOCK_DGRAM), (socket.AF_UNIX, socket.SOCK_STREAM)):
+                with socks.socksocket(*kind) as sock, self.assertRaises(FileNotFoundError):
+                    sock.connect('/nowhere/at/all')
+        saved = socket.getdefaulttimeout()
+        self.addCleanup(socket.setdefaulttimeout, saved)
+        socket.setdefaulttimeout(7)
+        with socks.socksocket() as sock:
+            self.assertEqual(sock.gettimeout(), 7)
+
+    def test_subclasses(self):
+        """One that overrides what we use ourselves, and one that reaches the proxy on its own."""
+        class Strange(socks.socksocket):
+            def recv(self, *args):
+                raise AssertionError('the negotiation is none of its business')
+            send = sendall = settimeout = recv
+
+        origin, server = self.origin(echo), self.serve()
+        with Strange(proxy=self.url(server)) as sock:
+            sock.connect(('127.0.0.1', origin.port))
+        with socks.socksocket() as sock:
+            sock.connect(server.server_address)
+            sock.set_proxy(self.url(server))
+            self.assertEqual(sock._proxy_addr(), server.server_address)
+            sock._negotiate_SOCKS5('127.0.0.1', origin.port)
+            self.check_echo(sock)
+
+    def test_names_of_pysocks(self):
+        for name, value in (('SOCKS4', 1), ('SOCKS5', 2), ('HTTP', 3), ('PROXY_TYPE_SOCKS4', 1),
+                            ('PROXY_TYPE_SOCKS5', 2), ('PROXY_TYPE_HTTP', 3),
+                            ('PROXY_TYPES', {'SOCKS4': 1, 'SOCKS5': 2, 'HTTP': 3}),
+                            ('PRINTABLE_PROXY_TYPES', {1: 'SOCKS4', 2: 'SOCKS5', 3: 'HTTP'}),
+                            ('DEFAULT_PORTS', {1: 1080, 2: 1080, 3: 8080})):
+            self.assertEqual(getattr(socks, name), value)
+        self.assertEqual(list(socks.SOCKS5_ERRORS), list(range(1, 9)))
+        self.assertEqual(list(socks.SOCKS4_ERRORS), [0x5b, 0x5c, 0x5d])
+        self.assertIs(socks._orig_socket, socks._orgsocket)
+        self.assertIs(socks.Socks5AuthError, socks.SOCKS5AuthError)
+        self.assertGreaterEqual(socks.__version__, '1.7.1')
+        for name in ('log', 'set_self_blocking', '_BaseSocket', 'socket', 'wrapmodule'):
+            self.assertTrue(hasattr(socks, name), name)
+        for name in ('setproxy', 'getproxysockname', 'getproxypeername', 'getpeername',
+                     'get_peername', '_negotiate_SOCKS4', '_negotiate_HTTP'):
+            self.assertTrue(hasattr(socks.socksocket, name), name)
+
+        @socks.set_self_blocking
+        def mode(sock):
+            return sock.gettimeout()
+
+        with socks.socksocket() as sock:
+            sock.setblocking(False)
+            self.assertEqual((mode(sock), sock.gettimeout()), (None, 0))
+
+
+class ToolTest(Case):
+    """The command line as a client."""
+
+    def tool(self, *arguments, data='', **environment):
+        """Exit status, stdout and stderr."""
+        done = subprocess.run(
+            [sys.executable, os.path.join(HERE, 'socks.py'), *arguments], input=data,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
+            env=dict(os.environ, **environment))
+        return done.returncode, done.stdout, done.stderr
+
+    def test_connect(self):
+        server, origin = self.serve(users={'bob': 's'}), self.origin(echo)
+        there = f'localhost:{origin.port}'
+        url = f'socks5h://bob:s@{server.server_address}'
+        for options, environment in ((('-x', url), {}), (('-x', url, '-x', url), {}), ((), {}),
+                                     ((), {'ALL_PROXY': url})):
+            with self.subTest(options, environment=environment):
+                self.assertEqual(self.tool(*options, '--connect', there, data='some words',
+                                           NO_PROXY='', **environment), (0, 'some words', ''))
+        eventually(lambda: len(self.lines) == 4)
+        self.assertEqual(self.tool('-x', url, '--connect', f'127.0.0.1:{self.refused_port()}'),
+                         (1, '', 'socks.py: Socket error: 0x05: Connection refused\n'))
+
+    def test_connect_carries_bytes(self):
+        """All of them, and the ends of both directions."""
+        server, origin = self.serve(), self.origin()
+        command = [sys.executable, os.path.join(HERE, 'socks.py'), '-x',
+                   f'socks5h://{server.server_address}', '--connect', f'127.0.0.1:{origin.port}']
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with process:
+            peer = eventually(lambda: origin.peers and origin.peers[0])
+            down = Background(pour, peer, 8 << 20, 1)
+            data = os.urandom(8 << 20)
+            up = Background(lambda: (process.stdin.write(data), process.stdin.close()))
+            received = Background(process.stdout.read)
+            self.assertEqual(peer.rest(), data)
+            up.result()
+            self.assertEqual(hashlib.sha256(received.result()).hexdigest(), down.result())
+        self.assertEqual(process.returncode, 0)
+
+    def test_resolve(self):
+        server = self.serve(tor_extensions=True)
+        for scheme in ('socks4a', 'socks5', 'socks5h'):
+            self.assertEqual(self.tool('-x', f'{scheme}://{server.server_address}', '--resolve',
+                                       'localhost'), (0, '127.0.0.1\n', ''))
+        status, out, _ = self.tool('-x', f'socks5://{server.server_address}', '--resolve',
+                                   '127.0.0.1')
+        self.assertEqual((status, out), (0, socket.getnameinfo(('127.0.0.1', 0), 0)[0] + '\n'))
+
+    def test_run(self):
+        server, site = self.serve(), self.origin(serve_page)
+        folder = self.enter(tempfile.TemporaryDirectory())
+        for name, text in (('fetch.py', FETCH), ('helper.py', 'import urllib.request\n')):
+            with open(os.path.join(folder, name), 'w') as file:
+                file.write(text)
+        url = f'http://localhost:{site.port}/'
+        proxy = '-x', f'socks5h://{server.server_address}'
+        self.assertEqual(self.tool(*proxy, '--run', os.path.join(folder, 'fetch.py'), url, '-v'),
+                         (7, f"hello\n{[url, '-v']}\n", ''))
+        eventually(lambda: len(self.lines) == 1)
+        self.assertIn('CONNECT localhost:', self.lines[0])
+        status, out, _ = self.tool(*proxy, '--run', '-m', 'this')
+        self.assertEqual((status, out[:3]), (0, 'The'))
+
+
+FETCH = '''
+import sys, helper, socks
+with helper.urllib.request.urlopen(sys.argv[1]) as page:
+    print(page.read().decode(), end='')
+print(sys.argv[1:])
+sys.exit(7)
+'''
+
+
 # ------------------------------------------------------------------------- command line and README
 
 class Program:
@@ -2112,32 +3102,101 @@ class ForeignTest(Case):
                            '--noproxy', '*', self.url)
                 self.assertEqual((done.returncode, done.stdout), (0, 'hello\n'))
 
+    # ssh, in front of us and behind us
+
+    def sshd(self):
+        """The beginning of an ssh command for a server that runs until the end of the test."""
+        folder = self.enter(tempfile.TemporaryDirectory())
+        key = os.path.join(folder, 'key')
+        run('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key, check=True)
+        port = unused_port()
+        daemon = self.enter(subprocess.Popen(
+            [shutil.which('sshd'), '-D', '-e', '-f', '/dev/null', '-h', key, '-p', str(port),
+             '-o', 'ListenAddress=127.0.0.1', '-o', f'AuthorizedKeysFile={key}.pub',
+             '-o', 'StrictModes=no', '-o', 'PidFile=none'], stderr=subprocess.PIPE))
+        self.addCleanup(daemon.terminate)
+        self.assertIn(b'listening', daemon.stderr.readline())
+        return ['ssh', '-F', '/dev/null', '-i', key, '-p', str(port), '-o', 'BatchMode=yes',
+                '-o', 'StrictHostKeyChecking=no', '-o', 'UserKnownHostsFile=/dev/null',
+                '-o', 'LogLevel=ERROR']
+
     @needs('ssh', 'sshd', 'ssh-keygen', 'nc')
     def test_ssh(self):
-        """ssh through OpenBSD's nc, as people write it in ~/.ssh/config."""
-        server = self.serve()
-        with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:
-            reserved.bind(('127.0.0.1', 0))
-            port = reserved.getsockname()[1]
-            reserved.close()
-            key = os.path.join(folder, 'key')
-            run('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key, check=True)
-            daemon = subprocess.Popen(
-                [shutil.which('sshd'), '-D', '-e', '-f', '/dev/null', '-h', key, '-p', str(port),
-                 '-o', 'ListenAddress=127.0.0.1', '-o', f'AuthorizedKeysFile={key}.pub',
-                 '-o', 'StrictModes=no', '-o', 'PidFile=none'], stderr=subprocess.PIPE)
+        """As people write it in ~/.ssh/config: through OpenBSD's nc, or through ourselves."""
+        server, ssh = self.serve(), self.sshd()
+        proxy = server.server_address
+        for command in (f'nc -X 5 -x {proxy} %h %p', f'nc -X 4 -x {proxy} %h %p',
+                        f'{sys.executable} {HERE}/socks.py -x socks5h://{proxy} --connect %h:%p'):
+            with self.subTest(command):
+                done = run(*ssh, '-o', f'ProxyCommand={command}', '127.0.0.1',
+                           'head -c 3000000 /dev/zero | wc -c')
+                self.assertEqual(done.stdout.strip(), '3000000', done.stderr)
+
+    @contextlib.contextmanager
+    def program(self, port, *command):
+        """A server program that listens on `port`."""
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE) as process:
             try:
-                self.assertIn(b'listening', daemon.stderr.readline())
-                for version in '54':
-                    done = run('ssh', '-F', '/dev/null', '-i', key, '-p', str(port), '-o',
-                               f'ProxyCommand=nc -X {version} -x {server.server_address} %h %p',
-                               '-o', 'StrictHostKeyChecking=no', '-o', 'BatchMode=yes',
-                               '-o', 'UserKnownHostsFile=/dev/null', '127.0.0.1',
-                               'head -c 3000000 /dev/zero | wc -c')
-                    self.assertEqual(done.stdout.strip(), '3000000', done.stderr)
+                eventually(lambda: process.poll() is not None or listens(port))
+                self.assertIsNone(process.poll(), process.returncode and process.stderr.read())
+                yield port
             finally:
-                daemon.terminate()
-                daemon.communicate()
+                process.terminate()
+                process.communicate()
+
+    def fetch(self, *proxy, host='127.0.0.1'):
+        """A page, by our client through others' servers."""
+        with socks.create_connection((host, self.site.port), PATIENCE, proxy=[*proxy]) as sock:
+            sock.sendall(b'GET / HTTP/1.0\r\n\r\n')
+            self.assertEqual(Peer(sock).rest()[-6:], b'hello\n')
+
+    def dante(self):
+        folder, port = self.enter(tempfile.TemporaryDirectory()), unused_port()
+        path = os.path.join(folder, 'danted.conf')
+        with open(path, 'w') as file:
+            file.write(DANTE % port)
+        return self.enter(self.program(port, 'danted', '-f', path, '-p', path + '.pid'))
+
+    @needs('danted')
+    def test_our_client_through_dante(self):
+        proxy = f'127.0.0.1:{self.dante()}'
+        self.fetch(f'socks5h://{proxy}', host='localhost')
+        self.fetch(f'socks4://{proxy}')
+        with self.assertRaises(socks.SOCKS5Error) as caught:
+            socks.create_connection(('127.0.0.1', self.refused_port()), proxy=f'socks5://{proxy}')
+        self.assertEqual(caught.exception.errno, errno.ECONNREFUSED)
+        with socks.create_server(('127.0.0.1', 0), proxy=f'socks5://{proxy}',
+                                 timeout=PATIENCE) as waiting:
+            with self.peer(waiting.getsockname()) as peer:
+                sock, address = waiting.accept()
+                with sock:
+                    self.assertEqual(address, peer.sock.getsockname())
+                    peer.send(b'hello')
+                    self.assertEqual(sock.recv(5, socket.MSG_WAITALL), b'hello')
+        target = self.enter(Echo())
+        with socks.socksocket(type=socket.SOCK_DGRAM, proxy=f'socks5://{proxy}') as sock:
+            sock.settimeout(PATIENCE)
+            sock.sendto(b'x', target.address)
+            self.assertEqual(sock.recvfrom(10), (b'E:x', tuple(target.address)))
+
+    @needs('danted', 'microsocks', 'ssh', 'sshd', 'ssh-keygen')
+    def test_our_client_through_microsocks_and_ssh(self):
+        """And through a chain of three different servers."""
+        port = unused_port()
+        with self.program(port, 'microsocks', '-i', '127.0.0.1', '-p', str(port), '-u', 'bob',
+                          '-P', 's'):
+            microsocks = f'socks5h://bob:s@127.0.0.1:{port}'
+            self.fetch(microsocks, host='localhost')
+            with self.assertRaises(socks.SOCKS5AuthError):
+                self.fetch(f'socks5h://bob:t@127.0.0.1:{port}')
+            forward = unused_port()
+            with self.program(forward, *self.sshd(), '-N', '-D', f'127.0.0.1:{forward}',
+                              '127.0.0.1'):
+                for scheme in ('socks4', 'socks4a', 'socks5', 'socks5h'):
+                    self.fetch(f'{scheme}://127.0.0.1:{forward}', host='localhost')
+                self.fetch(microsocks, f'socks5h://127.0.0.1:{forward}',
+                           f'socks5h://127.0.0.1:{self.dante()}', host='localhost')
 
     # BIND and UDP
 
@@ -2224,6 +3283,21 @@ class InsideTorsocks(Case):
                    f'http://site.example:{site.port}/')
         self.assertEqual(done.stdout, 'hello\n', done.stderr)
         self.assertTrue(any('RESOLVE site.example' in line for line in self.lines))
+
+
+DANTE = '''
+logoutput: /dev/null
+errorlog: stderr
+internal: 127.0.0.1 port = %d
+external: lo
+clientmethod: none
+socksmethod: none
+user.unprivileged: nobody
+client pass { from: 127.0.0.0/8 to: 0.0.0.0/0 }
+socks pass { from: 0/0 to: 0/0
+  command: bind connect udpassociate bindreply udpreply
+  protocol: tcp udp }
+'''
 
 
 def serve_ftp(peer):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""socks.py: a SOCKS4, SOCKS4a and SOCKS5 proxy in one file, on the standard library alone.
+"""socks.py: a SOCKS proxy, and a client in PySocks' place, on the standard library alone.
 
 Run one::
 
@@ -10,20 +10,22 @@ Embed one, for example in a test suite (port 0 takes a free port)::
     with socks.Server(('127.0.0.1', 0)).start() as server:
         print(f'socks5h://{server.server_address}')
 
-Speak the protocol; every message is a class with ``pack()`` and ``unpack()``::
+Connect through one (PySocks' names work too, see "socket face")::
 
-    socks.Request(socks.Command.CONNECT, socks.Address('example.org', 80)).pack()
+    socks.create_connection(('example.org', 80), proxy='socks5h://127.0.0.1:1080')
 
 All that takes time is written as a conversation, a generator in straight lines that yields what it
 waits for.  One `Loop`, a thread with a selector, goes on with whichever can go on: it accepts,
 negotiates, dials and answers, and then moves the bytes of the `Tunnel`.  Other threads do only what
 is better done elsewhere: name look-ups, which block, and tunnels that turn out to carry much.
 
+The client's conversations are the same in shape; run() goes through one in the thread that calls.
+
 Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
-password), RFC 8305 (connecting to a name with several addresses).
+password), RFC 8305 (connecting to a name with several addresses), RFC 9110 (CONNECT of HTTP).
 
 Sections, each of which uses only those before it: words, errors, wire format, sockets, access,
-loops, relays, server, command line.
+loops, relays, client, server, socket face, command line.
 """
 
 import argparse

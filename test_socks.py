@@ -2987,6 +2987,21 @@ class ReadmeTest(unittest.TestCase):
                 done = run(sys.executable, '-W', 'error', '-c', example, cwd=HERE)
                 self.assertEqual((done.returncode, done.stderr), (0, ''))
 
+    def test_active_ftp(self):
+        """The example of BIND, with a server."""
+        names = {}
+        exec(re.search(r'```python\n(import ftplib.*?)```', self.text, re.DOTALL).group(1), names)
+        with socks.Server(('127.0.0.1', 0)).start() as server, Origin(serve_ftp) as origin:
+            ftp = names['ProxiedFTP']()
+            ftp.proxy = f'socks5h://{server.server_address}'
+            with ftp:
+                ftp.connect('127.0.0.1', origin.port)
+                ftp.login()
+                ftp.set_pasv(False)
+                parts = []
+                ftp.retrbinary('RETR file', parts.append)
+        self.assertEqual(b''.join(parts), b'by FTP' * 50000)
+
 
 # --------------------------------------------------------------------------------- foreign programs
 
@@ -3309,6 +3324,10 @@ def serve_ftp(peer):
         command, _, argument = line.strip().partition(b' ')
         if command == b'EPRT':
             _, _, host, port, _ = argument.decode().split('|')
+            answer = b'200 ok'
+        elif command == b'PORT':
+            *ip, high, low = argument.decode().split(',')
+            host, port = '.'.join(ip), int(high) * 256 + int(low)
             answer = b'200 ok'
         elif command == b'RETR':
             peer.send(b'150 here it comes\r\n')

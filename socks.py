@@ -50,7 +50,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections import deque
+from collections import Counter, deque
 from queue import Empty, Queue
 from types import MappingProxyType
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -185,6 +185,10 @@ class ProtocolError(GeneralProxyError):
 
 Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4Error
 _ProxyError = ProxyError                # names before PySocks 1.5, which old programs use
+
+
+class FileError(ValueError):
+    """A file of ours has something wrong in it, or is not there; the text says which and what."""
 
 
 class Refused(ProxyError):
@@ -495,7 +499,9 @@ class Response4(NamedTuple):
         """The SOCKS4 reply that says what the SOCKS5 `reply` does."""
         if ':' in address.host:
             address = Address(UNSPECIFIED.host, address.port)
-        return cls(Reply4.GRANTED if reply == Reply.SUCCEEDED else Reply4.REJECTED, address)
+        if not isinstance(reply, Reply4):
+            reply = Reply4.GRANTED if reply == Reply.SUCCEEDED else Reply4.REJECTED
+        return cls(reply, address)
 
     def pack(self):
         return (bytes((0, self.code)) + self.address.port.to_bytes(2, 'big')
@@ -556,14 +562,91 @@ class HttpStatus(NamedTuple):
         return cls(int(match.group(1)), match.group(2) or '')
 
 
-def http_line(read):
+def text_line(read, limit, name):
     """The next line, without its end."""
     line = bytearray()
     while not line.endswith(b'\n'):
-        if len(line) >= MAX_LINE:
-            raise ProtocolError(f'an HTTP line of more than {MAX_LINE} bytes')
+        if len(line) >= limit:
+            raise ProtocolError(f'{name} of more than {limit} bytes')
         line += read(1)
     return bytes(line).rstrip(b'\r\n')
+
+
+def http_line(read):
+    return text_line(read, MAX_LINE, 'an HTTP line')
+
+
+class ProxyHeader(NamedTuple):
+    """What a load balancer says first of the connection that it forwards (PROXY protocol 1 and 2).
+
+    Both are None in its own connections, health checks for example.
+    """
+    source: Optional[Address] = None
+    destination: Optional[Address] = None
+
+    SIGNATURE = b'\r\n\r\n\0\r\nQUIT\n'
+    FORMATS = {0x11: 4, 0x21: 16}       # TCP over IPv4 and IPv6: bytes of an address
+
+    def pack(self):
+        """In version 2."""
+        if not self.source:
+            return self.SIGNATURE + b'\x20\0\0\0'
+        hosts = ip_bytes(self.source.host) + ip_bytes(self.destination.host)
+        ports = struct.pack('!HH', self.source.port, self.destination.port)
+        kind = 0x11 if len(hosts) == 8 else 0x21
+        return self.SIGNATURE + struct.pack('!BBH', 0x21, kind, len(hosts) + 4) + hosts + ports
+
+    @classmethod
+    def unpack(cls, read):
+        first = read(1)
+        if first == b'P':
+            return cls._unpack_text(b'P' + text_line(read, 106, 'a PROXY line'))
+        if first != b'\r' or first + read(11) != cls.SIGNATURE:
+            raise ProtocolError('no PROXY header, which is mandatory from here')
+        version, kind, length = struct.unpack('!BBH', read(4))
+        if version not in (0x20, 0x21):
+            raise ProtocolError(f'PROXY version and command {version:#04x}, expected 0x20 or 0x21')
+        data, size = read(length), cls.FORMATS.get(kind)
+        if version == 0x20 or size is None:
+            return cls()
+        if length < 2 * size + 4:
+            raise ProtocolError(f'PROXY addresses of {length} bytes, expected {2 * size + 4}')
+        source, destination = struct.unpack('!HH', data[2 * size:2 * size + 4])
+        return cls(Address(ip_text(data[:size]), source),
+                   Address(ip_text(data[size:2 * size]), destination))
+
+    @classmethod
+    def _unpack_text(cls, line):
+        words = line.decode('latin-1').split(' ')
+        if words[:2] == ['PROXY', 'UNKNOWN']:
+            return cls()
+        if (len(words) != 6 or words[:2] not in (['PROXY', 'TCP4'], ['PROXY', 'TCP6'])
+                or None in map(ip_bytes, words[2:4])
+                or not all(re.match('[0-9]{1,5}$', port) for port in words[4:])):
+            raise ProtocolError(f'PROXY line {line!r} is malformed')
+        source, destination = zip(words[2:4], map(int, words[4:]))
+        return cls(Address(*source), Address(*destination))
+
+
+class IdentQuery(NamedTuple):
+    """Who has the connection between these two ports? (RFC 1413)"""
+    theirs: int                         # at the host that is asked
+    ours: int
+
+    def pack(self):
+        return b'%d , %d\r\n' % self
+
+
+class IdentReply(NamedTuple):
+    """The user; None if the host does not tell."""
+    userid: Optional[bytes]
+
+    @classmethod
+    def unpack(cls, read):
+        fields = text_line(read, 1000, 'an ident reply').split(b':', 3)
+        kind, system = (b':'.join(fields[1:2]).strip(), b':'.join(fields[2:3]).strip())
+        known = len(fields) == 4 and kind == b'USERID' and system.partition(b',')[0] != b'OTHER'
+        return cls(fields[3].strip(b' \t') if known else None)
 
 
 # ---------------------------------------------------------------------------------------- sockets
@@ -683,6 +766,15 @@ def ready(reading, writing, until, pause=None):
     return found
 
 
+def look_up(host, port):
+    """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
+    one that hands names through."""
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None for *_, sockaddr in found):
+        found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    return found
+
+
 def resolve(address, until=None):
     """Conversation: the IP addresses, a list of `Address`, that a canonical `address` stands for.
 
@@ -693,8 +785,7 @@ def resolve(address, until=None):
         return [address]
     if host.rpartition('.')[2] in NEVER_RESOLVED:
         raise socket.gaierror(socket.EAI_NONAME, f'{host} is never resolved')
-    found = yield Call(functools.partial(
-        socket.getaddrinfo, host.encode(), port, 0, socket.SOCK_STREAM), until)
+    found = yield Call(functools.partial(look_up, host.encode(), port), until)
     hosts = (Address.of(sockaddr).host for *_, sockaddr in found)
     return list(dict.fromkeys(Address(plain_ip(host), port) for host in hosts))
 
@@ -702,15 +793,17 @@ def resolve(address, until=None):
 class Stream:
     """Messages over a non-blocking socket, up to the time `until`.
 
-    What a read brings beyond the message stays in `surplus`: first the next message, at last the
-    first bytes of the tunnel.
+    `waits` is what to wait for, if that is another object: the socket below TLS.  What a read
+    brings beyond the message stays in `surplus`: first the next message, at last the first bytes
+    of the tunnel.
     """
     SIZE = 4096                         # bytes; holds any handshake whole
     LARGEST = 1 << 16                   # surplus
     GONE = 'the client left'
 
-    def __init__(self, sock, until):
+    def __init__(self, sock, until, waits=None):
         self.sock = sock
+        self.waits = waits or sock
         self.until = until
         self.surplus = b''
 
@@ -721,7 +814,7 @@ class Stream:
                 data = self.sock.recv(self.SIZE, flags)
                 break
             except BLOCKED:
-                yield from ready([self.sock], (), self.until)
+                yield from ready([self.waits], (), self.until)
         if not data:
             raise EOFError(self.GONE)
         return data
@@ -757,9 +850,9 @@ class Stream:
         Meanwhile take what the peer sends, up to LARGEST; EOFError if it ends.
         """
         while True:
-            own = [self.sock] if len(self.surplus) < self.LARGEST else []
+            own = [self.waits] if len(self.surplus) < self.LARGEST else []
             found = yield from ready([*sockets, *own], (), until)
-            if self.sock not in found:
+            if self.waits not in found:
                 return
             yield from self._more()
 
@@ -770,7 +863,7 @@ class Stream:
             try:
                 data = data[self.sock.send(data):]
             except BLOCKED:
-                yield from ready((), [self.sock], self.until)
+                yield from ready((), [self.waits], self.until)
 
     def linger(self, until):
         """Conversation: end our side and wait for the peer to end its own.
@@ -780,9 +873,10 @@ class Stream:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
             while True:
-                yield from ready([self.sock], (), until)
-                if not self.sock.recv(self.SIZE):
-                    break
+                yield from ready([self.waits], (), until)
+                with contextlib.suppress(*BLOCKED):
+                    if not self.sock.recv(self.SIZE):
+                        break
 
 
 class ExactStream(Stream):
@@ -820,15 +914,15 @@ class Secure:
         import ssl                      # here, because few need it and it is large
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._waits = ssl.SSLWantReadError
-        self._closed = ssl.SSLZeroReturnError, ssl.SSLEOFError
+        self._waits, self._error = ssl.SSLWantReadError, ssl.SSLError
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._cipher = b''              # made, but not taken by the socket
         self._plain = 0                 # bytes that it stands for
+        self._ended = False             # the socket has said all
+        self._ending = False            # our direction is to end when the socket took all
         self.fileno = sock.fileno
         self.setsockopt = sock.setsockopt
         self.getsockname = sock.getsockname
-        self.close = sock.close
 
     def handshake(self, until):
         """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
@@ -840,53 +934,70 @@ class Secure:
             except self._waits:
                 done = False
             finally:                    # also what tells the peer of a failure
-                flushed = self._flush()
+                flushed = self.flush()
             while not flushed:
                 yield from ready((), [self._sock], until)
-                flushed = self._flush()
+                flushed = self.flush()
             if done:
                 return
             yield from ready([self._sock], (), until)
             with contextlib.suppress(*BLOCKED):
                 self._feed(self.RECORD)
 
-    def _flush(self):
+    def peer_certificate(self):
+        """As SSLSocket.getpeercert() has it; empty without one."""
+        return self._tls.getpeercert() or {}
+
+    def flush(self):
         """Whether the socket took all that there is for it."""
         self._cipher += self._outgoing.read()
         with contextlib.suppress(*BLOCKED):
             while self._cipher:
                 self._cipher = self._cipher[self._sock.send(self._cipher):]
+        if self._ending and not self._cipher:
+            self._ending = False
+            self._sock.shutdown(socket.SHUT_WR)
         return not self._cipher
+
+    @property
+    def unsent(self):
+        """Whether there is more for the socket, which nobody will bring again."""
+        return self._ending
 
     def _feed(self, size):
         data = self._sock.recv(size)
         if data:
             self._incoming.write(data)
         else:
+            self._ended = True
             self._incoming.write_eof()
 
     def recv_into(self, buffer, size):
         """Read what the socket has, but of `size` bytes; `buffer` has room for a RECORD more."""
-        buffer, count = memoryview(buffer), 0
-        self._feed(min(size, len(buffer) - self.RECORD))
+        buffer, count, fed = memoryview(buffer), 0, False
         try:
             while True:
-                more = self._tls.read(len(buffer) - count, buffer[count:])
-                if not more:
-                    break
-                count += more
-        except self._waits:
-            self._flush()               # the protocol itself may have something to answer
-            if not count:
-                raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record') from None
-            return count
-        except self._closed:
-            pass
+                try:
+                    more = self._tls.read(len(buffer) - count, buffer[count:])
+                    if not more:
+                        break
+                    count += more
+                except self._waits:
+                    self.flush()        # the protocol itself may have something to answer
+                    if count:
+                        return count
+                    if fed:
+                        raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record') from None
+                    self._feed(min(size, len(buffer) - self.RECORD))
+                    fed = True
+        except self._error as error:    # an end that TLS was not told of is an end as well
+            if not (self._ended or type(error).__name__ == 'SSLZeroReturnError'):
+                raise
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
         return count
 
-    def recv(self, size):
+    def recv(self, size, _=0):
         buffer = bytearray(size + self.RECORD)
         return bytes(buffer[:self.recv_into(buffer, size)])
 
@@ -894,7 +1005,7 @@ class Secure:
         """Send the first bytes; after BlockingIOError the same ones must come again."""
         if not self._plain:
             self._plain = self._tls.write(data[:1 << 18])
-        if not self._flush():
+        if not self.flush():
             raise BlockingIOError(errno.EAGAIN, 'the socket is full')
         sent, self._plain = self._plain, 0
         return sent
@@ -903,8 +1014,16 @@ class Secure:
         """End our direction, and only that."""
         with contextlib.suppress(self._waits):
             self._tls.unwrap()
-        if self._flush():
-            self._sock.shutdown(socket.SHUT_WR)
+        self._ending = True
+        self.flush()
+
+    def close(self):
+        """Close the socket, and tell the peer that this was no accident, if it can be told."""
+        with contextlib.suppress(OSError):
+            self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            self.flush()
+        self._sock.close()
 
 
 def interleave(addresses):
@@ -1040,8 +1159,17 @@ def bound_in(host, ports):
 class Settings(NamedTuple):
     """Everything that can be set, with its default.  Times are in seconds; 0 means no limit.
 
-    users               name to password, bytes or text; without users nobody is asked
+    users               name to password, bytes or text, or to `Hashed`; without users nobody is
+                        asked
     open                serve strangers: listen beyond loopback although there are no users
+    clients             ip_networks of those who may connect; none: all
+    trusted             ip_networks of clients that need no password
+    rules               `Rule`s on what may be reached; None: anything that is not local
+    upstream            chain of `Proxy` that CONNECT goes through
+    tls                 ssl.SSLContext: clients talk to us inside of TLS
+    udp_over_plain      allow UDP beside TLS, although datagrams are not encrypted
+    ident               ask SOCKS4 clients' hosts whether the userid is right (RFC 1413)
+    balancers           ip_networks from which each connection begins with a PROXY header
     source              local IP addresses to connect from, at most one of a family
     advertise           IP addresses to name in replies to BIND and UDP ASSOCIATE instead of our
                         own, at most one of a family, for a proxy behind NAT
@@ -1053,10 +1181,22 @@ class Settings(NamedTuple):
     bind_timeout        for the peer that BIND waits for
     idle_timeout        for a tunnel through which nothing moves
     udp_timeout         for an association without datagrams
+    drain_timeout       for clients that are served when the server is to stop
     max_clients         clients at once; further ones wait in the listen queue
+    max_per_client      connections at once from one IP address; further ones are closed
+    max_handshakes      clients at once that have not said yet what they want; the one that has
+                        taken longest makes room
     """
-    users: Mapping[Union[bytes, str], Union[bytes, str]] = MappingProxyType({})
+    users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
+    clients: Tuple = ()
+    trusted: Tuple = ()
+    rules: Optional[Tuple['Rule', ...]] = None
+    upstream: Tuple = ()
+    tls: object = None
+    udp_over_plain: bool = False
+    ident: bool = False
+    balancers: Tuple = ()
     source: Tuple[str, ...] = ()
     advertise: Tuple[str, ...] = ()
     udp_ports: Tuple[int, int] = (0, 0)
@@ -1067,7 +1207,10 @@ class Settings(NamedTuple):
     bind_timeout: float = 120.0
     idle_timeout: float = 0.0
     udp_timeout: float = 300.0
+    drain_timeout: float = 0.0
     max_clients: int = 0
+    max_per_client: int = 0
+    max_handshakes: int = 0
 
     def __repr__(self):
         fields = ', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self)
@@ -1080,6 +1223,8 @@ class Settings(NamedTuple):
 LOCAL_NETWORKS = [ipaddress.ip_network(network) for network in (
     '0.0.0.0/8', '127.0.0.0/8', '169.254.0.0/16', '224.0.0.0/4', '240.0.0.0/4',
     '::/128', '::1/128', 'fe80::/10', 'ff00::/8', 'fd00:ec2::254/128')]
+
+ZEROS = ('0.0.0.0', '::')
 
 # IPv6 networks whose addresses carry an IPv4 one: its place, in bytes.
 EMBEDDED = {
@@ -1122,7 +1267,7 @@ def authorize(client, command, target, listeners):
     LOCAL_NETWORKS, or the proxy (`listeners`) itself; nor BIND for anybody, which is what a target
     of zeros means there.
     """
-    if target.host in ('0.0.0.0', '::') and command != Command.BIND:
+    if target.host in ZEROS and command != Command.BIND:
         raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
     if is_loopback(client.host):
         return
@@ -1132,12 +1277,263 @@ def authorize(client, command, target, listeners):
         raise Refused(f'{target} is the proxy itself')
 
 
-def authenticated(users, credentials):
-    """Whether `credentials` are one of the users', in a time that does not tell why not."""
+@functools.lru_cache(4096)
+def is_in(host, networks):
+    """Whether the IP address `host` is in one of the ip_networks."""
+    ip = ipaddress.ip_address(host)
+    return any(ip in network for network in networks)
+
+
+class Rule(NamedTuple):
+    """Whether certain clients may reach certain targets.  What is empty holds for all.
+
+    allow      or deny
+    commands   of `Command`
+    users      names, as they are logged
+    clients    ip_networks
+    names      that were asked for, in lower case; with a dot before it: those below it, too
+    networks   ip_networks of the target
+    ports      (lowest, highest) of the target
+    place      where it is written
+    """
+    allow: bool
+    commands: Tuple = ()
+    users: Tuple = ()
+    clients: Tuple = ()
+    names: Tuple = ()
+    networks: Tuple = ()
+    ports: Tuple = ()
+    place: str = 'a rule'
+
+    def concerns(self, client, port):
+        """Whether it is for what `client` wants, as far as that is not the host."""
+        return ((not self.commands or client.command in self.commands)
+                and (not self.users or client.user in self.users)
+                and (not self.clients or is_in(client.address.host, self.clients))
+                and (not self.ports or any(low <= port <= high for low, high in self.ports)))
+
+    def is_for_name(self, name):
+        return any(('.' + name).endswith(each) if each[0] == '.' else name == each
+                   for each in self.names)
+
+    def is_for_host(self, host, name):
+        """`host` is an IP address; `name` the name that stands for it, or None."""
+        return (not (self.names or self.networks) or self.networks and is_in(host, self.networks)
+                or name and self.is_for_name(name))
+
+
+def first_rule(rules, client, target, name=None):
+    """The rule that decides about an IP address, asked for by `name` or not; Refused without one.
+    """
+    for rule in rules:
+        if rule.concerns(client, target.port) and rule.is_for_host(target.host, name):
+            return rule
+    raise Refused(f'no rule is for {target}')
+
+
+def judge_name(rules, client, target):
+    """Raise Refused if whatever address a name may have, `client` may not reach it.
+
+    So what is forbidden is not even looked up.
+    """
+    for rule in rules:
+        if rule.concerns(client, target.port):
+            if not (rule.names or rule.networks) or rule.is_for_name(target.host):
+                if rule.allow:
+                    return
+                raise Refused(f'{rule.place} denies {target}')
+            if rule.allow and rule.networks:
+                return                  # it may be in there
+    raise Refused(f'no rule is for {target}')
+
+
+RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
+                 'udp': (Command.UDP_ASSOCIATE,),
+                 'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
+
+
+def parse_rule(text, place):
+    """The `Rule` of one line, FileError says where and what is wrong:
+
+    allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
+    to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...]
+    """
+    word, *words = text.split()
+    if word not in ('allow', 'deny'):
+        raise FileError(f'{place}: {word!r}, expected allow or deny')
+    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': []}
+    section, sections = 'commands', {'user': 'users', 'from': 'clients', 'to': 'names'}
+    anything = False
+    for word in words:
+        if word in sections and section != 'names':
+            section = sections[word]
+        elif section == 'commands':
+            if word not in RULE_COMMANDS:
+                raise FileError(f'{place}: {word!r}, expected connect, bind, udp, resolve, user, '
+                                 f'from or to')
+            parts['commands'] += RULE_COMMANDS[word]
+        elif section == 'names' and re.match('[0-9]+(-[0-9]+)?$', word):
+            parts['ports'].append(parse_ports(word, place))
+        elif section == 'names' and word == '*':
+            anything = True
+        elif section == 'users':
+            parts['users'].append(shown(word))
+        else:
+            kind, value = parse_host(word, place, section)
+            parts[kind].append(value)
+    if section != 'names' or anything == bool(parts['names'] or parts['networks']):
+        raise FileError(f'{place}: expected "to", then networks and names, or *')
+    return Rule(text.startswith('allow'), place=place,
+                **{name: tuple(values) for name, values in parts.items()})
+
+
+def parse_ports(word, place):
+    low, _, high = word.partition('-')
+    low, high = int(low), int(high or low)
+    if not low <= high < 65536:
+        raise FileError(f'{place}: {word!r}, expected PORT or LOW-HIGH, up to 65535')
+    return low, high
+
+
+def parse_host(word, place, section):
+    """Where a word of `section` belongs, and what it is there."""
+    with contextlib.suppress(ValueError):
+        network = ipaddress.ip_network(word.strip('[]'))
+        return ('clients' if section == 'clients' else 'networks'), network
+    if section == 'clients' or '/' in word:
+        raise FileError(f'{place}: {word!r}, expected a network, 192.0.2.0/24 for example')
+    dot = '.' if word.startswith('.') else ''
+    try:
+        return 'names', dot + canonical(Address(word[len(dot):], 0)).host
+    except ProtocolError as error:
+        raise FileError(f'{place}: {error}') from None
+
+
+def read_lines(path):
+    """(place, line) of the lines of a file that are neither empty nor comments, bytes."""
+    try:
+        with open(path, 'rb') as file:
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if line and not line.startswith(b'#'):
+                    yield f'{path}:{number}', line
+    except OSError as error:
+        raise FileError(f'{path}: {reason(error)}') from None
+
+
+def read_rules(path):
+    """The `Rule`s in a file; FileError says where it is wrong."""
+    return tuple(parse_rule(line.decode('utf-8', 'replace').partition(' #')[0], place)
+                 for place, line in read_lines(path))
+
+
+class Hashed:
+    """A password of which only a hash is known.  It is costly to verify, so what was right once is
+    remembered, as a hash that is cheap but whose key nobody has.
+
+    The text is METHOD:PARAMETERS:SALT:HASH, the last two in hexadecimal.
+    """
+    KEY = os.urandom(32)
+    SCRYPT = 'scrypt:16384-8-1'         # n, r, p: 16 MiB and some 50 ms
+    PBKDF2 = 'pbkdf2:600000'            # rounds of SHA-256
+
+    def __init__(self, text):
+        self._method, parameters, salt, digest = text.split(':')
+        self._parameters = [int(number) for number in parameters.split('-')]
+        self._salt, self._digest = bytes.fromhex(salt), bytes.fromhex(digest)
+        if (self._method, len(self._parameters)) not in (('scrypt', 3), ('pbkdf2', 1)):
+            raise ValueError(self._method)
+        self._right = None
+
+    @classmethod
+    def make(cls, password):
+        """The text for a password."""
+        import hashlib
+        kind = cls.SCRYPT if hasattr(hashlib, 'scrypt') else cls.PBKDF2
+        start = f'{kind}:{os.urandom(16).hex()}:'
+        return start + cls(start + '00')._hash(password).hex()
+
+    def _hash(self, password):
+        import hashlib
+        if self._method == 'scrypt':
+            n, r, p = self._parameters
+            return hashlib.scrypt(password, salt=self._salt, n=n, r=r, p=p, dklen=32,
+                                  maxmem=256 * n * r)
+        return hashlib.pbkdf2_hmac('sha256', password, self._salt, *self._parameters)
+
+    def _quick(self, password):
+        import hmac
+        return hmac.new(self.KEY, password, 'sha256').digest()
+
+    def is_known(self, password):
+        """Whether it was found right before."""
+        import hmac
+        return self._right is not None and hmac.compare_digest(self._right, self._quick(password))
+
+    def verify(self, password):
+        """Whether it is right; takes long."""
+        import hmac
+        same = hmac.compare_digest(self._hash(password), self._digest)
+        if same:
+            self._right = self._quick(password)
+        return same
+
+
+def read_users(path):
+    """The users in a file of NAME:PASSWORD or NAME:METHOD:...:HASH lines; FileError if it is
+    wrong.  Warns if others can read it."""
+    users = {}
+    for place, line in read_lines(path):
+        name, colon, password = line.partition(b':')
+        if not colon or not 0 < len(name) < 256 or len(password) > 255 or name in users:
+            raise FileError(f'{place}: expected NAME:PASSWORD, of 255 bytes at most each, and '
+                             f'each name once')
+        if password.startswith((b'scrypt:', b'pbkdf2:')):
+            try:
+                password = Hashed(password.decode('ascii'))
+            except ValueError:
+                raise FileError(f'{place}: expected a line of --hash-password') from None
+        users[name] = password
+    if os.name == 'posix' and os.stat(path).st_mode & 0o077:
+        log.warning('%s: others can read it', path)
+    return users
+
+
+def authenticate(users, credentials):
+    """Conversation: whether `credentials` are one of the users'."""
     import hmac                         # here, because few servers need it and it is large
-    password = users.get(credentials.username, b'')
-    same = hmac.compare_digest(credentials.password, password)
-    return same and credentials.username in users
+    password = users.get(credentials.username)
+    if isinstance(password, Hashed):
+        return password.is_known(credentials.password) or (
+            yield Call(functools.partial(password.verify, credentials.password)))
+    same = hmac.compare_digest(credentials.password, password or b'')
+    return same and password is not None
+
+
+class Failures:
+    """How often each client failed to log in of late."""
+    LIMIT, WINDOW = 30, 60.0            # failures, seconds
+    ROOM = 4096                         # clients that are remembered
+
+    def __init__(self):
+        self._since = {}                # by client: [when the first one was, how many there were]
+
+    @staticmethod
+    def _key(host):
+        """Who has one IPv6 address has the rest of its network, too."""
+        return ip_bytes(host)[:8] if ':' in host else host
+
+    def note(self, host):
+        key, now = self._key(host), time.monotonic()
+        if now > self._since.get(key, (now, 0))[0] + self.WINDOW:
+            del self._since[key]
+        if len(self._since) >= self.ROOM:
+            del self._since[next(iter(self._since))]
+        self._since.setdefault(key, [now, 0])[1] += 1
+
+    def too_many(self, host):
+        since, count = self._since.get(self._key(host), (0, 0))
+        return count >= self.LIMIT and time.monotonic() <= since + self.WINDOW
 
 
 # ------------------------------------------------------------------------------------------ loops
@@ -1329,6 +1725,8 @@ class Task:
         self._wish = Wait()
         self._call = None               # what the crew is at
 
+    traffic = 0, 0
+
     def start(self, loop):
         self.loop = loop
         loop.items.add(self)
@@ -1503,6 +1901,8 @@ class Relay:
 
     def expire(self):
         """Close what is idle; come back when it may be."""
+        if not self.client:
+            return
         if self.patience and self.moved + self.patience <= time.monotonic():
             self.close('idle')
         elif self.patience:
@@ -1577,10 +1977,14 @@ class Pipe:
             loop.call(self.tunnel, loop.relieve, self.tunnel)
 
     def flush(self):
-        """Send what is loaded."""
+        """Send what is loaded, or what TLS has kept."""
         if self.load:
             self.tunnel.moved = self.tunnel.loop.now
             self.pour(self.load)
+            self.tunnel.watch()
+        elif self.done:
+            with contextlib.suppress(OSError):
+                self.sink.flush()
             self.tunnel.watch()
 
     def pour(self, data):
@@ -1603,6 +2007,7 @@ class Pipe:
         if not self.twin.done:                  # else the tunnel's close says it
             with contextlib.suppress(OSError):  # a sink that is gone is the twin's to notice
                 self.sink.shutdown(socket.SHUT_WR)
+        self.tunnel.expire()
         self.tunnel.watch()
 
     def lose(self, error):
@@ -1614,7 +2019,8 @@ class Pipe:
 
     def wanted(self):
         """What this pipe and its twin wait for at the source."""
-        return (0 if self.load or self.done else READ) | (WRITE if self.twin.load else 0)
+        writing = self.twin.load or self.twin.done and getattr(self.source, 'unsent', False)
+        return (0 if self.load or self.done else READ) | (WRITE if writing else 0)
 
     def watch(self):
         wanted = self.wanted()
@@ -1643,7 +2049,12 @@ class Tunnel(Relay):
 
     @property
     def patience(self):
-        return self.client.idle_timeout
+        return self.client.idle_timeout or self.up.done and self.client.linger
+
+    @property
+    def traffic(self):
+        """Bytes from the client, and from the target."""
+        return self.up.count, self.down.count
 
     def start(self, loop, near_events=0):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
@@ -1760,7 +2171,8 @@ class Routes:
     def _find(self, header, datagram):
         try:
             address = canonical(datagram.address)
-        except ProtocolError as error:
+            self.relay.client.server.judge_name(self.relay.client, address)
+        except ProxyError as error:
             return self.relay.drop(error)
         literal = ip_bytes(address.host) is not None
         if not literal and len(self._queues) >= self.LOOKUPS:
@@ -1768,11 +2180,11 @@ class Routes:
         self._queues[header] = []
         self._queue(header, datagram.payload)
         if literal:
-            return self._found(header, [address])
+            return self._found(header, [address], None)
         try:
             self.relay.loop.crew.run(self._look_up, header, address)
         except RuntimeError:            # no thread to be had
-            self._found(header, [])
+            self._found(header, [], None)
 
     def _queue(self, header, payload):
         if sum(map(len, self._queues.values())) < self.QUEUE:
@@ -1786,15 +2198,15 @@ class Routes:
         if self.relay.client:           # it is still waited for
             with contextlib.suppress(OSError):
                 addresses = run(resolve(address))
-        self.relay.loop.call(self.relay, self._found, header, addresses)
+        self.relay.loop.call(self.relay, self._found, header, addresses, address.host)
 
-    def _found(self, header, addresses):
+    def _found(self, header, addresses, name):
         """Send what waits to the first address that may be reached and can be, and remember it."""
         payloads = self._queues.pop(header)
         client, why = self.relay.client, 'its name was not found'
         for address in addresses if client else ():
             try:
-                client.server.authorize(client, address)
+                client.server.authorize(client, address, name)
                 route = self.relay.far_socket(address.host), address
             except OSError as error:
                 why = reason(error)
@@ -1816,6 +2228,11 @@ class Routes:
             self.headers.clear()
         self.known[header] = route
         self.headers[tuple(route[1])] = Datagram(route[1], b'').pack()
+
+    def forget(self):
+        """Judge all targets anew."""
+        for known in (self.known, self.headers, self._failed):
+            known.clear()
 
     def meet(self, source):
         """The header for a sender to whom the client did not send, if that is allowed."""
@@ -1857,6 +2274,11 @@ class UdpRelay(Relay):
     @property
     def patience(self):
         return self.client.server.settings.udp_timeout
+
+    @property
+    def traffic(self):
+        """Bytes of payload from the client, and from targets."""
+        return self.up, self.down
 
     def start(self, loop, control_events=0):
         self.begin(loop)
@@ -2043,7 +2465,8 @@ class Proxy(NamedTuple):
         """One of a caller's arguments; GeneralProxyError or ValueError says which is wrong."""
         kind = proxy_type & ~TLS if isinstance(proxy_type, int) else None
         if kind not in TYPE_NAMES:
-            raise GeneralProxyError(f'Invalid proxy type: {proxy_type!r}')
+            what = proxy_type if isinstance(proxy_type, int) else type(proxy_type).__name__
+            raise GeneralProxyError(f'Invalid proxy type: {what}')
         addr = addr.decode() if isinstance(addr, bytes) else addr
         if not isinstance(addr, str) or not addr or addr[0] != '/' and min(addr) <= ' ':
             raise ValueError(f'proxy address {addr!r}: expected a name or an IP address')
@@ -2087,7 +2510,10 @@ def parse_proxy_url(url):
     path is that of a unix socket.  User and password are percent-decoded.
     """
     from urllib.parse import unquote, unquote_to_bytes, urlsplit
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:                  # its text may have the password
+        raise ValueError('proxy URL: malformed') from None
     scheme, *layers = parts.scheme.split('+')
     if scheme not in SCHEMES or set(layers) - {'tls', 'unix'}:
         raise ValueError(f'proxy URL: scheme {parts.scheme!r}, expected one of '
@@ -2169,13 +2595,14 @@ def negotiating():
         cause = GeneralProxyError(str(error)) if isinstance(error, EOFError) else error
         kind = type(cause) if isinstance(cause, GeneralProxyError) else GeneralProxyError
         wrapped = kind('Socket error', cause, reply_for(cause))
-        if isinstance(cause, SOCKS5AuthError):
-            wrapped.errno = errno.EACCES
-        elif cause.errno and not isinstance(cause, socket.gaierror):
-            wrapped.errno = cause.errno
-        else:
-            wrapped.errno = REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED)
+        wrapped.errno = (errno.EACCES if isinstance(cause, SOCKS5AuthError) else system_errno(cause)
+                         or REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED))
         raise wrapped from cause
+
+
+def system_errno(error):
+    """The errno of an error, if it is one of the system: a resolver's and OpenSSL's are others."""
+    return None if isinstance(error, socket.gaierror) or hasattr(error, 'library') else error.errno
 
 
 def ask(stream, proxy, command, address):
@@ -2186,12 +2613,14 @@ def ask(stream, proxy, command, address):
     if not proxy.rdns and ip_bytes(address.host) is None:
         found = yield from resolve(canonical(address), stream.until)
         address = min(found, key=lambda address: kind == SOCKS4 and ':' in address.host)
+        if kind == SOCKS4 and ':' in address.host:
+            raise SOCKS4Error(f'{address.host}: SOCKS4 has no IPv6 addresses')
     if kind == SOCKS5:
         yield from stream.write(Request(command, address))
-        return (yield from answer5(stream))
+        return (yield from stream.read(unpack_answer5))
     if kind == SOCKS4:
         yield from stream.write(Request4(command, address, proxy.username or b''))
-        return (yield from answer4(stream))
+        return (yield from stream.read(unpack_answer4))
     if command != Command.CONNECT:
         raise HTTPError('HTTP proxies have CONNECT only', reply=Reply.COMMAND_NOT_SUPPORTED)
     credentials = (proxy.username or b'') + b':' + (proxy.password or b'')
@@ -2218,17 +2647,17 @@ def authenticate5(stream, proxy):
             raise SOCKS5AuthError('SOCKS5 authentication failed')
 
 
-def answer5(stream):
-    """Conversation: BND of a SOCKS5 reply; the code alone decides, whatever is behind it."""
-    code = yield from stream.read(Response.unpack_reply)
+def unpack_answer5(read):
+    """BND of a SOCKS5 reply; the code alone decides, whatever is behind it."""
+    code = Response.unpack_reply(read)
     if code:
         raise SOCKS5Error(f'{code:#04x}: {SOCKS5_ERRORS.get(code, "Unknown error")}', reply=code)
-    return (yield from stream.read(Address.unpack))
+    return Address.unpack(read)
 
 
-def answer4(stream):
-    """Conversation: the address in a SOCKS4 reply."""
-    code, address = yield from stream.read(Response4.unpack)
+def unpack_answer4(read):
+    """The address in a SOCKS4 reply."""
+    code, address = Response4.unpack(read)
     if code != Reply4.GRANTED:
         raise SOCKS4Error(f'{code:#04x}: {SOCKS4_ERRORS.get(code, "Unknown error")}')
     return address
@@ -2248,16 +2677,23 @@ def answer_http(stream):
 
 
 class Carried:
-    """Whom a tunnel of our own serves: nobody that is logged or has a limit."""
-    address, idle_timeout = 'TLS', 0
+    """Whom a tunnel of our own serves: nobody that is logged or has a limit.
+
+    But what a program has closed looks as if only one direction had ended, and must not stay.
+    """
+    address, idle_timeout, linger = 'TLS', 0, 300.0
 
     def end(self, *_):
         """There is no line to write."""
 
 
-@functools.lru_cache(1)
 def carrier():
     """The loop, in a thread of its own, that joins TLS to the plain sockets that programs get."""
+    return carrier_of(os.getpid())      # a fork has no threads
+
+
+@functools.lru_cache(1)
+def carrier_of(_):
     loop = Loop()
     threading.Thread(target=loop.run, name='socks-tls', daemon=True).start()
     atexit.register(deliver, loop)
@@ -2309,6 +2745,7 @@ def secured(sock, proxy, context, until):
         raise
     tunnel = Tunnel(Carried(), far, tls)
     carrier().call(tunnel, tunnel.start, carrier())
+    carrier().call(tunnel, tunnel.down.fill)            # it may have come with the handshake
     return near
 
 
@@ -2319,18 +2756,8 @@ def connecting(proxy):
         yield
     except OSError as error:
         wrapped = ProxyConnectionError(f'Error connecting to {proxy}', error)
-        if not isinstance(error, socket.gaierror):          # whose numbers are others
-            wrapped.errno = error.errno
+        wrapped.errno = system_errno(error)
         raise wrapped from error
-
-
-def look_up(host, port):
-    """socket.getaddrinfo() for a proxy, whose address is needed even if a program replaced that
-    function by one that hands names through."""
-    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None for *_, sockaddr in found):
-        found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    return found
 
 
 def await_connect(sock, address, until):
@@ -2342,6 +2769,7 @@ def await_connect(sock, address, until):
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error)) from None
+        sock.connect_ex(address)        # Linux would let the next connect() succeed, too
 
 
 def open_proxy(proxy, until=None, source=()):
@@ -2372,10 +2800,10 @@ def destination(pair, chain):
     host = host[1:-1] if host.startswith('[') and host.endswith(']') else host
     address = Address.of((host, pair[1]))
     address = Address(plain_ip(address.host) or address.host, address.port)
-    canonical(address)
     for proxy, (host, port) in zip(chain, targets(chain, address)):
         if proxy.type & ~TLS == SOCKS4 and ':' in host:
             raise GeneralProxyError(f'{host}: SOCKS4 has no IPv6 addresses')
+        canonical(Address(host, port))
         try:
             Address(host, port).pack()
         except ValueError as error:
@@ -2406,7 +2834,8 @@ def through(sock, chain, command, address, until=None, context=None):
                 bnd = yield from ask(ExactStream(last, until), proxy, step, target)
         return last, bnd
     except BaseException:
-        if last is not sock:
+        if last is not sock:            # all of it, and at once
+            last.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             last.close()
         raise
 
@@ -2417,7 +2846,7 @@ def reach(chain, address, until=None, source=(), context=None, command=Command.C
     try:
         last, bnd = yield from through(sock, chain, command, address, until, context)
         if command in (Command.BIND, Command.UDP_ASSOCIATE):
-            bnd = yield from reachable(bnd, sock, until)
+            bnd = yield from reachable(bnd, chain, sock, until)
     except BaseException:
         sock.close()
         raise
@@ -2426,14 +2855,14 @@ def reach(chain, address, until=None, source=(), context=None, command=Command.C
     return last, bnd
 
 
-def reachable(bnd, sock, until):
+def reachable(bnd, chain, sock, until):
     """Conversation: `bnd`, where the proxy waits, for those who do not know the proxy's address.
 
-    It is on the proxy that `sock` is connected to, if it names no host, one that is not known, or
-    a private address of a public proxy.
+    It is on the last proxy if it names no host, one that is not known, or a private address of
+    a public proxy.  `sock` is connected to the first one.
     """
-    proxy_host = '127.0.0.1'            # beyond a unix socket
-    if sock.family != socket.AF_UNIX:
+    proxy_host = plain_ip(chain[-1].addr) or '127.0.0.1'        # this: beyond a unix socket
+    if len(chain) == 1 and sock.family != socket.AF_UNIX:
         proxy_host = plain_ip(Address.of(sock.getpeername()).host)
     with contextlib.suppress(OSError):
         for host, port in (yield from resolve(canonical(bnd), until)):
@@ -2447,6 +2876,10 @@ def reachable(bnd, sock, until):
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
+LOGIN_DELAY = 1.0                       # seconds until a wrong password is answered
+PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
+IDENT_PORT = 113
+IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
 ACCEPT_BATCH = 64                       # connections accepted before others get their turn
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -2469,13 +2902,33 @@ class HttpPage(NamedTuple):
         return HTTP_PAGE
 
 
+class Line(NamedTuple):
+    """What is logged of one client."""
+    client: Address
+    user: str
+    protocol: str
+    command: str
+    target: str
+    outcome: str
+    up: int                             # bytes from the client
+    down: int                           # and from the target
+    seconds: float
+
+    def __str__(self):
+        return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self
+
+
 class Client:
     """What is known of one client, from accept to the log line at its end."""
-    __slots__ = ('server', 'address', 'protocol', 'user', 'command', 'target', 'started')
+    linger = 0                          # see `Carried`
+    __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
+                 'target', 'started')
 
     def __init__(self, server, address):
         self.server = server
-        self.address = address
+        self.address = address          # a load balancer may tell of another than the peer's
+        self.peer = address
+        self.is_counted = False         # in server.hosts
         self.protocol = self.user = self.target = '-'
         self.command = None             # a `Command`
         self.started = time.monotonic()
@@ -2490,12 +2943,14 @@ class Client:
 
         up and down are the bytes that came from the client and from the target.
         """
-        self.server.client_ended()
-        if outcome:
-            log.info('%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s', self.address, self.user,
-                     self.protocol, self.command.name if self.command else '-', self.target,
-                     outcome, up, down,
-                     time.monotonic() - self.started)
+        self.server.client_ended(self, up, down)
+        if outcome and log.isEnabledFor(logging.INFO):
+            log.info(self.line(outcome, up, down))
+
+    def line(self, outcome, up, down):
+        return Line(self.address, self.user, self.protocol,
+                    self.command.name if self.command else '-', self.target, outcome, up, down,
+                    time.monotonic() - self.started)
 
 
 class Negotiation(socketserver.BaseRequestHandler):
@@ -2509,8 +2964,11 @@ class Negotiation(socketserver.BaseRequestHandler):
         self.client = client
         self.client_address = client.address
         self.server = server
-        self.settings = server.settings
+        self.settings = settings = server.settings
         self.stream = Stream(request, after(self.settings.handshake_timeout))
+        self.connection = request       # what carries the bytes: the socket, or TLS over it
+        self.reached = None             # where, if a load balancer says so
+        self.is_known = False           # and needs no password
         self.answer_form = None         # (reply, bound address) -> the message that says so now
         self.outcome = None             # the end of the client's log line; None: no line
 
@@ -2525,11 +2983,14 @@ class Negotiation(socketserver.BaseRequestHandler):
 
     def handle(self):
         try:
+            yield from self.prepare()
             request = yield from self.negotiate()
+            self.server.negotiating.pop(self.client, None)
         except ProxyError as error:
             return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
-            self.outcome = self.answer_form and f'no request: {reason(error)}'
+            if self.answer_form or self.client.protocol != '-':
+                self.outcome = f'no request: {reason(error)}'
             return None
         try:
             return (yield from self.command(request))
@@ -2552,6 +3013,31 @@ class Negotiation(socketserver.BaseRequestHandler):
                 yield from self.answer(reply_for(error), address)
                 yield from self.stream.linger(after(LINGER))
 
+    def prepare(self):
+        """What comes before the first byte of SOCKS."""
+        if self.settings.balancers and is_in(self.client.peer.host, self.settings.balancers):
+            header = yield from ExactStream(self.request, after(PROXY_TIMEOUT)).read(
+                ProxyHeader.unpack)
+            if header.source:
+                self.client.address = canonical(header.source)
+                self.reached = header.destination
+        self.server.admit(self.client)
+        self.is_known = is_in(self.client.address.host, self.settings.trusted)
+        if self.settings.tls:
+            yield from self.secure()
+
+    def secure(self):
+        """Go on inside of TLS; a client that shows a certificate is known by its name."""
+        self.client.protocol = 'TLS'
+        tls = Secure(self.request, self.settings.tls, server_side=True)
+        yield from tls.handshake(self.stream.until)
+        self.stream = Stream(tls, self.stream.until, self.request)
+        self.connection = tls
+        subject = dict(pair for part in tls.peer_certificate().get('subject', ()) for pair in part)
+        if subject:
+            self.client.user = shown(subject.get('commonName', ''))
+            self.is_known = True
+
     def negotiate(self):
         """The client's request, after all that comes before it."""
         first = yield from self.stream.peek()
@@ -2570,9 +3056,37 @@ class Negotiation(socketserver.BaseRequestHandler):
         self.client.protocol = 'SOCKS4'
         self.answer_form = Response4.of
         request = yield from self.stream.read(Request4.unpack)
-        if self.settings.users:
+        if self.needs_password:
             raise Refused('SOCKS4 has no passwords, expected SOCKS5')
+        if self.settings.ident:
+            yield from self.identify(request.userid)
         return request
+
+    def identify(self, userid):
+        """Raise Refused unless the client's host says that this is who has the connection."""
+        until, userid_there = after(IDENT_TIMEOUT), None
+        reached = self.reached or Address.of(self.request.getsockname())
+        query = IdentQuery(self.client.address.port, reached.port)
+        try:
+            source = () if self.reached else (plain_ip(reached.host),)
+            ident = Address(self.client.address.host, IDENT_PORT)
+            sock = yield from dial([ident], until, source)
+            with sock:
+                stream = Stream(sock, until)
+                yield from stream.write(query)
+                userid_there = (yield from stream.read(IdentReply.unpack)).userid
+        except (OSError, EOFError) as error:
+            raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
+        if userid_there is None:
+            raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
+        if userid_there != userid:
+            raise Refused(f'ident: it is {shown(name_text(userid_there))}',
+                          reply=Reply4.IDENT_MISMATCH)
+        self.client.user = shown(name_text(userid))
+
+    @property
+    def needs_password(self):
+        return bool(self.settings.users) and not self.is_known
 
     def negotiate5(self):
         self.client.protocol = 'SOCKS5'
@@ -2582,7 +3096,7 @@ class Negotiation(socketserver.BaseRequestHandler):
         yield from self.stream.write(Choice(method))
         if method == Method.USERNAME_PASSWORD:
             self.answer_form = lambda *_: Verdict(1)
-            self.authenticate((yield from self.stream.read(Credentials.unpack)))
+            yield from self.authenticate((yield from self.stream.read(Credentials.unpack)))
             yield from self.stream.write(Verdict(0))
         self.answer_form = Response
         return (yield from self.stream.read(Request.unpack))
@@ -2590,19 +3104,33 @@ class Negotiation(socketserver.BaseRequestHandler):
     def choose(self, offered):
         """The authentication method to use, of those offered.
 
-        Without users, a client that insists on a password may send any.
+        A client that needs no password but insists on one may send any.
         """
         for method in (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD):
-            if method in offered and (method or not self.settings.users):
+            if method in offered and (method or not self.needs_password):
                 return method
         raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
-                      f'{"02, a password" if self.settings.users else "00 or 02"}')
+                      f'{"02, a password" if self.needs_password else "00 or 02"}')
 
     def authenticate(self, credentials):
-        if self.settings.users:
-            self.client.user = shown(name_text(credentials.username))
-            if not authenticated(self.settings.users, credentials):
-                raise Refused('wrong user name or password')
+        """Raise Refused, but not at once, unless the credentials are right.
+
+        The time that a failure takes does not tell why, and slows down who tries all passwords.
+        """
+        if not self.needs_password:
+            return
+        self.client.user = shown(name_text(credentials.username))
+        host, until = self.client.address.host, after(LOGIN_DELAY)
+        failures = self.server.failures
+        if failures.too_many(host):
+            why = 'too many wrong passwords'
+        elif (yield from authenticate(self.settings.users, credentials)):
+            return
+        else:
+            failures.note(host)
+            why = 'wrong user name or password'
+        yield Wait((), (), until)
+        raise Refused(why)
 
 
 class Handler(Negotiation):
@@ -2625,26 +3153,53 @@ class Handler(Negotiation):
             command = None
         theirs = not isinstance(request, Request4) or command in (
             Command.CONNECT, Command.BIND, Command.RESOLVE)
-        ours = self.settings.tor_extensions or command not in (
-            Command.RESOLVE, Command.RESOLVE_PTR)
+        ours = self.offered(command)
         if command and theirs and ours and hasattr(self, 'do_' + command.name):
             return command
         raise ProtocolError(f'command {request.command:#04x} is not supported',
                             reply=Reply.COMMAND_NOT_SUPPORTED)
 
+    def offered(self, command):
+        """Whether the settings allow the command at all."""
+        settings = self.settings
+        if command == Command.CONNECT:
+            return True
+        if command in (Command.RESOLVE, Command.RESOLVE_PTR):
+            return settings.tor_extensions
+        # Neither goes through other proxies, and datagrams do not go through TLS.
+        return not settings.upstream and not (
+            command == Command.UDP_ASSOCIATE and settings.tls and not settings.udp_over_plain)
+
     def do_CONNECT(self, request):
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
         until = self.stream.until = after(self.settings.connect_timeout)
+        if self.settings.upstream:
+            return (yield from self.connect_through(request.address, until))
         addresses = yield from self.destinations(request.address, until)
         log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
         target = yield from dial(addresses, until, self.settings.source)
+        return (yield from self.join(target, Address.of(target.getsockname())))
+
+    def join(self, target, bnd):
+        """Answer, and join the client to the socket `target`."""
         try:
-            yield from self.answer(Reply.SUCCEEDED, Address.of(target.getsockname()))
-            return Tunnel(self.client, self.request, target, self.stream.surplus)
+            yield from self.answer(Reply.SUCCEEDED, bnd)
+            return Tunnel(self.client, self.connection, target, self.stream.surplus)
         except BaseException:
             target.close()
             raise
+
+    def connect_through(self, address, until):
+        """CONNECT by way of other proxies, the last of which looks a name up; we do not."""
+        settings, address = self.settings, self.permitted(address)
+        if ip_bytes(address.host) is not None:
+            self.server.authorize(self.client, address)
+        target, bnd = yield from reach(
+            settings.upstream, destination(address, settings.upstream), until, settings.source)
+        if ip_bytes(bnd.host) is None:
+            bnd = UNSPECIFIED
+        return (yield from self.join(target, bnd))
 
     def do_BIND(self, request):
         """Accept one connection, of the peer that the client named, on its behalf.
@@ -2658,12 +3213,7 @@ class Handler(Negotiation):
             listener.listen(16)
             yield from self.answer(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
             peer, address = yield from self.accept(listener, expected, until)
-        try:
-            yield from self.answer(Reply.SUCCEEDED, address)
-            return Tunnel(self.client, self.request, peer, self.stream.surplus)
-        except BaseException:
-            peer.close()
-            raise
+        return (yield from self.join(peer, address))
 
     def accept(self, listener, expected, until):
         """The socket and the address of the expected peer, any if zeros are expected."""
@@ -2692,7 +3242,7 @@ class Handler(Negotiation):
         near = bound_in(host, self.settings.udp_ports)
         try:
             yield from self.answer(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
-            return UdpRelay(self.client, self.request, near, self.hint(request.address))
+            return UdpRelay(self.client, self.connection, near, self.hint(request.address))
         except BaseException:
             near.close()
             raise
@@ -2708,7 +3258,7 @@ class Handler(Negotiation):
     def do_RESOLVE(self, request):
         """Tor's command for a look-up; an IPv4 address is what its users expect."""
         until = self.stream.until = after(self.settings.connect_timeout)
-        addresses = yield from resolve(canonical(request.address), until)
+        addresses = yield from resolve(self.permitted(request.address), until)
         address = min(addresses, key=lambda address: ':' in address.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
@@ -2743,12 +3293,19 @@ class Handler(Negotiation):
                 return (told if is_ours(told) else host), told
         return host, host
 
+    def permitted(self, address):
+        """The canonical address; Refused if rules forbid its name."""
+        address = canonical(address)
+        self.server.judge_name(self.client, address)
+        return address
+
     def destinations(self, address, until):
         """The IP addresses behind `address` that this client may reach; at least one."""
-        allowed, refusal = [], None
-        for candidate in (yield from resolve(canonical(address), until)):
+        allowed, refusal, wanted = [], None, self.permitted(address)
+        name = wanted.host if ip_bytes(wanted.host) is None else None
+        for candidate in (yield from resolve(wanted, until)):
             try:
-                self.server.authorize(self.client, candidate)
+                self.server.authorize(self.client, candidate, name)
             except Refused as error:
                 refusal = error
             else:
@@ -2820,6 +3377,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
                      for a free port, the same on all of them
+    listeners        sockets that listen already, to use instead
     settings         a `Settings`
     handler_class    a `Handler`
 
@@ -2840,13 +3398,22 @@ class Server(socketserver.ThreadingTCPServer):
     heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
 
     def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
-                 bind_and_activate=True):
-        addresses = [server_address] if isinstance(server_address[0], str) else server_address
+                 bind_and_activate=True, listeners=()):
+        addresses = server_address
+        if addresses and isinstance(addresses[0], str):
+            addresses = [addresses]
         socketserver.BaseServer.__init__(self, addresses, handler_class)
         self.settings = prepared(settings or Settings())
         self.max_clients = self.settings.max_clients or clients_possible()
-        self.listeners = []             # sockets
-        self.addresses = []             # theirs, as `Address`
+        self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
+        self.listeners = [*listeners]   # sockets
+        self.addresses = [Address.of(sock.getsockname()) for sock in listeners]
+        self.failures = Failures()
+        self.negotiating = {}           # tasks by client, in the order in which they began
+        self._counting = threading.Lock()
+        self._draining = False
+        self.hosts = Counter()          # clients by IP address
+        self.totals = Counter()         # clients and bytes, of those that have ended
         self.due = None                 # for `Timers`: the end of a pause
         self._accepting = False
         self._starving = False
@@ -2865,10 +3432,12 @@ class Server(socketserver.ThreadingTCPServer):
 
     def server_bind(self):
         free_port = 0
-        for host, port in self.server_address:
+        for host, port in () if self.listeners else self.server_address:
             self._bind(host, port or free_port)
             if not port:
                 free_port = self.addresses[-1].port
+        for sock in self.listeners:
+            sock.setblocking(False)
         self._refuse_open_proxy()
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
@@ -2898,11 +3467,14 @@ class Server(socketserver.ThreadingTCPServer):
             raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
 
     def _refuse_open_proxy(self):
-        if not (self.settings.users or self.settings.open):
+        settings = self.settings
+        if not (settings.users or settings.clients or settings.open
+                or settings.tls and settings.tls.verify_mode):      # CERT_NONE is 0
             for address in self.addresses:
                 if not is_loopback(address.host):
-                    raise ValueError(f'listening on {address} without users would serve everybody; '
-                                     f'give users (SOCKS_USERS, -u) or allow that (--open)')
+                    raise ValueError(
+                        f'listening on {address} without users would serve everybody; give users '
+                        f'(--users, SOCKS_USERS, -u) or networks (--from), or allow that (--open)')
 
     def server_activate(self):
         for sock, address in zip(self.listeners, self.addresses):
@@ -2996,13 +3568,52 @@ class Server(socketserver.ThreadingTCPServer):
         self.loop.timers.set(self, self.loop.now + ACCEPT_PAUSE)
 
     def expire(self):
-        """Accept again."""
+        """Accept again; or the time for draining has passed."""
         self.loop.timers.set(self, None)
-        self._watch_listeners(True)
+        if self._draining:
+            self.loop.stop()
+        else:
+            self._watch_listeners(True)
 
-    def client_ended(self):
+    def drain(self, seconds):
+        """Accept no more clients, and have serve_forever() return when those that are served have
+        ended, or after so many seconds."""
+        self.loop.call(self, self._drain, seconds)
+
+    def _drain(self, seconds):
+        self._watch_listeners(False)
+        self._draining = True
+        for sock in self.listeners:
+            sock.close()
+        self.loop.timers.set(self, self.loop.now + seconds)
+        self._end_if_idle()
+
+    def _end_if_idle(self):
+        if not self.clients:
+            self.loop.stop()
+
+    def client_ended(self, client, up, down):
+        """Count a client that is served no more; called in the thread of any loop."""
+        host = client.address.host
+        with self._counting:
+            self.totals.update(clients=1, up=up, down=down)
+            self.hosts[host] -= client.is_counted
+            if not self.hosts[host]:
+                del self.hosts[host]
+            self.negotiating.pop(client, None)
         if not self._accepting:
-            self.loop.call(self, self.expire)
+            self.loop.call(self, self.expire if not self._draining else self._end_if_idle)
+
+    def admit(self, client):
+        """Raise Refused unless `client` may use the server at all, and count it."""
+        settings, host = self.settings, client.address.host
+        if settings.clients and not is_in(host, settings.clients):
+            raise Refused('not from the networks served')
+        with self._counting:
+            if 0 < settings.max_per_client <= self.hosts[host]:
+                raise Refused('too many connections from there')
+            self.hosts[host] += 1
+            client.is_counted = True
 
     def close(self, outcome):
         """As an item of its loop; the listeners are closed by server_close()."""
@@ -3015,14 +3626,41 @@ class Server(socketserver.ThreadingTCPServer):
         client = Client(self, Address.of(client_address))
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
+        self.negotiating[client] = task
+        if len(self.negotiating) > self.max_handshakes:
+            next(iter(self.negotiating.values())).close('others want to begin, too')
         self.loop.attempt(task, task.start, self.loop)
 
     def handle_error(self, request, client_address):
         log.exception('%s: this is a bug', client_address)
 
-    def authorize(self, client, target):
-        """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP."""
-        authorize(client.address, client.command, target, self.addresses)
+    def authorize(self, client, target, name=None):
+        """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP
+        address, for which it asked by `name`, if it did.
+
+        Only a rule on a network can allow what is local to the proxy.
+        """
+        rules, rule = self.settings.rules, None
+        if rules is not None:
+            rule = first_rule(rules, client, target, name)
+            if not rule.allow:
+                raise Refused(f'{rule.place} denies {target}')
+        if not (rule and rule.networks and is_in(target.host, rule.networks)
+                and target.host not in ZEROS):
+            authorize(client.address, client.command, target, self.addresses)
+
+    def judge_name(self, client, target):
+        """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
+        if self.settings.rules is not None and ip_bytes(target.host) is None:
+            judge_name(self.settings.rules, client, target)
+
+    def reconfigure(self, settings):
+        """Have other settings from now on: who is served goes on, datagrams are judged anew."""
+        self.settings = prepared(settings)
+        for loop in self.loops():
+            for item in list(loop.items):
+                if isinstance(item, UdpRelay):
+                    loop.call(item, item.routes.forget)
 
     @property
     def clients(self):
@@ -3150,13 +3788,12 @@ wrapmodule, unwrapmodule = wrap_module, unwrap_module
 def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
     """socket.getaddrinfo(), but a name that the default proxy is to resolve is its own address.
 
-    So no look-up leaves this machine, and connect() has the name.
+    So no look-up leaves this machine, and connect() has the name, also one to be reached directly.
     """
     text = name_text(host) if isinstance(host, bytes) else host
-    proxy, bypass = _default()
-    chain = hops(proxy)
-    if (not text or not chain or not chain[-1].rdns or ip_bytes(text.partition('%')[0]) is not None
-            or is_bypassed(text, bypass)):
+    chain = hops(get_default_proxy())
+    if (not text or not chain or not chain[-1].rdns or flags & socket.AI_NUMERICHOST
+            or ip_bytes(text.partition('%')[0]) is not None):
         return _orig_getaddrinfo(host, port, family, type, proto, flags)
     number = _orig_getaddrinfo(None, port, 0, type)[0][4][1] if port else 0
     sockaddr = (text, number, 0, 0) if family == socket.AF_INET6 else (text, number)
@@ -3210,13 +3847,23 @@ class _BaseSocket(_orig_socket):
 
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
-        if self._proxyconn:
-            self._check_relay()
-        elif not self._chain(dest_pair):
+        self._check_open()
+        if not self._proxyconn and not self._chain(dest_pair):
             return False
-        else:
-            self.bind(('::' if self.family == socket.AF_INET6 else '', 0))
+        if not self._proxyconn and not dest_pair and self._bypass and self.getsockname()[1]:
+            return False                # what was sent so far went directly
+        with self._associating:
+            if self._proxyconn:
+                self._check_relay()
+            else:
+                if not self.getsockname()[1]:
+                    super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
+                self._associate()
         return True
+
+    def _check_open(self):
+        if self.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def _check_relay(self):
         """Raise GeneralProxyError if the proxy has ended the association."""
@@ -3236,8 +3883,11 @@ class _BaseSocket(_orig_socket):
 
     def _associate(self):
         """Have the proxy relay what this bound socket sends and receives."""
+        chain = self._chain()
+        if len(chain) > 1 or chain[0].type & ~TLS != SOCKS5:
+            raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
         ours = Address('0.0.0.0', self.getsockname()[1])        # the host may be another there
-        control, relay = run(reach(self._chain(), ours, self._deadline(), (), self.ssl_context,
+        control, relay = run(reach(chain, ours, self._deadline(), (), self.ssl_context,
                                    Command.UDP_ASSOCIATE))
         try:
             if family_of(relay.host) == self.family:
@@ -3387,11 +4037,13 @@ class socksocket(_BaseSocket):
                 and self.proto in (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)):
             self._is_datagram = kind == socket.SOCK_DGRAM
             self._is_proxied = kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+        if self._is_datagram:
+            self._associating = threading.Lock()
         self.proxy = default or NO_PROXY
         self._bypass = bypass
 
     _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
-    _options = ()                       # of setsockopt(), for another descriptor
+    _options = None                     # of setsockopt(), for another descriptor
     _proxy_address = None
 
     def set_proxy(self, proxy_type=None, addr=None, port=None, rdns=True, username=None,
@@ -3418,23 +4070,23 @@ class socksocket(_BaseSocket):
     def _chain(self, dest_pair=None):
         if not self._is_proxied or not self.proxy[0]:
             return []
-        if dest_pair and self._bypass and is_bypassed(str(dest_pair[0]), self._bypass):
-            return []
+        if dest_pair and self._bypass:
+            host = dest_pair[0]
+            if is_bypassed(name_text(host) if isinstance(host, bytes) else str(host), self._bypass):
+                return []
         return hops(tuple(self.proxy))
 
     def setsockopt(self, *args):
         super().setsockopt(*args)
-        if self._is_proxied:
-            self._options = (*self._options, args)
+        if self._is_proxied and not self.proxy_peername:
+            self._options = self._options or {}
+            self._options[args[:2]] = args
 
     def bind(self, *address):
         """As in stock; a UDP socket with a proxy gets its relay now."""
-        chain = self._chain() if self._is_datagram and not self._proxyconn else []
-        if chain and (len(chain) > 1 or chain[0].type & ~TLS != SOCKS5):
-            raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
         super().bind(*address)
-        if chain:
-            self._associate()
+        if self._is_datagram:
+            self._use_relay()
 
     def connect(self, dest_pair, catch_errors=None):
         """Connect to `dest_pair`, (host, port), through the proxy, if there is one.
@@ -3448,6 +4100,8 @@ class socksocket(_BaseSocket):
             return super().connect(dest_pair)
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
+        if self.proxy_peername:
+            raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
         try:
             self._connect_through(dest_pair, chain)
         except BaseException as error:
@@ -3461,11 +4115,11 @@ class socksocket(_BaseSocket):
         if not self._chain(dest_pair):
             return super().connect_ex(dest_pair)
         try:
-            self.connect(dest_pair)
-        except ProxyError as error:
-            if isinstance(error.socket_err, socket.timeout):
+            socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
+        except OSError as error:
+            if isinstance(getattr(error, 'socket_err', error), socket.timeout):
                 return errno.EAGAIN     # as in stock
-            if not error.errno:
+            if not system_errno(error):
                 raise
             return error.errno
         return 0
@@ -3492,8 +4146,8 @@ class socksocket(_BaseSocket):
         with self._bare() as sock:
             last, bnd = run(through(sock, chain, Command.CONNECT, destination(dest_pair, chain),
                                     until, self.ssl_context))
-        if last is not sock:
-            self._replace(last)
+            if last is not sock:        # before this one's mode is what TLS over it has
+                self._replace(last)
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
 
     def _connect_first(self, proxy, sockaddr, until):
@@ -3509,29 +4163,25 @@ class socksocket(_BaseSocket):
             sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
         elif family != self.family:
             self._replace(_orig_socket(family, socket.SOCK_STREAM))
-            for option in self._options:
+            for option in (self._options or {}).values():
                 with contextlib.suppress(OSError):
                     super().setsockopt(*option)
         with self._bare() as sock:
             run(await_connect(sock, sockaddr, until))
         self._proxy_address = sockaddr
 
-    def _check_open(self):
-        if self.fileno() < 0:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
     @contextlib.contextmanager
     def _bare(self):
         """This socket as a non-blocking stock one, whatever subclasses make of its methods."""
         timeout = self.gettimeout()
         self._check_open()
-        sock = _orig_socket(self.family, self.type, self.proto, self.fileno())
-        try:
+        # A duplicate, because another thread may close this one, and its number be used anew.
+        with _orig_socket(self.family, self.type, self.proto, socket.dup(self.fileno())) as sock:
             sock.setblocking(False)
-            yield sock
-        finally:
-            sock.detach()
-            super().settimeout(timeout)
+            try:
+                yield sock
+            finally:
+                super().settimeout(timeout)
 
     def get_proxy_sockname(self):
         """(host, port) of the proxy's own side of the connection, as far as it says."""
@@ -3636,7 +4286,8 @@ def first_addresses(chain, dest_pair):
 
 class _ServerSocket(socksocket):
     """A connection to a proxy that waits there for another one (BIND, RFC 1928 section 4)."""
-    _answer = None                      # the conversation that reads the second reply
+    _unpack = None                      # for the second reply
+    _begun = b''                        # of it
 
     def getsockname(self):
         """(host, port) where the proxy waits."""
@@ -3647,14 +4298,17 @@ class _ServerSocket(socksocket):
 
         Raises SOCKS5Error or SOCKS4Error if the proxy gave up, socket.timeout as in stock.
         """
-        self._check_open()
         timeout = self.gettimeout()
-        until = time.monotonic() if timeout == 0 else after(timeout)
-        if not poll([self], (), until):
+        with negotiating(), self._bare() as sock:
+            stream = ExactStream(sock, time.monotonic() if timeout == 0 else after(timeout))
+            stream.surplus = self._begun
+            try:
+                address = run(stream.read(self._unpack))
+            except socket.timeout:
+                address, self._begun = None, stream.surplus
+        if not address:
             raise socket.timeout('timed out') if timeout else BlockingIOError(
                 errno.EAGAIN, os.strerror(errno.EAGAIN))
-        with negotiating(), self._bare() as sock:
-            address = run(self._answer(ExactStream(sock, self._deadline())))
         peer = socksocket(self.family, self.type, self.proto, self.detach(), proxy=[])
         peer.settimeout(socket.getdefaulttimeout())
         peer.proxy_sockname, peer.proxy_peername = self.proxy_sockname, tuple(address)
@@ -3679,7 +4333,7 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
     near, bnd = run(reach(chain, expected, after(timeout), (), ssl_context, Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
-    sock._answer = answer4 if chain[-1].type & ~TLS == SOCKS4 else answer5
+    sock._unpack = unpack_answer4 if chain[-1].type & ~TLS == SOCKS4 else unpack_answer5
     sock.proxy_sockname = tuple(bnd)
     return sock
 
@@ -3754,6 +4408,279 @@ async def fulfil(wish):
             unwatch(sock)
 
 
+# -------------------------------------------------------------------------------------- operation
+#
+# A server as a process: what its supervisor, its administrator and the system say to it.
+
+LONG_LIFE = 5.0                         # seconds; a worker that lived less is not restarted at once
+BACK_OFF = 10.0                         # seconds at most until it is
+
+
+def tls_context(certificate, key=None, client_ca=None):
+    """The ssl.SSLContext of a server with the certificate (chain) in a file, and its key there or
+    in another; with `client_ca` clients must show one that is signed by it.  FileError says which
+    file is wrong."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if hasattr(context, 'minimum_version'):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:                               # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    try:
+        name = key or certificate
+        context.load_cert_chain(certificate, key)
+        if client_ca:
+            name = client_ca
+            context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise FileError(f'{name}: {reason(error)}') from None
+    return context
+
+
+def activated_sockets(environ):
+    """The listening sockets that systemd hands over (sd_listen_fds(3)); they are taken from
+    `environ`."""
+    ours = environ.pop('LISTEN_PID', '') == str(os.getpid())
+    count = int(environ.pop('LISTEN_FDS', 0)) if ours else 0
+    sockets = []
+    for number in range(3, 3 + count):
+        os.set_inheritable(number, False)
+        with _orig_socket(fileno=os.dup(number)) as probe:      # Python 3.6 does not ask the family
+            family = probe.getsockopt(socket.SOL_SOCKET, getattr(socket, 'SO_DOMAIN', 39))
+            kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        if family not in (socket.AF_INET, socket.AF_INET6) or kind != socket.SOCK_STREAM:
+            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP socket')
+        sock = _orig_socket(family, kind, 0, number)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sockets.append(sock)
+    return sockets
+
+
+class Notifier:
+    """Tells systemd how the service is (sd_notify(3)); without systemd, nobody."""
+    client = due = None                 # as an item of a loop, for the watchdog
+
+    def __init__(self, environ):
+        path = environ.pop('NOTIFY_SOCKET', '')
+        self._path = '\0' + path[1:] if path.startswith('@') else path
+        mine = environ.pop('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
+        self.interval = int(environ.pop('WATCHDOG_USEC', 0)) / 2e6 if mine else 0      # seconds
+
+    def tell(self, *words):
+        if self._path:
+            with contextlib.suppress(OSError), _orig_socket(
+                    socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto('\n'.join(words).encode(), self._path)
+
+    def tell_reloading(self):
+        self.tell('RELOADING=1', f'MONOTONIC_USEC={int(time.monotonic() * 1e6)}')
+
+    def watch(self, loop):
+        """Tell it regularly that the loop is alive, if that is asked for."""
+        self._loop = loop
+        if self.interval:
+            self.expire()
+
+    def expire(self):
+        self.tell('WATCHDOG=1')
+        self._loop.timers.set(self, time.monotonic() + self.interval)
+
+
+class Lifeline:
+    """As an item of a loop: has a server stop when the process at the other end is gone."""
+    client = due = None
+
+    def __init__(self, server, fd):
+        self._server = server
+        server.loop.watch(fd, 0, READ, self)
+
+    def ready(self, *_):
+        self._server.loop.stop()
+
+
+class Service:
+    """A server, until a signal ends it.
+
+    configure   gives the `Settings` anew, or raises ValueError or OSError
+    announce()  is called when all is ready
+    """
+
+    def __init__(self, server, configure, notifier, announce):
+        self.server = server
+        self._configure = configure
+        self._notifier = notifier
+        self._announce = announce
+        self._stopping = False
+
+    def run(self, lifeline=None):
+        """Serve; `lifeline` is a descriptor that is readable when it is time to end."""
+        handlers = {'SIGINT': self.stop, 'SIGTERM': self.stop, 'SIGHUP': self.reload,
+                    'SIGUSR1': self.show}
+        with self.server:
+            for name, handler in handlers.items():
+                if hasattr(signal, name):       # Windows has but two
+                    signal.signal(getattr(signal, name), handler)
+            # A signal that comes just before select() would be seen only after it.
+            signal.set_wakeup_fd(self.server.loop.waker.wakeup_fd())
+            if lifeline is not None:
+                Lifeline(self.server, lifeline)
+            self._notifier.watch(self.server.loop)
+            self._notifier.tell('READY=1')
+            self._announce()
+            self.server.serve_forever()
+            self._notifier.tell('STOPPING=1')
+            signal.set_wakeup_fd(-1)
+
+    def stop(self, number, _):
+        seconds = self.server.settings.drain_timeout
+        if self._stopping or number == signal.SIGINT or not seconds:
+            return self.server.shutdown()
+        self._stopping = True
+        self._notifier.tell('STOPPING=1')
+        self.server.drain(seconds)
+
+    def reload(self, *_):
+        self.server.loop.call(self.server, self._reload)
+
+    def _reload(self):
+        self._notifier.tell_reloading()
+        reopen_log()
+        try:
+            self.server.reconfigure(self._configure())
+            log.info('reloaded')
+        except (ValueError, OSError) as error:
+            log.error('not reloaded, the old settings stay: %s', error)
+        self._notifier.tell('READY=1')
+
+    def show(self, *_):
+        self.server.loop.call(self.server, self._show)
+
+    def _show(self):
+        print(table(self.server), file=sys.stderr, flush=True)
+
+
+def table(server):
+    """All that is served now, a line each, and what was before."""
+    items = [item for loop in server.loops() for item in list(loop.items) if item.client]
+    lines = [item.client.line('', *item.traffic) for item in items if item.client]
+    rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
+    rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
+             for line in sorted(lines, key=lambda line: -line.seconds)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    totals = server.totals
+    return '\n'.join([f'process {os.getpid()}: {len(lines)} clients now, '
+                      f'{totals["clients"]} before, with {totals["up"]} bytes up and '
+                      f'{totals["down"]} down'] + [
+        '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows])
+
+
+class Supervisor:
+    """Several processes that do the same work, and are replaced when they die.
+
+    work(lifeline)   is called in each; its result is the exit status
+    reload()         is called when they are told to reload
+    announce()       is called when all is ready
+    notifier         `Notifier`
+    """
+
+    def __init__(self, size, work, reload, announce, notifier):
+        self._size = size
+        self._work = work
+        self._reload = reload
+        self._announce = announce
+        self._notifier = notifier
+        self._started = {}              # by pid: when
+        self._stopping = False
+        self._wait = 0.1                # seconds until one that died early is replaced
+        # Its other end closes when this process dies, however that happens.
+        self._lifeline, self._held = os.pipe()
+        self._signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+
+    def run(self):
+        """Until a signal ends it."""
+        for number in self._signals:
+            signal.signal(number, self._forward)
+        if self._notifier.interval:
+            signal.signal(signal.SIGALRM, lambda *_: self._notifier.tell('WATCHDOG=1'))
+            signal.setitimer(signal.ITIMER_REAL, 0.001, self._notifier.interval)
+        for _ in range(self._size):
+            self._start()
+        self._notifier.tell('READY=1')
+        self._announce()
+        while self._started:
+            pid, status = os.waitpid(-1, 0)
+            age = time.monotonic() - self._started.pop(pid, 0)
+            if self._stopping:
+                continue
+            log.error('worker %d ended with status %#x; another one follows', pid, status)
+            if age < LONG_LIFE:
+                time.sleep(self._wait)
+                self._wait = min(BACK_OFF, 2 * self._wait)
+            else:
+                self._wait = 0.1
+            self._start()
+        self._notifier.tell('STOPPING=1')
+
+    def _start(self):
+        # A signal that came in between would not reach the new one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        pid = 0 if self._stopping else os.fork()
+        if pid:
+            self._started[pid] = time.monotonic()
+        elif not self._stopping:
+            self._be_worker()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+
+    def _be_worker(self):
+        status = 1
+        try:
+            os.close(self._held)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number in self._signals:        # until the work sets its own
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+            status = self._work(self._lifeline)
+        except Exception:
+            log.exception('this is a bug')
+        finally:
+            logging.shutdown()
+            os._exit(status)
+
+    def _forward(self, number, _):
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self._stopping = True
+        elif number == signal.SIGHUP:
+            self._reload()
+        for pid in list(self._started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def reopen_log():
+    """Go on in a new file if the log's was moved away."""
+    for handler in logging.getLogger().handlers:
+        if hasattr(handler, 'reopenIfNeeded'):
+            handler.reopenIfNeeded()
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON; a client's `Line` with its fields."""
+
+    def format(self, record):
+        import json
+        entry = {'time': round(record.created, 3), 'level': record.levelname}
+        if isinstance(record.msg, Line):
+            entry.update(record.msg._asdict(), client=str(record.msg.client),
+                         seconds=round(record.msg.seconds, 3))
+        else:
+            entry['message'] = record.getMessage()
+        if record.exc_info:
+            entry['traceback'] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
 # ----------------------------------------------------------------------------------- command line
 
 EPILOG = """\
@@ -3772,7 +4699,9 @@ environment:
                                         without it
 
 signals:
-  INT, TERM                             stop
+  TERM                                  stop, after --drain; a second one, or INT: at once
+  HUP                                   read users, rules and certificates anew; new log file
+  USR1                                  print whom we serve
 
 exit status:
   0 stopped by a signal, 1 cannot start, 2 wrong usage; of --run, that of the program
@@ -3841,6 +4770,23 @@ def count(text):
     return int(text)
 
 
+def network(text):
+    """argparse type: an ip_network."""
+    try:
+        return ipaddress.ip_network(text.strip('[]'))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{error}, expected 192.0.2.0/24 for example') from None
+
+
+def workers(text):
+    """argparse type: a number of processes."""
+    number = (os.cpu_count() or 1) if text == 'auto' else count(text)
+    if not 0 < number <= 1024 or number > 1 and not hasattr(os, 'fork'):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected auto, or a number, 1 to 1024'
+                                         + ('' if hasattr(os, 'fork') else '; here only 1'))
+    return number
+
+
 def host_with_port(text):
     """argparse type: (host, port) of HOST:PORT."""
     host, port = host_and_port(text)
@@ -3867,20 +4813,63 @@ OPTIONS = [
             help='address or name to listen on, repeatable (default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
-            help='port where --bind has none, 0 for a free one (default: %(default)s)'))]),
+            help='port where --bind has none, 0 for a free one (default: %(default)s)')),
+        (('-w', '--workers'), dict(
+            metavar='N', type=workers, default=1,
+            help='serve with so many processes, or auto: one for each processor '
+                 '(default: %(default)s)')),
+        (('--proxy-protocol',), dict(
+            metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
+            help='expect a PROXY header from there, repeatable: load balancers'))]),
+    ('TLS', [
+        (('--tls-cert',), dict(
+            metavar='FILE', help='certificate, and those that lead to it: clients use TLS')),
+        (('--tls-key',), dict(
+            metavar='FILE', help='its key (default: in the same file)')),
+        (('--tls-client-ca',), dict(
+            metavar='FILE', help='serve only clients with a certificate signed by this one; its '
+                                 'common name is the user')),
+        (('--udp-over-plain',), dict(
+            action='store_true', help='allow UDP beside TLS, in the clear'))]),
     ('who may use it', [
         (('-u', '--user'), dict(
             metavar='NAME:PASSWORD', type=name_and_password, action='append', default=[],
             dest='users', help='ask for a password, repeatable; others on this machine can see it, '
                                'see SOCKS_USERS below (default: ask nobody)')),
+        (('--users',), dict(
+            metavar='FILE', dest='users_file',
+            help='more of them, NAME:PASSWORD or NAME:HASH lines')),
+        (('--hash-password',), dict(
+            action='store_true', help='print the HASH of a password, read from stdin, and end')),
+        (('--from',), dict(
+            metavar='NETWORK', type=network, action='append', default=[], dest='clients',
+            help='serve only clients from there, repeatable (default: from anywhere)')),
+        (('--trust',), dict(
+            metavar='NETWORK', type=network, action='append', default=[], dest='trusted',
+            help='ask clients from there for no password, repeatable')),
+        (('--ident',), dict(
+            action='store_true', help="ask SOCKS4 clients' hosts who they are (RFC 1413)")),
         (('--open',), dict(
             action='store_true',
             help='serve everybody: allow an address beyond loopback without users')),
         (('--max-clients',), dict(
             metavar='N', type=count, default=DEFAULTS.max_clients,
             help='serve so many at once, further ones wait '
-                 '(default: as many as open files allow)'))]),
+                 '(default: as many as open files allow)')),
+        (('--max-per-client',), dict(
+            metavar='N', type=count, default=DEFAULTS.max_per_client,
+            help='connections at once from one address (default: any number)')),
+        (('--max-handshakes',), dict(
+            metavar='N', type=count, default=DEFAULTS.max_handshakes,
+            help='clients at once that have not yet said what they want; the oldest is closed for '
+                 'one more (default: half of --max-clients)'))]),
     ('what they may do', [
+        (('--rules',), dict(
+            metavar='FILE', dest='rules_file',
+            help='what they may reach, see the README (default: all but what is local to the '
+                 'proxy)')),
+        (('--check',), dict(
+            action='store_true', help='check all options and files, and end')),
         (('--tor-extensions',), dict(
             action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
         (('--udp-strict',), dict(
@@ -3907,26 +4896,35 @@ OPTIONS = [
             ('connect', 'for connecting to the target'),
             ('bind', 'for the peer that a BIND waits for'),
             ('idle', 'for a connection through which nothing moves'),
-            ('udp', 'for an association without datagrams'))]),
-    ('as a client, instead of serving', [
+            ('udp', 'for an association without datagrams'))] + [
+        (('--drain',), dict(
+            metavar='SECONDS', type=seconds, default=DEFAULTS.drain_timeout, dest='drain_timeout',
+            help='for clients to end after TERM (default: %(default)g)'))]),
+    ('through other proxies', [
         (('-x', '--proxy'), dict(
-            metavar='URL', type=proxy_url, action='append', default=[],
-            help='proxy to use, repeatable: a chain, first hop first; SCHEME://[USER:PASSWORD@]'
-                 'HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, socks4, http, https, also '
-                 'with +tls or +unix (default: that in ALL_PROXY)')),
+            metavar='URL', type=proxy_url, action='append', default=[], dest='upstream',
+            help='send CONNECT through this proxy, repeatable: a chain, first hop first; '
+                 'SCHEME://[USER:PASSWORD@]HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, '
+                 'socks4, http, https, also with +tls or +unix (default: none; for the next '
+                 'three, that in ALL_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
-            help='join stdin and stdout to a connection')),
+            help='do not serve: join stdin and stdout to a connection')),
         (('--resolve',), dict(
-            metavar='NAME', help="print the address of a name, or the name of an address, by Tor's "
-                                 'extension')),
+            metavar='NAME', help='do not serve: print the address of a name, or the name of an '
+                                 "address, by Tor's extension")),
         (('--run',), dict(
             metavar='PROGRAM', nargs=argparse.REMAINDER,
-            help='run a Python script, or a module after -m, and its arguments, with all its '
-                 'sockets sent through the proxy'))]),
+            help='do not serve: run a Python script, or a module after -m, and its arguments, '
+                 'with all its sockets sent through the proxy'))]),
     ('logging', [
         (('-v', '--verbose'), dict(action='store_true', help='log every step')),
         (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
+        (('--log-file',), dict(
+            metavar='FILE', help='append to a file; after it is moved, HUP begins another '
+                                 '(default: stderr)')),
+        (('--log-format',), dict(
+            choices=('text', 'json'), default='text', help='(default: %(default)s)')),
         (('-V', '--version'), dict(action='version', version=f'socks.py {__version__}'))]),
 ]
 
@@ -3953,13 +4951,21 @@ def settings_from(args, environ):
     users = dict(pairs)
     if len(users) < len(pairs):
         raise ValueError('-u, SOCKS_USERS: a user is given twice')
+    if args.users_file:
+        users.update(read_users(args.users_file))
+        if not users:
+            raise FileError(f'{args.users_file}: there are no users, so nobody would be asked')
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
             raise ValueError(f'--{name}: expected one address of a family')
     fields = {name: tuple(value) if isinstance(value, list) else value
               for name, value in vars(args).items() if name in Settings._fields}
-    return Settings(**dict(fields, users=MappingProxyType(users)))
+    rules = read_rules(args.rules_file) if args.rules_file else None
+    if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
+        raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
+    tls = tls_context(args.tls_cert, args.tls_key, args.tls_client_ca) if args.tls_cert else None
+    return Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
 
 
 def raise_descriptor_limit(wanted=65536):
@@ -3973,22 +4979,31 @@ def raise_descriptor_limit(wanted=65536):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def set_up_logging(args):
+def set_up_logging(args, environ):
+    if args.log_file:
+        from logging.handlers import WatchedFileHandler
+        handler = WatchedFileHandler(args.log_file)
+    else:
+        handler = logging.StreamHandler()
+    # The journal has a time of its own.
+    own_time = '' if 'JOURNAL_STREAM' in environ and not args.log_file else '%(asctime)s '
+    handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
+                         logging.Formatter(f'{own_time}%(levelname)s %(message)s'))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
-    logging.basicConfig(level=level, format='%(asctime)s %(levelname)s %(message)s')
+    logging.basicConfig(level=level, handlers=[handler])
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def client_command(args):
-    """Do what --connect, --resolve or --run asks for; the exit status."""
-    if args.run:
-        return run_program(args.run, args.proxy or hops(proxy_from_environment()))
+    """Do what --connect or --resolve asks for; the exit status."""
+    while os.open(os.devnull, os.O_RDWR) < 3:           # the socket must not be stdin or stdout
+        pass
     host, port = args.connect or (args.resolve, 0)
-    chain = args.proxy or hops(proxy_from_environment(args.connect and host))
+    chain = args.upstream or hops(proxy_from_environment(args.connect and host))
     until = after(args.connect_timeout)
     try:
         if args.resolve:
-            print(resolve_through(chain, host, until))
+            print(shown(resolve_through(chain, host, until)))
         elif chain:
             sock, _ = run(reach(chain, destination((host, port), chain), until))
             converse(sock)
@@ -4034,8 +5049,9 @@ def copy_stdin(sock):
         sock.shutdown(socket.SHUT_WR)
 
 
-def run_program(arguments, chain):
-    """Run a Python script, or a module after -m, with its sockets sent through the proxies."""
+def program_runner(arguments, chain):
+    """A function that runs a Python script, or a module after -m, with its sockets sent through
+    the proxies."""
     import runpy
     is_module = arguments[0] == '-m'
     program, *rest = arguments[is_module:] or ['']
@@ -4047,52 +5063,104 @@ def run_program(arguments, chain):
     sys.argv = [program, *rest]
     if is_module:
         sys.path[0] = os.getcwd()
-        runpy.run_module(program, run_name='__main__', alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(program))
-        runpy.run_path(program, run_name='__main__')
-    return 0
+        return functools.partial(runpy.run_module, program, run_name='__main__', alter_sys=True)
+    sys.path[0] = os.path.dirname(os.path.abspath(program))
+    return functools.partial(runpy.run_path, program, run_name='__main__')
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    set_up_logging(args)
+    set_up_logging(args, os.environ)
+    if args.hash_password:
+        return print_hash()
     tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
-    if len(tasks) > 1 or args.proxy and not tasks:
-        parser.error('expected one of --connect, --resolve and --run')
+    if len(tasks) > 1:
+        parser.error('--connect, --resolve, --run: expected one of them')
     try:
-        return client_command(args) if tasks else serve(args)
+        if args.run is None:
+            return client_command(args) if tasks else serve(args)
+        program = program_runner(args.run, args.upstream or hops(proxy_from_environment()))
     except ValueError as error:
         parser.error(str(error))
+    program()
+    return 0
+
+
+def print_hash():
+    """Read a password, and print its hash for a file of users."""
+    if sys.stdin.isatty():
+        from getpass import getpass
+        password = getpass('Password: ')
+    else:
+        password = sys.stdin.readline().rstrip('\n')
+    if not 0 < len(password.encode()) < 256:
+        print('socks.py: expected a password of 1 to 255 bytes', file=sys.stderr)
+        return 1
+    print(Hashed.make(password.encode()))
+    return 0
 
 
 def serve(args):
     """Serve until a signal; the exit status, or ValueError for options that contradict."""
     raise_descriptor_limit()
-    addresses = [(host, args.port if port is None else port)
-                 for host, port in args.bind or [('127.0.0.1', None)]]
+    configure = functools.partial(settings_from, args, dict(os.environ))
     try:
-        server = Server(addresses, settings_from(args, os.environ))
-    except OSError as error:
+        settings = configure()
+        if args.check:
+            Server(addresses_of(args), settings, bind_and_activate=False).server_close()
+            return 0
+        notifier = Notifier(os.environ)
+        server = Server(addresses_of(args), settings, listeners=activated_sockets(os.environ))
+    except (FileError, OSError) as error:
         print(f'socks.py: {reason(error)}', file=sys.stderr)
         return 1
     if args.users:
         log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
-    with server:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: server.shutdown())
-        # A signal that comes just before select() would be seen only after it.
-        signal.set_wakeup_fd(server.loop.waker.wakeup_fd())
-        for address in server.addresses:
-            if 0 in (port for _, port in addresses):
-                print(f'listening on {address}', flush=True)
-            log.info('listening on %s', address)
-        server.serve_forever()
-        signal.set_wakeup_fd(-1)
-        log.info('stopped')
+    announce = functools.partial(announce_addresses, server.addresses,
+                                 0 in (port for _, port in addresses_of(args)))
+    if args.workers == 1:
+        Service(server, configure, notifier, announce).run()
+    else:
+        serve_together(args.workers, server, configure, notifier, announce)
+    log.info('stopped')
     return 0
+
+
+def announce_addresses(addresses, to_stdout):
+    for address in addresses:
+        if to_stdout:
+            print(f'listening on {address}', flush=True)
+        log.info('listening on %s', address)
+
+
+def addresses_of(args):
+    return [(host, args.port if port is None else port)
+            for host, port in args.bind or [('127.0.0.1', None)]]
+
+
+def serve_together(size, server, configure, notifier, announce):
+    """Have so many processes serve, each with a loop of its own, on the sockets of `server`."""
+    listeners, settings = [sock.dup() for sock in server.listeners], server.settings
+    server.server_close()
+
+    def reload():
+        """For workers to come; those that there are say what is wrong with the new settings."""
+        nonlocal settings
+        reopen_log()
+        with contextlib.suppress(ValueError, OSError):
+            settings = configure()
+
+    def work(lifeline):
+        each = settings
+        if settings.max_clients:
+            each = settings._replace(max_clients=-(-settings.max_clients // size))
+        worker = Server((), each, listeners=listeners)
+        Service(worker, configure, Notifier({}), lambda: None).run(lifeline)
+        return 0
+
+    Supervisor(size, work, reload, announce, notifier).run()
 
 
 if __name__ == '__main__':

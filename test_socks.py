@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import json
 import logging
 import os
 import pickle
@@ -281,6 +282,7 @@ def setUpModule():
     faulthandler.dump_traceback_later(300, exit=True)
     logging.raiseExceptions = True
     socks.log.setLevel(logging.INFO)
+    socks.LOGIN_DELAY = 0.1             # else the tests of wrong passwords take a second each
 
 
 def tearDownModule():
@@ -325,6 +327,12 @@ MESSAGES = [
      '0401000101020304 61*512 00'),
     ('SOCKS4 granted', Response4(0x5a, Address('1.2.3.4', 80)), '005a005001020304'),
     ('SOCKS4 rejected', Response4(0x5b), '005b000000000000'),
+    ('PROXY, IPv4', socks.ProxyHeader(Address('127.0.0.1', 59416), Address('127.0.0.1', 13502)),
+     '0d0a0d0a000d0a515549540a 2111000c 7f000001 7f000001 e818 34be'),
+    ('PROXY, IPv6', socks.ProxyHeader(Address('::1', 1), Address('2001:db8::2', 2)),
+     '0d0a0d0a000d0a515549540a 21210024 00000000000000000000000000000001'
+     '20010db8000000000000000000000002 0001 0002'),
+    ('PROXY, none', socks.ProxyHeader(), '0d0a0d0a000d0a515549540a 20000000'),
 ]
 
 # Accepted although no pack() writes them so.
@@ -341,6 +349,8 @@ LENIENT = [
     ('SOCKS4, zeros are no SOCKS4a', Request4(1, Address('0.0.0.0', 80)), '040100500000000000'),
     ('SOCKS4 reply with version 4', Response4(0x5a), '045a000000000000'),
     ('verdict other than 1', Verdict(255), '01ff'),
+    ('PROXY 1', socks.ProxyHeader(Address('127.0.0.1', 48604), Address('127.0.0.1', 13501)),
+     b'PROXY TCP4 127.0.0.1 127.0.0.1 48604 13501\r\n'.hex()),
 ]
 
 MALFORMED = [
@@ -548,7 +558,8 @@ class SocketsTest(Case):
                 (b'', b'', False), (b'eve', b'', True), (b'carl', b'', False),
                 (b'carl', b'secret', False)]:
             with self.subTest(name=name, password=password):
-                self.assertEqual(socks.authenticated(users, Credentials(name, password)), expected)
+                given = Credentials(name, password)
+                self.assertEqual(socks.run(socks.authenticate(users, given)), expected)
 
 
 # ----------------------------------------------------------------------------------- conversation
@@ -767,8 +778,8 @@ class ConversationTest(VectorCase):
             def verify_request(self, request, client_address):
                 return client_address[0] != '127.0.0.3'
 
-            def authorize(self, client, target):
-                super().authorize(client, target)
+            def authorize(self, client, target, name=None):
+                super().authorize(client, target, name)
                 if target.host == '3.3.3.3':
                     raise socks.Refused('not there')
 
@@ -1459,7 +1470,7 @@ class UdpTest(Case):
         """10,000 malformed datagrams from owner and strangers; it serves on, with no descriptor
         more."""
         class Only(socks.Server):
-            def authorize(self, client, target):
+            def authorize(self, client, target, name=None):
                 """Whatever the bytes say, nobody else is bothered."""
                 if target != echo.address:
                     raise socks.Refused('somebody else')
@@ -2036,6 +2047,13 @@ class Scripted(Origin):
         super().__init__(function, **options)
 
 
+def serve_tls(peer):
+    """Answer in capitals, inside of TLS."""
+    with server_context().wrap_socket(peer.sock, server_side=True) as sock:
+        sock.sendall(sock.recv(100).upper())
+        sock.recv(1)
+
+
 class ClientTest(Case):
 
     def setUp(self):
@@ -2364,6 +2382,24 @@ class ClientTest(Case):
             with self.assertRaises(socks.ProxyError):
                 socks.create_server(proxy=proxy)
 
+    def test_half_a_second_reply(self):
+        """What came of it is kept, and nobody waits who does not want to."""
+        proxy = self.scripted(['050100', '0500', '05020001 00000000 0000', OK5 + '050000017f'],
+                              last=be_silent)
+        with socks.create_server(proxy=self.url(proxy), timeout=PATIENCE) as waiting:
+            waiting.settimeout(0)
+            for _ in range(2):
+                with self.assertRaises(BlockingIOError):
+                    waiting.accept()
+            waiting.settimeout(0.05)
+            with self.assertRaises(socket.timeout):
+                waiting.accept()
+            waiting.settimeout(PATIENCE)
+            proxy.peers[0].send(hexed('000001 0009'))
+            sock, address = waiting.accept()
+            sock.close()
+            self.assertEqual(address, ('127.0.0.1', 9))
+
     def test_bind_announced_without_an_address(self):
         """Zeros mean the proxy's own address."""
         proxy = self.scripted(['050100', '0500', '05020001 00000000 0000',
@@ -2578,6 +2614,160 @@ class ClientTest(Case):
             socks.unwrap_module(http.client)
         eventually(lambda: len(self.lines) == 1)
 
+    # What a program may do at the wrong time
+
+    def test_connected_already(self):
+        """A second connect() is an error; the destination sees nothing of it."""
+        proxy = self.scripted(['050100', '0500', IP5, OK5])
+        with socks.socksocket(proxy=self.url(proxy)) as sock:
+            sock.connect(('1.2.3.4', 80))
+            self.assertEqual(sock.connect_ex(('1.2.3.4', 80)), errno.EISCONN)
+            self.check_echo(sock)
+        origin = self.origin(echo)
+        with socks.socksocket() as sock:
+            sock.connect(origin.server_address)
+            sock.set_proxy(self.url(proxy))
+            self.assertEqual(sock.connect_ex(('1.2.3.4', 80)), errno.EISCONN)
+        self.assertEqual(len(proxy.peers), 1)
+
+    def test_closed_meanwhile(self):
+        """By another thread; its descriptor's number may be somebody else's then."""
+        proxy = self.scripted([], last=be_silent)
+        sock = socks.socksocket(proxy=self.url(proxy))
+        errors = []
+
+        def connect():
+            try:
+                sock.connect(('1.2.3.4', 80))
+            except OSError as error:
+                errors.append(error)
+
+        with Background(connect):
+            eventually(lambda: proxy.peers)
+            sock.close()
+            mine, other = socket.socketpair()
+            other.sendall(b'12')
+            proxy.peers[0].send(b'\5\0')
+            proxy.peers[0].sock.shutdown(socket.SHUT_RDWR)
+        with mine, other:
+            self.assertEqual(mine.recv(2), b'12')
+            other.settimeout(0.05)
+            with self.assertRaises(socket.timeout):
+                other.recv(1)
+        self.assertEqual(len(errors), 1)
+
+    def test_a_fork_has_a_tls_thread_of_its_own(self):
+        proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True)
+        script = f"""
+import os, socks, ssl, sys
+context = ssl.create_default_context(cadata={CERTIFICATE!r})
+socks.carrier()
+if not os.fork():
+    sock = socks.create_connection(('1.2.3.4', 80), 5, ssl_context=context,
+                                   proxy={self.url(proxy, 'socks5h+tls')!r})
+    sock.sendall(b'hello')
+    sys.stdout.write(sock.recv(5).decode())
+    sys.exit()
+os.wait()
+"""
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=HERE)
+        self.assertEqual((done.stdout, done.stderr), ('hello', ''))
+
+    def test_tls_of_a_socket_without_timeout(self):
+        """Its blocking must not become that of the thread that carries TLS."""
+        proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True, last=lambda peer: None)
+        with socks.socksocket(proxy=self.url(proxy, 'socks5h+tls')) as sock:
+            sock.ssl_context = client_context()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            sock.connect(('1.2.3.4', 80))
+            for tunnel in [item for item in socks.carrier().items if item.client]:
+                self.assertEqual(tunnel.down.source._sock.gettimeout(), 0)
+                self.assertFalse(os.get_blocking(tunnel.down.source.fileno()))
+
+    def test_tls_that_fails_is_given_up(self):
+        """With all its descriptors, although the proxy stays."""
+        proxy = self.scripted([], tls=True, last=be_silent)
+        for _ in range(3):
+            with self.assertRaises(GENERAL):
+                socks.create_connection(('1.2.3.4', 80), 0.2, ssl_context=client_context(),
+                                        proxy=self.url(proxy, 'socks5h+tls'))
+        eventually(lambda: not socks.carrier().items)
+
+    def test_tls_through_a_socket_that_was_made_before(self):
+        """With socket.socket replaced before ssl is imported, SSLSocket is one of ours."""
+        proxy = self.scripted(['050100', '0500', f'05010003{NAME}01bb', OK5], last=serve_tls)
+        script = f"""
+import socket, socks
+socket.socket = socks.socksocket
+import ssl
+context = ssl.create_default_context(cadata={CERTIFICATE!r})
+for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
+    with socks.default_proxy({self.url(proxy)!r}):
+        sock = context.wrap_socket(socket.socket(), server_hostname='localhost')
+    assert not connect(sock, ('example.org', 443))
+    sock.sendall(b'hello')
+    assert sock.recv(5) == b'HELLO'
+    sock.close()
+"""
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=HERE)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+
+    def test_datagrams_of_a_bound_socket(self):
+        """To a host that is bypassed, then to another; after a proxy that failed; by four threads.
+        """
+        server, target, direct = self.serve(), self.enter(Echo()), self.enter(Echo('127.0.0.1'))
+        with socks.default_proxy(self.url(server), bypass='localhost'):
+            sock = self.enter(socks.socksocket(type=socket.SOCK_DGRAM))
+        sock.settimeout(PATIENCE)
+        sock.sendto(b'x', ('localhost', direct.address.port))
+        self.assertEqual(sock.recv(10), b'E:x')
+        sock.sendto(b'y', target.address)
+        self.assertEqual(sock.recvfrom(10), (b'E:y', tuple(target.address)))
+        sock = self.enter(socks.socksocket(type=socket.SOCK_DGRAM))
+        sock.set_proxy(f'socks5://127.0.0.1:{self.refused_port()}')
+        with self.assertRaises(socks.ProxyConnectionError):
+            sock.bind(('127.0.0.1', 0))
+        sock.set_proxy(self.url(server))
+        sock.settimeout(PATIENCE)
+        threads = [Background(sock.sendto, b'z', target.address) for _ in range(4)]
+        self.assertEqual([thread.result() for thread in threads], [1] * 4)
+        self.assertEqual([sock.recv(10) for _ in threads], [b'E:z'] * 4)
+        sock.close()
+        with self.assertRaises(OSError) as caught:
+            sock.recv(10)
+        self.assertEqual(caught.exception.errno, errno.EBADF)
+
+    def test_names_for_bypassed_hosts(self):
+        """They stay names, so that connect() sees what to bypass; bytes are names as well."""
+        origin, server = self.origin(echo), self.serve()
+        self.addCleanup(socks.unwrap_module, http.client)
+        with socks.default_proxy(self.url(server), bypass='localhost 127.0.0.0/8'):
+            socks.wrap_module(http.client, dns=True)
+            with socket.create_connection(('localhost', origin.port)) as sock:
+                self.assertIsNone(sock.get_proxy_peername())
+            with socks.socksocket() as sock:
+                sock.connect((b'127.0.0.1', origin.port))
+                self.assertIsNone(sock.get_proxy_peername())
+            with socks.socksocket(proxy=self.url(server, 'socks5')) as sock:
+                sock.connect(('localhost', origin.port))    # looked up here, nevertheless
+                self.check_echo(sock)
+            with self.assertRaises(socket.gaierror):
+                socket.getaddrinfo('not-a-number', 0, 0, 0, 0, socket.AI_NUMERICHOST)
+
+    def test_options_are_kept_once(self):
+        with socks.socksocket() as sock:
+            for number in range(1000):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, number % 2)
+            self.assertEqual(len(sock._options), 1)
+
+    def test_secrets_are_not_told(self):
+        for url in ('socks5://u:SECRET\u2100@h:1', 'socks5://u:x[SECRET]@h',
+                    b'socks5://u:SECRET@h'):
+            with self.subTest(url), self.assertRaises((ValueError, GENERAL)) as caught:
+                with socks.socksocket() as sock:
+                    sock.set_proxy(url)
+            self.assertNotIn('SECRET', str(caught.exception))
+
     # Without blocking
 
     def test_asyncio(self):
@@ -2765,6 +2955,11 @@ class ToolTest(Case):
         self.assertIn('CONNECT localhost:', self.lines[0])
         status, out, _ = self.tool(*proxy, '--run', '-m', 'this')
         self.assertEqual((status, out[:3]), (0, 'The'))
+        with open(os.path.join(folder, 'wrong.py'), 'w') as file:
+            file.write('int("no number")')
+        status, _, err = self.tool(*proxy, '--run', os.path.join(folder, 'wrong.py'))
+        self.assertEqual(status, 1)
+        self.assertIn('Traceback', err)
 
 
 FETCH = '''
@@ -2774,6 +2969,630 @@ with helper.urllib.request.urlopen(sys.argv[1]) as page:
 print(sys.argv[1:])
 sys.exit(7)
 '''
+
+
+# -------------------------------------------------------------------------------- administration
+
+# Rules, and what becomes of requests: (user, client, command, name or '', address, port, outcome).
+RULES = '''
+# the first rule that matches decides
+deny to 10.0.0.0/8                      # private
+allow connect user bob carl from 192.0.2.0/24 to .example.org 443 8000-8010
+allow to host.example 198.51.100.7
+deny to .forbidden.example
+allow udp bind to 203.0.113.0/24
+allow from ::1 to 2001:db8::/32
+'''
+JUDGED = [
+    ('bob', '192.0.2.1', 'CONNECT', 'a.example.org', '203.0.113.1', 443, True),
+    ('bob', '192.0.2.1', 'CONNECT', 'example.org', '203.0.113.1', 8005, True),
+    ('bob', '192.0.2.1', 'CONNECT', 'a.example.org', '203.0.113.1', 80, False),
+    ('bob', '192.0.2.1', 'CONNECT', 'a.example.org', '10.1.1.1', 443, False),
+    ('bob', '192.0.2.1', 'CONNECT', 'badexample.org', '203.0.113.1', 443, False),
+    ('eve', '192.0.2.1', 'CONNECT', 'a.example.org', '203.0.113.1', 443, False),
+    ('bob', '192.0.3.1', 'CONNECT', 'a.example.org', '203.0.113.1', 443, False),
+    ('bob', '192.0.2.1', 'BIND', 'a.example.org', '198.18.0.1', 443, False),
+    ('-', '192.0.2.1', 'CONNECT', 'host.example', '203.0.113.1', 1, True),
+    ('-', '192.0.2.1', 'CONNECT', 'sub.host.example', '203.0.113.1', 1, False),
+    ('-', '192.0.2.1', 'CONNECT', '', '198.51.100.7', 1, True),
+    ('-', '192.0.2.1', 'CONNECT', 'x.forbidden.example', '198.51.100.7', 1, True),
+    ('-', '192.0.2.1', 'UDP_ASSOCIATE', '', '203.0.113.1', 53, True),
+    ('-', '192.0.2.1', 'UDP_ASSOCIATE', 'x.example', '203.0.113.1', 53, True),
+    ('-', '192.0.2.1', 'CONNECT', '', '203.0.113.1', 53, False),
+    ('-', '::1', 'CONNECT', '', '2001:db8::1', 80, True),
+    ('-', '192.0.2.1', 'CONNECT', '', '2001:db8::1', 80, False),
+]
+
+WRONG_RULES = [
+    ('permit to *', "f:1: 'permit', expected allow or deny"),
+    ('\n\nallow', 'f:3: expected "to"'), ('allow to', 'f:1: expected "to"'),
+    ('allow to 80', 'f:1: expected "to"'), ('allow * to x', r"f:1: '\*', expected connect, bind"),
+    ('allow from x to *', "f:1: 'x', expected a network"),
+    ('allow to 10.0.0.0/33', "f:1: '10.0.0.0/33', expected a network"),
+    ('allow to 10.0.0.1/8', "f:1: '10.0.0.1/8', expected a network"),
+    ('allow to * 70000', "f:1: '70000', expected PORT or LOW-HIGH"),
+    ('allow to * 5-4', "f:1: '5-4', expected PORT or LOW-HIGH"),
+    ('allow to * x.example', 'f:1: expected "to"'), ('allow to a%b', 'f:1: host name a%b'),
+]
+
+
+class FileCase(Case):
+
+    def write(self, name, text):
+        """The path of a file with this text."""
+        if not hasattr(self, 'folder'):
+            self.folder = self.enter(tempfile.TemporaryDirectory())
+        path = os.path.join(self.folder, name)
+        with open(path, 'w') as file:
+            file.write(text)
+        os.chmod(path, 0o600)
+        return path
+
+    def rules(self, text):
+        return socks.read_rules(self.write('rules', text))
+
+
+class RulesTest(FileCase):
+
+    def test_rules(self):
+        rules = self.rules(RULES)
+        for user, host, command, name, address, port, expected in JUDGED:
+            client = socks.Client(None, Address(host, 1))
+            client.user, client.command = user, socks.Command[command]
+            with self.subTest(user=user, host=host, command=command, name=name, address=address):
+                allowed = False
+                with contextlib.suppress(socks.Refused):
+                    if name:
+                        socks.judge_name(rules, client, Address(name, port))
+                    allowed = socks.first_rule(rules, client, Address(address, port),
+                                               name or None).allow
+                self.assertEqual(allowed, expected)
+
+    def test_wrong_rules(self):
+        for text, message in WRONG_RULES:
+            path = self.write('f', text)
+            with self.subTest(text), self.assertRaisesRegex(
+                    socks.FileError, re.escape(path[:-1]) + message):
+                socks.read_rules(path)
+
+    def test_what_is_forbidden_is_not_looked_up(self):
+        """Nor a name of which no rule speaks."""
+        server = self.serve(rules=self.rules('deny to .slow\nallow to x.slow localhost'))
+        self.slow_names()
+        for name in ('a.slow', 'x.slow', 'y.example'):
+            with Peer(server.server_address) as peer:
+                self.assertEqual(peer.connect(name, 80).reply, Reply.NOT_ALLOWED)
+        eventually(lambda: len(self.lines) == 3)
+        self.assertRegex('\n'.join(self.lines), r'refused: .*rules:1 denies a.slow:80')
+        self.assertIn('refused: no rule is for y.example:80', '\n'.join(self.lines))
+
+    def test_names_and_addresses(self):
+        """A name that is allowed must not lead to an address that is not."""
+        origin = self.origin(echo)
+        for rules, host, reply in (
+                ('allow to localhost', 'localhost', 0), ('allow to localhost', '127.0.0.1', 2),
+                ('deny to 127.0.0.0/8 ::1\nallow to *', 'localhost', 2),
+                ('allow to 127.0.0.0/8\ndeny to *', 'localhost', 0), ('allow to *', '127.0.0.1', 0),
+                ('allow to * 1-2', '127.0.0.1', 2)):
+            with self.subTest(rules, host=host):
+                server = self.serve(rules=self.rules(rules))
+                self.assertEqual(self.peer(server.server_address).connect(host, origin.port).reply,
+                                 reply)
+
+    def test_only_a_rule_on_a_network_opens_what_is_local(self):
+        remote = socks.Client(None, Address('192.0.2.1', 1))
+        remote.command = socks.Command.CONNECT
+        for rules, allowed in (('allow to *', False), ('allow to 127.0.0.0/8', True),
+                               ('allow to 0.0.0.0/0', True), ('allow to 10.0.0.0/8', False)):
+            server = self.serve(rules=self.rules(rules))
+            with self.subTest(rules):
+                check = contextlib.suppress() if allowed else self.assertRaises(socks.Refused)
+                with check:
+                    server.authorize(remote, Address('127.0.0.1', 1))
+                with self.assertRaises(socks.Refused):
+                    server.authorize(remote, Address('0.0.0.0', 80))
+
+    def test_datagrams_and_reload(self):
+        """Each is judged, and judged anew after the rules have changed."""
+        server = self.serve(rules=self.rules('allow udp to 127.0.0.0/8'))
+        target = self.enter(Echo())
+        client = self.enter(Associate(server))
+        datagram = Datagram(target.address, b'x').pack()
+        self.assertEqual(Datagram.unpack(client.ask(datagram)).payload, b'E:x')
+        server.reconfigure(server.settings._replace(rules=self.rules('deny to *')))
+        time.sleep(0.05)
+        client.send(datagram)
+        self.assertTrue(client.nothing_comes())
+        server.reconfigure(server.settings._replace(rules=self.rules('allow to localhost')))
+        client.send(datagram)
+        self.assertTrue(client.nothing_comes())
+        named = Datagram(Address('localhost', target.address.port), b'y').pack()
+        self.assertEqual(Datagram.unpack(client.ask(named)).payload, b'E:y')
+
+
+class AccessTest(FileCase):
+
+    def log_in(self, server, name, password):
+        """Whether it is accepted."""
+        with Peer(server.server_address) as peer:
+            if peer.ask(Greeting(b'\2'), Choice) != Choice(2):
+                return False
+            return peer.ask(Credentials(name, password), Verdict).status == 0
+
+    def test_users_file(self):
+        hashed = [socks.Hashed.make(b'secret')]
+        salt = b'salt'
+        hashed.append('pbkdf2:1000:%s:%s' % (
+            salt.hex(), hashlib.pbkdf2_hmac('sha256', b'secret', salt, 1000).hex()))
+        path = self.write('users', '# ours\nann:pass:word\n\nbob:%s\ncarl:%s\n' % tuple(hashed))
+        users = socks.read_users(path)
+        server = self.serve(users=users)
+        for name, password, right in ((b'ann', b'pass:word', True), (b'bob', b'secret', True),
+                                      (b'carl', b'secret', True), (b'bob', b'secre', False),
+                                      (b'carl', b'', False), (b'dan', b'secret', False),
+                                      (b'bob', hashed[0].encode()[:255], False)):
+            with self.subTest(name, password=password):
+                self.assertEqual(self.log_in(server, name, password), right)
+        self.assertTrue(users[b'bob'].is_known(b'secret'))
+        self.assertFalse(users[b'bob'].is_known(b'secre'))
+
+    def test_wrong_users_files(self):
+        for text in ('bob', ':x', 'bob:a\nbob:b', 'b' * 256 + ':x', 'bob:scrypt:1:2',
+                     'bob:scrypt:1-2:00:00', 'bob:pbkdf2:x:00:00', 'bob:pbkdf2:1:0:00'):
+            path = self.write('users', 'ann:x\n' + text)
+            with self.subTest(text), self.assertRaisesRegex(socks.FileError, r'users:[23]: expect'):
+                socks.read_users(path)
+        path = self.write('users', 'bob:x\n')
+        os.chmod(path, 0o644)
+        with self.assertLogs('socks', 'WARNING') as logged:
+            socks.read_users(path)
+        self.assertIn('others can read it', logged.output[0])
+
+    def test_failures_are_slow_and_limited(self):
+        server = self.serve(users={'bob': 'secret'})
+        started = time.monotonic()
+        self.assertFalse(self.log_in(server, b'bob', b'x'))
+        self.assertGreaterEqual(time.monotonic() - started, socks.LOGIN_DELAY)
+        for _ in range(socks.Failures.LIMIT):
+            server.failures.note('127.0.0.1')
+        self.assertFalse(self.log_in(server, b'bob', b'secret'))
+        server.failures.WINDOW = 0
+        self.assertTrue(self.log_in(server, b'bob', b'secret'))
+        for number in range(2 * socks.Failures.ROOM):       # it does not grow without end
+            server.failures.note(f'10.0.{number >> 8}.{number & 255}')
+        self.assertEqual(len(server.failures._since), socks.Failures.ROOM)
+        self.assertEqual(server.failures._key('2001:db8::1'), server.failures._key('2001:db8::2'))
+
+    def networks(self, *texts):
+        return tuple(map(socks.network, texts))
+
+    def test_networks(self):
+        server = self.serve(clients=self.networks('127.0.0.2/32'))
+        with Peer(server.server_address) as peer:
+            self.assertEqual(peer.rest(), b'')
+        peer = self.peer(server.server_address, ('127.0.0.2', 0))
+        self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
+        eventually(lambda: self.lines)
+        self.assertIn('refused: not from the networks served', self.lines[0])
+
+    def test_trusted_networks(self):
+        server = self.serve(users={'bob': 's'}, trusted=self.networks('127.0.0.2/32'))
+        for source, choice in (('127.0.0.2', 0), ('127.0.0.1', 255)):
+            with Peer(server.server_address, (source, 0)) as peer:
+                self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(choice))
+        with Peer(server.server_address, ('127.0.0.2', 0)) as peer:     # it may send one
+            peer.ask(Greeting(b'\2'), Choice)
+            self.assertEqual(peer.ask(Credentials(b'x', b'y'), Verdict), Verdict(0))
+
+    def test_connections_of_one_client(self):
+        server = self.serve(max_per_client=2)
+        first, second = (self.peer(server.server_address) for _ in range(2))
+        second.ask(Greeting(b'\0'), Choice)
+        with Peer(server.server_address) as third, Peer(
+                server.server_address, ('127.0.0.2', 0)) as other:
+            self.assertEqual(third.rest(), b'')
+            self.assertEqual(other.ask(Greeting(b'\0'), Choice), Choice(0))
+        first.sock.close()
+        eventually(lambda: server.hosts['127.0.0.1'] == 1)
+        self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
+
+    def test_handshakes_make_room(self):
+        server, origin = self.serve(max_handshakes=2), self.origin()
+        near, far = self.tunnel(server, origin)         # is none any more
+        silent = [self.peer(server.server_address) for _ in range(2)]
+        eventually(lambda: len(server.negotiating) == 2)
+        self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
+        self.assertEqual(silent[0].rest(), b'')
+        near.send(b'x')
+        self.assertEqual(far.read(1), b'x')
+
+    def test_ident(self):
+        """5A, 5C and 5D by what the client's host says."""
+        server = self.serve(ident=True)
+        origin = self.origin(echo)
+        self.addCleanup(setattr, socks, 'IDENT_PORT', socks.IDENT_PORT)
+        request = Request4(1, Address('127.0.0.1', origin.port), b'bob')
+        for answer, code in ((' {} : USERID : UNIX : bob', 0x5a),
+                             ('{}:USERID:UNIX,UTF-8:bob', 0x5a), ('{}:USERID:UNIX:eve', 0x5d),
+                             ('{}:USERID:OTHER:bob', 0x5c), ('{}:ERROR:NO-USER', 0x5c),
+                             ('garbage', 0x5c), ('x' * 2000, 0x5c), (None, 0x5c)):
+            def tell(peer):
+                query = peer.sock.makefile('rb').readline().decode().strip()
+                queries.append(query)
+                if answer:
+                    peer.send(answer.format(query).encode() + b'\r\n')
+
+            with self.subTest(answer), Origin(tell) as ident, \
+                    Peer(server.server_address) as peer:
+                queries = []
+                socks.IDENT_PORT = ident.port
+                self.assertEqual(peer.ask(request, Response4).code, code)
+                self.assertEqual(queries, ['%d , %d' % (peer.sock.getsockname()[1],
+                                                        server.server_address.port)])
+        socks.IDENT_PORT = self.refused_port()
+        self.assertEqual(self.peer(server.server_address).ask(request, Response4).code, 0x5c)
+        eventually(lambda: any('SOCKS4 CONNECT' in line and ' bob ' in line for line in self.lines))
+
+
+PROXY2 = '0d0a0d0a000d0a515549540a'
+PROXY_VECTORS = [
+    ('X-01', b'PROXY TCP4 127.0.0.1 127.0.0.1 48604 13501\r\n'.hex() + '050100', '0500', False),
+    ('X-02', PROXY2 + '2111000c7f0000017f000001e81834be050100', '0500', False),
+    ('X-03', PROXY2 + '21210024' + '00' * 15 + '01' + '00' * 15 + '01dcf634be050100', '0500',
+     False),
+    ('X-04', PROXY2 + '20000000', '', False),
+    ('LOCAL, then SOCKS', PROXY2 + '20000000 050100', '0500', False),
+    ('unknown family, more than there must be', PROXY2 + '21000003 aabbcc 050100', '0500', False),
+    ('TLVs', PROXY2 + '21110010 7f0000017f000001e81834be 04000101 050100', '0500', False),
+    ('UNKNOWN', b'PROXY UNKNOWN whatever\r\n'.hex() + '050100', '0500', False),
+    ('X-05', '050100', '', True),
+    ('another version', PROXY2 + '3111000c7f0000017f000001e81834be050100', '', True),
+    ('too short', PROXY2 + '21110008 7f0000017f000001 050100', '', True),
+    ('endless line', b'PROXY TCP4 '.hex() + '31*200', '', True),
+    ('half a line', b'PROXY TCP4 127.0.0.1\r\n'.hex(), '', True),
+    ('wrong address', b'PROXY TCP4 127.0.0.1 x 1 2\r\n'.hex(), '', True),
+    ('wrong port', b'PROXY TCP4 127.0.0.1 127.0.0.1 x 2\r\n'.hex(), '', True),
+]
+
+
+class BalancerTest(VectorCase):
+    NETWORKS = tuple(map(socks.network, ('127.0.0.0/8',)))
+
+    def test_vectors(self):
+        self.check(PROXY_VECTORS, self.serve(balancers=self.NETWORKS))
+
+    def test_announced_client(self):
+        """It is the one of rules, log and trusted networks."""
+        server = self.serve(balancers=self.NETWORKS, users={'bob': 's'},
+                            trusted=tuple(map(socks.network, ('192.0.2.0/24',))))
+        for host, choice in (('192.0.2.7', 0), ('198.51.100.7', 255)):
+            with Peer(server.server_address) as peer:
+                header = socks.ProxyHeader(Address(host, 5), Address('127.0.0.1', 1080))
+                peer.send(header.pack())
+                self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(choice))
+                if not choice:          # and from elsewhere, it may not reach what is local
+                    self.assertEqual(peer.ask(Request(1, Address('127.0.0.1', 1)),
+                                              Response).reply, Reply.NOT_ALLOWED)
+        eventually(lambda: len(self.lines) == 2)
+        self.assertIn('192.0.2.7:5 - SOCKS5 CONNECT', ''.join(self.lines))
+
+    def test_others_need_no_header(self):
+        server = self.serve(balancers=tuple(map(socks.network, ('192.0.2.0/24',))))
+        self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
+
+
+class TlsTest(FileCase):
+    """SOCKS inside of TLS."""
+
+    def setUp(self):
+        socks.carrier()                 # its thread stays
+        super().setUp()
+
+    def context(self, client_ca=False):
+        return socks.tls_context(self.write('cert', CERTIFICATE), self.write('key', KEY),
+                                 self.write('ca', CERTIFICATE) if client_ca else None)
+
+    def connect(self, server, address, context=None, **options):
+        return self.enter(socks.create_connection(
+            address, PATIENCE, proxy=f'socks5h+tls://{server.server_address}',
+            ssl_context=context or client_context(), **options))
+
+    def test_bulk_both_ways_and_half_close(self):
+        server, origin = self.serve(tls=self.context()), self.origin()
+        near = Peer(self.connect(server, ('localhost', origin.port)))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        size = 20 << 20
+        sent = [Background(pour, near, size, 1), Background(pour, far, size, 2)]
+        received = [Background(drink, far), Background(drink, near)]
+        for one, other in zip(sent, received):
+            self.assertEqual(one.result(), other.result())
+        eventually(lambda: self.lines)
+        self.assertRegex(self.lines[0], r': done, 209\d+ bytes up, 209\d+ down')
+
+    def test_one_direction_ends(self):
+        server, origin = self.serve(tls=self.context()), self.origin()
+        near = Peer(self.connect(server, ('localhost', origin.port)))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        near.finish()
+        self.assertEqual(far.rest(), b'')
+        far.send(b'still there')
+        self.assertEqual(near.read(11), b'still there')
+        far.finish()
+        self.assertEqual(near.rest(), b'')
+
+    def test_a_slow_reader_slows_the_sender(self):
+        server, origin = self.serve(tls=self.context()), self.origin()
+        near = Peer(self.connect(server, ('localhost', origin.port)))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        far.sock.settimeout(0.3)
+        sent = 0
+        with self.assertRaises(socket.timeout):
+            while sent < 1 << 28:
+                sent += far.sock.send(b'x' * 65536)
+        self.assertLess(sent, 1 << 26)
+        near.finish()
+        received = 0
+        while received < sent:
+            received += len(near.sock.recv(1 << 20))
+        self.assertEqual(received, sent)
+
+    def test_client_certificates(self):
+        server, origin = self.serve(tls=self.context(True), users={'x': 'y'}), self.origin(echo)
+        context = client_context()
+        with self.assertRaises((GENERAL, ConnectionError)):
+            self.connect(server, ('localhost', origin.port)).recv(1)
+        context.load_cert_chain(self.write('cert', CERTIFICATE), self.write('key', KEY))
+        self.connect(server, ('localhost', origin.port), context).close()
+        eventually(lambda: any(' localhost SOCKS5 CONNECT' in line for line in self.lines))
+
+    def test_udp_is_refused(self):
+        """Unless it is allowed to be in the clear."""
+        target = self.enter(Echo())
+        for allowed in (False, True):
+            server = self.serve(tls=self.context(), udp_over_plain=allowed)
+            with socks.socksocket(type=socket.SOCK_DGRAM) as sock:
+                sock.set_proxy(f'socks5+tls://{server.server_address}')
+                sock.ssl_context = client_context()
+                sock.settimeout(PATIENCE)
+                if allowed:
+                    sock.sendto(b'x', target.address)
+                    self.assertEqual(sock.recv(10), b'E:x')
+                else:
+                    with self.assertRaises(socks.SOCKS5Error) as caught:
+                        sock.sendto(b'x', target.address)
+                    self.assertEqual(caught.exception.reply, Reply.COMMAND_NOT_SUPPORTED)
+
+    def test_no_tls(self):
+        """Plain SOCKS, silence or the end of it where TLS is expected."""
+        server = self.serve(tls=self.context(), handshake_timeout=0.3)
+        for data in ('050100', '', '16030100'):
+            with Peer(server.server_address) as peer:
+                peer.send(hexed(data))
+                with contextlib.suppress(ConnectionResetError):
+                    peer.rest()
+        eventually(lambda: len(self.lines) == 3)
+        self.assertTrue(all('TLS - -: no request: ' in line for line in self.lines), self.lines)
+
+    def test_files(self):
+        for name, options in (('none', {}), ('cert', {'key': 'none'}), ('cert', {'key': 'cert'}),
+                              ('cert', {'key': 'key', 'client_ca': 'key'})):
+            self.write('cert', CERTIFICATE), self.write('key', KEY)
+            path = os.path.join(self.folder, name)
+            options = {key: os.path.join(self.folder, value) for key, value in options.items()}
+            with self.subTest(name), self.assertRaises(socks.FileError):
+                socks.tls_context(path, **options)
+
+
+class UpstreamTest(Case):
+    """A server that sends CONNECT through another one."""
+
+    def test_names_are_passed_on(self):
+        origin = self.origin(echo)
+        last = self.serve()
+        first = self.serve(upstream=tuple(socks.hops(f'socks5h://{last.server_address}')))
+        self.slow_names()
+        peer = self.peer(first.server_address)
+        self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
+        peer.send(b'hello')
+        self.assertEqual(peer.read(5), b'hello')
+        self.assertEqual(self.peer(first.server_address).connect(
+            '127.0.0.1', self.refused_port()).reply, Reply.CONNECTION_REFUSED)
+        peer.sock.close()
+        eventually(lambda: any(f'CONNECT localhost:{origin.port}: done' in line
+                               for line in self.lines))
+
+    def test_what_cannot_be_passed_on(self):
+        dead = f'socks5h://127.0.0.1:{self.refused_port()}'
+        server = self.serve(upstream=tuple(socks.hops(dead)))
+        for command in (2, 3):
+            with Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                self.assertEqual(peer.ask(Request(command, Address('127.0.0.1', 1)),
+                                          Response).reply, Reply.COMMAND_NOT_SUPPORTED)
+        self.assertEqual(self.peer(server.server_address).connect('127.0.0.1', 1).reply,
+                         Reply.GENERAL_FAILURE)
+        with self.assertRaises(socks.ProxyError):
+            socks.run(socks.reach(socks.hops(dead), Address('127.0.0.1', 1)))
+
+
+class ServiceTest(FileCase):
+    """The server as a process: signals, workers, systemd."""
+
+    def tunnel_through(self, program, origin):
+        near = self.peer(program.address)
+        self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
+        return near, eventually(lambda: origin.peers and origin.peers.pop())
+
+    def test_drain(self):
+        """TERM: no new clients; those that there are may end."""
+        origin = self.origin()
+        with Program('--drain', '20') as program:
+            near, far = self.tunnel_through(program, origin)
+            program.process.send_signal(signal.SIGTERM)
+            eventually(lambda: not listens(program.port))
+            far.send(b'to the last byte')
+            far.finish()
+            near.finish()
+            self.assertEqual(near.rest(), b'to the last byte')
+            self.assertEqual(program.process.wait(PATIENCE), 0)
+        for seconds, second in (('0.2', None), ('20', signal.SIGTERM), ('20', signal.SIGINT)):
+            with self.subTest(second), Program('--drain', seconds) as program:
+                self.tunnel_through(program, origin)
+                program.process.send_signal(signal.SIGTERM)
+                eventually(lambda: not listens(program.port))
+                self.assertEqual(program.stop(second) if second else
+                                 program.process.wait(PATIENCE), 0)
+
+    def test_reload(self):
+        """HUP: new rules and users, old tunnels; a file that is wrong changes nothing."""
+        rules, users = self.write('rules', 'allow to *'), self.write('users', 'bob:s')
+        log = os.path.join(self.folder, 'log')
+        origin = self.origin()
+        with Program('--rules', rules, '--users', users, '--log-file', log,
+                     '--trust', '127.0.0.0/8') as program:
+            def logged(text):
+                with open(log) as file:
+                    return text in file.read()
+
+            tunnels = [self.tunnel_through(program, origin) for _ in range(20)]
+            self.write('rules', 'deny to *')
+            program.process.send_signal(signal.SIGHUP)
+            eventually(lambda: logged('INFO reloaded'))
+            self.assertEqual(self.peer(program.address).connect('127.0.0.1', origin.port).reply,
+                             Reply.NOT_ALLOWED)
+            self.write('rules', 'allow to *\nnonsense')
+            os.rename(log, log + '.1')
+            program.process.send_signal(signal.SIGHUP)
+            eventually(lambda: os.path.exists(log) and logged("rules:2: 'nonsense', expected"))
+            self.assertEqual(self.peer(program.address).connect('127.0.0.1', origin.port).reply,
+                             Reply.NOT_ALLOWED)
+            for near, far in tunnels:
+                far.send(b'x')
+                self.assertEqual(near.read(1), b'x')
+
+    def test_table(self):
+        origin = self.origin()
+        with Program() as program:
+            near, far = self.tunnel_through(program, origin)
+            near.send(b'12345')
+            far.read(5)
+            program.process.send_signal(signal.SIGUSR1)
+            eventually(lambda: program.so_far().count('\n') >= 3)
+        self.assertRegex(program.log, r'process \d+: 1 clients now, 0 before')
+        self.assertRegex(program.log, r'\d  -     SOCKS5    CONNECT  127.0.0.1:\d+  5   0     0')
+
+    def test_workers(self):
+        """They share the work; a dead one is replaced; they do not outlive their parent."""
+        origin, target = self.origin(echo), self.enter(Echo())
+        with Program('-w', '3') as program:
+            def workers():
+                done = run('ps', '-o', 'pid=', '--ppid', str(program.process.pid))
+                return [int(pid) for pid in done.stdout.split()]
+
+            first = eventually(lambda: len(workers()) == 3 and workers())
+            url = f'socks5h://127.0.0.1:{program.port}'
+            for _ in range(9):
+                with socks.create_connection(('127.0.0.1', origin.port), proxy=url) as sock:
+                    sock.sendall(b'hello')
+                    self.assertEqual(sock.recv(5, socket.MSG_WAITALL), b'hello')
+            with socks.create_server(proxy=url, timeout=PATIENCE) as waiting:
+                with self.peer(waiting.getsockname()):
+                    waiting.accept()[0].close()
+            with socks.socksocket(type=socket.SOCK_DGRAM, proxy=url) as sock:
+                sock.settimeout(PATIENCE)
+                sock.sendto(b'x', target.address)
+                self.assertEqual(sock.recv(10), b'E:x')
+            os.kill(first[0], signal.SIGKILL)
+            started = time.monotonic()
+            eventually(lambda: len(workers()) == 3 and first[0] not in workers())
+            self.assertLess(time.monotonic() - started, 1)
+            last = workers()
+            program.process.kill()
+            program.process.wait()
+            for pid in last:
+                eventually(lambda: not os.path.exists(f'/proc/{pid}'))
+        with Program('-w', 'auto', '--drain', '1') as program:
+            self.assertEqual(program.stop(), 0)
+        self.assertNotIn('Traceback', program.log)
+
+    def test_socket_activation(self):
+        """systemd hands over sockets, and is told how it goes."""
+        path = os.path.join(self.write('x', ''), '..', 'notify')
+        path = os.path.normpath(path)
+        notify = self.enter(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        notify.bind(path)
+        notify.settimeout(PATIENCE)
+        origin = self.origin(echo)
+        sockets = [self.enter(socket.socket()) for _ in range(2)]
+        for sock in sockets:
+            sock.bind(('127.0.0.1', 0))
+            sock.listen(5)
+        script = ('exec 3<&%d 4<&%d; LISTEN_PID=$$ LISTEN_FDS=2 exec "$0" "$@"'
+                  % tuple(sock.fileno() for sock in sockets))
+        for options in ((), ('-w', '2')):
+            process = self.enter(subprocess.Popen(
+                ['sh', '-c', script, sys.executable, os.path.join(HERE, 'socks.py'), *options],
+                pass_fds=[sock.fileno() for sock in sockets], stderr=subprocess.PIPE,
+                env=dict(os.environ, NOTIFY_SOCKET=path, WATCHDOG_USEC='200000')))
+            seen = set()
+            while not seen >= {b'READY=1', b'WATCHDOG=1'}:
+                seen.add(notify.recv(100))
+            for sock in sockets:
+                with socks.create_connection(('127.0.0.1', origin.port), proxy='socks5h://%s:%d'
+                                             % sock.getsockname()) as sock:
+                    sock.sendall(b'hello')
+                    self.assertEqual(sock.recv(5, socket.MSG_WAITALL), b'hello')
+            if not options:
+                process.send_signal(signal.SIGHUP)
+                while not notify.recv(100).startswith(b'RELOADING=1\nMONOTONIC_USEC='):
+                    pass
+            process.send_signal(signal.SIGTERM)
+            while notify.recv(100) != b'STOPPING=1':
+                pass
+            process.communicate(timeout=PATIENCE)
+            self.assertEqual(process.returncode, 0)
+
+    def test_json_log(self):
+        log = os.path.join(os.path.dirname(self.write('x', '')), 'log')
+        origin = self.origin(echo)
+        with Program('--log-file', log, '--log-format', 'json') as program:
+            self.tunnel_through(program, origin)[0].sock.close()
+            eventually(lambda: open_text(log).count('\n') == 2)
+        first, second, *_ = map(json.loads, open_text(log).splitlines())
+        self.assertEqual((first['level'], first['message']),
+                         ('INFO', f'listening on 127.0.0.1:{program.port}'))
+        self.assertEqual((second['protocol'], second['command'], second['outcome'], second['up']),
+                         ('SOCKS5', 'CONNECT', 'done', 0))
+
+    def test_the_journal_has_its_own_time(self):
+        with Program(JOURNAL_STREAM='8:1') as program:
+            program.stop()
+        self.assertTrue(program.log.startswith('INFO listening on '))
+
+    def test_check(self):
+        good = self.write('rules', 'allow to *'), self.write('users', 'bob:s')
+        bad = self.write('bad', 'nonsense')
+        for arguments, status, text in (
+                (('--rules', good[0], '--users', good[1]), 0, ''), (('--rules', bad), 1, 'bad:1:'),
+                (('--users', bad), 1, 'bad:1:'), (('--users', bad + 'x'), 1, 'No such file'),
+                (('--tls-cert', bad), 1, 'bad: '), (('--source', '203.0.113.1'), 1, 'not ours')):
+            with self.subTest(arguments):
+                done = run(sys.executable, os.path.join(HERE, 'socks.py'), '--check', *arguments)
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertIn(text, done.stderr)
+                self.assertLessEqual(done.stderr.count('\n'), 1)
+
+    def test_hash_password(self):
+        done = subprocess.run([sys.executable, os.path.join(HERE, 'socks.py'), '--hash-password'],
+                              input='secret\n', stdout=subprocess.PIPE, universal_newlines=True)
+        self.assertTrue(socks.Hashed(done.stdout.strip()).verify(b'secret'))
+
+
+def open_text(path):
+    """What stands in a file; nothing if there is none."""
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        return file.read()
+    return ''
 
 
 # ------------------------------------------------------------------------- command line and README
@@ -2797,6 +3616,10 @@ class Program:
         """The exit status."""
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)
+
+    def so_far(self):
+        """What is logged already."""
+        return os.pread(self.errors.fileno(), 1 << 20, 0).decode()
 
     def __exit__(self, *exc_info):
         if self.process.poll() is None:
@@ -3117,6 +3940,68 @@ class ForeignTest(Case):
                            '--noproxy', '*', self.url)
                 self.assertEqual((done.returncode, done.stdout), (0, 'hello\n'))
 
+    # Load balancers and TLS
+
+    @needs('haproxy', 'curl')
+    def test_haproxy(self):
+        """It shares the clients out, tells who they are, and goes on when a server has died."""
+        folder = self.enter(tempfile.TemporaryDirectory())
+        rules = os.path.join(folder, 'rules')
+        with open(rules, 'w') as file:
+            file.write('allow from 127.0.0.2 to 127.0.0.0/8\n')
+        origin, port = self.origin(), unused_port()
+        options = '--proxy-protocol', '127.0.0.0/8', '--rules', rules
+        with Program(*options) as one, Program(*options) as two:
+            config = os.path.join(folder, 'haproxy.cfg')
+            with open(config, 'w') as file:
+                file.write(HAPROXY.format(port=port, one=one.port, two=two.port))
+            with self.program(port, 'haproxy', '-db', '-f', config):
+                tunnels = []
+                for _ in range(4):
+                    near = self.peer(('127.0.0.1', port), ('127.0.0.2', 0))
+                    self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
+                    tunnels.append((near, eventually(lambda: origin.peers and origin.peers.pop())))
+                self.assertEqual(self.peer(('127.0.0.1', port), ('127.0.0.3', 0)).connect(
+                    '127.0.0.1', origin.port).reply, Reply.NOT_ALLOWED)
+                url = f'http://127.0.0.1:{self.site.port}/'
+                proxy = f'127.0.0.1:{port}'
+                curl = ('curl', '-sS', '--noproxy', '', '--interface', '127.0.0.2', '-x',
+                        f'socks5h://{proxy}', url)
+                self.assertEqual(run(*curl).stdout, 'hello\n')
+                one.process.kill()
+                one.process.wait()
+                alive = 0
+                for near, far in tunnels:
+                    with contextlib.suppress(OSError, EOFError):
+                        far.send(b'x')
+                        near.read(1)
+                        alive += 1
+                self.assertEqual(alive, 2)
+                eventually(lambda: run(*curl).stdout == 'hello\n')
+                self.assertTrue(all(run(*curl).stdout == 'hello\n' for _ in range(4)))
+        self.assertIn(' INFO 127.0.0.2:', two.log)
+        self.assertNotIn('no request', two.log)
+
+    @needs('openssl')
+    def test_openssl_client(self):
+        """A client of plain SOCKS behind `openssl s_client`, with and without a certificate."""
+        folder = self.enter(tempfile.TemporaryDirectory())
+        path = os.path.join(folder, 'both')
+        with open(path, 'w') as file:
+            file.write(KEY + CERTIFICATE)
+        server = self.serve(tls=socks.tls_context(path, client_ca=path))
+        for options, expected in (('-cert', path), b'\5\0\5\0\0\1'), ((), b''):
+            process = self.enter(subprocess.Popen(
+                ['openssl', 's_client', '-quiet', '-connect', str(server.server_address), *options],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(Greeting(b'\0').pack() + Request(
+                    1, Address('127.0.0.1', self.site.port)).pack() + HTTP)
+                process.stdin.flush()
+            self.assertEqual(process.stdout.read(6), expected)
+            self.assertEqual(process.stdout.read()[-6:], b'hello\n' if expected else b'')
+        eventually(lambda: any(' localhost SOCKS5 CONNECT' in line for line in self.lines))
+
     # ssh, in front of us and behind us
 
     def sshd(self):
@@ -3299,6 +4184,21 @@ class InsideTorsocks(Case):
         self.assertEqual(done.stdout, 'hello\n', done.stderr)
         self.assertTrue(any('RESOLVE site.example' in line for line in self.lines))
 
+
+HAPROXY = '''
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    retries 3
+    option redispatch
+listen socks
+    bind 127.0.0.1:{port}
+    balance roundrobin
+    server one 127.0.0.1:{one} send-proxy-v2 check check-send-proxy inter 200ms fall 1
+    server two 127.0.0.1:{two} send-proxy-v2 check check-send-proxy inter 200ms fall 1
+'''
 
 DANTE = '''
 logoutput: /dev/null

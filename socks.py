@@ -50,7 +50,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections import Counter, deque
+from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -1940,6 +1940,11 @@ class Pipe:
         self.count = len(load)          # bytes taken from the source
         self.events = 0                 # what the loop watches the source for
 
+    @property
+    def client(self):
+        """Whom the loop says it about if something goes wrong here."""
+        return self.tunnel.client
+
     def ready(self, _, events):
         """The loop saw `events` at the source, which is also the twin's sink."""
         events &= self.events           # an earlier one of the same round may have changed them
@@ -1982,7 +1987,7 @@ class Pipe:
             self.tunnel.moved = self.tunnel.loop.now
             self.pour(self.load)
             self.tunnel.watch()
-        elif self.done:
+        elif getattr(self.sink, 'unsent', False):
             with contextlib.suppress(OSError):
                 self.sink.flush()
             self.tunnel.watch()
@@ -2019,7 +2024,7 @@ class Pipe:
 
     def wanted(self):
         """What this pipe and its twin wait for at the source."""
-        writing = self.twin.load or self.twin.done and getattr(self.source, 'unsent', False)
+        writing = self.twin.load or getattr(self.source, 'unsent', False)
         return (0 if self.load or self.done else READ) | (WRITE if writing else 0)
 
     def watch(self):
@@ -2288,12 +2293,12 @@ class UdpRelay(Relay):
     def ready(self, sock, _):
         if not self.client:             # closed by an earlier event of this round
             return
-        if sock is self.control:
-            self.listen()
-        elif sock is self.near:
+        if sock is self.near:
             self.from_client()
-        else:
+        elif sock in self.far.values():
             self.from_target(sock)
+        else:                           # the control connection, or the socket below its TLS
+            self.listen()
 
     def listen(self):
         """What a client says on its TCP connection means nothing, but that it ends does."""
@@ -2928,7 +2933,7 @@ class Client:
         self.server = server
         self.address = address          # a load balancer may tell of another than the peer's
         self.peer = address
-        self.is_counted = False         # in server.hosts
+        self.is_counted = False         # see `Roster`
         self.protocol = self.user = self.target = '-'
         self.command = None             # a `Command`
         self.started = time.monotonic()
@@ -2985,7 +2990,7 @@ class Negotiation(socketserver.BaseRequestHandler):
         try:
             yield from self.prepare()
             request = yield from self.negotiate()
-            self.server.negotiating.pop(self.client, None)
+            self.server.roster.negotiating.pop(self.client, None)
         except ProxyError as error:
             return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
@@ -3333,6 +3338,71 @@ def clients_possible():
     return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
 
 
+def bound_to_all(host, port):
+    """Sockets bound to all addresses of `host` that are here; OSError if none is."""
+    try:
+        addresses = run(resolve(Address(host, 0)))
+    except OSError as error:
+        raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+    missing, sockets = None, []
+    for ip, _ in addresses:
+        try:
+            sockets.append(bound(Address(ip, port)))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                for sock in sockets:
+                    sock.close()
+                raise
+            missing = error
+        else:
+            port = sockets[-1].getsockname()[1]     # a free one serves all of them
+    if not sockets:
+        raise missing
+    return sockets
+
+
+class Roster:
+    """Whom a server serves, and what it did for others before.
+
+    negotiating   tasks by client, in the order in which they began, of those that have not said
+                  yet what they want
+    hosts         connections by client's IP address, if that is limited
+    ended         clients before, who sent `up` bytes and got `down`
+    """
+
+    def __init__(self):
+        self.negotiating, self.hosts = {}, {}
+        self.ended = self.up = self.down = 0
+        self._lock = threading.Lock()   # for the threads of all loops
+
+    def add(self, client, task, limit):
+        """A client begins to negotiate; the first of more than `limit` makes room."""
+        self.negotiating[client] = task
+        if len(self.negotiating) > limit:
+            next(iter(self.negotiating.values())).close('others want to begin, too')
+
+    def count(self, client, limit):
+        """Raise Refused if there are so many connections from its address."""
+        host = client.address.host
+        with self._lock:
+            if self.hosts.get(host, 0) >= limit:
+                raise Refused('too many connections from there')
+            self.hosts[host] = self.hosts.get(host, 0) + 1
+            client.is_counted = True
+
+    def remove(self, client, up, down):
+        with self._lock:
+            self.negotiating.pop(client, None)
+            self.ended += 1
+            self.up += up
+            self.down += down
+            if client.is_counted:
+                host = client.address.host
+                self.hosts[host] -= 1
+                if not self.hosts[host]:
+                    del self.hosts[host]
+
+
 class Helpers:
     """Threads, each with a loop, for tunnels that carry much.
 
@@ -3407,13 +3477,10 @@ class Server(socketserver.ThreadingTCPServer):
         self.max_clients = self.settings.max_clients or clients_possible()
         self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
         self.listeners = [*listeners]   # sockets
-        self.addresses = [Address.of(sock.getsockname()) for sock in listeners]
+        self.addresses = []             # theirs, as `Address`
         self.failures = Failures()
-        self.negotiating = {}           # tasks by client, in the order in which they began
-        self._counting = threading.Lock()
+        self.roster = Roster()
         self._draining = False
-        self.hosts = Counter()          # clients by IP address
-        self.totals = Counter()         # clients and bytes, of those that have ended
         self.due = None                 # for `Timers`: the end of a pause
         self._accepting = False
         self._starving = False
@@ -3433,38 +3500,15 @@ class Server(socketserver.ThreadingTCPServer):
     def server_bind(self):
         free_port = 0
         for host, port in () if self.listeners else self.server_address:
-            self._bind(host, port or free_port)
+            self.listeners += bound_to_all(host, port or free_port)
             if not port:
-                free_port = self.addresses[-1].port
+                free_port = self.listeners[-1].getsockname()[1]
         for sock in self.listeners:
             sock.setblocking(False)
+            self.addresses.append(Address.of(sock.getsockname()))
         self._refuse_open_proxy()
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
-
-    def _bind(self, host, port):
-        """Bind to all addresses of `host` that are here; one must be."""
-        missing, before = None, len(self.listeners)
-        for ip, _ in self._resolve(host):
-            try:
-                sock = bound(Address(ip, port))
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error
-                continue
-            self.listeners.append(sock)
-            self.addresses.append(Address.of(sock.getsockname()))
-            port = self.addresses[-1].port      # a free one serves all of them
-        if missing and len(self.listeners) == before:
-            raise missing
-
-    @staticmethod
-    def _resolve(host):
-        try:
-            return run(resolve(Address(host, 0)))
-        except OSError as error:
-            raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
 
     def _refuse_open_proxy(self):
         settings = self.settings
@@ -3593,27 +3637,18 @@ class Server(socketserver.ThreadingTCPServer):
             self.loop.stop()
 
     def client_ended(self, client, up, down):
-        """Count a client that is served no more; called in the thread of any loop."""
-        host = client.address.host
-        with self._counting:
-            self.totals.update(clients=1, up=up, down=down)
-            self.hosts[host] -= client.is_counted
-            if not self.hosts[host]:
-                del self.hosts[host]
-            self.negotiating.pop(client, None)
+        """A client is served no more; called in the thread of any loop."""
+        self.roster.remove(client, up, down)
         if not self._accepting:
             self.loop.call(self, self.expire if not self._draining else self._end_if_idle)
 
     def admit(self, client):
-        """Raise Refused unless `client` may use the server at all, and count it."""
-        settings, host = self.settings, client.address.host
-        if settings.clients and not is_in(host, settings.clients):
+        """Raise Refused unless `client` may use the server at all."""
+        settings = self.settings
+        if settings.clients and not is_in(client.address.host, settings.clients):
             raise Refused('not from the networks served')
-        with self._counting:
-            if 0 < settings.max_per_client <= self.hosts[host]:
-                raise Refused('too many connections from there')
-            self.hosts[host] += 1
-            client.is_counted = True
+        if settings.max_per_client:
+            self.roster.count(client, settings.max_per_client)
 
     def close(self, outcome):
         """As an item of its loop; the listeners are closed by server_close()."""
@@ -3626,9 +3661,7 @@ class Server(socketserver.ThreadingTCPServer):
         client = Client(self, Address.of(client_address))
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
-        self.negotiating[client] = task
-        if len(self.negotiating) > self.max_handshakes:
-            next(iter(self.negotiating.values())).close('others want to begin, too')
+        self.roster.add(client, task, self.max_handshakes)
         self.loop.attempt(task, task.start, self.loop)
 
     def handle_error(self, request, client_address):
@@ -4569,10 +4602,9 @@ def table(server):
     rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
              for line in sorted(lines, key=lambda line: -line.seconds)]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    totals = server.totals
-    return '\n'.join([f'process {os.getpid()}: {len(lines)} clients now, '
-                      f'{totals["clients"]} before, with {totals["up"]} bytes up and '
-                      f'{totals["down"]} down'] + [
+    roster = server.roster
+    return '\n'.join([f'process {os.getpid()}: {len(lines)} clients now, {roster.ended} before, '
+                      f'with {roster.up} bytes up and {roster.down} down'] + [
         '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows])
 
 

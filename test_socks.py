@@ -206,11 +206,21 @@ class Origin(socketserver.ThreadingTCPServer):
 
 
 class Case(unittest.TestCase):
-    """A test that leaves no thread and no descriptor behind."""
+    """A test that leaves no thread and no descriptor behind, and meets no bug in a loop."""
 
     def setUp(self):
         before = threading.active_count(), descriptors()
         self.addCleanup(self.check_leaks, before)
+        self.bugs = logging.Handler(logging.ERROR)
+        self.bugs.records = []
+        self.bugs.emit = self.bugs.records.append
+        socks.log.addHandler(self.bugs)
+        self.addCleanup(self.check_bugs)
+
+    def check_bugs(self):
+        socks.log.removeHandler(self.bugs)
+        self.assertEqual([logging.Formatter().format(record) for record in self.bugs.records
+                          if 'this is a bug' in record.getMessage()], [])
 
     def check_leaks(self, before):
         with self.subTest('leaks'):
@@ -1738,6 +1748,7 @@ class LifecycleTest(Case):
         with Peer(server.server_address) as peer:
             self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
         self.assertRegex(self.lines[0], r'^127.0.0.1:\d+: this is a bug$')
+        self.bugs.records.clear()
         eventually(lambda: not server.clients)
 
 
@@ -3193,14 +3204,14 @@ class AccessTest(FileCase):
             self.assertEqual(third.rest(), b'')
             self.assertEqual(other.ask(Greeting(b'\0'), Choice), Choice(0))
         first.sock.close()
-        eventually(lambda: server.hosts['127.0.0.1'] == 1)
+        eventually(lambda: server.roster.hosts['127.0.0.1'] == 1)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
 
     def test_handshakes_make_room(self):
         server, origin = self.serve(max_handshakes=2), self.origin()
         near, far = self.tunnel(server, origin)         # is none any more
         silent = [self.peer(server.server_address) for _ in range(2)]
-        eventually(lambda: len(server.negotiating) == 2)
+        eventually(lambda: len(server.roster.negotiating) == 2)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
         self.assertEqual(silent[0].rest(), b'')
         near.send(b'x')
@@ -3357,6 +3368,8 @@ class TlsTest(FileCase):
                 if allowed:
                     sock.sendto(b'x', target.address)
                     self.assertEqual(sock.recv(10), b'E:x')
+                    sock.close()        # and with it the association
+                    eventually(lambda: not server.clients)
                 else:
                     with self.assertRaises(socks.SOCKS5Error) as caught:
                         sock.sendto(b'x', target.address)

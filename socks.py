@@ -620,9 +620,10 @@ class ProxyHeader(NamedTuple):
         words = line.decode('latin-1').split(' ')
         if words[:2] == ['PROXY', 'UNKNOWN']:
             return cls()
-        if (len(words) != 6 or words[:2] not in (['PROXY', 'TCP4'], ['PROXY', 'TCP6'])
-                or None in map(ip_bytes, words[2:4])
-                or not all(re.match('[0-9]{1,5}$', port) for port in words[4:])):
+        size = {'TCP4': 4, 'TCP6': 16}.get(words[1] if len(words) == 6 else '')
+        if (words[0] != 'PROXY' or any(len(ip_bytes(host) or b'') != size for host in words[2:4])
+                or not all(re.match('[0-9]{1,5}$', port) and int(port) < 65536
+                           for port in words[4:])):
             raise ProtocolError(f'PROXY line {line!r} is malformed')
         source, destination = zip(words[2:4], map(int, words[4:]))
         return cls(Address(*source), Address(*destination))
@@ -690,6 +691,9 @@ def canonical(address):
     except ValueError:
         raise ProtocolError(f'host name {shown(host)} is not text') from None
     name = name[:-1] if name.endswith(b'.') else name
+    if name[-1:].isdigit() or name.startswith(b'0x'):       # 127.1, 0x7f1, as resolvers read it
+        with contextlib.suppress(OSError):
+            return Address(socket.inet_ntoa(socket.inet_aton(name.decode())), port)
     if not name or any(byte <= 32 or byte in b':%\x7f' for byte in name):
         raise ProtocolError(f'host name {shown(host)} is empty or has characters that no name has')
     return Address(name.decode(), port)
@@ -713,9 +717,13 @@ class Wait(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Resume with what function() returns or raises; socket.timeout after `until`."""
+    """Resume with what function() returns or raises; socket.timeout after `until`.
+
+    Of what is costly, that is keeps a processor busy, only little is done at a time.
+    """
     function: Callable
     until: Optional[float] = None
+    is_costly: bool = False
 
 
 def run(conversation):
@@ -914,7 +922,7 @@ class Secure:
         import ssl                      # here, because few need it and it is large
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._waits, self._error = ssl.SSLWantReadError, ssl.SSLError
+        self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._cipher = b''              # made, but not taken by the socket
         self._plain = 0                 # bytes that it stands for
@@ -943,6 +951,8 @@ class Secure:
             yield from ready([self._sock], (), until)
             with contextlib.suppress(*BLOCKED):
                 self._feed(self.RECORD)
+            if self._ended:
+                raise EOFError('Connection closed unexpectedly')
 
     def peer_certificate(self):
         """As SSLSocket.getpeercert() has it; empty without one."""
@@ -966,11 +976,8 @@ class Secure:
 
     def _feed(self, size):
         data = self._sock.recv(size)
-        if data:
-            self._incoming.write(data)
-        else:
-            self._ended = True
-            self._incoming.write_eof()
+        self._incoming.write(data)
+        self._ended = not data
 
     def recv_into(self, buffer, size):
         """Read what the socket has, but of `size` bytes; `buffer` has room for a RECORD more."""
@@ -990,9 +997,10 @@ class Secure:
                         raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record') from None
                     self._feed(min(size, len(buffer) - self.RECORD))
                     fed = True
-        except self._error as error:    # an end that TLS was not told of is an end as well
-            if not (self._ended or type(error).__name__ == 'SSLZeroReturnError'):
-                raise
+                    if self._ended:     # TLS was not told, which concerns this direction only
+                        break
+        except self._closed:
+            pass
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
         return count
@@ -1236,12 +1244,17 @@ EMBEDDED = {
 
 
 @functools.lru_cache(4096)
+def with_embedded(host):
+    """The IP address `host`, and any IPv4 address within it, as ip_addresses."""
+    ip = ipaddress.ip_address(host)
+    return [ip] + [ipaddress.ip_address(ip.packed[place:place + 4])
+                   for network, place in EMBEDDED.items() if ip in network]
+
+
+@functools.lru_cache(4096)
 def is_local(host):
     """Whether the IP address `host`, or an IPv4 address within it, is in LOCAL_NETWORKS."""
-    ip = ipaddress.ip_address(host)
-    ips = [ip] + [ipaddress.ip_address(ip.packed[place:place + 4])
-                  for network, place in EMBEDDED.items() if ip in network]
-    return any(ip in network for ip in ips for network in LOCAL_NETWORKS)
+    return any(ip in network for ip in with_embedded(host) for network in LOCAL_NETWORKS)
 
 
 @functools.lru_cache(4096)
@@ -1317,9 +1330,14 @@ class Rule(NamedTuple):
                    for each in self.names)
 
     def is_for_host(self, host, name):
-        """`host` is an IP address; `name` the name that stands for it, or None."""
-        return (not (self.names or self.networks) or self.networks and is_in(host, self.networks)
-                or name and self.is_for_name(name))
+        """`host` is an IP address; `name` the name that stands for it, or None.
+
+        Who denies a network denies the ways around it as well.
+        """
+        if not (self.names or self.networks) or name and self.is_for_name(name):
+            return True
+        hosts = [host] if self.allow else map(str, with_embedded(host))
+        return any(is_in(each, self.networks) for each in hosts)
 
 
 def first_rule(rules, client, target, name=None):
@@ -1331,10 +1349,11 @@ def first_rule(rules, client, target, name=None):
     raise Refused(f'no rule is for {target}')
 
 
-def judge_name(rules, client, target):
+def judge_name(rules, client, target, is_final):
     """Raise Refused if whatever address a name may have, `client` may not reach it.
 
-    So what is forbidden is not even looked up.
+    So what is forbidden is not even looked up.  `is_final`: nor will it be, and its address cannot
+    be what makes it allowed.
     """
     for rule in rules:
         if rule.concerns(client, target.port):
@@ -1342,7 +1361,7 @@ def judge_name(rules, client, target):
                 if rule.allow:
                     return
                 raise Refused(f'{rule.place} denies {target}')
-            if rule.allow and rule.networks:
+            if rule.allow and rule.networks and not is_final:
                 return                  # it may be in there
     raise Refused(f'no rule is for {target}')
 
@@ -1365,7 +1384,9 @@ def parse_rule(text, place):
     section, sections = 'commands', {'user': 'users', 'from': 'clients', 'to': 'names'}
     anything = False
     for word in words:
-        if word in sections and section != 'names':
+        if word in sections:
+            if section == 'names' or section != 'commands' and not parts[section]:
+                raise FileError(f'{place}: {word!r} is not expected here')
             section = sections[word]
         elif section == 'commands':
             if word not in RULE_COMMANDS:
@@ -1423,7 +1444,7 @@ def read_lines(path):
 
 def read_rules(path):
     """The `Rule`s in a file; FileError says where it is wrong."""
-    return tuple(parse_rule(line.decode('utf-8', 'replace').partition(' #')[0], place)
+    return tuple(parse_rule(re.split(r'\s#', line.decode('utf-8', 'replace'))[0], place)
                  for place, line in read_lines(path))
 
 
@@ -1440,8 +1461,12 @@ class Hashed:
     def __init__(self, text):
         self._method, parameters, salt, digest = text.split(':')
         self._parameters = [int(number) for number in parameters.split('-')]
-        self._salt, self._digest = bytes.fromhex(salt), bytes.fromhex(digest)
-        if (self._method, len(self._parameters)) not in (('scrypt', 3), ('pbkdf2', 1)):
+        self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
+        numbers = self._parameters
+        if not (self._method == 'pbkdf2' and len(numbers) == 1 and numbers[0] > 0
+                or self._method == 'scrypt' and len(numbers) == 3 and min(numbers) > 0
+                and numbers[0] > 1 and not numbers[0] & numbers[0] - 1
+                and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64):
             raise ValueError(self._method)
         self._right = None
 
@@ -1473,7 +1498,7 @@ class Hashed:
     def verify(self, password):
         """Whether it is right; takes long."""
         import hmac
-        same = hmac.compare_digest(self._hash(password), self._digest)
+        same = hmac.compare_digest(self._hash(password), self.digest)
         if same:
             self._right = self._quick(password)
         return same
@@ -1484,13 +1509,15 @@ def read_users(path):
     wrong.  Warns if others can read it."""
     users = {}
     for place, line in read_lines(path):
-        name, colon, password = line.partition(b':')
-        if not colon or not 0 < len(name) < 256 or len(password) > 255 or name in users:
-            raise FileError(f'{place}: expected NAME:PASSWORD, of 255 bytes at most each, and '
-                             f'each name once')
+        name, _, password = line.partition(b':')
+        if not (0 < len(name) < 256 and 0 < len(password) < 256) or name in users:
+            raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each, and each '
+                            f'name once')
         if password.startswith((b'scrypt:', b'pbkdf2:')):
             try:
                 password = Hashed(password.decode('ascii'))
+                if len(password.digest) != 32:
+                    raise ValueError
             except ValueError:
                 raise FileError(f'{place}: expected a line of --hash-password') from None
         users[name] = password
@@ -1499,15 +1526,19 @@ def read_users(path):
     return users
 
 
-def authenticate(users, credentials):
+def authenticate(users, credentials, until=None):
     """Conversation: whether `credentials` are one of the users'."""
     import hmac                         # here, because few servers need it and it is large
     password = users.get(credentials.username)
+    is_user = password is not None
+    if not is_user:                     # let it take as long as if it were
+        password = next((each for each in users.values() if isinstance(each, Hashed)), b'')
     if isinstance(password, Hashed):
-        return password.is_known(credentials.password) or (
-            yield Call(functools.partial(password.verify, credentials.password)))
-    same = hmac.compare_digest(credentials.password, password or b'')
-    return same and password is not None
+        same = password.is_known(credentials.password) or (yield Call(
+            functools.partial(password.verify, credentials.password), until, True))
+    else:
+        same = hmac.compare_digest(credentials.password, password)
+    return same and is_user
 
 
 class Failures:
@@ -1530,6 +1561,11 @@ class Failures:
         if len(self._since) >= self.ROOM:
             del self._since[next(iter(self._since))]
         self._since.setdefault(key, [now, 0])[1] += 1
+
+    def forgive(self, host):
+        """The last one was none."""
+        with contextlib.suppress(KeyError):
+            self._since[self._key(host)][1] -= 1
 
     def too_many(self, host):
         since, count = self._since.get(self._key(host), (0, 0))
@@ -1621,14 +1657,16 @@ class Loop:
     expire()               its time has passed
     close(outcome)         give everything back
 
-    Other threads use only call() and stop().  `crew` does what blocks.  relieve(tunnel), if there
+    Other threads use only call() and stop().  `crew` does what blocks, `costly_crew` what also
+    takes much of a processor.  relieve(tunnel), if there
     is one, is called for a tunnel that turned out to carry much.
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
     client = None                       # as an item of itself, for its waker
 
-    def __init__(self, crew=None, relieve=None):
+    def __init__(self, crew=None, relieve=None, costly_crew=None):
         self.crew = crew
+        self.costly_crew = costly_crew
         self.relieve = relieve
         self.items = set()
         self.timers = Timers()
@@ -1766,7 +1804,8 @@ class Task:
         if isinstance(wish, Call):
             self._call = wish
             try:
-                self.loop.crew.run(self._work, wish)
+                crew = self.loop.costly_crew if wish.is_costly else self.loop.crew
+                crew.run(self._work, wish)
             except RuntimeError as error:           # no thread to be had
                 self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
         else:
@@ -3073,7 +3112,7 @@ class Negotiation(socketserver.BaseRequestHandler):
         reached = self.reached or Address.of(self.request.getsockname())
         query = IdentQuery(self.client.address.port, reached.port)
         try:
-            source = () if self.reached else (plain_ip(reached.host),)
+            source = () if self.reached else (canonical(reached).host,)
             ident = Address(self.client.address.host, IDENT_PORT)
             sock = yield from dial([ident], until, source)
             with sock:
@@ -3126,14 +3165,12 @@ class Negotiation(socketserver.BaseRequestHandler):
             return
         self.client.user = shown(name_text(credentials.username))
         host, until = self.client.address.host, after(LOGIN_DELAY)
-        failures = self.server.failures
-        if failures.too_many(host):
-            why = 'too many wrong passwords'
-        elif (yield from authenticate(self.settings.users, credentials)):
-            return
-        else:
-            failures.note(host)
+        failures, why = self.server.failures, 'too many wrong passwords'
+        if not failures.too_many(host):
             why = 'wrong user name or password'
+            failures.note(host)         # before it is known, as many may be tried at once
+            if (yield from authenticate(self.settings.users, credentials, self.stream.until)):
+                return failures.forgive(host)
         yield Wait((), (), until)
         raise Refused(why)
 
@@ -3263,8 +3300,10 @@ class Handler(Negotiation):
     def do_RESOLVE(self, request):
         """Tor's command for a look-up; an IPv4 address is what its users expect."""
         until = self.stream.until = after(self.settings.connect_timeout)
-        addresses = yield from resolve(self.permitted(request.address), until)
+        wanted = self.permitted(request.address)
+        addresses = yield from resolve(wanted, until)
         address = min(addresses, key=lambda address: ':' in address.host)
+        self.server.judge(self.client, address, wanted.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
         yield from self.tell(Address(address.host, 0))
@@ -3275,6 +3314,7 @@ class Handler(Negotiation):
         if host is None:
             raise ProtocolError('RESOLVE_PTR of a name, expected an IP address',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        self.server.judge(self.client, Address(host, 0))
         until = self.stream.until = after(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
             socket.getnameinfo, (host, 0), socket.NI_NAMEREQD), until)
@@ -3292,7 +3332,7 @@ class Handler(Negotiation):
         The one that the client reached us at, or the one to advertise; that may be another host's
         which forwards to us, so it is not always one to listen on.
         """
-        host = self.request.getsockname()[0]
+        host, _ = canonical(Address.of(self.request.getsockname()))
         for told in self.settings.advertise:
             if family_of(told) == family_of(host) and not is_loopback(host):
                 return (told if is_ours(told) else host), told
@@ -3359,6 +3399,17 @@ def bound_to_all(host, port):
     if not sockets:
         raise missing
     return sockets
+
+
+def refuse_open_proxy(settings, addresses):
+    """Raise ValueError if strangers could reach one of the addresses, and nobody has allowed it."""
+    if not (settings.users or settings.clients or settings.open
+            or settings.tls and settings.tls.verify_mode):      # CERT_NONE is 0
+        for address in addresses:
+            if not is_loopback(address.host):
+                raise ValueError(
+                    f'listening on {address} without users would serve everybody; give users '
+                    f'(--users, SOCKS_USERS, -u) or networks (--from), or allow that (--open)')
 
 
 class Roster:
@@ -3488,7 +3539,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._serving = threading.RLock()
         self._crew = Crew()
         self._helpers = Helpers(self.heavy_loops)
-        self.loop = Loop(self._crew, self._helpers.take)
+        self._costly_crew = Crew(2)
+        self.loop = Loop(self._crew, self._helpers.take, self._costly_crew)
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -3505,20 +3557,10 @@ class Server(socketserver.ThreadingTCPServer):
                 free_port = self.listeners[-1].getsockname()[1]
         for sock in self.listeners:
             sock.setblocking(False)
-            self.addresses.append(Address.of(sock.getsockname()))
-        self._refuse_open_proxy()
+            self.addresses.append(canonical(Address.of(sock.getsockname())))
+        refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
-
-    def _refuse_open_proxy(self):
-        settings = self.settings
-        if not (settings.users or settings.clients or settings.open
-                or settings.tls and settings.tls.verify_mode):      # CERT_NONE is 0
-            for address in self.addresses:
-                if not is_loopback(address.host):
-                    raise ValueError(
-                        f'listening on {address} without users would serve everybody; give users '
-                        f'(--users, SOCKS_USERS, -u) or networks (--from), or allow that (--open)')
 
     def server_activate(self):
         for sock, address in zip(self.listeners, self.addresses):
@@ -3558,6 +3600,7 @@ class Server(socketserver.ThreadingTCPServer):
         for sock in self.listeners:
             sock.close()
         self._crew.dismiss()
+        self._costly_crew.dismiss()
         self._helpers.stop()
         for loop in self.loops():
             loop.close()
@@ -3630,17 +3673,20 @@ class Server(socketserver.ThreadingTCPServer):
         for sock in self.listeners:
             sock.close()
         self.loop.timers.set(self, self.loop.now + seconds)
-        self._end_if_idle()
+        self._go_on()
 
-    def _end_if_idle(self):
-        if not self.clients:
+    def _go_on(self):
+        """There is room again; or the last client may have ended."""
+        if not self._draining:
+            self.expire()
+        elif not self.clients:
             self.loop.stop()
 
     def client_ended(self, client, up, down):
         """A client is served no more; called in the thread of any loop."""
         self.roster.remove(client, up, down)
         if not self._accepting:
-            self.loop.call(self, self.expire if not self._draining else self._end_if_idle)
+            self.loop.call(self, self._go_on)
 
     def admit(self, client):
         """Raise Refused unless `client` may use the server at all."""
@@ -3658,7 +3704,10 @@ class Server(socketserver.ThreadingTCPServer):
     def process_request(self, request, client_address):
         """Begin the conversation with a client; the loop goes on with it."""
         request.setblocking(False)
-        client = Client(self, Address.of(client_address))
+        address = Address.of(client_address)
+        if ':' in address.host:         # it may be IPv4 on a socket for both
+            address = canonical(address)
+        client = Client(self, address)
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
         self.roster.add(client, task, self.max_handshakes)
@@ -3673,19 +3722,25 @@ class Server(socketserver.ThreadingTCPServer):
 
         Only a rule on a network can allow what is local to the proxy.
         """
-        rules, rule = self.settings.rules, None
-        if rules is not None:
-            rule = first_rule(rules, client, target, name)
-            if not rule.allow:
-                raise Refused(f'{rule.place} denies {target}')
+        rule = self.judge(client, target, name)
         if not (rule and rule.networks and is_in(target.host, rule.networks)
                 and target.host not in ZEROS):
             authorize(client.address, client.command, target, self.addresses)
 
+    def judge(self, client, target, name=None):
+        """Raise Refused if the rules do not allow it; else the one that does, or None."""
+        if self.settings.rules is None:
+            return None
+        rule = first_rule(self.settings.rules, client, target, name)
+        if not rule.allow:
+            raise Refused(f'{rule.place} denies {target}')
+        return rule
+
     def judge_name(self, client, target):
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
-        if self.settings.rules is not None and ip_bytes(target.host) is None:
-            judge_name(self.settings.rules, client, target)
+        settings = self.settings
+        if settings.rules is not None and ip_bytes(target.host) is None:
+            judge_name(settings.rules, client, target, bool(settings.upstream))
 
     def reconfigure(self, settings):
         """Have other settings from now on: who is served goes on, datagrams are judged anew."""
@@ -4557,6 +4612,8 @@ class Service:
                     signal.signal(getattr(signal, name), handler)
             # A signal that comes just before select() would be seen only after it.
             signal.set_wakeup_fd(self.server.loop.waker.wakeup_fd())
+            if hasattr(signal, 'pthread_sigmask'):          # a supervisor has blocked them
+                signal.pthread_sigmask(signal.SIG_SETMASK, [])
             if lifeline is not None:
                 Lifeline(self.server, lifeline)
             self._notifier.watch(self.server.loop)
@@ -4609,92 +4666,110 @@ def table(server):
 
 
 class Supervisor:
-    """Several processes that do the same work, and are replaced when they die.
+    """Several processes that serve on the same sockets, each with a loop of its own; one that dies
+    is replaced.
 
-    work(lifeline)   is called in each; its result is the exit status
-    reload()         is called when they are told to reload
-    announce()       is called when all is ready
-    notifier         `Notifier`
+    The arguments are those of `Service`; the sockets are those of `server`.
     """
 
-    def __init__(self, size, work, reload, announce, notifier):
+    def __init__(self, size, server, configure, notifier, announce):
         self._size = size
-        self._work = work
-        self._reload = reload
-        self._announce = announce
+        self._listeners = [sock.dup() for sock in server.listeners]
+        self._settings = server.settings
+        self._configure = configure
         self._notifier = notifier
+        self._announce = announce
+        server.server_close()
         self._started = {}              # by pid: when
+        self._due = 0.0                 # when the next one may be started
+        self._pause = 0.1               # seconds until one that died early is replaced
         self._stopping = False
-        self._wait = 0.1                # seconds until one that died early is replaced
         # Its other end closes when this process dies, however that happens.
         self._lifeline, self._held = os.pipe()
-        self._signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+        self._signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
+                         signal.SIGCHLD, signal.SIGALRM]
 
     def run(self):
-        """Until a signal ends it."""
-        for number in self._signals:
-            signal.signal(number, self._forward)
-        if self._notifier.interval:
-            signal.signal(signal.SIGALRM, lambda *_: self._notifier.tell('WATCHDOG=1'))
-            signal.setitimer(signal.ITIMER_REAL, 0.001, self._notifier.interval)
-        for _ in range(self._size):
-            self._start()
+        """Until a signal ends it.
+
+        The signals are blocked, and taken when it is their turn, so that nothing interrupts us.
+        """
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who started us may have ignored it
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        self._start_missing()
         self._notifier.tell('READY=1')
         self._announce()
-        while self._started:
-            pid, status = os.waitpid(-1, 0)
-            age = time.monotonic() - self._started.pop(pid, 0)
-            if self._stopping:
-                continue
-            log.error('worker %d ended with status %#x; another one follows', pid, status)
-            if age < LONG_LIFE:
-                time.sleep(self._wait)
-                self._wait = min(BACK_OFF, 2 * self._wait)
-            else:
-                self._wait = 0.1
-            self._start()
+        while self._started or not self._stopping:
+            self._notifier.tell('WATCHDOG=1')
+            missing = len(self._started) < self._size and not self._stopping
+            pauses = [max(0.001, self._due - time.monotonic())] if missing else []
+            pauses += [self._notifier.interval] if self._notifier.interval else []
+            signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
+            self._take(signal.sigwait(self._signals))
+            self._reap()
+            self._start_missing()
         self._notifier.tell('STOPPING=1')
 
-    def _start(self):
-        # A signal that came in between would not reach the new one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        pid = 0 if self._stopping else os.fork()
-        if pid:
+    def _take(self, number):
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self._stopping = True
+            for sock in self._listeners:
+                sock.close()
+        elif number == signal.SIGHUP:
+            # For workers to come; those that there are say what is wrong with the new settings.
+            reopen_log()
+            with contextlib.suppress(ValueError, OSError):
+                self._settings = self._configure()
+        if number not in (signal.SIGCHLD, signal.SIGALRM):
+            for pid in self._started:
+                os.kill(pid, number)    # it is not reaped yet, so this is still its number
+
+    def _reap(self):
+        for pid, started in list(self._started.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self._started[pid]
+                now = time.monotonic()
+                if not self._stopping:
+                    log.error('worker %d ended with status %#x', pid, status)
+                if now - started < LONG_LIFE:
+                    self._due = now + self._pause
+                    self._pause = min(BACK_OFF, 2 * self._pause)
+                else:
+                    self._pause = 0.1
+
+    def _start_missing(self):
+        while len(self._started) < self._size and not self._stopping:
+            if time.monotonic() < self._due:
+                return
+            pid = os.fork()
+            if not pid:
+                self._be_worker()
             self._started[pid] = time.monotonic()
-        elif not self._stopping:
-            self._be_worker()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
 
     def _be_worker(self):
         status = 1
         try:
             os.close(self._held)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number in self._signals:        # until the work sets its own
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
-            status = self._work(self._lifeline)
+            settings = self._settings
+            if settings.max_clients:
+                settings = settings._replace(max_clients=-(-settings.max_clients // self._size))
+            server = Server((), settings, listeners=self._listeners)
+            Service(server, self._configure, Notifier({}), lambda: None).run(self._lifeline)
+            status = 0
         except Exception:
             log.exception('this is a bug')
         finally:
             logging.shutdown()
             os._exit(status)
 
-    def _forward(self, number, _):
-        if number in (signal.SIGINT, signal.SIGTERM):
-            self._stopping = True
-        elif number == signal.SIGHUP:
-            self._reload()
-        for pid in list(self._started):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
 
 def reopen_log():
     """Go on in a new file if the log's was moved away."""
     for handler in logging.getLogger().handlers:
         if hasattr(handler, 'reopenIfNeeded'):
-            handler.reopenIfNeeded()
+            with contextlib.suppress(OSError):
+                handler.reopenIfNeeded()
 
 
 class JsonFormatter(logging.Formatter):
@@ -4894,7 +4969,7 @@ OPTIONS = [
         (('--max-handshakes',), dict(
             metavar='N', type=count, default=DEFAULTS.max_handshakes,
             help='clients at once that have not yet said what they want; the oldest is closed for '
-                 'one more (default: half of --max-clients)'))]),
+                 'one more (default: half of --max-clients, at least 64)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
@@ -5014,7 +5089,17 @@ def raise_descriptor_limit(wanted=65536):
 def set_up_logging(args, environ):
     if args.log_file:
         from logging.handlers import WatchedFileHandler
-        handler = WatchedFileHandler(args.log_file)
+
+        class LogFile(WatchedFileHandler):
+            """A file that cannot be written to, for a time, is no reason to stop."""
+
+            def emit(self, record):
+                try:
+                    super().emit(record)
+                except OSError:
+                    self.handleError(record)
+
+        handler = LogFile(args.log_file, encoding='utf-8')
     else:
         handler = logging.StreamHandler()
     # The journal has a time of its own.
@@ -5141,7 +5226,8 @@ def serve(args):
     try:
         settings = configure()
         if args.check:
-            Server(addresses_of(args), settings, bind_and_activate=False).server_close()
+            refuse_open_proxy(prepared(settings), [
+                Address(host, port) for host, port in addresses_of(args) if ip_bytes(host)])
             return 0
         notifier = Notifier(os.environ)
         server = Server(addresses_of(args), settings, listeners=activated_sockets(os.environ))
@@ -5155,7 +5241,7 @@ def serve(args):
     if args.workers == 1:
         Service(server, configure, notifier, announce).run()
     else:
-        serve_together(args.workers, server, configure, notifier, announce)
+        Supervisor(args.workers, server, configure, notifier, announce).run()
     log.info('stopped')
     return 0
 
@@ -5170,29 +5256,6 @@ def announce_addresses(addresses, to_stdout):
 def addresses_of(args):
     return [(host, args.port if port is None else port)
             for host, port in args.bind or [('127.0.0.1', None)]]
-
-
-def serve_together(size, server, configure, notifier, announce):
-    """Have so many processes serve, each with a loop of its own, on the sockets of `server`."""
-    listeners, settings = [sock.dup() for sock in server.listeners], server.settings
-    server.server_close()
-
-    def reload():
-        """For workers to come; those that there are say what is wrong with the new settings."""
-        nonlocal settings
-        reopen_log()
-        with contextlib.suppress(ValueError, OSError):
-            settings = configure()
-
-    def work(lifeline):
-        each = settings
-        if settings.max_clients:
-            each = settings._replace(max_clients=-(-settings.max_clients // size))
-        worker = Server((), each, listeners=listeners)
-        Service(worker, configure, Notifier({}), lambda: None).run(lifeline)
-        return 0
-
-    Supervisor(size, work, reload, announce, notifier).run()
 
 
 if __name__ == '__main__':

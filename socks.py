@@ -1459,12 +1459,14 @@ class Hashed:
     PBKDF2 = 'pbkdf2:600000'            # rounds of SHA-256
 
     def __init__(self, text):
+        import hashlib                  # here, because few servers need it
         self._method, parameters, salt, digest = text.split(':')
         self._parameters = [int(number) for number in parameters.split('-')]
         self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
         numbers = self._parameters
         if not (self._method == 'pbkdf2' and len(numbers) == 1 and numbers[0] > 0
-                or self._method == 'scrypt' and len(numbers) == 3 and min(numbers) > 0
+                or self._method == 'scrypt' and hasattr(hashlib, 'scrypt')
+                and len(numbers) == 3 and min(numbers) > 0
                 and numbers[0] > 1 and not numbers[0] & numbers[0] - 1
                 and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64):
             raise ValueError(self._method)
@@ -1519,7 +1521,8 @@ def read_users(path):
                 if len(password.digest) != 32:
                     raise ValueError
             except ValueError:
-                raise FileError(f'{place}: expected a line of --hash-password') from None
+                raise FileError(f'{place}: expected what --hash-password prints, by this Python '
+                                f'if it lacks scrypt') from None
         users[name] = password
     if os.name == 'posix' and os.stat(path).st_mode & 0o077:
         log.warning('%s: others can read it', path)

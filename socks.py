@@ -22,10 +22,11 @@ is better done elsewhere: name look-ups, which block, and tunnels that turn out 
 The client's conversations are the same in shape; run() goes through one in the thread that calls.
 
 Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
-password), RFC 8305 (connecting to a name with several addresses), RFC 9110 (CONNECT of HTTP).
+password), RFC 8305 (connecting to a name with several addresses), RFC 9110 (CONNECT of HTTP), RFC
+1413 (ident), the PROXY protocol, Tor's socks-extensions.
 
 Sections, each of which uses only those before it: words, errors, wire format, sockets, access,
-loops, relays, client, server, socket face, command line.
+loops, relays, client, server, socket face, operation, command line.
 """
 
 import argparse
@@ -3062,15 +3063,17 @@ class Negotiation(socketserver.BaseRequestHandler):
 
     def prepare(self):
         """What comes before the first byte of SOCKS."""
-        if self.settings.balancers and is_in(self.client.peer.host, self.settings.balancers):
+        settings = self.settings
+        if settings.balancers and is_in(self.client.peer.host, settings.balancers):
             header = yield from ExactStream(self.request, after(PROXY_TIMEOUT)).read(
                 ProxyHeader.unpack)
             if header.source:
                 self.client.address = canonical(header.source)
                 self.reached = header.destination
         self.server.admit(self.client)
-        self.is_known = is_in(self.client.address.host, self.settings.trusted)
-        if self.settings.tls:
+        if settings.trusted:
+            self.is_known = is_in(self.client.address.host, settings.trusted)
+        if settings.tls:
             yield from self.secure()
 
     def secure(self):

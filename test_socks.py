@@ -2658,7 +2658,7 @@ class ClientTest(Case):
 
     def test_closed_meanwhile(self):
         """By another thread; its descriptor's number may be somebody else's then."""
-        proxy = self.scripted([], last=be_silent)
+        proxy = self.origin()
         sock = socks.socksocket(proxy=self.url(proxy))
         errors = []
 
@@ -2669,12 +2669,13 @@ class ClientTest(Case):
                 errors.append(error)
 
         with Background(connect):
-            eventually(lambda: proxy.peers)
+            peer = eventually(lambda: proxy.peers and proxy.peers[0])
+            self.assertEqual(peer.read(3), hexed('050100'))
             sock.close()
             mine, other = socket.socketpair()
             other.sendall(b'12')
-            proxy.peers[0].send(b'\5\0')
-            proxy.peers[0].sock.shutdown(socket.SHUT_RDWR)
+            peer.send(b'\5\0')
+            peer.sock.shutdown(socket.SHUT_RDWR)
         with mine, other:
             self.assertEqual(mine.recv(2), b'12')
             other.settimeout(0.05)

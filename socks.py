@@ -2870,33 +2870,41 @@ def through(sock, chain, command, address, until=None, context=None):
 
     The result is the socket to go on with, which is another one where TLS is in between, and BND.
     """
-    last = sock
+    sockets = [sock]
     try:
         with negotiating():
-            for proxy, target in zip(chain, targets(chain, address)):
-                if proxy.type & TLS:
-                    outer, last = last, (yield from secured(last, proxy, context, until))
-                    if outer is not sock:
-                        outer.close()
-                step = command if target is address else Command.CONNECT
-                bnd = yield from ask(ExactStream(last, until), proxy, step, target)
-        return last, bnd
+            bnd = yield from ask_all(sockets, chain, command, address, until, context)
     except BaseException:
-        if last is not sock:            # all of it, and at once
-            last.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            last.close()
+        for made in sockets[1:]:        # all of it, and at once
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            made.close()
         raise
+    for made in sockets[1:-1]:          # TLS further in has duplicates of these
+        made.close()
+    return sockets[-1], bnd
+
+
+def ask_all(sockets, chain, command, address, until, context):
+    """Conversation: the part of through() that can fail; `sockets` has the first one, and gets a
+    further one for each proxy inside of TLS."""
+    for proxy, target in zip(chain, targets(chain, address)):
+        if proxy.type & TLS:
+            sockets.append((yield from secured(sockets[-1], proxy, context, until)))
+        step = command if target is address else Command.CONNECT
+        bnd = yield from ask(ExactStream(sockets[-1], until), proxy, step, target)
+    return bnd
 
 
 def reach(chain, address, until=None, source=(), context=None, command=Command.CONNECT):
     """Conversation: a new socket through the proxies of the chain, and BND, as through() has it."""
-    sock = yield from open_proxy(chain[0], until, source)
+    sock = last = yield from open_proxy(chain[0], until, source)
     try:
         last, bnd = yield from through(sock, chain, command, address, until, context)
         if command in (Command.BIND, Command.UDP_ASSOCIATE):
             bnd = yield from reachable(bnd, chain, sock, until)
     except BaseException:
         sock.close()
+        last.close()
         raise
     if last is not sock:
         sock.close()
@@ -3499,120 +3507,14 @@ class Helpers:
             thread.join()
 
 
-class Server(socketserver.ThreadingTCPServer):
-    """A SOCKS server on one or several addresses.
+class Acceptor(socketserver.ThreadingTCPServer):
+    """What accepts clients: in a loop, as the item that it watches the listeners for.
 
-    server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
-                     for a free port, the same on all of them
-    listeners        sockets that listen already, to use instead
-    settings         a `Settings`
-    handler_class    a `Handler`
-
-    To run it: serve_forever(), which returns after shutdown() from another thread or from a signal
-    handler; or start(), which runs it in the background until it is closed::
-
-        with Server(('127.0.0.1', 0)).start() as server:
-            print(server.server_address)
-
-    To decide more: override verify_request() for who may connect, authorize() for where they may
-    go, or a do_COMMAND method of the handler.
-
-    Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
-    loopback if neither `users` nor `open` are set: it would serve everybody.
+    So one thread does all that is quick, and no connection has to wait for another one to wake up.
+    The subclass has listeners, loop, roster, settings, max_clients, loops() and clients.
     """
-    client = None                       # as an item of its loop
-    request_queue_size = 1024
-    heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
-
-    def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
-                 bind_and_activate=True, listeners=()):
-        addresses = server_address
-        if addresses and isinstance(addresses[0], str):
-            addresses = [addresses]
-        socketserver.BaseServer.__init__(self, addresses, handler_class)
-        self.settings = prepared(settings or Settings())
-        self.max_clients = self.settings.max_clients or clients_possible()
-        self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
-        self.listeners = [*listeners]   # sockets
-        self.addresses = []             # theirs, as `Address`
-        self.failures = Failures()
-        self.roster = Roster()
-        self._draining = False
-        self.due = None                 # for `Timers`: the end of a pause
-        self._accepting = False
-        self._starving = False
-        self._thread = None             # that of start()
-        self._serving = threading.RLock()
-        self._crew = Crew()
-        self._helpers = Helpers(self.heavy_loops)
-        self._costly_crew = Crew(2)
-        self.loop = Loop(self._crew, self._helpers.take, self._costly_crew)
-        if bind_and_activate:
-            try:
-                self.server_bind()
-                self.server_activate()
-            except BaseException:
-                self.server_close()
-                raise
-
-    def server_bind(self):
-        free_port = 0
-        for host, port in () if self.listeners else self.server_address:
-            self.listeners += bound_to_all(host, port or free_port)
-            if not port:
-                free_port = self.listeners[-1].getsockname()[1]
-        for sock in self.listeners:
-            sock.setblocking(False)
-            self.addresses.append(canonical(Address.of(sock.getsockname())))
-        refuse_open_proxy(self.settings, self.addresses)
-        self.socket = self.listeners[0]
-        self.server_address = self.addresses[0]
-
-    def server_activate(self):
-        for sock, address in zip(self.listeners, self.addresses):
-            try:
-                sock.listen(self.request_queue_size)
-            except OSError as error:
-                raise OSError(error.errno, f'cannot listen on {address}: {reason(error)}') from None
-
-    def start(self):
-        """Serve in a thread of its own; gives the server itself, for a `with`."""
-        if self.loop.closed or self._thread:
-            raise RuntimeError('the server is closed, or started already')
-        self._thread = threading.Thread(
-            target=self.serve_forever, name='socks-server', daemon=True)
-        self._thread.start()
-        return self
-
-    def serve_forever(self, poll_interval=None):
-        """Serve until shutdown(); may be called again."""
-        with self._serving:
-            self._watch_listeners(True)
-            self.loop.run()
-            self._watch_listeners(False)
-
-    def shutdown(self):
-        """Have serve_forever() return, at once if it has not begun; wait for that unless it is
-        this thread's."""
-        self.loop.stop()
-        with self._serving:
-            thread, self._thread = self._thread, None
-        if thread and thread is not threading.current_thread():
-            thread.join()
-
-    def server_close(self):
-        """Stop serving, close every connection, end every thread."""
-        self.shutdown()
-        for sock in self.listeners:
-            sock.close()
-        self._crew.dismiss()
-        self._costly_crew.dismiss()
-        self._helpers.stop()
-        for loop in self.loops():
-            loop.close()
-
-    # Accepting.  The server is what its loop watches the listeners for, so that one thread does
-    # all that is quick, and no connection has to wait for another thread to wake up.
+    client = due = None                 # as an item of its loop; `due`: the end of a pause
+    _accepting = _starving = _draining = False
 
     def _watch_listeners(self, accepting):
         if accepting != self._accepting:
@@ -3704,6 +3606,114 @@ class Server(socketserver.ThreadingTCPServer):
 
     def close(self, outcome):
         """As an item of its loop; the listeners are closed by server_close()."""
+
+
+class Server(Acceptor):
+    """A SOCKS server on one or several addresses.
+
+    server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
+                     for a free port, the same on all of them
+    listeners        sockets that listen already, to use instead
+    settings         a `Settings`
+    handler_class    a `Handler`
+
+    To run it: serve_forever(), which returns after shutdown() from another thread or from a signal
+    handler; or start(), which runs it in the background until it is closed::
+
+        with Server(('127.0.0.1', 0)).start() as server:
+            print(server.server_address)
+
+    To decide more: override verify_request() for who may connect, authorize() for where they may
+    go, or a do_COMMAND method of the handler.
+
+    Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
+    loopback if the settings would have it serve everybody there.
+    """
+    request_queue_size = 1024
+    heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
+
+    def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
+                 bind_and_activate=True, listeners=()):
+        addresses = server_address
+        if addresses and isinstance(addresses[0], str):
+            addresses = [addresses]
+        socketserver.BaseServer.__init__(self, addresses, handler_class)
+        self.settings = prepared(settings or Settings())
+        self.max_clients = self.settings.max_clients or clients_possible()
+        self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
+        self.listeners = [*listeners]   # sockets
+        self.addresses = []             # theirs, as `Address`
+        self.failures = Failures()
+        self.roster = Roster()
+        self._thread = None             # that of start()
+        self._serving = threading.RLock()
+        self._crew = Crew()
+        self._helpers = Helpers(self.heavy_loops)
+        self._costly_crew = Crew(2)
+        self.loop = Loop(self._crew, self._helpers.take, self._costly_crew)
+        if bind_and_activate:
+            try:
+                self.server_bind()
+                self.server_activate()
+            except BaseException:
+                self.server_close()
+                raise
+
+    def server_bind(self):
+        free_port = 0
+        for host, port in () if self.listeners else self.server_address:
+            self.listeners += bound_to_all(host, port or free_port)
+            if not port:
+                free_port = self.listeners[-1].getsockname()[1]
+        for sock in self.listeners:
+            sock.setblocking(False)
+            self.addresses.append(canonical(Address.of(sock.getsockname())))
+        refuse_open_proxy(self.settings, self.addresses)
+        self.socket = self.listeners[0]
+        self.server_address = self.addresses[0]
+
+    def server_activate(self):
+        for sock, address in zip(self.listeners, self.addresses):
+            try:
+                sock.listen(self.request_queue_size)
+            except OSError as error:
+                raise OSError(error.errno, f'cannot listen on {address}: {reason(error)}') from None
+
+    def start(self):
+        """Serve in a thread of its own; gives the server itself, for a `with`."""
+        if self.loop.closed or self._thread:
+            raise RuntimeError('the server is closed, or started already')
+        self._thread = threading.Thread(
+            target=self.serve_forever, name='socks-server', daemon=True)
+        self._thread.start()
+        return self
+
+    def serve_forever(self, poll_interval=None):
+        """Serve until shutdown(); may be called again."""
+        with self._serving:
+            self._watch_listeners(True)
+            self.loop.run()
+            self._watch_listeners(False)
+
+    def shutdown(self):
+        """Have serve_forever() return, at once if it has not begun; wait for that unless it is
+        this thread's."""
+        self.loop.stop()
+        with self._serving:
+            thread, self._thread = self._thread, None
+        if thread and thread is not threading.current_thread():
+            thread.join()
+
+    def server_close(self):
+        """Stop serving, close every connection, end every thread."""
+        self.shutdown()
+        for sock in self.listeners:
+            sock.close()
+        self._crew.dismiss()
+        self._costly_crew.dismiss()
+        self._helpers.stop()
+        for loop in self.loops():
+            loop.close()
 
     # One client
 
@@ -3925,19 +3935,16 @@ def relayed(method):
 
 
 class _BaseSocket(_orig_socket):
-    """A socket that may have a proxy; if it is one for datagrams, they go through its relay.
+    """The part of `socksocket` that is for datagrams: with a proxy, they go through its relay.
 
     The relay is asked for by bind(), connect() or the first datagram (RFC 1928 section 7).
     """
     _is_datagram = False                # UDP over IPv4 or IPv6
+    _bypass = ''                        # what to reach without the proxy
     proxy_peername = None               # (host, port) of the destination
     proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
     ssl_context = None                  # for proxies inside of TLS; None: a usual one
     _proxyconn = None                   # TCP connection that keeps the relay alive
-
-    def _chain(self, dest_pair=None):
-        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket."""
-        raise NotImplementedError
 
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
@@ -4162,6 +4169,7 @@ class socksocket(_BaseSocket):
         return self.set_proxy(*args, **kwargs)
 
     def _chain(self, dest_pair=None):
+        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket."""
         if not self._is_proxied or not self.proxy[0]:
             return []
         if dest_pair and self._bypass:

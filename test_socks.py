@@ -33,6 +33,7 @@ import threading
 import time
 import unittest
 import urllib.request
+import warnings
 
 import socks
 from socks import (Address, Choice, Credentials, Datagram, Greeting, ProtocolError, Reply, Request,
@@ -2080,7 +2081,7 @@ def serve_tls(peer):
         sock.recv(1)
 
 
-class ClientTest(Case):
+class ClientCase(Case):
 
     def setUp(self):
         socks.carrier()                 # its thread stays
@@ -2101,6 +2102,9 @@ class ClientTest(Case):
         while len(received) < len(data):
             received += sock.recv(65536)
         self.assertEqual(received, data)
+
+
+class ClientTest(ClientCase):
 
     def test_accepting_proxies(self):
         """Whatever comes behind the last reply is the program's, from its first byte on."""
@@ -2364,14 +2368,15 @@ class ClientTest(Case):
                 self.url(third, 'socks4a'), f'socks5://127.0.0.1:{self.refused_port()}'])
 
     def test_large_and_half_closed(self):
-        """8 MiB each way at once, then either side ends; through TLS too."""
+        """32 MiB each way at once, and each direction ends for itself; TlsTest has it in TLS."""
         origin, server = self.origin(), self.serve()
         with socks.create_connection(('127.0.0.1', origin.port), PATIENCE,
                                      proxy=self.url(server)) as sock:
-            peer = eventually(lambda: origin.peers and origin.peers[0])
-            with Background(pour, Peer(sock), 8 << 20, 1), Background(pour, peer, 8 << 20, 2):
-                pass
-            self.assertTrue(peer)
+            near, far = Peer(sock), eventually(lambda: origin.peers and origin.peers[0])
+            sent = [Background(pour, near, 1 << 25, 1), Background(pour, far, 1 << 25, 2)]
+            received = [Background(drink, far), Background(drink, near)]
+            for one, other in zip(sent, received):
+                self.assertEqual(one.result(), other.result())
 
     def test_bind(self):
         server = self.serve()
@@ -2433,7 +2438,9 @@ class ClientTest(Case):
         with socks.create_server(proxy=self.url(proxy)) as waiting:
             self.assertEqual(waiting.getsockname(), ('127.0.0.1', 7497))
 
-    # UDP
+
+class DatagramClientTest(ClientCase):
+    """UDP."""
 
     def relayed(self, family=socket.AF_INET, **settings):
         """A UDP socket with a proxy."""
@@ -2543,7 +2550,9 @@ class ClientTest(Case):
                     relay.sendto(hexed('00000003 0161 0005 79'), source)
                     self.assertEqual(sock.recvfrom(10), (b'y', ('a', 5)))
 
-    # Defaults
+
+class DefaultProxyTest(ClientCase):
+    """The default proxy, and programs that do not know of it."""
 
     def default(self, *args, **kwargs):
         socks.set_default_proxy(*args, **kwargs)
@@ -2640,7 +2649,9 @@ class ClientTest(Case):
             socks.unwrap_module(http.client)
         eventually(lambda: len(self.lines) == 1)
 
-    # What a program may do at the wrong time
+
+class WrongTimeTest(ClientCase):
+    """What a program may do at the wrong time."""
 
     def test_connected_already(self):
         """A second connect() is an error; the destination sees nothing of it."""
@@ -2797,7 +2808,9 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
                     self.assertNotIn('SECRET', str(error))
                 self.assertNotIn('SECRET', repr(sock.proxy))
 
-    # Without blocking
+
+class AsyncTest(ClientCase):
+    """Without blocking."""
 
     def test_asyncio(self):
         server, origin = self.serve(users={'bob': 's'}), self.origin(echo)
@@ -2808,20 +2821,23 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
             self.assertEqual(await reader.readexactly(5), b'hello')
             writer.close()
 
-        async def silence(url):
+        async def silence(proxy):
+            url = self.url(proxy)
             turns = asyncio.ensure_future(asyncio.sleep(0.05))      # others go on meanwhile
             with self.assertRaises(GENERAL) as caught:
                 await socks.open_connection('localhost', 80, proxy=url, timeout=0.2)
             self.assertIsInstance(caught.exception.socket_err, socket.timeout)
             self.assertTrue(turns.done())
+            before = len(proxy.peers)
             task = asyncio.ensure_future(socks.open_connection('localhost', 80, proxy=url))
-            await asyncio.sleep(0.05)
+            while len(proxy.peers) == before:
+                await asyncio.sleep(0)
             task.cancel()
             with self.assertRaises(asyncio.CancelledError):
                 await task
 
         url = self.url(server, user='bob:s@')
-        silent = self.url(self.scripted([], last=be_silent))
+        silent = self.scripted([], last=be_silent)
         tls = self.scripted(['050100', '0500', '050100 03 096c6f63616c686f7374%04x' % origin.port,
                              OK5], tls=True)
         for job in (talk(proxy=url), talk(proxy=[url, url]), talk(proxy=[]), talk(),
@@ -2851,7 +2867,9 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
 
         self.run_async(talk())
 
-    # A drop-in
+
+class DropInTest(ClientCase):
+    """In the place of PySocks, and of stock sockets."""
 
     def test_without_a_proxy(self):
         """A stock socket: see also CPython's own tests, run with socket.socket replaced."""
@@ -3168,11 +3186,13 @@ class RulesTest(FileCase):
         client = self.enter(Associate(server))
         datagram = Datagram(target.address, b'x').pack()
         self.assertEqual(Datagram.unpack(client.ask(datagram)).payload, b'E:x')
+        relay = next(item for item in server.loop.items if isinstance(item, socks.UdpRelay))
         server.reconfigure(server.settings._replace(rules=self.rules('deny to *')))
-        time.sleep(0.05)
+        eventually(lambda: not relay.routes.known)
         client.send(datagram)
         self.assertTrue(client.nothing_comes())
         server.reconfigure(server.settings._replace(rules=self.rules('allow to localhost')))
+        eventually(lambda: not relay.routes._failed)
         client.send(datagram)
         self.assertTrue(client.nothing_comes())
         named = Datagram(Address('localhost', target.address.port), b'y').pack()
@@ -3484,6 +3504,20 @@ class TlsTest(FileCase):
                     peer.rest()
         eventually(lambda: len(self.lines) == 3)
         self.assertTrue(all('TLS - -: no request: ' in line for line in self.lines), self.lines)
+
+    def test_old_tls(self):
+        """1.1 is not spoken."""
+        server = self.serve(tls=self.context())
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')             # of that it is old
+            old.options |= ssl.OP_NO_TLSv1_2 | ssl.OP_NO_TLSv1_3
+            with contextlib.suppress(AttributeError):   # Python 3.6
+                old.minimum_version = ssl.TLSVersion.TLSv1
+        with socket.create_connection(server.server_address) as sock, \
+                self.assertRaises((ssl.SSLError, ConnectionError)):
+            old.wrap_socket(sock)
 
     def test_files(self):
         for name, options in (('none', {}), ('cert', {'key': 'none'}), ('cert', {'key': 'cert'}),
@@ -3838,6 +3872,18 @@ WRONG_USAGE = [
     (['-b', '0.0.0.0'], r'would serve everybody.*SOCKS_USERS.*--open'),
     (['-p', '²'], r"-p/--port: '²': expected a port"),
     (['--frobnicate'], r'unrecognized arguments: --frobnicate'),
+    (['--from', '10.0.0.1/8'], r'--from: 10.0.0.1/8 has host bits set, expected 192.0.2.0/24'),
+    (['--trust', 'x'], r"--trust: 'x' does not appear to be .*, expected 192.0.2.0/24"),
+    (['--proxy-protocol', ''], r'--proxy-protocol: .* expected 192.0.2.0/24'),
+    (['-w', '0'], r"-w/--workers: '0': expected auto, or a number, 1 to 1024"),
+    (['-w', 'x'], r"-w/--workers: 'x': expected a whole number"),
+    (['-x', 'ftp://h'], r"-x/--proxy: proxy URL: scheme 'ftp', expected one of socks4,"),
+    (['--connect', 'host'], r"--connect: 'host': expected HOST:PORT"),
+    (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected one of them'),
+    (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
+    (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL, and a program'),
+    (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
+    (['--log-format', 'xml'], r"--log-format: invalid choice: 'xml'"),
 ]
 
 
@@ -3918,7 +3964,15 @@ class CommandLineTest(Case):
                 ('--connect-timeout 2.5', {'connect_timeout': 2.5}),
                 ('--bind-timeout 3', {'bind_timeout': 3}),
                 ('--idle-timeout 4', {'idle_timeout': 4}),
-                ('--udp-timeout 0', {'udp_timeout': 0}),
+                ('--udp-timeout 0', {'udp_timeout': 0}), ('--drain 5', {'drain_timeout': 5}),
+                ('--max-per-client 8', {'max_per_client': 8}),
+                ('--max-handshakes 9', {'max_handshakes': 9}), ('--ident', {'ident': True}),
+                ('--from 10.0.0.0/8 --from ::1', {'clients': tuple(
+                    map(socks.network, ('10.0.0.0/8', '::1')))}),
+                ('--trust 10.0.0.1', {'trusted': (socks.network('10.0.0.1'),)}),
+                ('--proxy-protocol 10.0.0.1', {'balancers': (socks.network('10.0.0.1'),)}),
+                ('-x socks4://h -x http://i', {'upstream': (
+                    (1, 'h', None, False, None, None), (3, 'i', None, True, None, None))}),
                 ('-u bob:x', {'users': {b'bob': b'x'}})]:
             with self.subTest(arguments):
                 self.assertEqual(settings(*arguments.split()), Settings()._replace(**expected))

@@ -5127,8 +5127,10 @@ def set_up_logging(args, environ):
 
 def client_command(args):
     """Do what --connect or --resolve asks for; the exit status."""
-    while os.open(os.devnull, os.O_RDWR) < 3:           # the socket must not be stdin or stdout
-        pass
+    spare = 0
+    while spare < 3:                    # else the socket could be stdin or stdout
+        spare = os.open(os.devnull, os.O_RDWR)
+    os.close(spare)
     host, port = args.connect or (args.resolve, 0)
     chain = args.upstream or hops(proxy_from_environment(args.connect and host))
     until = after(args.connect_timeout)
@@ -5184,7 +5186,7 @@ def program_runner(arguments, chain):
     """A function that runs a Python script, or a module after -m, with its sockets sent through
     the proxies."""
     import runpy
-    is_module = arguments[0] == '-m'
+    is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
     if not chain or not program:
         raise ValueError('--run: expected a proxy, -x URL, and a program')

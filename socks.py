@@ -258,15 +258,16 @@ MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
 
 def reader(data):
     """A `read` function for unpack over the bytes of `data`, and one for all that is left."""
-    left = memoryview(data)
+    start = 0
 
     def read(n):
-        nonlocal left
-        if len(left) < n:
-            raise EOFError(f'{n} bytes expected, {len(left)} left')
-        taken, left = left[:n], left[n:]
-        return bytes(taken)
-    return read, lambda: read(len(left))
+        nonlocal start
+        end = start + n
+        if end > len(data):
+            raise EOFError(f'{n} bytes expected, {len(data) - start} left')
+        taken, start = data[start:end], end
+        return taken
+    return read, lambda: data[start:]
 
 
 def expect_version(name, got, wanted):
@@ -280,6 +281,7 @@ def family_of(host):
     return socket.AF_INET6 if ':' in host else socket.AF_INET
 
 
+@functools.lru_cache(256)
 def ip_bytes(host):
     """The 4 or 16 bytes of an IP address given as text; None for any other text."""
     try:
@@ -667,6 +669,7 @@ V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
 
 
+@functools.lru_cache(256)
 def plain_ip(host):
     """`host` in the usual spelling if it is an IP address, a v4-mapped one as IPv4; else None."""
     packed = ip_bytes(host)
@@ -815,22 +818,22 @@ class Stream:
         self.waits = waits or sock
         self.until = until
         self.surplus = b''
+        self._asked = False             # what comes next answers us, so it is not there yet
 
     def _receive(self, flags=0):
         """Conversation: the bytes that come next."""
         while True:
+            if self._asked:
+                yield from ready([self.waits], (), self.until)
             try:
                 data = self.sock.recv(self.SIZE, flags)
                 break
             except BLOCKED:
-                yield from ready([self.waits], (), self.until)
+                self._asked = True
+        self._asked = False
         if not data:
             raise EOFError(self.GONE)
         return data
-
-    def _more(self):
-        """Conversation: add what comes next to the surplus."""
-        self.surplus += yield from self._receive()
 
     def read(self, unpack):
         """Conversation: what unpack(read) makes of the next bytes, however they are split.
@@ -838,19 +841,20 @@ class Stream:
         Raises EOFError if the peer ends within them, socket.timeout when it takes too long.
         """
         while True:
-            read, rest = reader(self.surplus)
-            try:
-                message = unpack(read)
-            except EOFError:
-                yield from self._more()
-            else:
-                self.surplus = rest()
-                return message
+            if self.surplus:
+                read, rest = reader(self.surplus)
+                try:
+                    message = unpack(read)
+                    self.surplus = rest()
+                    return message
+                except EOFError:
+                    pass
+            self.surplus += yield from self._receive()
 
     def peek(self):
         """Conversation: the next byte, as a number; it stays there."""
-        while not self.surplus:
-            yield from self._more()
+        if not self.surplus:
+            self.surplus = yield from self._receive()
         return self.surplus[0]
 
     def wait_for(self, sockets, until):
@@ -863,7 +867,7 @@ class Stream:
             found = yield from ready([*sockets, *own], (), until)
             if self.waits not in found:
                 return
-            yield from self._more()
+            self.surplus += yield from self._receive()
 
     def write(self, message):
         """Conversation: send all of a message."""
@@ -873,6 +877,7 @@ class Stream:
                 data = data[self.sock.send(data):]
             except BLOCKED:
                 yield from ready((), [self.waits], self.until)
+        self._asked = True
 
     def linger(self, until):
         """Conversation: end our side and wait for the peer to end its own.
@@ -1037,6 +1042,8 @@ class Secure:
 
 def interleave(addresses):
     """The addresses, their families in turn, the first one's first (RFC 8305 section 4)."""
+    if len(addresses) == 1:
+        return addresses
     family = family_of(addresses[0].host)
     first = [a for a in addresses if family_of(a.host) == family]
     other = [a for a in addresses if a not in first]
@@ -1578,7 +1585,26 @@ class Failures:
 
 # ------------------------------------------------------------------------------------------ loops
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Poller:
+    """The interface of select.epoll(), on what other systems have."""
+    READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+    def __init__(self):
+        self._selector = selector = selectors.DefaultSelector()
+        self.register, self.modify = selector.register, selector.modify
+        self.unregister, self.close = selector.unregister, selector.close
+
+    def poll(self, seconds, _):
+        return [(key.fd, events) for key, events in self._selector.select(seconds)]
+
+
+if hasattr(select, 'epoll'):            # selectors has it too, but takes twice as long
+    Poller = select.epoll
+    READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+else:
+    READ, WRITE = Poller.READ, Poller.WRITE
 
 
 class Waker:
@@ -1635,8 +1661,8 @@ class Timers:
                 self._first = min(self._first, tick)
 
     def pause(self, now):
-        """Seconds until there may be something to do; None if there never is."""
-        return min(LONGEST, max(0, self._first * self.TICK - now)) if self._ticks else None
+        """Seconds until there may be something to do."""
+        return min(LONGEST, max(0, self._first * self.TICK - now))
 
     def expired(self, now):
         """The items whose time has passed; they have none then."""
@@ -1651,13 +1677,14 @@ class Timers:
 
 
 class Loop:
-    """One selector, and one thread at a time in run(), for any number of items.
+    """One poller, and one thread at a time in run(), for any number of items.
 
     An item is a `Task` or a relay.  It has
 
     client                 whom it serves, or None
     due                    for `Timers`
-    ready(sock, events)    a socket that it watches is ready
+    ready(sock, events)    a socket that it watches is ready: READ and WRITE, or something else,
+                           which counts as both
     expire()               its time has passed
     close(outcome)         give everything back
 
@@ -1666,6 +1693,7 @@ class Loop:
     is one, is called for a tunnel that turned out to carry much.
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
+    ROUND = 256                         # events at a time
     client = None                       # as an item of itself, for its waker
 
     def __init__(self, crew=None, relieve=None, costly_crew=None):
@@ -1682,8 +1710,9 @@ class Loop:
         self._stopping = False
         self.closed = False
         self.waker = Waker()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.waker, READ, self)
+        self._poller = Poller()
+        self._watched = {}              # by descriptor: (item, socket)
+        self.watch(self.waker, 0, READ, self)
 
     def call(self, item, function, *args):
         """Call function(*args) on behalf of `item`, after the events of this round."""
@@ -1697,25 +1726,32 @@ class Loop:
         With nothing wanted it is not watched at all: a poll for no events still reports a hang-up,
         again and again.
         """
+        fd = sock if isinstance(sock, int) else sock.fileno()
+        if not wanted:
+            if before:
+                self._poller.unregister(fd)
+                del self._watched[fd]
+            return
         if not before:
-            if wanted:
-                self._selector.register(sock, wanted, item)
-        elif wanted:
-            self._selector.modify(sock, wanted, item)
-        else:
-            self._selector.unregister(sock)
+            self._poller.register(fd, wanted)
+        elif wanted != before:
+            self._poller.modify(fd, wanted)
+        self._watched[fd] = item, sock
 
     def run(self):
         """Serve the items until stop()."""
-        timers = self.timers
+        timers, poll, watched = self.timers, self._poller.poll, self._watched
         while not self._stopping:
             self._asleep = True         # before the look at the inbox: call() may come in between
-            found = self._selector.select(
-                0 if self._inbox else timers.pause(time.monotonic()))
+            found = poll(0 if self._inbox else timers.pause(time.monotonic()), self.ROUND)
             self._asleep = False
             self.now = time.monotonic()
-            for key, events in found:
-                self.attempt(key.data, key.data.ready, key.fileobj, events)
+            # All are looked up first: a descriptor may change hands within the round.
+            for (item, sock), events in [(watched[fd], events) for fd, events in found]:
+                try:
+                    item.ready(sock, events)
+                except Exception:
+                    self.failed(item)
             for item in timers.expired(self.now):
                 self.attempt(item, item.expire)
             while self._inbox:
@@ -1733,18 +1769,22 @@ class Loop:
         self.closed = True
         for item in [*(item for item, _, _ in self._inbox), *self.items]:
             self.attempt(item, item.close, 'server closed')
-        self._selector.close()
+        self._poller.close()
         self.waker.close()
 
-    @staticmethod
-    def attempt(item, function, *args):
+    def attempt(self, item, function, *args):
         """Call function(*args) on behalf of `item`; what happens to one must not end the others."""
         try:
             function(*args)
         except Exception:
-            log.exception('%s: this is a bug', item.client and item.client.address)
-            with contextlib.suppress(Exception):
-                item.close('failed')
+            self.failed(item)
+
+    @staticmethod
+    def failed(item):
+        """An exception came out of `item`."""
+        log.exception('%s: this is a bug', item.client and item.client.address)
+        with contextlib.suppress(Exception):
+            item.close('failed')
 
     def ready(self, *_):
         """The waker is; the loop watches it as an item does its sockets."""
@@ -1756,15 +1796,18 @@ class Task:
 
     The conversation's result is a relay, which takes the socket over, or None.
     """
-    __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_conversation', '_wish', '_call')
+    __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation', '_wish',
+                 '_call')
+    NOTHING = Wait()
 
     def __init__(self, client, sock, conversation):
         self.client = client
         self.due = None
         self._sock = sock
         self._events = 0                # that it is watched for
+        self._others = []               # sockets that are watched
         self._conversation = conversation
-        self._wish = Wait()
+        self._wish = self.NOTHING
         self._call = None               # what the crew is at
 
     traffic = 0, 0
@@ -1793,13 +1836,14 @@ class Task:
             with contextlib.suppress(Exception):
                 self._step(self._conversation.throw, OSError(errno.ECANCELED, outcome))
         if self._conversation:
+            self._unwatch()
             self._conversation.close()
             self._end(None)
 
     def _step(self, advance, value):
         """Resume the conversation and see to what it wants next."""
         self._unwatch()
-        self._wish, self._call = Wait(), None
+        self._wish, self._call = self.NOTHING, None
         try:
             wish = advance(value)
         except StopIteration as stop:
@@ -1842,17 +1886,16 @@ class Task:
             for sock in sockets:
                 if sock is not self._sock:
                     self.loop.watch(sock, 0, wanted, self)
+                    self._others.append(sock)
                 elif wanted != self._events:
                     self.loop.watch(sock, self._events, wanted, self)
                     self._events = wanted
 
     def _unwatch(self):
-        for sock in (*self._wish.reading, *self._wish.writing):
-            if sock is not self._sock:
-                self.loop.watch(sock, READ, 0, self)
+        while self._others:
+            self.loop.watch(self._others.pop(), READ, 0, self)
 
     def _end(self, relay):
-        self._unwatch()
         self._conversation = None
         self.loop.timers.set(self, None)
         self.loop.items.discard(self)
@@ -1944,12 +1987,11 @@ class Relay:
 
     def expire(self):
         """Close what is idle; come back when it may be."""
-        if not self.client:
-            return
-        if self.patience and self.moved + self.patience <= time.monotonic():
+        patience = self.client and self.patience
+        if patience and self.moved + patience <= time.monotonic():
             self.close('idle')
-        elif self.patience:
-            self.loop.timers.set(self, self.moved + self.patience)
+        elif patience:
+            self.loop.timers.set(self, self.moved + patience)
 
     def leave(self):
         """Belong to no loop."""
@@ -1990,25 +2032,26 @@ class Pipe:
 
     def ready(self, _, events):
         """The loop saw `events` at the source, which is also the twin's sink."""
-        events &= self.events           # an earlier one of the same round may have changed them
-        if events & READ:
+        # An earlier event of the same round may have changed what is waited for.
+        if self.events & READ and events & ~WRITE:
             self.fill()
-        if events & WRITE:
+        if self.events & WRITE and events & ~READ:
             self.twin.flush()
 
     def fill(self):
         """Read once, and pass on at once what was read."""
-        loop = self.tunnel.loop
+        tunnel = self.tunnel
+        loop = tunnel.loop
         try:
             count = self.source.recv_into(
                 loop.buffer, self.size if loop.held < self.HELD else self.SMALLEST)
         except BLOCKED:
             return
         except OSError as error:
-            return self.tunnel.close(reason(error), reset=True)
+            return tunnel.close(reason(error), reset=True)
         if not count:
             return self.end()
-        self.tunnel.moved = loop.now
+        tunnel.moved = loop.now
         self.count += count
         if count == self.size < self.LARGEST:
             self.grow()
@@ -2016,7 +2059,7 @@ class Pipe:
         if self.load:
             self.size = self.SMALLEST
             self.load = memoryview(bytes(self.load))    # the buffer is the whole loop's
-            self.tunnel.watch()
+            tunnel.watch()
 
     def grow(self):
         self.size *= 4
@@ -2043,7 +2086,8 @@ class Pipe:
             sent = 0
         except OSError as error:
             return self.lose(error)
-        self.keep(data[sent:] if sent < len(data) else b'')
+        if sent < len(data) or self.load:
+            self.keep(data[sent:] if sent < len(data) else b'')
 
     def keep(self, load):
         self.tunnel.loop.held += len(load) - len(self.load)
@@ -2055,7 +2099,7 @@ class Pipe:
         if not self.twin.done:                  # else the tunnel's close says it
             with contextlib.suppress(OSError):  # a sink that is gone is the twin's to notice
                 self.sink.shutdown(socket.SHUT_WR)
-        self.tunnel.expire()
+            self.tunnel.expire()                # it may have to end in time now
         self.tunnel.watch()
 
     def lose(self, error):
@@ -2065,13 +2109,11 @@ class Pipe:
         self.tunnel.error = error
         self.tunnel.watch()
 
-    def wanted(self):
-        """What this pipe and its twin wait for at the source."""
-        writing = self.twin.load or getattr(self.source, 'unsent', False)
-        return (0 if self.load or self.done else READ) | (WRITE if writing else 0)
-
     def watch(self):
-        wanted = self.wanted()
+        """Have the loop watch the source for what this pipe and its twin wait for there."""
+        wanted = 0 if self.load or self.done else READ
+        if self.twin.load or getattr(self.source, 'unsent', False):
+            wanted |= WRITE
         if wanted != self.events:
             self.tunnel.loop.watch(self.source, self.events, wanted, self)
             self.events = wanted
@@ -2108,10 +2150,10 @@ class Tunnel(Relay):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
         self.begin(loop)
         loop.held += len(self.up.load) + len(self.down.load)
+        loop.watch(self.up.source, near_events, near_events, self.up)
         self.up.events = near_events
-        for pipe in (self.up, self.down):
-            loop.watch(pipe.source, pipe.events, pipe.wanted(), pipe)
-            pipe.events = pipe.wanted()
+        self.up.watch()
+        self.down.watch()
         self.up.flush()
 
     def move(self, loop):
@@ -2123,8 +2165,9 @@ class Tunnel(Relay):
     def leave(self):
         super().leave()
         for pipe in (self.up, self.down):
-            self.loop.watch(pipe.source, pipe.events, 0, pipe)
-            pipe.events = 0
+            if pipe.events:
+                self.loop.watch(pipe.source, pipe.events, 0, pipe)
+                pipe.events = 0
         self.loop.held -= len(self.up.load) + len(self.down.load)
 
     def watch(self):
@@ -3189,6 +3232,10 @@ class Negotiation(socketserver.BaseRequestHandler):
         raise Refused(why)
 
 
+COMMANDS = {int(command): command for command in Command}
+METHODS = {command: 'do_' + command.name for command in Command}
+
+
 class Handler(Negotiation):
     """What a client can ask for: a method do_COMMAND for each `Command`.
 
@@ -3196,35 +3243,27 @@ class Handler(Negotiation):
     """
 
     def command(self, request):
-        command = self.client.command = self.known(request)
+        command = COMMANDS.get(request.command)
+        method = command and getattr(self, METHODS[command], None)
+        if not (method and self.offered(command, isinstance(request, Request4))):
+            raise ProtocolError(f'command {request.command:#04x} is not supported',
+                                reply=Reply.COMMAND_NOT_SUPPORTED)
+        self.client.command = command
         self.client.target = shown(str(request.address))
-        log.debug('%s: %s %s', self.client.address, command.name, self.client.target)
-        return getattr(self, 'do_' + command.name)(request)
+        log.debug('%s: %s', self.client.address, request)
+        return method(request)
 
-    def known(self, request):
-        """The command, if there is such a one here."""
-        try:
-            command = Command(request.command)
-        except ValueError:
-            command = None
-        theirs = not isinstance(request, Request4) or command in (
-            Command.CONNECT, Command.BIND, Command.RESOLVE)
-        ours = self.offered(command)
-        if command and theirs and ours and hasattr(self, 'do_' + command.name):
-            return command
-        raise ProtocolError(f'command {request.command:#04x} is not supported',
-                            reply=Reply.COMMAND_NOT_SUPPORTED)
-
-    def offered(self, command):
-        """Whether the settings allow the command at all."""
+    def offered(self, command, is_socks4):
+        """Whether the protocol has the command, and the settings allow it at all."""
         settings = self.settings
         if command == Command.CONNECT:
             return True
-        if command in (Command.RESOLVE, Command.RESOLVE_PTR):
-            return settings.tor_extensions
-        # Neither goes through other proxies, and datagrams do not go through TLS.
-        return not settings.upstream and not (
-            command == Command.UDP_ASSOCIATE and settings.tls and not settings.udp_over_plain)
+        if command == Command.BIND:             # does not go through other proxies
+            return not settings.upstream
+        if command == Command.UDP_ASSOCIATE:    # nor does this, nor through TLS
+            return not (is_socks4 or settings.upstream
+                        or settings.tls and not settings.udp_over_plain)
+        return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
 
     def do_CONNECT(self, request):
         if not request.address.port:
@@ -3233,7 +3272,8 @@ class Handler(Negotiation):
         if self.settings.upstream:
             return (yield from self.connect_through(request.address, until))
         addresses = yield from self.destinations(request.address, until)
-        log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
         target = yield from dial(addresses, until, self.settings.source)
         return (yield from self.join(target, Address.of(target.getsockname())))
 
@@ -3523,9 +3563,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
                 self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
 
     def ready(self, listener, _):
-        for _ in range(ACCEPT_BATCH):
-            if self._full():
-                return self._pause()
+        for _ in range(min(ACCEPT_BATCH, self._room())):
             try:
                 request, client_address = listener.accept()
             except BLOCKED:
@@ -3537,6 +3575,8 @@ class Acceptor(socketserver.ThreadingTCPServer):
                 continue                # that client has left already
             self._starving = False
             self._receive(request, client_address)
+        if self._room() <= 0:
+            self._pause()
 
     def _receive(self, request, client_address):
         try:
@@ -3553,9 +3593,10 @@ class Acceptor(socketserver.ThreadingTCPServer):
             log.warning('cannot accept clients: %s', reason(error))
         self._starving = True
 
-    def _full(self):
-        return self.max_clients and sum(
-            len(loop.items) for loop in self.loops()) >= self.max_clients
+    def _room(self):
+        """For how many more clients."""
+        return self.max_clients - sum(
+            len(loop.items) for loop in self.loops()) if self.max_clients else ACCEPT_BATCH
 
     def _pause(self):
         """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
@@ -4786,6 +4827,19 @@ def reopen_log():
                 handler.reopenIfNeeded()
 
 
+class TextFormatter(logging.Formatter):
+    """A record as one line of text."""
+    _second = None
+
+    def formatTime(self, record, datefmt=None):
+        """As it ever is, but the text of a second is made once."""
+        second = int(record.created)
+        if second != self._second:
+            self._second = second
+            self._text = time.strftime(self.default_time_format, time.localtime(second))
+        return '%s,%03d' % (self._text, record.msecs)
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON; a client's `Line` with its fields."""
 
@@ -5119,10 +5173,9 @@ def set_up_logging(args, environ):
     # The journal has a time of its own.
     own_time = '' if 'JOURNAL_STREAM' in environ and not args.log_file else '%(asctime)s '
     handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
-                         logging.Formatter(f'{own_time}%(levelname)s %(message)s'))
+                         TextFormatter(f'{own_time}%(levelname)s %(message)s'))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler])
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def client_command(args):
@@ -5238,6 +5291,9 @@ def print_hash():
 def serve(args):
     """Serve until a signal; the exit status, or ValueError for options that contradict."""
     raise_descriptor_limit()
+    # What no line of ours shows takes long to find out ("Optimization" in Python's logging HOWTO).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     configure = functools.partial(settings_from, args, dict(os.environ))
     try:
         settings = configure()

@@ -2979,7 +2979,8 @@ LOGIN_DELAY = 1.0                       # seconds until a wrong password is answ
 PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
 IDENT_PORT = 113
 IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
-ACCEPT_BATCH = 64                       # connections accepted before others get their turn
+ACCEPT = READ | getattr(select, 'EPOLLEXCLUSIVE', 0)    # wake one worker, not all
+ACCEPT_BATCH = 8                        # connections accepted before others get their turn
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
@@ -3560,7 +3561,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self.listeners:
-                self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
+                self.loop.watch(sock, ACCEPT * (not accepting), ACCEPT * accepting, self)
 
     def ready(self, listener, _):
         for _ in range(min(ACCEPT_BATCH, self._room())):

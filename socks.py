@@ -50,7 +50,7 @@ import struct
 import sys
 import threading
 import time
-from base64 import b64encode
+from binascii import b2a_base64
 from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
@@ -547,7 +547,7 @@ class HttpConnect(NamedTuple):
         where = str(Address(host, self.address.port)).encode()
         lines = [b'CONNECT %b HTTP/1.1' % where, b'Host: ' + where]
         if self.credentials:
-            lines.append(b'Proxy-Authorization: Basic ' + b64encode(self.credentials))
+            lines.append(b'Proxy-Authorization: Basic ' + b2a_base64(self.credentials, newline=False))
         return b'\r\n'.join(lines) + b'\r\n\r\n'
 
 
@@ -1703,7 +1703,8 @@ class Loop:
         self.items = set()
         self.timers = Timers()
         self.now = time.monotonic()     # as of this round of events
-        self.buffer = memoryview(bytearray(self.BUFFER))
+        # Other than a bytearray's, its memory is only taken as far as it is written to.
+        self.buffer = io.BytesIO(bytes(self.BUFFER)).getbuffer()
         self.held = 0                   # bytes that relays hold because nobody takes them
         self._inbox = deque()
         self._asleep = False

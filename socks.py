@@ -1645,7 +1645,7 @@ class Timers:
 
     def __init__(self):
         self._ticks = {}
-        self._first = float('inf')      # no set is earlier
+        self.next = float('inf')        # nothing expires before; after, something may
 
     def set(self, item, when):
         """Have the item's time be `when`; None for no time."""
@@ -1658,19 +1658,17 @@ class Timers:
             item.due = tick
             if tick:
                 self._ticks.setdefault(tick, set()).add(item)
-                self._first = min(self._first, tick)
+                self.next = min(self.next, tick * self.TICK)
 
     def pause(self, now):
         """Seconds until there may be something to do."""
-        return min(LONGEST, max(0, self._first * self.TICK - now))
+        return min(LONGEST, max(0, self.next - now))
 
     def expired(self, now):
         """The items whose time has passed; they have none then."""
-        if now < self._first * self.TICK:
-            return []
         ticks = [tick for tick in self._ticks if tick * self.TICK <= now]
         items = [item for tick in sorted(ticks) for item in self._ticks.pop(tick)]
-        self._first = min(self._ticks, default=float('inf'))
+        self.next = min(self._ticks, default=float('inf')) * self.TICK
         for item in items:
             item.due = None
         return items
@@ -1742,19 +1740,21 @@ class Loop:
     def run(self):
         """Serve the items until stop()."""
         timers, poll, watched = self.timers, self._poller.poll, self._watched
+        monotonic = time.monotonic
         while not self._stopping:
             self._asleep = True         # before the look at the inbox: call() may come in between
-            found = poll(0 if self._inbox else timers.pause(time.monotonic()), self.ROUND)
+            found = poll(0 if self._inbox else timers.pause(monotonic()), self.ROUND)
             self._asleep = False
-            self.now = time.monotonic()
+            self.now = monotonic()
             # All are looked up first: a descriptor may change hands within the round.
             for (item, sock), events in [(watched[fd], events) for fd, events in found]:
                 try:
                     item.ready(sock, events)
                 except Exception:
                     self.failed(item)
-            for item in timers.expired(self.now):
-                self.attempt(item, item.expire)
+            if self.now >= timers.next:
+                for item in timers.expired(self.now):
+                    self.attempt(item, item.expire)
             while self._inbox:
                 item, function, args = self._inbox.popleft()
                 self.attempt(item, function, *args)

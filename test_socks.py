@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Tests of socks.py, with real sockets on loopback.  Run them: python -m test_socks
 
+Measure it beside other servers: python -m test_socks bench
+
 Programs that some tests talk to (curl, ssh, nc, ncat, proxychains4, unshare) are used where they
 are installed; elsewhere those tests are skipped and say so.
 """
 
+import argparse
 import asyncio
 import concurrent.futures
 import contextlib
@@ -14,17 +17,22 @@ import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
 import socketserver
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -34,6 +42,11 @@ import time
 import unittest
 import urllib.request
 import warnings
+
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
 
 import socks
 from socks import (Address, Choice, Credentials, Datagram, Greeting, ProtocolError, Reply, Request,
@@ -4515,5 +4528,338 @@ def load_tests(loader, tests, pattern):
         and not name.startswith('Inside'))
 
 
+# -------------------------------------------------------------------------------------- benchmark
+#
+# What this server and others that are found on PATH do with the same work, in turn.  The load runs
+# in processes of its own, each of which has both ends of its connections; a step is taken with all
+# of them before the next, so that it needs neither threads nor events.
+
+FIGURES = [                             # key, title, format, whether more is better
+    ('gbit_1', 'one stream, Gbit/s', '{:.1f}', True),
+    ('cpu_gb_1', 'the same, CPU seconds per GB', '{:.2f}', False),
+    ('gbit_8', '8 streams, Gbit/s', '{:.1f}', True),
+    ('cpu_gb_8', 'the same, CPU seconds per GB', '{:.2f}', False),
+    ('p50_1', 'ping-pong of 64 bytes, median, µs', '{:.0f}', False),
+    ('trips_64', 'the same on 64 connections, trips/s', '{:.0f}', True),
+    ('conns_64', 'connections/s, 64 at once', '{:.0f}', True),
+    ('cpu_conn_64', 'the same, CPU seconds per 1,000', '{:.3f}', False),
+    ('udp_16', 'UDP trips/s, 16 under way', '{:.0f}', True),
+    ('cpu_udp_16', 'the same, CPU seconds per million', '{:.1f}', False),
+    ('idle', 'memory of an idle tunnel, bytes', '{:.0f}', False),
+    ('base', 'memory before the first, MiB', '{:.1f}', False)]
+LOADERS = 8                             # processes
+IDLE = 2000                             # tunnels
+
+DANTE = """
+logoutput: /dev/null
+internal: 127.0.0.1 port = {port}
+external: lo
+clientmethod: none
+socksmethod: none
+user.privileged: root
+user.unprivileged: nobody
+client pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
+socks pass {{ from: 0/0 to: 0/0 command: bind connect udpassociate bindreply udpreply }}
+"""
+
+
+def listening():
+    """A socket that listens on a free port."""
+    sock = socket.socket()
+    sock.bind(('127.0.0.1', 0))
+    sock.listen(100)
+    return sock
+
+
+def join_all(proxy, listener, count):
+    """`count` connections by way of the proxy, if there is one: the near ends, and the far ones in
+    another order."""
+    target = Address(*listener.getsockname())
+    near = [socket.create_connection(proxy or target, PATIENCE) for _ in range(count)]
+    if proxy:
+        for message, size in (Greeting(b'\0'), 2), (Request(1, target), 10):
+            for sock in near:
+                sock.sendall(message.pack())
+            for sock in near:
+                answer = sock.recv(size, socket.MSG_WAITALL)
+                if len(answer) < size or answer[1]:
+                    raise OSError(errno.ECONNREFUSED, f'answered {answer!r}')
+    far = [listener.accept()[0] for _ in near]
+    for sock in near + far:
+        sock.settimeout(PATIENCE)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return near, far
+
+
+def echo_all(near, far, data):
+    for senders, receivers in (near, far), (far, near):
+        for sock in senders:
+            sock.sendall(data)
+        for sock in receivers:
+            sock.recv(len(data), socket.MSG_WAITALL)
+
+
+@contextlib.contextmanager
+def closing_all(*groups):
+    try:
+        yield
+    finally:
+        for sock in itertools.chain(*groups):
+            sock.close()
+
+
+def load_stream(proxy, seconds):
+    """Bytes that one connection brings."""
+    with listening() as listener:
+        (near,), (far,) = join_all(proxy, listener, 1)
+    thread = threading.Thread(target=send_on, args=(far,))
+    thread.start()
+    buffer, count, end = bytearray(1 << 20), 0, time.monotonic() + seconds
+    discard = socket.MSG_TRUNC if sys.platform == 'linux' else 0        # who reads is no bottleneck
+    with near:
+        while time.monotonic() < end:
+            count += near.recv_into(buffer, 0, discard)
+    thread.join()
+    return count
+
+
+def send_on(sock):
+    data = bytes(1 << 20)
+    with sock, contextlib.suppress(OSError):
+        while True:
+            sock.sendall(data)
+
+
+def load_trips(proxy, seconds, count):
+    """The seconds that each round of trips took, with so many connections."""
+    with listening() as listener:
+        near, far = join_all(proxy, listener, count)
+    took, data, now = [], bytes(64), time.monotonic()
+    end = now + seconds
+    with closing_all(near, far):
+        while now < end:
+            echo_all(near, far, data)
+            now, before = time.monotonic(), now
+            took.append(now - before)
+    return took
+
+
+def load_connections(proxy, seconds, count):
+    """How many connections were made, a byte sent both ways, and closed; so many at once."""
+    made, end = 0, time.monotonic() + seconds
+    with listening() as listener:
+        while time.monotonic() < end:
+            near, far = join_all(proxy, listener, count)
+            with closing_all(near, far):
+                echo_all(near, far, b'x')
+            made += count
+    return made
+
+
+def load_datagrams(proxy, seconds, window):
+    """How many datagrams came back, of so many under way at a time."""
+    near, far = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+    with near, far, contextlib.ExitStack() as stack:
+        for sock in near, far:
+            sock.bind(('127.0.0.1', 0))
+            sock.settimeout(0.2)
+        header, relay = b'', far.getsockname()
+        if proxy:
+            control = stack.enter_context(Peer(proxy))
+            control.ask(Greeting(b'\0'), Choice)
+            header = Datagram(Address(*relay), b'').pack()
+            relay = control.ask(Request(3, Address(*near.getsockname())), Response).address
+        came, data, end = 0, header + bytes(512), time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(socket.timeout):       # lost: on with the next ones
+                for _ in range(window):
+                    near.sendto(data, relay)
+                for _ in range(window):
+                    payload, sender = far.recvfrom(2048)
+                    far.sendto(payload, sender)
+                for _ in range(window):
+                    near.recv(2048)
+                    came += 1
+        return came
+
+
+def process_tree(pid):
+    """The process and those below it; none where /proc does not tell."""
+    pids = [pid]
+    for each in pids:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f'/proc/{each}/task'):
+                with open(f'/proc/{each}/task/{task}/children') as file:
+                    pids += map(int, file.read().split())
+    return pids if os.path.exists(f'/proc/{pid}') else []
+
+
+def cpu_seconds(pids):
+    """What the processes have used, with their children that ended."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f'/proc/{pid}/stat') as file:
+            ticks += sum(map(int, file.read().rpartition(')')[2].split()[11:15]))
+    return ticks / os.sysconf('SC_CLK_TCK') if pids else float('nan')
+
+
+def memory(pids):
+    """Bytes that the processes take, of shared pages their share."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f'/proc/{pid}/smaps_rollup') as file:
+            total += int(re.search(r'^Pss: +(\d+)', file.read(), re.M).group(1)) << 10
+    return total or float('nan')
+
+
+class Contender:
+    """A proxy, or the direct way; gives its figures."""
+
+    def __init__(self, name, command, seconds, loaders):
+        self.name = name
+        self._command = command         # {port} and {dante} stand for what is not known yet
+        self._seconds = seconds
+        self._loaders = loaders
+
+    def run(self):
+        """The figures of a new process; what it cannot do is missing."""
+        if not self._command:
+            return self._measure(None, None)
+        with socket.socket() as probe, tempfile.NamedTemporaryFile('w') as config:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+            probe.close()
+            config.write(DANTE.format(port=port))
+            config.flush()
+            process = subprocess.Popen(
+                [word.format(port=port, dante=config.name) for word in self._command],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                proxy = '127.0.0.1', port
+                eventually(lambda: self._is_up(proxy))
+                return self._measure(proxy, process.pid)
+            finally:
+                process.terminate()
+                process.wait()
+
+    @staticmethod
+    def _is_up(proxy):
+        with contextlib.suppress(OSError), Peer(proxy) as peer:
+            return peer.ask(Greeting(b'\0'), Choice).method == 0
+
+    def _measure(self, proxy, pid):
+        self._proxy, self._pid, figures = proxy, pid, {}
+        if proxy:
+            figures['idle'], figures['base'] = self._idle()
+        for streams in 1, 8:
+            counts, cpu = self._load(streams, load_stream)
+            figures[f'gbit_{streams}'] = sum(counts) * 8e-9 / self._seconds
+            figures[f'cpu_gb_{streams}'] = cpu / sum(counts) * 1e9
+        (took,), _ = self._load(1, load_trips, 1)
+        figures['p50_1'] = statistics.median(took) * 1e6
+        rounds, _ = self._load(LOADERS, load_trips, 64 // LOADERS)
+        figures['trips_64'] = sum(map(len, rounds)) * (64 // LOADERS) / self._seconds
+        counts, cpu = self._load(LOADERS, load_connections, 64 // LOADERS)
+        figures['conns_64'] = sum(counts) / self._seconds
+        figures['cpu_conn_64'] = cpu / sum(counts) * 1000
+        with contextlib.suppress(OSError, EOFError, socks.ProxyError):
+            (count,), cpu = self._load(1, load_datagrams, 16)
+            figures['udp_16'] = count / self._seconds
+            figures['cpu_udp_16'] = cpu / count * 1e6
+        return {key: value for key, value in figures.items() if value == value}
+
+    def _load(self, size, function, *args):
+        """What each of so many loaders brought, and the CPU seconds that it cost the proxy."""
+        before = cpu_seconds(process_tree(self._pid))
+        results = self._loaders.starmap(
+            function, [(self._proxy, self._seconds, *args)] * size, chunksize=1)
+        return results, cpu_seconds(process_tree(self._pid)) - before
+
+    def _idle(self):
+        """Bytes of memory for one more idle tunnel, and MiB before the first."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 500
+        count, sizes = min(IDLE, (limit - 100) // 2) // 50, []
+        with listening() as listener, contextlib.ExitStack() as stack:
+            for _ in range(count):
+                sizes.append(memory(process_tree(self._pid)))
+                stack.enter_context(closing_all(*join_all(self._proxy, listener, 50)))
+        return (sizes[-1] - sizes[1]) / ((count - 2) * 50), sizes[0] / (1 << 20)
+
+
+def contenders(more, seconds, loaders):
+    """The direct way, this server, and others that are there or are given as NAME=COMMAND."""
+    ours = [sys.executable, os.path.join(HERE, 'socks.py'), '-p', '{port}']
+    commands = [('direct', None), ('socks.py', ours)]
+    if hasattr(os, 'fork'):
+        commands.append((f'socks.py -w {os.cpu_count()}', ours + ['-w', 'auto']))
+    found = {name: path for name in ('microsocks', 'sockd', 'danted')
+             for path in [shutil.which(name, path=os.environ['PATH'] + ':/usr/sbin')] if path}
+    if 'microsocks' in found:
+        commands.append(('microsocks', [found['microsocks'], '-i', '127.0.0.1', '-p', '{port}']))
+    if {'sockd', 'danted'} & set(found):
+        commands.append(('Dante', [found.get('sockd') or found['danted'], '-f', '{dante}',
+                                   '-p', os.devnull]))
+    for text in more:
+        name, _, command = text.partition('=')
+        commands.append((name, shlex.split(command)))
+    return [Contender(name, command, seconds, loaders) for name, command in commands]
+
+
+def bench_table(figures):
+    """A Markdown table of {name: {key: value}}; behind the values of ours, their ratio to the best
+    of the others'."""
+    names = list(figures)
+    peers = [name for name in names if name != 'direct' and not name.startswith('socks.py')]
+    rows = [['', *names], ['---'] * (len(names) + 1)]
+    for key, title, form, more in FIGURES:
+        values = [figures[name][key] for name in peers if key in figures[name]]
+        best = (max if more else min)(values) if values else None
+        cells = [title]
+        for name in names:
+            value = figures[name].get(key)
+            cell = '-' if value is None else form.format(value)
+            if best and value is not None and name.startswith('socks.py'):
+                cell += f' ({value / best:.2f}x)'
+            cells.append(cell)
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |'
+                     for row in rows)
+
+
+def bench(arguments):
+    """Measure, and print the medians."""
+    parser = argparse.ArgumentParser(
+        prog='python -m test_socks bench', description='Measure this server beside others.')
+    parser.add_argument('more', nargs='*', metavar='NAME=COMMAND',
+                        help='another SOCKS5 server, on 127.0.0.1 and {port}')
+    parser.add_argument('--rounds', type=int, default=3, help='(default: %(default)s)')
+    parser.add_argument('--seconds', type=float, default=0.7,
+                        help='that each load runs (default: %(default)s)')
+    parser.add_argument('--json', action='store_true', help='print all figures as JSON')
+    args = parser.parse_args(arguments)
+    socks.raise_descriptor_limit()
+    runs = {}
+    with multiprocessing.Pool(LOADERS) as loaders:
+        for number, contender in itertools.product(
+                range(1, args.rounds + 1), contenders(args.more, args.seconds, loaders)):
+            print(f'round {number} of {args.rounds}: {contender.name}', file=sys.stderr, flush=True)
+            runs.setdefault(contender.name, []).append(contender.run())
+    medians = {name: {key: statistics.median([run[key] for run in each if key in run])
+                      for key, *_ in FIGURES if any(key in run for run in each)}
+               for name, each in runs.items()}
+    where = {'python': platform.python_version(), 'system': platform.platform(),
+             'cores': os.cpu_count(), 'rounds': args.rounds, 'seconds': args.seconds}
+    if args.json:
+        print(json.dumps(dict(where, medians=medians, runs=runs), indent=1))
+    else:
+        print('Python {python}, {system}, {cores} cores; medians of {rounds} rounds of {seconds} s; '
+              'in brackets, ratios to the best of the others'.format(**where))
+        print(bench_table(medians))
+
+
 if __name__ == '__main__':
-    unittest.main()
+    if sys.argv[1:2] == ['bench']:
+        bench(sys.argv[2:])
+    else:
+        unittest.main()

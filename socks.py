@@ -1698,7 +1698,7 @@ class Loop:
         self.crew = crew
         self.costly_crew = costly_crew
         self.relieve = relieve
-        self.items = set()
+        self.items = {}                 # as a set, which would take twice the room
         self.timers = Timers()
         self.now = time.monotonic()     # as of this round of events
         # Other than a bytearray's, its memory is only taken as far as it is written to.
@@ -1815,7 +1815,7 @@ class Task:
 
     def start(self, loop):
         self.loop = loop
-        loop.items.add(self)
+        loop.items[self] = True
         self._step(self._conversation.send, None)
 
     def ready(self, sock, _):
@@ -1899,7 +1899,7 @@ class Task:
     def _end(self, relay):
         self._conversation = None
         self.loop.timers.set(self, None)
-        self.loop.items.discard(self)
+        self.loop.items.pop(self, None)
         if relay:
             self.loop.attempt(relay, relay.start, self.loop, self._events)
         else:
@@ -1983,7 +1983,7 @@ class Relay:
         """Belong to `loop`."""
         self.loop = loop
         self.moved = loop.now
-        loop.items.add(self)
+        loop.items[self] = True
         self.expire()
 
     def expire(self):
@@ -1997,7 +1997,7 @@ class Relay:
     def leave(self):
         """Belong to no loop."""
         self.loop.timers.set(self, None)
-        self.loop.items.discard(self)
+        self.loop.items.pop(self, None)
 
 
 class Pipe:

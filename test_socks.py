@@ -4548,7 +4548,6 @@ FIGURES = [                             # key, title, format, whether more is be
     ('idle', 'memory of an idle tunnel, bytes', '{:.0f}', False),
     ('base', 'memory before the first, MiB', '{:.1f}', False)]
 LOADERS = 8                             # processes
-IDLE = 2000                             # tunnels
 
 DANTE = """
 logoutput: /dev/null
@@ -4714,6 +4713,7 @@ def memory(pids):
 
 class Contender:
     """A proxy, or the direct way; gives its figures."""
+    idle = 2000                         # tunnels at once
 
     def __init__(self, name, command, seconds, loaders):
         self.name = name
@@ -4778,7 +4778,7 @@ class Contender:
     def _idle(self):
         """Bytes of memory for one more idle tunnel, and MiB before the first."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 500
-        count, sizes = min(IDLE, (limit - 100) // 2) // 50, []
+        count, sizes = min(self.idle, (limit - 100) // 2) // 50, []
         with listening() as listener, contextlib.ExitStack() as stack:
             for _ in range(count):
                 sizes.append(memory(process_tree(self._pid)))
@@ -4856,6 +4856,30 @@ def bench(arguments):
         print('Python {python}, {system}, {cores} cores; medians of {rounds} rounds of {seconds} s; '
               'in brackets, ratios to the best of the others'.format(**where))
         print(bench_table(medians))
+
+
+class BenchTest(unittest.TestCase):
+
+    def test_all_figures_are_there(self):
+        with multiprocessing.Pool(LOADERS) as loaders:
+            direct, ours = contenders([], 0.05, loaders)[:2]
+            ours.idle = 200
+            figures = {'direct': direct.run(), 'socks.py': ours.run()}
+        keys = {key for key, *_ in FIGURES}
+        if sys.platform == 'linux':
+            self.assertEqual(set(figures['socks.py']), keys)
+        self.assertLessEqual({'gbit_1', 'gbit_8', 'p50_1', 'trips_64', 'conns_64', 'udp_16'},
+                             set(figures['direct']))
+        self.assertTrue(all(value > 0 for each in figures.values() for key, value in each.items()
+                            if not key.startswith('cpu')))      # ticks are coarser than this
+
+    def test_table(self):
+        rows = bench_table({'direct': {'gbit_1': 40.0}, 'socks.py': {'gbit_1': 20.0, 'base': 24.0},
+                            'a': {'gbit_1': 10.0, 'base': 6.0}, 'b': {'gbit_1': 5.0}}).split('\n')
+        cells = [[cell.strip() for cell in row.split('|')] for row in rows]
+        self.assertIn(['', 'one stream, Gbit/s', '40.0', '20.0 (2.00x)', '10.0', '5.0', ''], cells)
+        self.assertIn(['', 'memory before the first, MiB', '-', '24.0 (4.00x)', '6.0', '-', ''],
+                      cells)
 
 
 if __name__ == '__main__':

@@ -39,6 +39,7 @@ import io
 import ipaddress
 import itertools
 import logging
+import mmap
 import os
 import re
 import select
@@ -547,7 +548,8 @@ class HttpConnect(NamedTuple):
         where = str(Address(host, self.address.port)).encode()
         lines = [b'CONNECT %b HTTP/1.1' % where, b'Host: ' + where]
         if self.credentials:
-            lines.append(b'Proxy-Authorization: Basic ' + b2a_base64(self.credentials, newline=False))
+            lines.append(b'Proxy-Authorization: Basic '
+                         + b2a_base64(self.credentials, newline=False))
         return b'\r\n'.join(lines) + b'\r\n\r\n'
 
 
@@ -1702,7 +1704,8 @@ class Loop:
         self.timers = Timers()
         self.now = time.monotonic()     # as of this round of events
         # Other than a bytearray's, its memory is only taken as far as it is written to.
-        self.buffer = io.BytesIO(bytes(self.BUFFER)).getbuffer()
+        private = {'flags': mmap.MAP_PRIVATE} if os.name == 'posix' else {}
+        self.buffer = memoryview(mmap.mmap(-1, self.BUFFER, **private))
         self.held = 0                   # bytes that relays hold because nobody takes them
         self._inbox = deque()
         self._asleep = False

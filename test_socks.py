@@ -90,6 +90,15 @@ def descriptors():
     return 0
 
 
+def cpu_seconds(*pids):
+    """What processes have used, with their children that ended; not a number without any."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f'/proc/{pid}/stat') as file:
+            ticks += sum(map(int, file.read().rpartition(')')[2].split()[11:15]))
+    return ticks / os.sysconf('SC_CLK_TCK') if pids else float('nan')
+
+
 def hexed(text, **ports):
     """The bytes of a vector: hex digits, `61*300` for 300 bytes, `{port}` for a port."""
     for name, number in ports.items():
@@ -4030,13 +4039,6 @@ class CommandLineTest(Case):
             return peer.connect('127.0.0.1', origin.port).reply == 0
 
 
-def cpu_seconds(pid):
-    """User and system time that a process has used."""
-    with open(f'/proc/{pid}/stat') as file:
-        fields = file.read().rpartition(')')[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
-
-
 class ReadmeTest(unittest.TestCase):
 
     @classmethod
@@ -4549,18 +4551,6 @@ FIGURES = [                             # key, title, format, whether more is be
     ('base', 'memory before the first, MiB', '{:.1f}', False)]
 LOADERS = 8                             # processes
 
-DANTE = """
-logoutput: /dev/null
-internal: 127.0.0.1 port = {port}
-external: lo
-clientmethod: none
-socksmethod: none
-user.privileged: root
-user.unprivileged: nobody
-client pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
-socks pass {{ from: 0/0 to: 0/0 command: bind connect udpassociate bindreply udpreply }}
-"""
-
 
 def listening():
     """A socket that listens on a free port."""
@@ -4693,15 +4683,6 @@ def process_tree(pid):
     return pids if os.path.exists(f'/proc/{pid}') else []
 
 
-def cpu_seconds(pids):
-    """What the processes have used, with their children that ended."""
-    ticks = 0
-    for pid in pids:
-        with contextlib.suppress(OSError), open(f'/proc/{pid}/stat') as file:
-            ticks += sum(map(int, file.read().rpartition(')')[2].split()[11:15]))
-    return ticks / os.sysconf('SC_CLK_TCK') if pids else float('nan')
-
-
 def memory(pids):
     """Bytes that the processes take, of shared pages their share."""
     total = 0
@@ -4729,7 +4710,7 @@ class Contender:
             probe.bind(('127.0.0.1', 0))
             port = probe.getsockname()[1]
             probe.close()
-            config.write(DANTE.format(port=port))
+            config.write(DANTE % port)
             config.flush()
             process = subprocess.Popen(
                 [word.format(port=port, dante=config.name) for word in self._command],
@@ -4770,10 +4751,10 @@ class Contender:
 
     def _load(self, size, function, *args):
         """What each of so many loaders brought, and the CPU seconds that it cost the proxy."""
-        before = cpu_seconds(process_tree(self._pid))
+        before = cpu_seconds(*process_tree(self._pid))
         results = self._loaders.starmap(
             function, [(self._proxy, self._seconds, *args)] * size, chunksize=1)
-        return results, cpu_seconds(process_tree(self._pid)) - before
+        return results, cpu_seconds(*process_tree(self._pid)) - before
 
     def _idle(self):
         """Bytes of memory for one more idle tunnel, and MiB before the first."""
@@ -4853,8 +4834,8 @@ def bench(arguments):
     if args.json:
         print(json.dumps(dict(where, medians=medians, runs=runs), indent=1))
     else:
-        print('Python {python}, {system}, {cores} cores; medians of {rounds} rounds of {seconds} s; '
-              'in brackets, ratios to the best of the others'.format(**where))
+        print('Python {python}, {system}, {cores} cores; medians of {rounds} rounds of {seconds} '
+              's; in brackets, ratios to the best of the others'.format(**where))
         print(bench_table(medians))
 
 

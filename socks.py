@@ -22,8 +22,8 @@ is better done elsewhere: name look-ups, which block, and tunnels that turn out 
 The client's conversations are the same in shape; run() goes through one in the thread that calls.
 
 Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
-password), RFC 8305 (connecting to a name with several addresses), RFC 9110 (CONNECT of HTTP), RFC
-1413 (ident), the PROXY protocol, Tor's socks-extensions.
+password), RFC 1961 (GSSAPI), RFC 8305 (connecting to a name with several addresses), RFC 9110
+(CONNECT of HTTP), RFC 1413 (ident), the PROXY protocol, Tor's socks-extensions.
 
 Sections, each of which uses only those before it: words, errors, wire format, sockets, access,
 loops, relays, client, server, socket face, operation, command line.
@@ -537,6 +537,35 @@ class Datagram(NamedTuple):
         return cls(Address.unpack(read), rest(), fragment)
 
 
+class GssMessage(NamedTuple):
+    """A message of GSSAPI's negotiation, or of what it protects then (RFC 1961 sections 3 to 5)."""
+    kind: int
+    token: bytes = b''
+
+    TOKEN, LEVEL, DATA, ABORT = 1, 2, 3, 0xFF
+
+    def pack(self):
+        if self.kind == self.ABORT:
+            return bytes((1, self.kind))
+        return struct.pack('!BBH', 1, self.kind, len(self.token)) + self.token
+
+    @classmethod
+    def unpack(cls, read):
+        version, kind = read(2)
+        expect_version('GSSAPI', version, 1)
+        if kind == cls.ABORT:
+            return cls(kind)
+        return cls(kind, read(int.from_bytes(read(2), 'big')))
+
+    @classmethod
+    def unpack_token(cls, kind, read):
+        """Only the token, of a message that must be of this kind."""
+        message = cls.unpack(read)
+        if message.kind != kind:
+            raise ProtocolError(f'GSSAPI message {message.kind:#04x}, expected {kind:#04x}')
+        return message.token
+
+
 class HttpConnect(NamedTuple):
     """A request for a tunnel to an HTTP proxy (RFC 9110 section 9.3.6)."""
     address: Address
@@ -917,28 +946,78 @@ class ExactStream(Stream):
                 return message
 
 
-class Secure:
-    """TLS over a non-blocking socket that it owns, as far as a relay needs a socket's interface.
+class Layer:
+    """Encryption over a non-blocking socket that it owns, as far as a relay needs a socket's
+    interface.
 
-    It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
-    end its direction and go on reading.  After recv_into() nothing decrypted is left behind, so
-    the socket's readiness tells all, and send() counts only what the socket took whole.
+    After recv_into() nothing decrypted is left behind, so the socket's readiness tells all, and
+    send() counts only what the socket took whole.  The subclass has recv_into() and _seal(data),
+    which adds what stands for the first bytes of `data` to _cipher, and tells how many.
     """
-    RECORD = 1 << 15                    # more than the bytes of one TLS record
+    RECORD = 1 << 15                    # more than the bytes of one record
 
-    def __init__(self, sock, context, **options):
-        import ssl                      # here, because few need it and it is large
+    def __init__(self, sock):
         self._sock = sock
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._cipher = b''              # made, but not taken by the socket
         self._plain = 0                 # bytes that it stands for
-        self._ended = False             # the socket has said all
         self._ending = False            # our direction is to end when the socket took all
         self.fileno = sock.fileno
         self.setsockopt = sock.setsockopt
         self.getsockname = sock.getsockname
+
+    def flush(self):
+        """Whether the socket took all that there is for it."""
+        with contextlib.suppress(*BLOCKED):
+            while self._cipher:
+                self._cipher = self._cipher[self._sock.send(self._cipher):]
+        if self._ending and not self._cipher:
+            self._ending = False
+            self._sock.shutdown(socket.SHUT_WR)
+        return not self._cipher
+
+    @property
+    def unsent(self):
+        """Whether there is more for the socket, which nobody will bring again."""
+        return self._ending or getattr(self._sock, 'unsent', False)
+
+    def recv(self, size, _=0):
+        buffer = bytearray(size + 2 * self.RECORD)
+        return bytes(buffer[:self.recv_into(buffer, size)])
+
+    def send(self, data):
+        """Send the first bytes; after BlockingIOError the same ones must come again."""
+        if not self._plain:
+            self._plain = self._seal(data[:1 << 18])
+        if not self.flush():
+            raise BlockingIOError(errno.EAGAIN, 'the socket is full')
+        sent, self._plain = self._plain, 0
+        return sent
+
+    def shutdown(self, _):
+        """End our direction, and only that."""
+        self._ending = True
+        self.flush()
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.flush()
+        self._sock.close()
+
+
+class Secure(Layer):
+    """TLS.
+
+    It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
+    end its direction and go on reading.
+    """
+
+    def __init__(self, sock, context, **options):
+        import ssl                      # here, because few need it and it is large
+        super().__init__(sock)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
+        self._ended = False             # the socket has said all
 
     def handshake(self, until):
         """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
@@ -967,20 +1046,8 @@ class Secure:
         return self._tls.getpeercert() or {}
 
     def flush(self):
-        """Whether the socket took all that there is for it."""
-        self._cipher += self._outgoing.read()
-        with contextlib.suppress(*BLOCKED):
-            while self._cipher:
-                self._cipher = self._cipher[self._sock.send(self._cipher):]
-        if self._ending and not self._cipher:
-            self._ending = False
-            self._sock.shutdown(socket.SHUT_WR)
-        return not self._cipher
-
-    @property
-    def unsent(self):
-        """Whether there is more for the socket, which nobody will bring again."""
-        return self._ending
+        self._cipher += self._outgoing.read()       # the protocol itself may have something to say
+        return super().flush()
 
     def _feed(self, size):
         data = self._sock.recv(size)
@@ -998,7 +1065,7 @@ class Secure:
                         break
                     count += more
                 except self._waits:
-                    self.flush()        # the protocol itself may have something to answer
+                    self.flush()
                     if count:
                         return count
                     if fed:
@@ -1013,33 +1080,309 @@ class Secure:
             self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
         return count
 
-    def recv(self, size, _=0):
-        buffer = bytearray(size + self.RECORD)
-        return bytes(buffer[:self.recv_into(buffer, size)])
+    def _seal(self, data):
+        return self._tls.write(data)
 
-    def send(self, data):
-        """Send the first bytes; after BlockingIOError the same ones must come again."""
-        if not self._plain:
-            self._plain = self._tls.write(data[:1 << 18])
-        if not self.flush():
-            raise BlockingIOError(errno.EAGAIN, 'the socket is full')
-        sent, self._plain = self._plain, 0
-        return sent
-
-    def shutdown(self, _):
-        """End our direction, and only that."""
+    def shutdown(self, how):
         with contextlib.suppress(self._waits):
             self._tls.unwrap()
-        self._ending = True
-        self.flush()
+        super().shutdown(how)
 
     def close(self):
         """Close the socket, and tell the peer that this was no accident, if it can be told."""
         with contextlib.suppress(OSError):
             self._tls.unwrap()
-        with contextlib.suppress(OSError):
-            self.flush()
-        self._sock.close()
+        super().close()
+
+
+class GssError(OSError):
+    """GSSAPI says no; the text is its own."""
+
+
+class GssLibrary:
+    """What is needed of GSSAPI (RFC 2743, its C bindings in RFC 2744), from the system's Kerberos.
+
+    OSError where it is not there.  Its functions may block.
+    """
+    NAME = 'libgssapi_krb5.so.2'        # MIT's; others lay out their structures in other ways
+    KERBEROS = bytes.fromhex('2a864886f712010202')
+    SERVICE_NAME = bytes.fromhex('2a864886f71201020104')        # SERVICE@HOST
+    MUTUAL, REPLAY, SEQUENCE, CONF, INTEG = 2, 4, 8, 16, 32
+    FOREVER, ACCEPT, FAILED = 0xFFFFFFFF, 2, 0xFFFF0000
+
+    def __init__(self):
+        if sys.platform != 'linux':
+            raise OSError(errno.ENOSYS, 'GSSAPI: only known on Linux')
+        import ctypes                   # here, because few need it
+        self._c = ctypes
+
+        class Buffer(ctypes.Structure):
+            _fields_ = [('length', ctypes.c_size_t), ('value', ctypes.POINTER(ctypes.c_char))]
+
+        class Oid(ctypes.Structure):
+            _fields_ = [('length', ctypes.c_uint32), ('elements', ctypes.c_char_p)]
+
+        self._buffer_class, self._oid_class = Buffer, Oid
+        try:
+            self._library = ctypes.CDLL(self.NAME)
+        except OSError:
+            raise OSError(errno.ENOENT, f'GSSAPI: there is no {self.NAME} here') from None
+
+    def call(self, name, *args):
+        """The status of gss_NAME(&minor, *args), without errors: it raises GssError for those."""
+        minor = self._c.c_uint32()
+        function = getattr(self._library, 'gss_' + name)
+        function.restype = self._c.c_uint32
+        status = function(self._c.byref(minor), *args)
+        if status & self.FAILED:
+            texts = filter(None, (self._text(status, 1), self._text(minor.value, 2)))
+            raise GssError(errno.EACCES, 'GSSAPI: ' + '; '.join(texts))
+        return status
+
+    def _text(self, status, kind):
+        text, more, minor = self.output(), self._c.c_uint32(), self._c.c_uint32()
+        self._library.gss_display_status(
+            self._c.byref(minor), self._c.c_uint32(status), kind, None, self._c.byref(more), text)
+        return self.taken(text).decode('utf-8', 'replace') if status else ''
+
+    def handle(self):
+        return self._c.c_void_p()
+
+    def number(self, value=0):
+        return self._c.c_uint32(value)
+
+    def input(self, data):
+        """A pointer to a gss_buffer_desc."""
+        value = self._c.cast(self._c.c_char_p(data), self._c.POINTER(self._c.c_char))
+        return self._c.pointer(self._buffer_class(len(data), value))
+
+    def output(self):
+        return self._c.pointer(self._buffer_class())
+
+    def taken(self, output):
+        """The bytes that a function put there."""
+        buffer, minor = output.contents, self._c.c_uint32()
+        data = self._c.string_at(buffer.value, buffer.length) if buffer.length else b''
+        self._library.gss_release_buffer(self._c.byref(minor), output)
+        return data
+
+    def oid(self, data):
+        return self._c.pointer(self._oid_class(len(data), data))
+
+    def reference(self, value):
+        return self._c.byref(value)
+
+    def named(self, name):
+        """The handle of a name: SERVICE@HOST, or a principal, which has a slash."""
+        handle = self.handle()
+        self.call('import_name', self.input(name.encode()),
+                  None if '/' in name else self.oid(self.SERVICE_NAME), self.reference(handle))
+        return handle
+
+    @contextlib.contextmanager
+    def keys(self):
+        """The handle of the keys of all services that are in the keytab; GssError without any."""
+        handle = self.handle()
+        self.call('acquire_cred', None, self.number(self.FOREVER), None, self.ACCEPT,
+                  self.reference(handle), None, None)
+        try:
+            yield handle
+        finally:
+            self.call('release_cred', self.reference(handle))
+
+
+@functools.lru_cache(1)
+def gss_library():
+    """The one that is here, loaded when it is first needed."""
+    return GssLibrary()
+
+
+class GssContext:
+    """One side of a security context, and at last the level of protection that was agreed on.
+
+    `name` is whom to talk to, SERVICE@HOST; None: accept somebody, whose name is `peer` then.
+    """
+    CLEAR, INTEGRITY, CONFIDENTIALITY = 0, 1, 2
+    DUPLICATE, OLD, OUT_OF_ORDER = 2, 4, 2 | 4 | 8 | 16         # of unwrap's status
+    level = CONFIDENTIALITY
+    peer = ''
+
+    def __init__(self, name=None, in_sequence=True):
+        self._name = name
+        self._in_sequence = in_sequence         # datagrams are not
+        self._library = gss_library()
+        self._context = self._library.handle()
+        self._lock = threading.Lock()           # a context serves one thread at a time
+        self._flags = 0
+
+    def step(self, token=b''):
+        """(token for the other side, whether the context is complete) after one from there."""
+        library, output, flags = self._library, self._library.output(), self._library.number()
+        function = self._accept if self._name is None else self._initiate
+        try:
+            status = function(library, token, output, flags)
+        finally:
+            token = library.taken(output)       # also that of a failure, else it is lost memory
+        self._flags = flags.value
+        return token, not status
+
+    def _initiate(self, library, token, output, flags):
+        name = library.named(self._name)
+        wanted = library.MUTUAL | library.REPLAY | library.CONF | library.INTEG
+        if self._in_sequence:
+            wanted |= library.SEQUENCE
+        try:
+            return library.call(
+                'init_sec_context', None, library.reference(self._context), name,
+                library.oid(library.KERBEROS), library.number(wanted), library.number(0),
+                None, library.input(token), None, output, library.reference(flags), None)
+        finally:
+            library.call('release_name', library.reference(name))
+
+    def _accept(self, library, token, output, flags):
+        peer, name = library.handle(), library.output()
+        with library.keys() as keys:
+            status = library.call(
+                'accept_sec_context', library.reference(self._context), keys,
+                library.input(token), None, library.reference(peer), None, output,
+                library.reference(flags), None, None)
+        if not status:
+            library.call('display_name', peer, name, None)
+            library.call('release_name', library.reference(peer))
+            self.peer = library.taken(name).decode('utf-8', 'replace')
+        return status
+
+    def allows(self, level):
+        """Whether the mechanism can do that; its flags say so."""
+        needed = {self.CLEAR: 0, self.INTEGRITY: self._library.INTEG,
+                  self.CONFIDENTIALITY: self._library.CONF}[level]
+        return self._flags & needed == needed
+
+    def wrap(self, data, is_secret):
+        library, output = self._library, self._library.output()
+        with self._lock:
+            library.call('wrap', self._context, int(is_secret), 0, library.input(data),
+                         library.reference(library.number()), output)
+        return library.taken(output)
+
+    def unwrap(self, token):
+        """(data, whether it was encrypted, status)"""
+        library, output, is_secret = self._library, self._library.output(), self._library.number()
+        with self._lock:
+            status = library.call('unwrap', self._context, library.input(token), output,
+                                  library.reference(is_secret), None)
+        return library.taken(output), bool(is_secret.value), status
+
+    def largest(self):
+        """How many bytes one message can protect."""
+        library, largest = self._library, self._library.number()
+        library.call('wrap_size_limit', self._context, self.level == self.CONFIDENTIALITY, 0,
+                     0xFFFF, library.reference(largest))
+        return largest.value
+
+    def seal(self, data):
+        """The bytes of a message that protects `data` at the level."""
+        token = self.wrap(data, self.level == self.CONFIDENTIALITY)
+        return GssMessage(GssMessage.DATA, token).pack()
+
+    def open(self, token, forbidden):
+        """What a message protects; OSError if it is not what the level promises, or its status is
+        one of those forbidden."""
+        data, is_secret, status = self.unwrap(token)
+        if self.level == self.CONFIDENTIALITY and not is_secret:
+            raise OSError(errno.EBADMSG, 'GSSAPI: a message is not encrypted')
+        if status & forbidden:
+            raise OSError(errno.EBADMSG, 'GSSAPI: a message came twice, late or too early')
+        return data
+
+    def __del__(self):
+        if getattr(self, '_context', None):
+            with contextlib.suppress(OSError):
+                self._library.call('delete_sec_context', self._library.reference(self._context),
+                                   None)
+
+
+class Protected(Layer):
+    """What GSSAPI protects (RFC 1961 section 5); `incoming` came with the last message before."""
+    RECORD = 1 << 16                    # more than the bytes that one message protects
+
+    def __init__(self, sock, context, incoming=b''):
+        super().__init__(sock)
+        self.context = context
+        self._incoming = incoming
+        self._largest = context.largest()
+
+    def recv_into(self, buffer, size):
+        """Read what the socket has, but of `size` bytes; `buffer` has room for 2 RECORDs more."""
+        buffer = memoryview(buffer)
+        count = self._open(buffer)
+        if not count:
+            data = self._sock.recv(min(size, len(buffer) - 2 * self.RECORD))
+            if not data:
+                if self._incoming:
+                    raise ConnectionResetError(errno.ECONNRESET, 'ended within a GSSAPI message')
+                return 0
+            self._incoming += data
+            count = self._open(buffer)
+            if not count:
+                raise BlockingIOError(errno.EAGAIN, 'a part of a GSSAPI message')
+        return count
+
+    def _open(self, buffer):
+        """Put into `buffer` what the whole messages have that came; its length."""
+        (read, _), used, count = reader(self._incoming), 0, 0
+        with contextlib.suppress(EOFError):
+            while True:
+                try:
+                    token = GssMessage.unpack_token(GssMessage.DATA, read)
+                except ProtocolError as error:  # nobody that could be answered
+                    raise OSError(errno.EBADMSG, str(error)) from None
+                data = self.context.open(token, self.context.OUT_OF_ORDER)
+                buffer[count:count + len(data)] = data
+                count += len(data)
+                used += 4 + len(token)
+        self._incoming = self._incoming[used:]
+        return count
+
+    def _seal(self, data):
+        self._cipher += b''.join(self.context.seal(bytes(data[start:start + self._largest]))
+                                 for start in range(0, len(data), self._largest))
+        return len(data)
+
+
+class ProtectedDatagrams:
+    """A UDP socket each of whose datagrams is a GSSAPI message (RFC 1961 section 5)."""
+
+    def __init__(self, sock, context):
+        self._sock = sock
+        self.context = context
+        self.fileno, self.close, self.connect = sock.fileno, sock.close, sock.connect
+        self.getsockname = sock.getsockname
+
+    def recvfrom_into(self, buffer):
+        """As of a socket; what is no datagram from the other side of the context is empty."""
+        message, source = self._sock.recvfrom(0xFFFF)
+        data = opened(self.context, message)
+        buffer[:len(data)] = data
+        return len(data), source
+
+    def send(self, data):
+        self._sock.send(self.context.seal(bytes(data)))
+
+    def sendto(self, data, address):
+        self._sock.sendto(self.context.seal(bytes(data)), address)
+
+
+def opened(context, message):
+    """What a datagram protects; nothing if it is wrong, or came before."""
+    read, rest = reader(message)
+    try:
+        token = GssMessage.unpack_token(GssMessage.DATA, read)
+        if not rest():
+            return context.open(token, context.DUPLICATE | context.OLD)
+    except (OSError, EOFError):
+        pass
+    return b''
 
 
 def interleave(addresses):
@@ -1186,6 +1529,9 @@ class Settings(NamedTuple):
     upstream            chain of `Proxy` that CONNECT goes through
     tls                 ssl.SSLContext: clients talk to us inside of TLS
     udp_over_plain      allow UDP beside TLS, although datagrams are not encrypted
+    gssapi              levels of protection that clients may choose, of `GssContext`; with any, and
+                        without users, clients must authenticate by GSSAPI
+    gssapi_nec          agree on the level without protection, as NEC's programs do
     ident               ask SOCKS4 clients' hosts whether the userid is right (RFC 1413)
     balancers           ip_networks from which each connection begins with a PROXY header
     source              local IP addresses to connect from, at most one of a family
@@ -1213,6 +1559,8 @@ class Settings(NamedTuple):
     upstream: Tuple = ()
     tls: object = None
     udp_over_plain: bool = False
+    gssapi: Tuple[int, ...] = ()
+    gssapi_nec: bool = False
     ident: bool = False
     balancers: Tuple = ()
     source: Tuple[str, ...] = ()
@@ -2526,7 +2874,8 @@ class UdpRelay(Relay):
 # ----------------------------------------------------------------------------------------- client
 
 SOCKS4, SOCKS5, HTTP = 1, 2, 3          # PySocks' numbers
-TLS = 0x10                              # added to one of them: inside of TLS
+TLS, GSSAPI = 0x10, 0x20                # may be added: inside of this
+LAYERS = TLS | GSSAPI
 SCHEMES = {                             # of proxy URLs: type, whether the proxy resolves names
     'socks4': (SOCKS4, False), 'socks4a': (SOCKS4, True), 'socks5': (SOCKS5, False),
     'socks5h': (SOCKS5, True), 'socks': (SOCKS5, True), 'http': (HTTP, True),
@@ -2541,11 +2890,13 @@ SETUP_TIMEOUT = 60.0                    # seconds, where a caller cannot wait an
 class Proxy(NamedTuple):
     """A proxy and how to use it; the six fields are those that PySocks' programs know.
 
-    type        SOCKS4, SOCKS5 or HTTP; with TLS added, inside of TLS
+    type        SOCKS4, SOCKS5 or HTTP; with TLS added, inside of TLS; SOCKS5 with GSSAPI added:
+                it authenticates us by that, and what we send is encrypted
     addr        host name, IP address, or path of a unix socket, which begins with a slash
     port        0 or None: the usual one
     rdns        whether the proxy resolves names
-    username    bytes; of SOCKS4, the userid
+    username    bytes; of SOCKS4, the userid; of GSSAPI, the service, rcmd unless given, or
+                a principal, which has a slash
     password    bytes
     """
     type: int
@@ -2558,7 +2909,7 @@ class Proxy(NamedTuple):
     @classmethod
     def checked(cls, proxy_type, addr, port=None, rdns=True, username=None, password=None):
         """One of a caller's arguments; GeneralProxyError or ValueError says which is wrong."""
-        kind = proxy_type & ~TLS if isinstance(proxy_type, int) else None
+        kind = proxy_type & ~LAYERS if isinstance(proxy_type, int) else None
         if kind not in TYPE_NAMES:
             what = proxy_type if isinstance(proxy_type, int) else type(proxy_type).__name__
             raise GeneralProxyError(f'Invalid proxy type: {what}')
@@ -2570,6 +2921,10 @@ class Proxy(NamedTuple):
         if isinstance(rdns, (str, bytes)):
             raise ValueError('rdns: expected True or False')
         username, password = encoded(username) or None, encoded(password) or None
+        if proxy_type & GSSAPI and kind != SOCKS5:
+            raise ValueError('GSSAPI: expected a proxy of type SOCKS5')
+        if proxy_type & GSSAPI and password:
+            raise ValueError('GSSAPI: expected no password')
         if kind == SOCKS5:
             Credentials(username or b'', password or b'').pack()
         if kind == SOCKS4 and username and (b'\0' in username or len(username) > MAX_USERID):
@@ -2584,7 +2939,8 @@ class Proxy(NamedTuple):
         return f'<{self}{secret}>'
 
     def __str__(self):
-        kind = TYPE_NAMES[self.type & ~TLS] + ('+TLS' if self.type & TLS else '')
+        kind = ''.join((TYPE_NAMES[self.type & ~LAYERS], '+TLS' if self.type & TLS else '',
+                        '+GSSAPI' if self.type & GSSAPI else ''))
         place = self.addr if self.is_path else Address(self.addr, self.sure_port)
         return f'{kind} proxy {place}'
 
@@ -2594,15 +2950,16 @@ class Proxy(NamedTuple):
 
     @property
     def sure_port(self):
-        return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.type & ~TLS])
+        return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.type & ~LAYERS])
 
 
 def parse_proxy_url(url):
     """The `Proxy` of a URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT]; ValueError says what is wrong.
 
     Schemes: socks5h and socks4a, where the proxy resolves names, socks5 and socks4, where we do,
-    http, and https for HTTP inside of TLS.  With +tls added, inside of TLS; with +unix added, the
-    path is that of a unix socket.  User and password are percent-decoded.
+    http, and https for HTTP inside of TLS.  With +tls added, inside of TLS; with +gssapi added,
+    authenticated and protected by GSSAPI, USER is the service then; with +unix added, the path is
+    that of a unix socket.  User and password are percent-decoded.
     """
     from urllib.parse import unquote, unquote_to_bytes, urlsplit
     try:
@@ -2610,12 +2967,11 @@ def parse_proxy_url(url):
     except ValueError:                  # its text may have the password
         raise ValueError('proxy URL: malformed') from None
     scheme, *layers = parts.scheme.split('+')
-    if scheme not in SCHEMES or set(layers) - {'tls', 'unix'}:
+    if scheme not in SCHEMES or set(layers) - {'tls', 'gssapi', 'unix'}:
         raise ValueError(f'proxy URL: scheme {parts.scheme!r}, expected one of '
-                         f'{", ".join(SCHEMES)}, with +tls or +unix')
+                         f'{", ".join(SCHEMES)}, with +tls, +gssapi or +unix')
     kind, rdns = SCHEMES[scheme]
-    if 'tls' in layers:
-        kind |= TLS
+    kind |= TLS * ('tls' in layers) | GSSAPI * ('gssapi' in layers)
     try:
         port = parts.port
     except ValueError:
@@ -2702,8 +3058,8 @@ def system_errno(error):
 
 def ask(stream, proxy, command, address):
     """Conversation: have `proxy` do `command` for `address`; the address it answers with, BND."""
-    kind = proxy.type & ~TLS
-    if kind == SOCKS5:
+    kind = proxy.type & ~LAYERS
+    if kind == SOCKS5 and not proxy.type & GSSAPI:
         yield from authenticate5(stream, proxy)
     if not proxy.rdns and ip_bytes(address.host) is None:
         found = yield from resolve(canonical(address), stream.until)
@@ -2776,14 +3132,14 @@ class Carried:
 
     But what a program has closed looks as if only one direction had ended, and must not stay.
     """
-    address, idle_timeout, linger = 'TLS', 0, 300.0
+    address, idle_timeout, linger = 'a layer', 0, 300.0
 
     def end(self, *_):
         """There is no line to write."""
 
 
 def carrier():
-    """The loop, in a thread of its own, that joins TLS to the plain sockets that programs get."""
+    """The loop, in a thread of its own, that joins layers to the sockets that programs get."""
     return carrier_of(os.getpid())      # a fork has no threads
 
 
@@ -2834,14 +3190,74 @@ def secured(sock, proxy, context, until):
     tls = Secure(sock.dup(), context, server_hostname=name)
     try:
         yield from tls.handshake(until)
-        near, far = tcp_pair()
+        return in_front(tls)
     except BaseException:
         tls.close()
         raise
-    tunnel = Tunnel(Carried(), far, tls)
+
+
+class Front(_orig_socket):
+    """The plain socket that a program gets in front of a layer; `context` protects datagrams."""
+    __slots__ = ('context',)
+
+
+def in_front(layer, context=None):
+    """A `Front` of the layer, which belongs to the loop of carrier() then."""
+    near, far = tcp_pair()
+    front = Front(near.family, socket.SOCK_STREAM, 0, near.detach())
+    front.setblocking(False)
+    front.context = context
+    tunnel = Tunnel(Carried(), far, layer)
     carrier().call(tunnel, tunnel.start, carrier())
     carrier().call(tunnel, tunnel.down.fill)            # it may have come with the handshake
-    return near
+    return front
+
+
+def protected(sock, proxy, in_sequence, until):
+    """Conversation: a plain socket, in front of GSSAPI over (a duplicate of) `sock` to `proxy`."""
+    stream = ExactStream(sock, until)
+    yield from stream.write(Greeting(bytes((Method.GSSAPI,))))
+    if (yield from stream.read(Choice.unpack)).method != Method.GSSAPI:
+        raise SOCKS5AuthError('The SOCKS5 proxy does not accept GSSAPI')
+    try:
+        context = yield from initiate(stream, proxy, in_sequence)
+    except GssError as error:
+        raise SOCKS5AuthError(error.strerror) from None
+    layer = Protected(sock.dup(), context)
+    try:
+        return in_front(layer, context)
+    except BaseException:
+        layer.close()
+        raise
+
+
+def initiate(stream, proxy, in_sequence):
+    """Conversation: a complete `GssContext` with the proxy, and its level (RFC 1961 section 4)."""
+    service = name_text(proxy.username or b'rcmd')
+    host = 'localhost' if proxy.is_path else proxy.addr
+    context = GssContext(service if '/' in service else f'{service}@{host}', in_sequence)
+    token, complete = yield Call(context.step, stream.until)
+    while True:
+        if token:
+            yield from stream.write(GssMessage(GssMessage.TOKEN, token))
+        if complete:
+            break
+        token = yield from read_token(stream, GssMessage.TOKEN)
+        token, complete = yield Call(functools.partial(context.step, token), stream.until)
+    best = bytes((max(level for level in range(3) if context.allows(level)),))
+    yield from stream.write(GssMessage(GssMessage.LEVEL, context.wrap(best, False)))
+    level, _, _ = context.unwrap((yield from read_token(stream, GssMessage.LEVEL)))
+    if level not in (b'\1', b'\2'):
+        raise SOCKS5AuthError(f'The proxy chose GSSAPI level {level.hex()}, expected 01 or 02')
+    context.level = level[0]
+    return context
+
+
+def read_token(stream, kind):
+    message = yield from stream.read(GssMessage.unpack)
+    if message.kind != kind:
+        raise SOCKS5AuthError('The SOCKS5 proxy does not accept us by GSSAPI')
+    return message.token
 
 
 @contextlib.contextmanager
@@ -2896,7 +3312,7 @@ def destination(pair, chain):
     address = Address.of((host, pair[1]))
     address = Address(plain_ip(address.host) or address.host, address.port)
     for proxy, (host, port) in zip(chain, targets(chain, address)):
-        if proxy.type & ~TLS == SOCKS4 and ':' in host:
+        if proxy.type & ~LAYERS == SOCKS4 and ':' in host:
             raise GeneralProxyError(f'{host}: SOCKS4 has no IPv6 addresses')
         canonical(Address(host, port))
         try:
@@ -2915,7 +3331,7 @@ def through(sock, chain, command, address, until=None, context=None):
     """Conversation: over `sock`, which is connected to the first proxy of the chain, have each
     proxy connect to the next, and the last one do `command` for `address`.
 
-    The result is the socket to go on with, which is another one where TLS is in between, and BND.
+    The result is the socket to go on with, another one where a layer is in between, and BND.
     """
     sockets = [sock]
     try:
@@ -2926,18 +3342,21 @@ def through(sock, chain, command, address, until=None, context=None):
             made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             made.close()
         raise
-    for made in sockets[1:-1]:          # TLS further in has duplicates of these
+    for made in sockets[1:-1]:          # a layer further in has duplicates of these
         made.close()
     return sockets[-1], bnd
 
 
 def ask_all(sockets, chain, command, address, until, context):
     """Conversation: the part of through() that can fail; `sockets` has the first one, and gets a
-    further one for each proxy inside of TLS."""
+    further one for each layer."""
     for proxy, target in zip(chain, targets(chain, address)):
         if proxy.type & TLS:
             sockets.append((yield from secured(sockets[-1], proxy, context, until)))
         step = command if target is address else Command.CONNECT
+        if proxy.type & GSSAPI:
+            sockets.append((yield from protected(
+                sockets[-1], proxy, step != Command.UDP_ASSOCIATE, until)))
         bnd = yield from ask(ExactStream(sockets[-1], until), proxy, step, target)
     return bnd
 
@@ -2997,6 +3416,10 @@ Connection: close\r
 This port speaks SOCKS4, SOCKS4a and SOCKS5, not HTTP.\r
 Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy.\r
 """
+
+
+METHOD_NAMES = {Method.NO_AUTHENTICATION: '00', Method.GSSAPI: '01, GSSAPI,',
+                Method.USERNAME_PASSWORD: '02, a password'}
 
 
 class HttpPage(NamedTuple):
@@ -3070,7 +3493,7 @@ class Negotiation(socketserver.BaseRequestHandler):
         self.server = server
         self.settings = settings = server.settings
         self.stream = Stream(request, after(self.settings.handshake_timeout))
-        self.connection = request       # what carries the bytes: the socket, or TLS over it
+        self.connection = request       # what carries the bytes: the socket, or a layer over it
         self.reached = None             # where, if a load balancer says so
         self.is_known = False           # and needs no password
         self.answer_form = None         # (reply, bound address) -> the message that says so now
@@ -3162,7 +3585,7 @@ class Negotiation(socketserver.BaseRequestHandler):
         self.client.protocol = 'SOCKS4'
         self.answer_form = Response4.of
         request = yield from self.stream.read(Request4.unpack)
-        if self.needs_password:
+        if self.needs_login:
             raise Refused('SOCKS4 has no passwords, expected SOCKS5')
         if self.settings.ident:
             yield from self.identify(request.userid)
@@ -3191,8 +3614,8 @@ class Negotiation(socketserver.BaseRequestHandler):
         self.client.user = shown(name_text(userid))
 
     @property
-    def needs_password(self):
-        return bool(self.settings.users) and not self.is_known
+    def needs_login(self):
+        return bool(self.settings.users or self.settings.gssapi) and not self.is_known
 
     def negotiate5(self):
         self.client.protocol = 'SOCKS5'
@@ -3200,7 +3623,9 @@ class Negotiation(socketserver.BaseRequestHandler):
         greeting = yield from self.stream.read(Greeting.unpack)
         method = self.choose(greeting.methods)
         yield from self.stream.write(Choice(method))
-        if method == Method.USERNAME_PASSWORD:
+        if method == Method.GSSAPI:
+            yield from self.protect()
+        elif method == Method.USERNAME_PASSWORD:
             self.answer_form = lambda *_: Verdict(1)
             yield from self.authenticate((yield from self.stream.read(Credentials.unpack)))
             yield from self.stream.write(Verdict(0))
@@ -3212,18 +3637,67 @@ class Negotiation(socketserver.BaseRequestHandler):
 
         A client that needs no password but insists on one may send any.
         """
-        for method in (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD):
-            if method in offered and (method or not self.needs_password):
+        settings, methods = self.settings, []
+        if not self.needs_login:
+            methods.append(Method.NO_AUTHENTICATION)
+        if settings.gssapi:
+            methods.append(Method.GSSAPI)
+        if settings.users or not self.needs_login:
+            methods.append(Method.USERNAME_PASSWORD)
+        for method in methods:
+            if method in offered:
                 return method
         raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
-                      f'{"02, a password" if self.needs_password else "00 or 02"}')
+                      + ' or '.join(METHOD_NAMES[method] for method in methods))
+
+    def protect(self):
+        """GSSAPI (RFC 1961): authenticate each other, and go on at the level that is agreed on."""
+        self.answer_form = lambda *_: GssMessage(GssMessage.ABORT)
+        try:
+            context = yield from self.establish()
+            yield from self.agree(context)
+        except GssError as error:
+            raise Refused(error.strerror) from None
+        self.client.user = shown(context.peer)
+        if context.level:
+            self.connection = Protected(self.connection, context, self.stream.surplus)
+            self.stream = Stream(self.connection, self.stream.until, self.request)
+
+    def establish(self):
+        """A complete `GssContext`, whose peer is the client."""
+        context, complete = GssContext(), False
+        unpack = functools.partial(GssMessage.unpack_token, GssMessage.TOKEN)
+        while not complete:
+            token = yield from self.stream.read(unpack)
+            if not token:               # MIT's library would take it for a wish for SPNEGO
+                raise ProtocolError('an empty GSSAPI token')
+            token, complete = yield Call(
+                functools.partial(context.step, token), self.stream.until)
+            if token or complete:
+                yield from self.stream.write(GssMessage(GssMessage.TOKEN, token))
+        return context
+
+    def agree(self, context):
+        """On the level that the client wants, if it may, or else on the best one."""
+        token = yield from self.stream.read(
+            functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
+        is_nec = self.settings.gssapi_nec and len(token) == 1
+        wanted = token if is_nec else context.unwrap(token)[0]
+        levels = [level for level in self.settings.gssapi if context.allows(level)]
+        if len(wanted) != 1 or not levels:
+            raise ProtocolError(f'GSSAPI level {wanted.hex()}, expected one byte'
+                                if levels else 'GSSAPI: no level is possible')
+        context.level = wanted[0] if wanted[0] in levels else max(levels)
+        answer = bytes((context.level,))
+        yield from self.stream.write(GssMessage(
+            GssMessage.LEVEL, answer if is_nec else context.wrap(answer, False)))
 
     def authenticate(self, credentials):
         """Raise Refused, but not at once, unless the credentials are right.
 
         The time that a failure takes does not tell why, and slows down who tries all passwords.
         """
-        if not self.needs_password:
+        if not (self.needs_login and self.settings.users):
             return
         self.client.user = shown(name_text(credentials.username))
         host, until = self.client.address.host, after(LOGIN_DELAY)
@@ -3341,6 +3815,8 @@ class Handler(Negotiation):
         """Relay datagrams; DST may be where the client will send from, or anything."""
         host, told = self.own_address()
         near = bound_in(host, self.settings.udp_ports)
+        if isinstance(self.connection, Protected):
+            near = ProtectedDatagrams(near, self.connection.context)
         try:
             yield from self.answer(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
             return UdpRelay(self.client, self.connection, near, self.hint(request.address))
@@ -3420,10 +3896,13 @@ class Handler(Negotiation):
 
 
 def prepared(settings):
-    """The settings with users as bytes; OSError if `source` is not ours."""
+    """The settings with users as bytes; OSError if `source` is not ours, or GSSAPI has no keys."""
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
+    if settings.gssapi:
+        with gss_library().keys():
+            pass
     users = {encoded(name): encoded(password)
              for name, password in settings.users.items()}
     return settings._replace(users=MappingProxyType(users))
@@ -3462,7 +3941,7 @@ def bound_to_all(host, port):
 
 def refuse_open_proxy(settings, addresses):
     """Raise ValueError if strangers could reach one of the addresses, and nobody has allowed it."""
-    if not (settings.users or settings.clients or settings.open
+    if not (settings.users or settings.gssapi or settings.clients or settings.open
             or settings.tls and settings.tls.verify_mode):      # CERT_NONE is 0
         for address in addresses:
             if not is_loopback(address.host):
@@ -3991,6 +4470,7 @@ class _BaseSocket(_orig_socket):
     proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
     ssl_context = None                  # for proxies inside of TLS; None: a usual one
     _proxyconn = None                   # TCP connection that keeps the relay alive
+    _context = None                     # `GssContext` that protects datagrams
 
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
@@ -4031,7 +4511,7 @@ class _BaseSocket(_orig_socket):
     def _associate(self):
         """Have the proxy relay what this bound socket sends and receives."""
         chain = self._chain()
-        if len(chain) > 1 or chain[0].type & ~TLS != SOCKS5:
+        if len(chain) > 1 or chain[0].type & ~LAYERS != SOCKS5:
             raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
         ours = Address('0.0.0.0', self.getsockname()[1])        # the host may be another there
         control, relay = run(reach(chain, ours, self._deadline(), (), self.ssl_context,
@@ -4047,7 +4527,7 @@ class _BaseSocket(_orig_socket):
         except BaseException:
             control.close()
             raise
-        self._proxyconn = control
+        self._proxyconn, self._context = control, getattr(control, 'context', None)
         self.proxy_sockname = tuple(UNSPECIFIED)
 
     def _replace(self, sock):
@@ -4076,6 +4556,7 @@ class _BaseSocket(_orig_socket):
                 if until and time.monotonic() >= until:
                     raise socket.timeout('timed out')
             data = super().recv(1 << 16, flags)
+            data = opened(self._context, data) if self._context else data
             with contextlib.suppress(EOFError, ProtocolError):
                 datagram = Datagram.unpack(data)
                 if not datagram.fragment and self._is_from_peer(datagram.address):
@@ -4104,7 +4585,11 @@ class _BaseSocket(_orig_socket):
         if not chain[-1].rdns and ip_bytes(address.host) is None:
             address = run(resolve(canonical(address)))[0]
         header = Datagram(address, b'').pack()
-        return max(0, super().send(b''.join((header, data)), flags) - len(header))
+        whole = b''.join((header, data))
+        if self._context:
+            super().send(self._context.seal(whole), flags)
+            return len(data)
+        return max(0, super().send(whole, flags) - len(header))
 
     def sendto(self, *args, **kwargs):
         """As in stock, up to 65,497 bytes to an IPv4 address, less to others."""
@@ -4481,7 +4966,7 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
     near, bnd = run(reach(chain, expected, after(timeout), (), ssl_context, Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
-    sock._unpack = unpack_answer4 if chain[-1].type & ~TLS == SOCKS4 else unpack_answer5
+    sock._unpack = unpack_answer4 if chain[-1].type & ~LAYERS == SOCKS4 else unpack_answer5
     sock.proxy_sockname = tuple(bnd)
     return sock
 
@@ -4928,6 +5413,16 @@ def name_and_password(text):
     return name, password
 
 
+def gssapi_levels(text):
+    """argparse type: the numbers of the levels named."""
+    names = {'clear': GssContext.CLEAR, 'integrity': GssContext.INTEGRITY,
+             'confidentiality': GssContext.CONFIDENTIALITY}
+    words = text.split(',')
+    if not set(words) <= set(names):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected some of {", ".join(names)}')
+    return tuple(names[word] for word in words)
+
+
 def ip_address(text):
     """argparse type: the text of an IP address."""
     if ip_bytes(text) is None:
@@ -5027,6 +5522,19 @@ OPTIONS = [
         (('--trust',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='trusted',
             help='ask clients from there for no password, repeatable')),
+        (('--gssapi',), dict(
+            action='store_true', dest='by_gssapi',
+            help='authenticate clients by Kerberos, too; the keys are in the keytab')),
+        (('--gssapi-level',), dict(
+            metavar='LEVELS', type=gssapi_levels, default='integrity,confidentiality',
+            help='what protection clients may choose, of clear, integrity and confidentiality '
+                 '(default: %(default)s)')),
+        (('--gssapi-nec',), dict(
+            action='store_true', help="agree on the level without protection, as NEC's programs "
+                                      'do; whoever is in between can lower it')),
+        (('--keytab',), dict(
+            metavar='FILE', help='keys for --gssapi (default: that in KRB5_KTNAME, or the '
+                                 "system's)")),
         (('--ident',), dict(
             action='store_true', help="ask SOCKS4 clients' hosts who they are (RFC 1413)")),
         (('--open',), dict(
@@ -5141,6 +5649,12 @@ def settings_from(args, environ):
             raise ValueError(f'--{name}: expected one address of a family')
     fields = {name: tuple(value) if isinstance(value, list) else value
               for name, value in vars(args).items() if name in Settings._fields}
+    if args.by_gssapi:
+        fields['gssapi'] = args.gssapi_level
+        if args.keytab:
+            os.environ['KRB5_KTNAME'] = args.keytab     # the library has no other way
+    elif args.keytab or args.gssapi_nec:
+        raise ValueError('--keytab, --gssapi-nec: expected --gssapi')
     rules = read_rules(args.rules_file) if args.rules_file else None
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
@@ -5210,7 +5724,7 @@ def client_command(args):
 
 def resolve_through(chain, host, until):
     """The IP address of a name, or the name of an IP address, as the last proxy finds it."""
-    if not chain or chain[-1].type & ~TLS == HTTP:
+    if not chain or chain[-1].type & ~LAYERS == HTTP:
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
     chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR

@@ -49,8 +49,8 @@ except ImportError:                     # Windows
     resource = None
 
 import socks
-from socks import (Address, Choice, Credentials, Datagram, Greeting, ProtocolError, Reply, Request,
-                   Request4, Response, Response4, Settings, Verdict)
+from socks import (Address, Choice, Credentials, Datagram, Greeting, GssMessage, ProtocolError,
+                   Reply, Request, Request4, Response, Response4, Settings, Verdict)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATIENCE = 10                           # seconds until something that must happen counts as failed
@@ -365,6 +365,10 @@ MESSAGES = [
     ('PROXY, IPv6', socks.ProxyHeader(Address('::1', 1), Address('2001:db8::2', 2)),
      '0d0a0d0a000d0a515549540a 21210024 00000000000000000000000000000001'
      '20010db8000000000000000000000002 0001 0002'),
+    ('GSSAPI token', GssMessage(1, b'abc'), '01010003616263'),
+    ('GSSAPI token, empty', GssMessage(1), '01010000'),
+    ('GSSAPI token, longest', GssMessage(3, b'a' * 65535), '0103ffff 61*65535'),
+    ('GSSAPI abort', GssMessage(255), '01ff'),
     ('PROXY, none', socks.ProxyHeader(), '0d0a0d0a000d0a515549540a 20000000'),
 ]
 
@@ -3551,6 +3555,413 @@ class TlsTest(FileCase):
                 socks.tls_context(path, **options)
 
 
+# ----------------------------------------------------------------------------------------- GSSAPI
+
+SBIN = os.environ.get('PATH', '') + ':/usr/sbin:/sbin'
+
+KRB5_CONF = """
+[libdefaults]
+ default_realm = SOCKS.TEST
+ dns_lookup_kdc = false
+ dns_lookup_realm = false
+ dns_canonicalize_hostname = false
+ rdns = false
+ udp_preference_limit = 1
+[realms]
+ SOCKS.TEST = {
+  kdc = 127.0.0.1:%d
+ }
+"""
+
+KDC_CONF = """
+[kdcdefaults]
+ kdc_listen = 127.0.0.1:%d
+ kdc_tcp_listen = 127.0.0.1:%d
+[realms]
+ SOCKS.TEST = {
+  database_name = %s/principal
+  key_stash_file = %s/stash
+  acl_file = %s/kadm5.acl
+  supported_enctypes = aes256-cts-hmac-sha1-96:normal
+ }
+[logging]
+ kdc = FILE:%s/kdc.log
+"""
+
+
+class Kerberos:
+    """A KDC that knows the user alice and the services rcmd and socks of localhost; while it runs,
+    the environment leads to it, to a ticket of alice and to the services' keys."""
+
+    def __init__(self):
+        self._folder = tempfile.TemporaryDirectory()
+        folder, port = self._folder.name, unused_port()
+        for name, text in (('krb5.conf', KRB5_CONF % port),
+                           ('kdc.conf', KDC_CONF % ((port, port) + (folder,) * 4))):
+            with open(os.path.join(folder, name), 'w') as file:
+                file.write(text)
+        self._environment = dict(os.environ)
+        os.environ.update(
+            PATH=SBIN, KRB5_CONFIG=self.path('krb5.conf'), KRB5_KDC_PROFILE=self.path('kdc.conf'),
+            KRB5CCNAME='FILE:' + self.path('tickets'), KRB5_KTNAME=self.path('services.keytab'),
+            KRB5RCACHENAME='file2:' + self.path('replays'))
+        self._run('kdb5_util', '-r', 'SOCKS.TEST', '-P', 'master', 'create', '-s')
+        for command in ('addprinc -randkey alice', 'addprinc -randkey rcmd/localhost',
+                        'addprinc -randkey socks/localhost',
+                        f'ktadd -k {self.path("services.keytab")} rcmd/localhost socks/localhost',
+                        f'ktadd -k {self.path("alice.keytab")} alice'):
+            self._run('kadmin.local', '-r', 'SOCKS.TEST', '-p', 'admin/admin', '-q', command)
+        self._process = subprocess.Popen(
+            ['krb5kdc', '-r', 'SOCKS.TEST', '-n', '-P', self.path('pid')],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually(lambda: self.is_up(port))
+        self.log_in()
+
+    @staticmethod
+    def is_up(port):
+        with contextlib.suppress(OSError), Peer(('127.0.0.1', port)):
+            return True
+
+    @staticmethod
+    def _run(*command):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise AssertionError(done.stdout)
+
+    def path(self, name):
+        return os.path.join(self._folder.name, name)
+
+    def log_in(self, *options):
+        self._run('kinit', '-k', '-t', self.path('alice.keytab'), *options, 'alice')
+
+    def close(self):
+        self._process.terminate()
+        self._process.wait()
+        os.environ.clear()
+        os.environ.update(self._environment)
+        self._folder.cleanup()
+
+
+def has_kerberos():
+    with contextlib.suppress(OSError):
+        socks.gss_library()
+        return all(shutil.which(program, path=SBIN)
+                   for program in ('krb5kdc', 'kdb5_util', 'kadmin.local', 'kinit'))
+    return False
+
+
+@unittest.skipUnless(has_kerberos(), 'not installed: krb5-kdc, krb5-admin-server, krb5-user')
+class GssapiTest(ClientCase):
+    BOTH = 1, 2
+
+    @classmethod
+    def setUpClass(cls):
+        cls.kerberos = Kerberos()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.kerberos.close()
+
+    def environment(self, **variables):
+        """Other variables up to the end of the test."""
+        for name, value in variables.items():
+            self.addCleanup(os.environ.__setitem__, name, os.environ[name])
+            os.environ[name] = value
+
+    def establish(self, server, in_sequence=True):
+        """A connection by which we are known as alice, and its context."""
+        peer, context = self.peer(server.server_address), socks.GssContext(
+            'rcmd@localhost', in_sequence)
+        self.assertEqual(peer.ask(Greeting(b'\1'), Choice).method, 1)
+        token, complete = context.step()
+        while not complete:
+            answer = peer.ask(GssMessage(1, token), GssMessage)
+            self.assertEqual(answer.kind, 1)
+            token, complete = context.step(answer.token)
+        self.assertEqual(token, b'')
+        return peer, context
+
+    def agree(self, server, level, in_sequence=True):
+        """The same, with a level agreed on."""
+        peer, context = self.establish(server, in_sequence)
+        answer = peer.ask(GssMessage(2, context.wrap(bytes((level,)), False)), GssMessage)
+        self.assertEqual(answer.kind, 2)
+        self.assertEqual(len(answer.token), 29)         # G-06
+        context.level = context.unwrap(answer.token)[0][0]
+        return peer, context
+
+    def request(self, context, port, command=1):
+        return Request(command, Address('127.0.0.1', port)).pack()
+
+    def answered(self, peer, context):
+        """What the next message protects."""
+        return context.open(GssMessage.unpack_token(3, peer.read), context.OUT_OF_ORDER)
+
+    def proxy(self, server, user=''):
+        return f'socks5h+gssapi://{user}localhost:{server.server_address[1]}'
+
+    def connect(self, server, port, user=''):
+        return self.enter(socks.create_connection(
+            ('127.0.0.1', port), PATIENCE, proxy=self.proxy(server, user)))
+
+    def test_levels(self):
+        """What is asked for, what may be chosen, what is agreed on; and what it looks like."""
+        origin = self.origin(echo)
+        for wanted, allowed, agreed in (
+                (1, self.BOTH, 1), (2, self.BOTH, 2), (3, self.BOTH, 2), (0, self.BOTH, 2),
+                (9, self.BOTH, 2), (2, (1,), 1), (1, (2,), 2), (0, (0, 1, 2), 0), (0, (0,), 0)):
+            with self.subTest(wanted=wanted, allowed=allowed):
+                server = self.serve(gssapi=allowed)
+                peer, context = self.agree(server, wanted)
+                self.assertEqual(context.level, agreed)
+                request = self.request(context, origin.port)
+                if agreed:                              # G-08, G-09
+                    frame = context.seal(request)
+                    self.assertEqual(frame[:4].hex(), {1: '01030026', 2: '01030046'}[agreed])
+                    for start in range(len(frame)):     # split in any way
+                        peer.send(frame[start:start + 1])
+                    reply = self.answered(peer, context)
+                    peer.send(context.seal(b'twi') + context.seal(b'') + context.seal(b'ce'))
+                    data = b''
+                    while len(data) < 5:
+                        data += self.answered(peer, context)
+                else:                                   # G-12
+                    peer.send(request)
+                    reply = peer.read(10)
+                    peer.send(b'twice')
+                    data = peer.read(5)
+                self.assertEqual((reply[:4], data), (b'\5\0\0\1', b'twice'))
+                peer.finish()
+                self.assertEqual(peer.rest(), b'')
+                line = eventually(lambda: self.lines)[0]
+                self.assertIn(' alice@SOCKS.TEST SOCKS5 CONNECT ', line)
+                self.assertIn(': done, 5 bytes up, 5 down', line)
+
+    def test_unprotected_level(self):
+        """NEC's: G-07."""
+        origin = self.origin(echo)
+        peer, context = self.establish(self.serve(gssapi=self.BOTH, gssapi_nec=True))
+        self.assertEqual(peer.ask(GssMessage(2, b'\2'), GssMessage), (2, b'\2'))
+        peer.send(context.seal(self.request(context, origin.port)))
+        self.assertEqual(self.answered(peer, context)[:2], b'\5\0')
+        peer, context = self.establish(self.serve(gssapi=self.BOTH))    # not allowed
+        peer.send(GssMessage(2, b'\2').pack())
+        self.assertEqual(peer.rest(), b'\1\xff')
+
+    def test_wrong_messages(self):
+        for vector in ('0101000767617262616765',        # G-03, garbage
+                       '01010000',                      # G-04, nothing
+                       '0102000101',                    # G-05, a level before the context
+                       '01030001 00', '01ff', '0501 00', '0001 0001 00', '0101ffff 00*65535'):
+            with self.subTest(vector):
+                server = self.serve(gssapi=self.BOTH)
+                peer = self.peer(server.server_address)
+                self.assertEqual(peer.ask(Greeting(b'\1'), Choice).method, 1)
+                peer.send(hexed(vector))
+                self.assertEqual(peer.rest(), b'\1\xff')
+                peer.finish()
+                self.assertIn('refused: ', eventually(lambda: self.lines)[0])
+
+    def test_wrong_levels(self):
+        server = self.serve(gssapi=self.BOTH)
+        for level in b'', b'\1\2':
+            peer, context = self.establish(server)
+            peer.send(GssMessage(2, context.wrap(level, False)).pack())
+            self.assertEqual(peer.rest(), b'\1\xff')
+
+    def test_wrong_requests(self):
+        """In the clear (G-10), changed, not encrypted, twice: none of it is answered."""
+        origin = self.origin(echo)
+        for make in (lambda context, request: request,
+                     lambda context, request: context.seal(request)[:-1] + b'\0',
+                     lambda context, request: GssMessage(3, context.wrap(request, False)).pack(),
+                     lambda context, request: GssMessage(2, context.wrap(request, True)).pack(),
+                     lambda context, request: b'\1\xff'):
+            server = self.serve(gssapi=self.BOTH)
+            peer, context = self.agree(server, 2)
+            peer.send(make(context, self.request(context, origin.port)))
+            self.assertEqual(self.rest_or_reset(peer), b'')
+            self.assertIn('no request: GSSAPI', eventually(lambda: self.lines)[0])
+        self.assertFalse(origin.peers)
+
+    def rest_or_reset(self, peer):
+        with contextlib.suppress(ConnectionResetError):
+            return peer.rest()
+        return b''
+
+    def test_wrong_data(self):
+        """Changed, twice, out of order, in the clear: the tunnel ends, and nothing of it is sent
+        on."""
+        for case in 'changed', 'twice', 'out of order', 'clear', 'half':
+            with self.subTest(case):
+                origin, server = self.origin(), self.serve(gssapi=self.BOTH)
+                peer, context = self.agree(server, 2)
+                peer.send(context.seal(self.request(context, origin.port)))
+                self.answered(peer, context)
+                far = eventually(lambda: origin.peers and origin.peers[0])
+                first, second = context.seal(b'first'), context.seal(b'second')
+                peer.send(first)
+                self.assertEqual(far.read(5), b'first')
+                peer.send({'changed': second[:-1] + b'\0', 'twice': first, 'clear': b'second',
+                           'out of order': context.seal(b'third'), 'half': second[:9]}[case])
+                if case == 'half':
+                    peer.finish()
+                self.assertEqual(self.rest_or_reset(far), b'')
+                self.assertEqual(self.rest_or_reset(peer), b'')
+                self.assertNotIn('done', eventually(lambda: self.lines)[0])
+
+    def test_bulk_both_ways_and_half_close(self):
+        for level in self.BOTH:
+            with self.subTest(level=level):
+                server, origin = self.serve(gssapi=(level,)), self.origin()
+                near = Peer(self.connect(server, origin.port))
+                far = eventually(lambda: origin.peers and origin.peers[0])
+                size = 64 << 20
+                sent = [Background(pour, near, size, 1), Background(pour, far, size, 2)]
+                received = [Background(drink, far), Background(drink, near)]
+                for one, other in zip(sent, received):
+                    self.assertEqual(one.result(), other.result())
+                self.assertRegex(eventually(lambda: self.lines)[0],
+                                 r': done, 670\d+ bytes up, 670\d+ down')
+
+    def test_inside_of_tls_and_in_a_chain(self):
+        origin, folder = self.origin(echo), self.enter(tempfile.TemporaryDirectory())
+        paths = [os.path.join(folder, name) for name in ('cert', 'key')]
+        for path, text in zip(paths, (CERTIFICATE, KEY)):
+            with open(path, 'w') as file:
+                file.write(text)
+        inner = self.serve(gssapi=self.BOTH, tls=socks.tls_context(*paths))
+        outer = self.serve(gssapi=self.BOTH)
+        chain = [self.proxy(outer), self.proxy(inner).replace('+', '+tls+', 1)]
+        with socks.create_connection(('localhost', origin.port), PATIENCE, proxy=chain,
+                                     ssl_context=client_context()) as sock:
+            self.check_echo(sock)
+        last = self.serve(upstream=tuple(socks.hops(self.proxy(outer))))
+        with socks.create_connection(('localhost', origin.port), PATIENCE,
+                                     proxy=self.url(last)) as sock:
+            self.check_echo(sock)
+
+    def test_datagrams(self):
+        """As the client half sends them, and G-11."""
+        target = self.enter(Echo())
+        for level in self.BOTH:
+            with self.subTest(level=level):
+                server = self.serve(gssapi=(level,))
+                with socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.proxy(server)) as sock:
+                    sock.settimeout(PATIENCE)
+                    for payload in b'abc', b'', b'x' * 9000:
+                        sock.sendto(payload, target.address)
+                        self.assertEqual(sock.recvfrom(65536),
+                                         (b'E:' + payload, target.address))
+
+    def test_replayed_and_foreign_datagrams(self):
+        target, server = self.enter(Echo()), self.serve(gssapi=self.BOTH)
+        peer, context = self.agree(server, 2, in_sequence=False)
+        peer.send(context.seal(Request(3, Address('0.0.0.0', 0)).pack()))
+        read, _ = socks.reader(self.answered(peer, context))
+        relay = Response.unpack(read).address
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            header = Datagram(Address(*target.address), b'').pack()
+            first, second = context.seal(header + b'abc'), context.seal(header + b'def')
+            self.assertEqual(first[:4].hex(), '01030049')
+            sent = [header + b'clear', b'', b'\1', first + b'longer', first[:-1] + b'\0', first,
+                    first, second]
+            for message in sent:
+                sock.sendto(message, relay)
+            for payload in b'abc', b'def':
+                answer = socks.opened(context, sock.recv(65536))
+                self.assertEqual(answer, header + b'E:' + payload)
+        peer.finish()
+        self.assertIn('6 datagrams dropped', eventually(lambda: self.lines)[0])
+
+    def test_who_is_not_accepted(self):
+        origin, server = self.origin(echo), self.serve(gssapi=self.BOTH)
+        for user, message in (('nobody@', 'not found'), ('rcmd%2Fnowhere@', 'not found')):
+            with self.assertRaisesRegex(socks.SOCKS5AuthError, 'GSSAPI: .*' + message):
+                self.connect(server, origin.port, user)
+        self.connect(server, origin.port, 'socks@')
+        self.connect(server, origin.port, 'rcmd%2Flocalhost@')
+        self.environment(KRB5CCNAME='FILE:' + self.kerberos.path('short'))
+        with self.assertRaisesRegex(socks.SOCKS5AuthError, 'No Kerberos credentials'):
+            self.connect(server, origin.port)
+        self.kerberos.log_in('-l', '1')
+        time.sleep(2.1)                 # it has to expire
+        with self.assertRaisesRegex(socks.SOCKS5AuthError, '(?i)expired'):
+            self.connect(server, origin.port)
+        with self.assertRaisesRegex(socks.SOCKS5AuthError, 'does not accept GSSAPI'):
+            self.connect(self.serve(), origin.port)
+
+    def test_a_server_without_keys(self):
+        server = self.serve(gssapi=self.BOTH)
+        self.environment(KRB5_KTNAME=self.kerberos.path('missing'))
+        with self.assertRaisesRegex(OSError, 'GSSAPI: .*Keytab .* is nonexistent'):
+            socks.Server(('127.0.0.1', 0), Settings(gssapi=self.BOTH))
+        with self.assertRaisesRegex(socks.SOCKS5AuthError, 'does not accept us by GSSAPI'):
+            self.connect(server, self.refused_port())
+        self.assertRegex(eventually(lambda: self.lines)[0],
+                         'refused: GSSAPI: .*Keytab .* is nonexistent')
+
+    def test_refusals_are_protected_too(self):
+        rules = (socks.Rule(False, ports=((7, 7),)), socks.Rule(True, users=('alice@SOCKS.TEST',)))
+        server = self.serve(gssapi=self.BOTH, rules=rules)
+        for port, reply in ((7, Reply.NOT_ALLOWED),
+                            (self.refused_port(), Reply.CONNECTION_REFUSED)):
+            with self.assertRaises(socks.SOCKS5Error) as caught:
+                self.connect(server, port)
+            self.assertEqual(caught.exception.reply, reply)
+
+    def test_beside_passwords(self):
+        """Both are offered; without either, nobody is served."""
+        origin = self.origin(echo)
+        server = self.serve(gssapi=self.BOTH, users=USERS)
+        for proxy in self.proxy(server), self.url(server, user='bob:secret@'):
+            with socks.create_connection(('127.0.0.1', origin.port), PATIENCE, proxy=proxy) as sock:
+                self.check_echo(sock)
+        for server in server, self.serve(gssapi=self.BOTH):
+            for method in b'\0', b'':
+                peer = self.peer(server.server_address)
+                self.assertEqual(peer.ask(Greeting(method), Choice).method, 0xFF)
+            peer = self.peer(server.server_address)
+            peer.send(Request4(1, Address('127.0.0.1', origin.port)).pack())
+            self.assertEqual(Response4.unpack(peer.read).code, 0x5b)
+
+    def test_command_line(self):
+        origin, keytab = self.origin(echo), os.environ.pop('KRB5_KTNAME')
+        self.addCleanup(os.environ.__setitem__, 'KRB5_KTNAME', keytab)
+        with Program('--gssapi', '--keytab', keytab, '-p', '0') as program:
+            proxy = f'socks5h+gssapi://localhost:{program.address[1]}'
+            with socks.create_connection(('127.0.0.1', origin.port), PATIENCE, proxy=proxy) as sock:
+                self.check_echo(sock)
+
+
+class GssapiOptionsTest(unittest.TestCase):
+
+    def test_only_who_asks_for_it_loads_it(self):
+        code = ('import socks, sys; server = socks.Server(("127.0.0.1", 0)); '
+                'server.server_close(); sys.exit("ctypes" in sys.modules)')
+        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE), 0)
+
+    def test_where_it_is_missing(self):
+        class Missing(socks.GssLibrary):
+            NAME = 'libnowhere.so'
+
+        with self.assertRaisesRegex(OSError, 'GSSAPI: (there is no libnowhere.so here|only known)'):
+            Missing()
+
+    def test_urls(self):
+        proxy = socks.parse_proxy_url('socks5h+gssapi://socks@proxy')
+        self.assertEqual(proxy, (socks.SOCKS5 | socks.GSSAPI, 'proxy', None, True, b'socks', None))
+        self.assertEqual(str(proxy), 'SOCKS5+GSSAPI proxy proxy:1080')
+        self.assertEqual(str(socks.parse_proxy_url('socks5+tls+gssapi://p')),
+                         'SOCKS5+TLS+GSSAPI proxy p:1080')
+        for url in 'socks4+gssapi://p', 'http+gssapi://p':
+            with self.assertRaisesRegex(ValueError, 'GSSAPI: expected a proxy of type SOCKS5'):
+                socks.parse_proxy_url(url)
+        with self.assertRaisesRegex(ValueError, 'GSSAPI: expected no password'):
+            socks.parse_proxy_url('socks5+gssapi://a:b@p')
+
+
 class UpstreamTest(Case):
     """A server that sends CONNECT through another one."""
 
@@ -3905,6 +4316,8 @@ WRONG_USAGE = [
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
     (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL, and a program'),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
+    (['--gssapi-nec'], r'--keytab, --gssapi-nec: expected --gssapi'),
+    (['--gssapi-level', 'none'], r"'none': expected some of clear, integrity, confidentiality"),
     (['--log-format', 'xml'], r"--log-format: invalid choice: 'xml'"),
 ]
 
@@ -3995,6 +4408,9 @@ class CommandLineTest(Case):
                 ('--proxy-protocol 10.0.0.1', {'balancers': (socks.network('10.0.0.1'),)}),
                 ('-x socks4://h -x http://i', {'upstream': (
                     (1, 'h', None, False, None, None), (3, 'i', None, True, None, None))}),
+                ('--gssapi', {'gssapi': (1, 2)}),
+                ('--gssapi --gssapi-level clear --gssapi-nec',
+                 {'gssapi': (0,), 'gssapi_nec': True}),
                 ('-u bob:x', {'users': {b'bob': b'x'}})]:
             with self.subTest(arguments):
                 self.assertEqual(settings(*arguments.split()), Settings()._replace(**expected))

@@ -3637,13 +3637,10 @@ class Negotiation(socketserver.BaseRequestHandler):
 
         A client that needs no password but insists on one may send any.
         """
-        settings, methods = self.settings, []
-        if not self.needs_login:
-            methods.append(Method.NO_AUTHENTICATION)
-        if settings.gssapi:
-            methods.append(Method.GSSAPI)
-        if settings.users or not self.needs_login:
-            methods.append(Method.USERNAME_PASSWORD)
+        needs_login, settings = self.needs_login, self.settings
+        methods = [method for method, is_taken in (
+            (Method.NO_AUTHENTICATION, not needs_login), (Method.GSSAPI, settings.gssapi),
+            (Method.USERNAME_PASSWORD, settings.users or not needs_login)) if is_taken]
         for method in methods:
             if method in offered:
                 return method

@@ -5267,8 +5267,9 @@ class BenchTest(unittest.TestCase):
             self.assertEqual(set(figures['socks.py']), keys)
         self.assertLessEqual({'gbit_1', 'gbit_8', 'p50_1', 'trips_64', 'conns_64', 'udp_16'},
                              set(figures['direct']))
-        self.assertTrue(all(value > 0 for each in figures.values() for key, value in each.items()
-                            if not key.startswith('cpu')))      # ticks are coarser than this
+        for each in figures.values():           # CPU and memory are too coarse for so little
+            self.assertGreater(min(value for key, value in each.items()
+                                   if not key.startswith(('cpu', 'idle'))), 0)
 
     def test_table(self):
         rows = bench_table({'direct': {'gbit_1': 40.0}, 'socks.py': {'gbit_1': 20.0, 'base': 24.0},

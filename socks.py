@@ -3480,11 +3480,8 @@ class Client:
                     time.monotonic() - self.started)
 
 
-class Negotiation(socketserver.BaseRequestHandler):
-    """What is said with one client, up to its relay or its refusal; all of it conversations.
-
-    converse: negotiate, then command(request) of the subclass, whose result is the relay.
-    """
+class Login(socketserver.BaseRequestHandler):
+    """How a client shows who it is, in any of the ways that the settings ask for."""
 
     def __init__(self, request, client, server):
         self.request = request
@@ -3498,6 +3495,126 @@ class Negotiation(socketserver.BaseRequestHandler):
         self.is_known = False           # and needs no password
         self.answer_form = None         # (reply, bound address) -> the message that says so now
         self.outcome = None             # the end of the client's log line; None: no line
+
+    def secure(self):
+        """Go on inside of TLS; a client that shows a certificate is known by its name."""
+        self.client.protocol = 'TLS'
+        tls = Secure(self.request, self.settings.tls, server_side=True)
+        yield from tls.handshake(self.stream.until)
+        self.stream = Stream(tls, self.stream.until, self.request)
+        self.connection = tls
+        subject = dict(pair for part in tls.peer_certificate().get('subject', ()) for pair in part)
+        if subject:
+            self.client.user = shown(subject.get('commonName', ''))
+            self.is_known = True
+
+    @property
+    def needs_login(self):
+        return bool(self.settings.users or self.settings.gssapi) and not self.is_known
+
+    def choose(self, offered):
+        """The authentication method to use, of those offered.
+
+        A client that needs no password but insists on one may send any.
+        """
+        needs_login, settings = self.needs_login, self.settings
+        methods = [method for method, is_taken in (
+            (Method.NO_AUTHENTICATION, not needs_login), (Method.GSSAPI, settings.gssapi),
+            (Method.USERNAME_PASSWORD, settings.users or not needs_login)) if is_taken]
+        for method in methods:
+            if method in offered:
+                return method
+        raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
+                      + ' or '.join(METHOD_NAMES[method] for method in methods))
+
+    def authenticate(self, credentials):
+        """Raise Refused, but not at once, unless the credentials are right.
+
+        The time that a failure takes does not tell why, and slows down who tries all passwords.
+        """
+        if not (self.needs_login and self.settings.users):
+            return
+        self.client.user = shown(name_text(credentials.username))
+        host, until = self.client.address.host, after(LOGIN_DELAY)
+        failures, why = self.server.failures, 'too many wrong passwords'
+        if not failures.too_many(host):
+            why = 'wrong user name or password'
+            failures.note(host)         # before it is known, as many may be tried at once
+            if (yield from authenticate(self.settings.users, credentials, self.stream.until)):
+                return failures.forgive(host)
+        yield Wait((), (), until)
+        raise Refused(why)
+
+    def protect(self):
+        """GSSAPI (RFC 1961): authenticate each other, and go on at the level that is agreed on."""
+        self.answer_form = lambda *_: GssMessage(GssMessage.ABORT)
+        try:
+            context = yield from self.establish()
+            yield from self.agree(context)
+        except GssError as error:
+            raise Refused(error.strerror) from None
+        self.client.user = shown(context.peer)
+        if context.level:
+            self.connection = Protected(self.connection, context, self.stream.surplus)
+            self.stream = Stream(self.connection, self.stream.until, self.request)
+
+    def establish(self):
+        """A complete `GssContext`, whose peer is the client."""
+        context, complete = GssContext(), False
+        unpack = functools.partial(GssMessage.unpack_token, GssMessage.TOKEN)
+        while not complete:
+            token = yield from self.stream.read(unpack)
+            if not token:               # MIT's library would take it for a wish for SPNEGO
+                raise ProtocolError('an empty GSSAPI token')
+            token, complete = yield Call(
+                functools.partial(context.step, token), self.stream.until)
+            if token or complete:
+                yield from self.stream.write(GssMessage(GssMessage.TOKEN, token))
+        return context
+
+    def agree(self, context):
+        """On the level that the client wants, if it may, or else on the best one."""
+        token = yield from self.stream.read(
+            functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
+        is_nec = self.settings.gssapi_nec and len(token) == 1
+        wanted = token if is_nec else context.unwrap(token)[0]
+        levels = [level for level in self.settings.gssapi if context.allows(level)]
+        if len(wanted) != 1 or not levels:
+            raise ProtocolError(f'GSSAPI level {wanted.hex()}, expected one byte'
+                                if levels else 'GSSAPI: no level is possible')
+        context.level = wanted[0] if wanted[0] in levels else max(levels)
+        answer = bytes((context.level,))
+        yield from self.stream.write(GssMessage(
+            GssMessage.LEVEL, answer if is_nec else context.wrap(answer, False)))
+
+    def identify(self, userid):
+        """Raise Refused unless the client's host says that this is who has the connection."""
+        until, userid_there = after(IDENT_TIMEOUT), None
+        reached = self.reached or Address.of(self.request.getsockname())
+        query = IdentQuery(self.client.address.port, reached.port)
+        try:
+            source = () if self.reached else (canonical(reached).host,)
+            ident = Address(self.client.address.host, IDENT_PORT)
+            sock = yield from dial([ident], until, source)
+            with sock:
+                stream = Stream(sock, until)
+                yield from stream.write(query)
+                userid_there = (yield from stream.read(IdentReply.unpack)).userid
+        except (OSError, EOFError) as error:
+            raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
+        if userid_there is None:
+            raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
+        if userid_there != userid:
+            raise Refused(f'ident: it is {shown(name_text(userid_there))}',
+                          reply=Reply4.IDENT_MISMATCH)
+        self.client.user = shown(name_text(userid))
+
+
+class Negotiation(Login):
+    """What is said with one client, up to its relay or its refusal; all of it conversations.
+
+    converse: negotiate, then command(request) of the subclass, whose result is the relay.
+    """
 
     def converse(self):
         relay = None
@@ -3555,18 +3672,6 @@ class Negotiation(socketserver.BaseRequestHandler):
         if settings.tls:
             yield from self.secure()
 
-    def secure(self):
-        """Go on inside of TLS; a client that shows a certificate is known by its name."""
-        self.client.protocol = 'TLS'
-        tls = Secure(self.request, self.settings.tls, server_side=True)
-        yield from tls.handshake(self.stream.until)
-        self.stream = Stream(tls, self.stream.until, self.request)
-        self.connection = tls
-        subject = dict(pair for part in tls.peer_certificate().get('subject', ()) for pair in part)
-        if subject:
-            self.client.user = shown(subject.get('commonName', ''))
-            self.is_known = True
-
     def negotiate(self):
         """The client's request, after all that comes before it."""
         first = yield from self.stream.peek()
@@ -3591,32 +3696,6 @@ class Negotiation(socketserver.BaseRequestHandler):
             yield from self.identify(request.userid)
         return request
 
-    def identify(self, userid):
-        """Raise Refused unless the client's host says that this is who has the connection."""
-        until, userid_there = after(IDENT_TIMEOUT), None
-        reached = self.reached or Address.of(self.request.getsockname())
-        query = IdentQuery(self.client.address.port, reached.port)
-        try:
-            source = () if self.reached else (canonical(reached).host,)
-            ident = Address(self.client.address.host, IDENT_PORT)
-            sock = yield from dial([ident], until, source)
-            with sock:
-                stream = Stream(sock, until)
-                yield from stream.write(query)
-                userid_there = (yield from stream.read(IdentReply.unpack)).userid
-        except (OSError, EOFError) as error:
-            raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
-        if userid_there is None:
-            raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
-        if userid_there != userid:
-            raise Refused(f'ident: it is {shown(name_text(userid_there))}',
-                          reply=Reply4.IDENT_MISMATCH)
-        self.client.user = shown(name_text(userid))
-
-    @property
-    def needs_login(self):
-        return bool(self.settings.users or self.settings.gssapi) and not self.is_known
-
     def negotiate5(self):
         self.client.protocol = 'SOCKS5'
         self.answer_form = lambda *_: Choice(Method.NO_ACCEPTABLE)
@@ -3631,81 +3710,6 @@ class Negotiation(socketserver.BaseRequestHandler):
             yield from self.stream.write(Verdict(0))
         self.answer_form = Response
         return (yield from self.stream.read(Request.unpack))
-
-    def choose(self, offered):
-        """The authentication method to use, of those offered.
-
-        A client that needs no password but insists on one may send any.
-        """
-        needs_login, settings = self.needs_login, self.settings
-        methods = [method for method, is_taken in (
-            (Method.NO_AUTHENTICATION, not needs_login), (Method.GSSAPI, settings.gssapi),
-            (Method.USERNAME_PASSWORD, settings.users or not needs_login)) if is_taken]
-        for method in methods:
-            if method in offered:
-                return method
-        raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
-                      + ' or '.join(METHOD_NAMES[method] for method in methods))
-
-    def protect(self):
-        """GSSAPI (RFC 1961): authenticate each other, and go on at the level that is agreed on."""
-        self.answer_form = lambda *_: GssMessage(GssMessage.ABORT)
-        try:
-            context = yield from self.establish()
-            yield from self.agree(context)
-        except GssError as error:
-            raise Refused(error.strerror) from None
-        self.client.user = shown(context.peer)
-        if context.level:
-            self.connection = Protected(self.connection, context, self.stream.surplus)
-            self.stream = Stream(self.connection, self.stream.until, self.request)
-
-    def establish(self):
-        """A complete `GssContext`, whose peer is the client."""
-        context, complete = GssContext(), False
-        unpack = functools.partial(GssMessage.unpack_token, GssMessage.TOKEN)
-        while not complete:
-            token = yield from self.stream.read(unpack)
-            if not token:               # MIT's library would take it for a wish for SPNEGO
-                raise ProtocolError('an empty GSSAPI token')
-            token, complete = yield Call(
-                functools.partial(context.step, token), self.stream.until)
-            if token or complete:
-                yield from self.stream.write(GssMessage(GssMessage.TOKEN, token))
-        return context
-
-    def agree(self, context):
-        """On the level that the client wants, if it may, or else on the best one."""
-        token = yield from self.stream.read(
-            functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
-        is_nec = self.settings.gssapi_nec and len(token) == 1
-        wanted = token if is_nec else context.unwrap(token)[0]
-        levels = [level for level in self.settings.gssapi if context.allows(level)]
-        if len(wanted) != 1 or not levels:
-            raise ProtocolError(f'GSSAPI level {wanted.hex()}, expected one byte'
-                                if levels else 'GSSAPI: no level is possible')
-        context.level = wanted[0] if wanted[0] in levels else max(levels)
-        answer = bytes((context.level,))
-        yield from self.stream.write(GssMessage(
-            GssMessage.LEVEL, answer if is_nec else context.wrap(answer, False)))
-
-    def authenticate(self, credentials):
-        """Raise Refused, but not at once, unless the credentials are right.
-
-        The time that a failure takes does not tell why, and slows down who tries all passwords.
-        """
-        if not (self.needs_login and self.settings.users):
-            return
-        self.client.user = shown(name_text(credentials.username))
-        host, until = self.client.address.host, after(LOGIN_DELAY)
-        failures, why = self.server.failures, 'too many wrong passwords'
-        if not failures.too_many(host):
-            why = 'wrong user name or password'
-            failures.note(host)         # before it is known, as many may be tried at once
-            if (yield from authenticate(self.settings.users, credentials, self.stream.until)):
-                return failures.forgive(host)
-        yield Wait((), (), until)
-        raise Refused(why)
 
 
 COMMANDS = {int(command): command for command in Command}

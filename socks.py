@@ -309,6 +309,13 @@ def encoded(value):
     return value.encode() if isinstance(value, str) else value
 
 
+def is_utf8(data):
+    with contextlib.suppress(UnicodeDecodeError):
+        data.decode()
+        return True
+    return False
+
+
 def name_text(data):
     """The text of a host name as it came; bytes that are not UTF-8 become surrogates."""
     return data.decode('utf-8', 'surrogateescape')
@@ -543,6 +550,7 @@ class GssMessage(NamedTuple):
     token: bytes = b''
 
     TOKEN, LEVEL, DATA, ABORT = 1, 2, 3, 0xFF
+    LARGEST = 0xFFFF                    # bytes of a token
 
     def pack(self):
         if self.kind == self.ABORT:
@@ -973,6 +981,8 @@ class Layer:
         if self._ending and not self._cipher:
             self._ending = False
             self._sock.shutdown(socket.SHUT_WR)
+        elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
+            self._sock.flush()
         return not self._cipher
 
     @property
@@ -1250,6 +1260,8 @@ class GssContext:
             library.call('display_name', peer, name, None)
             library.call('release_name', library.reference(peer))
             self.peer = library.taken(name).decode('utf-8', 'replace')
+            if not flags.value & library.REPLAY:        # which RFC 1961 section 3 demands
+                raise GssError(errno.EACCES, 'GSSAPI: no protection against replays was asked for')
         return status
 
     def allows(self, level):
@@ -1277,12 +1289,14 @@ class GssContext:
         """How many bytes one message can protect."""
         library, largest = self._library, self._library.number()
         library.call('wrap_size_limit', self._context, self.level == self.CONFIDENTIALITY, 0,
-                     0xFFFF, library.reference(largest))
+                     GssMessage.LARGEST, library.reference(largest))
         return largest.value
 
     def seal(self, data):
-        """The bytes of a message that protects `data` at the level."""
+        """The bytes of a message that protects `data` at the level; OSError if it is too much."""
         token = self.wrap(data, self.level == self.CONFIDENTIALITY)
+        if len(token) > GssMessage.LARGEST:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         return GssMessage(GssMessage.DATA, token).pack()
 
     def open(self, token, forbidden):
@@ -2891,7 +2905,8 @@ class Proxy(NamedTuple):
     """A proxy and how to use it; the six fields are those that PySocks' programs know.
 
     type        SOCKS4, SOCKS5 or HTTP; with TLS added, inside of TLS; SOCKS5 with GSSAPI added:
-                it authenticates us by that, and what we send is encrypted
+                it authenticates us by that, and all is encrypted then, or only signed if the
+                proxy wants it so
     addr        host name, IP address, or path of a unix socket, which begins with a slash
     port        0 or None: the usual one
     rdns        whether the proxy resolves names
@@ -2923,8 +2938,8 @@ class Proxy(NamedTuple):
         username, password = encoded(username) or None, encoded(password) or None
         if proxy_type & GSSAPI and kind != SOCKS5:
             raise ValueError('GSSAPI: expected a proxy of type SOCKS5')
-        if proxy_type & GSSAPI and password:
-            raise ValueError('GSSAPI: expected no password')
+        if proxy_type & GSSAPI and (password or not is_utf8(username or b'')):
+            raise ValueError('GSSAPI: expected a service name in UTF-8 and no password')
         if kind == SOCKS5:
             Credentials(username or b'', password or b'').pack()
         if kind == SOCKS4 and username and (b'\0' in username or len(username) > MAX_USERID):
@@ -3232,7 +3247,10 @@ def protected(sock, proxy, in_sequence, until):
 
 
 def initiate(stream, proxy, in_sequence):
-    """Conversation: a complete `GssContext` with the proxy, and its level (RFC 1961 section 4)."""
+    """Conversation: a complete `GssContext` with the proxy, and its level (RFC 1961 section 4).
+
+    While the library talks to the KDC, a caller's timeout does not count, as in a name look-up.
+    """
     service = name_text(proxy.username or b'rcmd')
     host = 'localhost' if proxy.is_path else proxy.addr
     context = GssContext(service if '/' in service else f'{service}@{host}', in_sequence)
@@ -3402,8 +3420,7 @@ LOGIN_DELAY = 1.0                       # seconds until a wrong password is answ
 PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
 IDENT_PORT = 113
 IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
-ACCEPT = READ | getattr(select, 'EPOLLEXCLUSIVE', 0)    # wake one worker, not all
-ACCEPT_BATCH = 8                        # connections accepted before others get their turn
+ACCEPT_BATCH = 8                        # at a time: other clients, and workers, have their turn
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
@@ -4045,7 +4062,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self.listeners:
-                self.loop.watch(sock, ACCEPT * (not accepting), ACCEPT * accepting, self)
+                self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
 
     def ready(self, listener, _):
         for _ in range(min(ACCEPT_BATCH, self._room())):
@@ -4472,6 +4489,7 @@ class _BaseSocket(_orig_socket):
     ssl_context = None                  # for proxies inside of TLS; None: a usual one
     _proxyconn = None                   # TCP connection that keeps the relay alive
     _context = None                     # `GssContext` that protects datagrams
+    _peeked = None, b''                 # one that stays, and what it protects
 
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
@@ -4557,7 +4575,7 @@ class _BaseSocket(_orig_socket):
                 if until and time.monotonic() >= until:
                     raise socket.timeout('timed out')
             data = super().recv(1 << 16, flags)
-            data = opened(self._context, data) if self._context else data
+            data = self._opened(data, flags & socket.MSG_PEEK) if self._context else data
             with contextlib.suppress(EOFError, ProtocolError):
                 datagram = Datagram.unpack(data)
                 if not datagram.fragment and self._is_from_peer(datagram.address):
@@ -4565,6 +4583,13 @@ class _BaseSocket(_orig_socket):
                     return payload[:size], self._name(datagram.address), len(payload) > size
             if flags & socket.MSG_PEEK:
                 super().recv(1)         # else it would come again
+
+    def _opened(self, message, stays):
+        """What a datagram protects; one that stays will come again, and is no replay then."""
+        data = (self._peeked[1] if message == self._peeked[0]
+                else opened(self._context, message))
+        self._peeked = (message, data) if stays else (None, b'')
+        return data
 
     def _is_from_peer(self, address):
         """Whether connect() lets it in; of a name that the proxy resolved only the port counts."""
@@ -4593,7 +4618,7 @@ class _BaseSocket(_orig_socket):
         return max(0, super().send(whole, flags) - len(header))
 
     def sendto(self, *args, **kwargs):
-        """As in stock, up to 65,497 bytes to an IPv4 address, less to others."""
+        """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI."""
         if self._is_datagram and len(args) > 1 and self._use_relay(args[-1]):
             return self._transmit(args[0], args[1] if len(args) > 2 else 0, args[-1])
         return super().sendto(*args, **kwargs)
@@ -5527,9 +5552,9 @@ OPTIONS = [
             action='store_true', dest='by_gssapi',
             help='authenticate clients by Kerberos, too; the keys are in the keytab')),
         (('--gssapi-level',), dict(
-            metavar='LEVELS', type=gssapi_levels, default='integrity,confidentiality',
+            metavar='LEVELS', type=gssapi_levels,
             help='what protection clients may choose, of clear, integrity and confidentiality '
-                 '(default: %(default)s)')),
+                 '(default: integrity,confidentiality)')),
         (('--gssapi-nec',), dict(
             action='store_true', help="agree on the level without protection, as NEC's programs "
                                       'do; whoever is in between can lower it')),
@@ -5651,11 +5676,11 @@ def settings_from(args, environ):
     fields = {name: tuple(value) if isinstance(value, list) else value
               for name, value in vars(args).items() if name in Settings._fields}
     if args.by_gssapi:
-        fields['gssapi'] = args.gssapi_level
+        fields['gssapi'] = args.gssapi_level or (GssContext.INTEGRITY, GssContext.CONFIDENTIALITY)
         if args.keytab:
             os.environ['KRB5_KTNAME'] = args.keytab     # the library has no other way
-    elif args.keytab or args.gssapi_nec:
-        raise ValueError('--keytab, --gssapi-nec: expected --gssapi')
+    elif args.keytab or args.gssapi_nec or args.gssapi_level:
+        raise ValueError('--gssapi-level, --gssapi-nec, --keytab: expected --gssapi')
     rules = read_rules(args.rules_file) if args.rules_file else None
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')

@@ -3854,6 +3854,70 @@ class GssapiTest(ClientCase):
                         self.assertEqual(sock.recvfrom(65536),
                                          (b'E:' + payload, target.address))
 
+    def test_large_datagrams(self):
+        """What does not fit in with its protection is an error here, and dropped there."""
+        target = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        target.bind(('127.0.0.1', 0))
+        target.settimeout(PATIENCE)
+        server = self.serve(gssapi=self.BOTH)
+        with socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.proxy(server)) as sock:
+            sock.settimeout(PATIENCE)
+            with self.assertRaises(OSError) as caught:
+                sock.sendto(bytes(65480), target.getsockname())
+            self.assertEqual(caught.exception.errno, errno.EMSGSIZE)
+            sock.sendto(b'abc', target.getsockname())
+            _, relay = target.recvfrom(9)
+            target.sendto(bytes(65500), relay)
+            target.sendto(b'def', relay)
+            self.assertEqual(sock.recv(65536), b'def')
+
+    def test_datagrams_that_are_peeked_at(self):
+        target, server = self.enter(Echo()), self.serve(gssapi=self.BOTH)
+        with socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.proxy(server)) as sock:
+            sock.settimeout(PATIENCE)
+            for payload in b'abc', b'def':
+                sock.sendto(payload, target.address)
+                for flags in socket.MSG_PEEK, socket.MSG_PEEK, 0:
+                    self.assertEqual(sock.recv(100, flags), b'E:' + payload)
+
+    def test_replays_must_be_noticed(self):
+        server, peer = self.serve(gssapi=self.BOTH), None
+        context, library = socks.GssContext('rcmd@localhost'), socks.GssLibrary()
+        library.REPLAY, library.SEQUENCE = 0, 0
+        context._library = library
+        peer = self.peer(server.server_address)
+        self.assertEqual(peer.ask(Greeting(b'\1'), Choice).method, 1)
+        peer.send(GssMessage(1, context.step()[0]).pack())
+        self.assertEqual(peer.rest(), b'\1\xff')
+        peer.finish()
+        self.assertIn('no protection against replays', eventually(lambda: self.lines)[0])
+
+    def test_the_end_below_a_layer(self):
+        """TLS that could not say its end at once does so before GSSAPI's connection is done."""
+        origin, folder = self.origin(), self.enter(tempfile.TemporaryDirectory())
+        paths = [os.path.join(folder, name) for name in ('cert', 'key')]
+        for path, text in zip(paths, (CERTIFICATE, KEY)):
+            with open(path, 'w') as file:
+                file.write(text)
+        near, client = [self.enter(sock) for sock in socket.socketpair()]
+        near.setblocking(False)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        tls = socks.Secure(near, socks.tls_context(*paths), server_side=True)
+        with Background(lambda: client_context().wrap_socket(
+                client, server_hostname='localhost')) as wrapping:
+            socks.run(tls.handshake(socks.after(PATIENCE)))
+            reader = self.enter(wrapping.result())
+        layer = socks.Protected(tls, self.agree(self.serve(gssapi=(2,)), 2)[1])
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                tls.send(b'x' * 100)
+        layer.shutdown(socket.SHUT_WR)
+        self.assertTrue(layer.unsent)
+        reader.settimeout(PATIENCE)
+        with Background(lambda: list(iter(lambda: reader.recv(65536), b''))) as drinking:
+            eventually(lambda: layer.flush() and not layer.unsent)
+            self.assertTrue(drinking.result())
+
     def test_replayed_and_foreign_datagrams(self):
         target, server = self.enter(Echo()), self.serve(gssapi=self.BOTH)
         peer, context = self.agree(server, 2, in_sequence=False)
@@ -3958,8 +4022,9 @@ class GssapiOptionsTest(unittest.TestCase):
         for url in 'socks4+gssapi://p', 'http+gssapi://p':
             with self.assertRaisesRegex(ValueError, 'GSSAPI: expected a proxy of type SOCKS5'):
                 socks.parse_proxy_url(url)
-        with self.assertRaisesRegex(ValueError, 'GSSAPI: expected no password'):
-            socks.parse_proxy_url('socks5+gssapi://a:b@p')
+        for url in 'socks5+gssapi://a:b@p', 'socks5+gssapi://%ff@p':
+            with self.assertRaisesRegex(ValueError, 'expected a service name in UTF-8 and no pass'):
+                socks.parse_proxy_url(url)
 
 
 class UpstreamTest(Case):
@@ -4149,6 +4214,21 @@ class ServiceTest(FileCase):
         self.assertNotIn('Traceback', program.log)
         self.assertNotIn('ended with', program.log)
 
+    def test_a_worker_with_room_is_found(self):
+        """Whichever of two that serve one client each is free, the next client comes to it."""
+        with Program('-w', '2', '--max-clients', '2') as program, contextlib.ExitStack() as stack:
+            def client():
+                peer = stack.enter_context(Peer(program.address))
+                self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
+                return peer
+
+            clients = []
+            for number in 0, 1, 1, 0:
+                for each in clients[number:number + 1]:
+                    each.sock.close()
+                time.sleep(0.4)         # until one that was full has looked again
+                clients[number:number + 1] = [client()]
+
     def test_workers_of_a_strange_parent(self):
         """It left another child behind, and has SIGCHLD ignored."""
         command = 'trap "" CHLD; sleep 0.3 & exec "$0" "$@"'
@@ -4316,7 +4396,8 @@ WRONG_USAGE = [
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
     (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL, and a program'),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
-    (['--gssapi-nec'], r'--keytab, --gssapi-nec: expected --gssapi'),
+    (['--gssapi-nec'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
+    (['--gssapi-level', 'clear'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
     (['--gssapi-level', 'none'], r"'none': expected some of clear, integrity, confidentiality"),
     (['--log-format', 'xml'], r"--log-format: invalid choice: 'xml'"),
 ]

@@ -5169,6 +5169,11 @@ def load_datagrams(proxy, seconds, window):
         return came
 
 
+def loader_pool():
+    """The processes; not by fork(), which would copy locks that some thread holds."""
+    return multiprocessing.get_context('spawn').Pool(LOADERS)
+
+
 def process_tree(pid):
     """The process and those below it; none where /proc does not tell."""
     pids = [pid]
@@ -5318,7 +5323,7 @@ def bench(arguments):
     args = parser.parse_args(arguments)
     socks.raise_descriptor_limit()
     runs = {}
-    with multiprocessing.Pool(LOADERS) as loaders:
+    with loader_pool() as loaders:
         for number, contender in itertools.product(
                 range(1, args.rounds + 1), contenders(args.more, args.seconds, loaders)):
             print(f'round {number} of {args.rounds}: {contender.name}', file=sys.stderr, flush=True)
@@ -5339,7 +5344,7 @@ def bench(arguments):
 class BenchTest(unittest.TestCase):
 
     def test_all_figures_are_there(self):
-        with multiprocessing.Pool(LOADERS) as loaders:
+        with loader_pool() as loaders:
             direct, ours = contenders([], 0.05, loaders)[:2]
             ours.idle = 200
             figures = {'direct': direct.run(), 'socks.py': ours.run()}

@@ -4257,11 +4257,17 @@ class ServiceTest(FileCase):
         for sock in sockets:
             sock.bind(('127.0.0.1', 0))
             sock.listen(5)
-        script = ('exec 3<&%d 4<&%d; LISTEN_PID=$$ LISTEN_FDS=2 exec "$0" "$@"'
-                  % tuple(sock.fileno() for sock in sockets))
+        script = '''\
+import fcntl, os, sys
+for number, fd in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD, 20) for fd in sys.argv[1:3]], 3):
+    os.dup2(fd, number)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2')
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+'''
         for options in ((), ('-w', '2')):
             process = self.enter(subprocess.Popen(
-                ['sh', '-c', script, sys.executable, os.path.join(HERE, 'socks.py'), *options],
+                [sys.executable, '-c', script, *(str(sock.fileno()) for sock in sockets),
+                 os.path.join(HERE, 'socks.py'), *options],
                 pass_fds=[sock.fileno() for sock in sockets], stderr=subprocess.PIPE,
                 env=dict(os.environ, NOTIFY_SOCKET=path, WATCHDOG_USEC='200000')))
             seen = set()

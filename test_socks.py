@@ -2506,6 +2506,8 @@ class DatagramClientTest(ClientCase):
         self.assertEqual((first, second), (b'E:s', b'ev'))
         sock.connect(('0.0.0.0', 0))
         sock.sendto(b'x' * 60000, other.address)
+        if sock.recv(65536, socket.MSG_PEEK) == b'O:six':       # it was late
+            sock.recv(65536)
         self.assertEqual(sock.recv(65536, socket.MSG_PEEK)[:3], b'O:x')
         self.assertEqual(len(sock.recv(65536)), 60002)
 

@@ -3653,7 +3653,7 @@ def has_kerberos():
 
 
 @unittest.skipUnless(has_kerberos(), 'not installed: krb5-kdc, krb5-admin-server, krb5-user')
-class GssapiTest(ClientCase):
+class GssapiTest(ClientCase, FileCase):
     BOTH = 1, 2
 
     @classmethod
@@ -3682,6 +3682,9 @@ class GssapiTest(ClientCase):
             token, complete = context.step(answer.token)
         self.assertEqual(token, b'')
         return peer, context
+
+    def tls(self):
+        return socks.tls_context(self.write('cert', CERTIFICATE), self.write('key', KEY))
 
     def agree(self, server, level, in_sequence=True):
         """The same, with a level agreed on."""
@@ -3827,12 +3830,7 @@ class GssapiTest(ClientCase):
                                  r': done, 670\d+ bytes up, 670\d+ down')
 
     def test_inside_of_tls_and_in_a_chain(self):
-        origin, folder = self.origin(echo), self.enter(tempfile.TemporaryDirectory())
-        paths = [os.path.join(folder, name) for name in ('cert', 'key')]
-        for path, text in zip(paths, (CERTIFICATE, KEY)):
-            with open(path, 'w') as file:
-                file.write(text)
-        inner = self.serve(gssapi=self.BOTH, tls=socks.tls_context(*paths))
+        origin, inner = self.origin(echo), self.serve(gssapi=self.BOTH, tls=self.tls())
         outer = self.serve(gssapi=self.BOTH)
         chain = [self.proxy(outer), self.proxy(inner).replace('+', '+tls+', 1)]
         with socks.create_connection(('localhost', origin.port), PATIENCE, proxy=chain,
@@ -3883,7 +3881,7 @@ class GssapiTest(ClientCase):
                     self.assertEqual(sock.recv(100, flags), b'E:' + payload)
 
     def test_replays_must_be_noticed(self):
-        server, peer = self.serve(gssapi=self.BOTH), None
+        server = self.serve(gssapi=self.BOTH)
         context, library = socks.GssContext('rcmd@localhost'), socks.GssLibrary()
         library.REPLAY, library.SEQUENCE = 0, 0
         context._library = library
@@ -3896,15 +3894,10 @@ class GssapiTest(ClientCase):
 
     def test_the_end_below_a_layer(self):
         """TLS that could not say its end at once does so before GSSAPI's connection is done."""
-        origin, folder = self.origin(), self.enter(tempfile.TemporaryDirectory())
-        paths = [os.path.join(folder, name) for name in ('cert', 'key')]
-        for path, text in zip(paths, (CERTIFICATE, KEY)):
-            with open(path, 'w') as file:
-                file.write(text)
         near, client = [self.enter(sock) for sock in socket.socketpair()]
         near.setblocking(False)
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        tls = socks.Secure(near, socks.tls_context(*paths), server_side=True)
+        tls = socks.Secure(near, self.tls(), server_side=True)
         with Background(lambda: client_context().wrap_socket(
                 client, server_hostname='localhost')) as wrapping:
             socks.run(tls.handshake(socks.after(PATIENCE)))

@@ -5283,10 +5283,23 @@ def contenders(more, seconds, loaders):
     if {'sockd', 'danted'} & set(found):
         commands.append(('Dante', [found.get('sockd') or found['danted'], '-f', '{dante}',
                                    '-p', os.devnull]))
-    for text in more:
-        name, _, command = text.partition('=')
-        commands.append((name, shlex.split(command)))
+    commands += more
     return [Contender(name, command, seconds, loaders) for name, command in commands]
+
+
+def named_command(text):
+    """argparse type: (name, words) of NAME=COMMAND."""
+    name, _, command = text.partition('=')
+    if not name or '{port}' not in command:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected NAME=COMMAND with {{port}} in it')
+    return name, shlex.split(command)
+
+
+def positive(text):
+    """argparse type: a number above 0."""
+    if not (re.match(r'[0-9]+(\.[0-9]+)?$', text) and float(text)):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a number above 0')
+    return float(text)
 
 
 def bench_table(figures):
@@ -5315,10 +5328,11 @@ def bench(arguments):
     """Measure, and print the medians."""
     parser = argparse.ArgumentParser(
         prog='python -m test_socks bench', description='Measure this server beside others.')
-    parser.add_argument('more', nargs='*', metavar='NAME=COMMAND',
+    parser.add_argument('more', nargs='*', metavar='NAME=COMMAND', type=named_command,
                         help='another SOCKS5 server, on 127.0.0.1 and {port}')
-    parser.add_argument('--rounds', type=int, default=3, help='(default: %(default)s)')
-    parser.add_argument('--seconds', type=float, default=0.7,
+    parser.add_argument('--rounds', type=int, choices=range(1, 100), default=3, metavar='N',
+                        help='(default: %(default)s)')
+    parser.add_argument('--seconds', type=positive, default=0.7,
                         help='that each load runs (default: %(default)s)')
     parser.add_argument('--json', action='store_true', help='print all figures as JSON')
     args = parser.parse_args(arguments)
@@ -5357,6 +5371,14 @@ class BenchTest(unittest.TestCase):
         for each in figures.values():           # CPU and memory are too coarse for so little
             self.assertGreater(min(value for key, value in each.items()
                                    if not key.startswith(('cpu', 'idle'))), 0)
+
+    def test_wrong_arguments(self):
+        for argument, message in (('nothing', 'expected NAME=COMMAND'), ('a=b', 'with {port}'),
+                                  ('--seconds=0', 'above 0'), ('--rounds=0', 'invalid choice')):
+            with self.subTest(argument), contextlib.redirect_stderr(io.StringIO()) as err:
+                with self.assertRaises(SystemExit):
+                    bench([argument])
+                self.assertIn(message, err.getvalue())
 
     def test_table(self):
         rows = bench_table({'direct': {'gbit_1': 40.0}, 'socks.py': {'gbit_1': 20.0, 'base': 24.0},

@@ -2026,7 +2026,8 @@ class Timers:
 
     def pause(self, now):
         """Seconds until there may be something to do."""
-        return min(LONGEST, max(0, self.next - now))
+        pause = self.next - now
+        return LONGEST if pause > LONGEST else pause if pause > 0 else 0
 
     def expired(self, now):
         """The items whose time has passed; they have none then."""
@@ -2076,6 +2077,7 @@ class Loop:
         self.waker = Waker()
         self._poller = Poller()
         self._watched = {}              # by descriptor: (item, socket)
+        self._stale = set()             # descriptors that may have changed hands since the poll
         self.watch(self.waker, 0, READ, self)
 
     def call(self, item, function, *args):
@@ -2095,6 +2097,7 @@ class Loop:
             if before:
                 self._poller.unregister(fd)
                 del self._watched[fd]
+                self._stale.add(fd)
             return
         if not before:
             self._poller.register(fd, wanted)
@@ -2104,15 +2107,17 @@ class Loop:
 
     def run(self):
         """Serve the items until stop()."""
-        timers, poll, watched = self.timers, self._poller.poll, self._watched
-        monotonic = time.monotonic
+        timers, inbox, monotonic = self.timers, self._inbox, time.monotonic
+        poll, watched, stale = self._poller.poll, self._watched, self._stale
         while not self._stopping:
             self._asleep = True         # before the look at the inbox: call() may come in between
-            found = poll(0 if self._inbox else timers.pause(monotonic()), self.ROUND)
+            found = poll(0 if inbox else timers.pause(self.now), self.ROUND)
             self._asleep = False
             self.now = monotonic()
-            # All are looked up first: a descriptor may change hands within the round.
-            for (item, sock), events in [(watched[fd], events) for fd, events in found]:
+            for fd, events in found:
+                if fd in stale:
+                    continue
+                item, sock = watched[fd]
                 try:
                     item.ready(sock, events)
                 except Exception:
@@ -2120,9 +2125,10 @@ class Loop:
             if self.now >= timers.next:
                 for item in timers.expired(self.now):
                     self.attempt(item, item.expire)
-            while self._inbox:
-                item, function, args = self._inbox.popleft()
+            while inbox:
+                item, function, args = inbox.popleft()
                 self.attempt(item, function, *args)
+            stale.clear()
         self._stopping = False
 
     def stop(self):
@@ -2399,10 +2405,10 @@ class Pipe:
     def ready(self, _, events):
         """The loop saw `events` at the source, which is also the twin's sink."""
         # An earlier event of the same round may have changed what is waited for.
-        if self.events & READ and events & ~WRITE:
-            self.fill()
         if self.events & WRITE and events & ~READ:
             self.twin.flush()
+        if self.events & READ and events & ~WRITE:
+            self.fill()
 
     def fill(self):
         """Read once, and pass on at once what was read."""
@@ -2421,10 +2427,16 @@ class Pipe:
         self.count += count
         if count == self.size < self.LARGEST:
             self.grow()
-        self.pour(loop.buffer[:count])
-        if self.load:
+        data, sent = loop.buffer[:count], 0
+        try:
+            sent = self.sink.send(data)
+        except BLOCKED:
+            pass
+        except OSError as error:
+            return self.lose(error)
+        if sent < count:
             self.size = self.SMALLEST
-            self.load = memoryview(bytes(self.load))    # the buffer is the whole loop's
+            self.keep(memoryview(bytes(data[sent:])))   # the buffer is the whole loop's
             tunnel.watch()
 
     def grow(self):
@@ -2437,27 +2449,21 @@ class Pipe:
         """Send what is loaded, or what TLS has kept."""
         if self.load:
             self.tunnel.moved = self.tunnel.loop.now
-            self.pour(self.load)
+            try:
+                self.keep(self.load[self.sink.send(self.load):])
+            except BLOCKED:
+                pass
+            except OSError as error:
+                return self.lose(error)
             self.tunnel.watch()
         elif getattr(self.sink, 'unsent', False):
             with contextlib.suppress(OSError):
                 self.sink.flush()
             self.tunnel.watch()
 
-    def pour(self, data):
-        """Send `data`; what the sink does not take is the load."""
-        try:
-            sent = self.sink.send(data)
-        except BLOCKED:
-            sent = 0
-        except OSError as error:
-            return self.lose(error)
-        if sent < len(data) or self.load:
-            self.keep(data[sent:] if sent < len(data) else b'')
-
     def keep(self, load):
         self.tunnel.loop.held += len(load) - len(self.load)
-        self.load = load
+        self.load = load or b''         # an empty view would hold on to all of it
 
     def end(self):
         """The source has said all: tell the sink; the other direction goes on (half-close)."""

@@ -717,6 +717,7 @@ def plain_ip(host):
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
 
 
+@functools.lru_cache(256)
 def canonical(address):
     """`address` as rules, resolver and log should see it.
 
@@ -2022,7 +2023,8 @@ class Timers:
             item.due = tick
             if tick:
                 self._ticks.setdefault(tick, set()).add(item)
-                self.next = min(self.next, tick * self.TICK)
+                if tick * self.TICK < self.next:
+                    self.next = tick * self.TICK
 
     def pause(self, now):
         """Seconds until there may be something to do."""
@@ -2469,8 +2471,10 @@ class Pipe:
         """The source has said all: tell the sink; the other direction goes on (half-close)."""
         self.done = True
         if not self.twin.done:                  # else the tunnel's close says it
-            with contextlib.suppress(OSError):  # a sink that is gone is the twin's to notice
+            try:
                 self.sink.shutdown(socket.SHUT_WR)
+            except OSError:                     # gone, as the twin will notice
+                pass
             self.tunnel.expire()                # it may have to end in time now
         self.tunnel.watch()
 
@@ -3540,10 +3544,11 @@ class Login(socketserver.BaseRequestHandler):
 
         A client that needs no password but insists on one may send any.
         """
-        needs_login, settings = self.needs_login, self.settings
-        methods = [method for method, is_taken in (
-            (Method.NO_AUTHENTICATION, not needs_login), (Method.GSSAPI, settings.gssapi),
-            (Method.USERNAME_PASSWORD, settings.users or not needs_login)) if is_taken]
+        methods = [] if self.needs_login else [Method.NO_AUTHENTICATION]
+        if self.settings.gssapi:
+            methods.append(Method.GSSAPI)
+        if self.settings.users or not self.needs_login:
+            methods.append(Method.USERNAME_PASSWORD)
         for method in methods:
             if method in offered:
                 return method
@@ -5349,17 +5354,34 @@ def reopen_log():
                 handler.reopenIfNeeded()
 
 
-class TextFormatter(logging.Formatter):
-    """A record as one line of text."""
-    _second = None
+class Record(logging.LogRecord):
+    """An event, as far as our lines show it: to find out the rest takes longer."""
 
-    def formatTime(self, record, datefmt=None):
-        """As it ever is, but the text of a second is made once."""
-        second = int(record.created)
-        if second != self._second:
-            self._second = second
-            self._text = time.strftime(self.default_time_format, time.localtime(second))
-        return '%s,%03d' % (self._text, record.msecs)
+    def __init__(self, name, level, _, __, msg, args, exc_info, *___):
+        self.created = time.time()
+        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
+        self.msg, self.args, self.exc_info = msg, args, exc_info
+
+
+class TextFormatter(logging.Formatter):
+    """A record as one line of text: time, unless whoever reads it has one, level, message."""
+
+    def __init__(self, has_time):
+        super().__init__()
+        self._has_time = has_time
+        self._second = self._text = None
+
+    def format(self, record):
+        line = f'{record.levelname} {record.getMessage()}'
+        if self._has_time:
+            second = int(record.created)
+            if second != self._second:          # its text is made once
+                self._second = second
+                self._text = time.strftime(self.default_time_format, time.localtime(second))
+            line = '%s,%03d %s' % (self._text, (record.created - second) * 1000, line)
+        if record.exc_info:
+            line += '\n' + self.formatException(record.exc_info)
+        return line
 
 
 class JsonFormatter(logging.Formatter):
@@ -5721,10 +5743,9 @@ def set_up_logging(args, environ):
         handler = LogFile(args.log_file, encoding='utf-8')
     else:
         handler = logging.StreamHandler()
-    # The journal has a time of its own.
-    own_time = '' if 'JOURNAL_STREAM' in environ and not args.log_file else '%(asctime)s '
+    is_journal = 'JOURNAL_STREAM' in environ and not args.log_file      # which has a time
     handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
-                         TextFormatter(f'{own_time}%(levelname)s %(message)s'))
+                         TextFormatter(has_time=not is_journal))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler])
 
@@ -5842,9 +5863,8 @@ def print_hash():
 def serve(args):
     """Serve until a signal; the exit status, or ValueError for options that contradict."""
     raise_descriptor_limit()
-    # What no line of ours shows takes long to find out ("Optimization" in Python's logging HOWTO).
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.setLogRecordFactory(Record)
+    logging._srcfile = None             # nor where it is ("Optimization" in Python's logging HOWTO)
     configure = functools.partial(settings_from, args, dict(os.environ))
     try:
         settings = configure()

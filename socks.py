@@ -2048,8 +2048,8 @@ class Loop:
 
     client                 whom it serves, or None
     due                    for `Timers`
-    ready(sock, events)    a socket that it watches is ready: READ and WRITE, or something else,
-                           which counts as both
+    ready(fd, events)      a socket that it watches, by its descriptor, is ready: READ and WRITE, or
+                           something else, which counts as both
     expire()               its time has passed
     close(outcome)         give everything back
 
@@ -2078,7 +2078,7 @@ class Loop:
         self.closed = False
         self.waker = Waker()
         self._poller = Poller()
-        self._watched = {}              # by descriptor: (item, socket)
+        self._watched = {}              # items by descriptor
         self._stale = set()             # descriptors that may have changed hands since the poll
         self.watch(self.waker, 0, READ, self)
 
@@ -2094,7 +2094,7 @@ class Loop:
         With nothing wanted it is not watched at all: a poll for no events still reports a hang-up,
         again and again.
         """
-        fd = sock if isinstance(sock, int) else sock.fileno()
+        fd = sock.fileno()
         if not wanted:
             if before:
                 self._poller.unregister(fd)
@@ -2105,7 +2105,7 @@ class Loop:
             self._poller.register(fd, wanted)
         elif wanted != before:
             self._poller.modify(fd, wanted)
-        self._watched[fd] = item, sock
+        self._watched[fd] = item
 
     def run(self):
         """Serve the items until stop()."""
@@ -2119,9 +2119,9 @@ class Loop:
             for fd, events in found:
                 if fd in stale:
                     continue
-                item, sock = watched[fd]
+                item = watched[fd]
                 try:
-                    item.ready(sock, events)
+                    item.ready(fd, events)
                 except Exception:
                     self.failed(item)
             if self.now >= timers.next:
@@ -2191,11 +2191,12 @@ class Task:
         loop.items[self] = True
         self._step(self._conversation.send, None)
 
-    def ready(self, sock, _):
-        if sock in self._wish.reading or sock in self._wish.writing:
-            self._step(self._conversation.send, [sock])
-        elif sock is self._sock and self._conversation:     # not now; _watch() looks again
-            self.loop.watch(sock, self._events, 0, self)
+    def ready(self, fd, _):
+        found = [sock for sock in (*self._wish.reading, *self._wish.writing) if sock.fileno() == fd]
+        if found:
+            self._step(self._conversation.send, found)
+        elif self._conversation and self._sock.fileno() == fd:      # not now; _watch() looks again
+            self.loop.watch(self._sock, self._events, 0, self)
             self._events = 0
 
     def expire(self):
@@ -2752,15 +2753,13 @@ class UdpRelay(Relay):
         loop.watch(self.control, control_events, READ, self)
         loop.watch(self.near, 0, READ, self)
 
-    def ready(self, sock, _):
-        if not self.client:             # closed by an earlier event of this round
-            return
-        if sock is self.near:
+    def ready(self, fd, _):
+        if fd == self.near.fileno():
             self.from_client()
-        elif sock in self.far.values():
-            self.from_target(sock)
-        else:                           # the control connection, or the socket below its TLS
+        elif fd == self.control.fileno():
             self.listen()
+        else:
+            self.from_target(next(sock for sock in self.far.values() if sock.fileno() == fd))
 
     def listen(self):
         """What a client says on its TCP connection means nothing, but that it ends does."""
@@ -4075,7 +4074,8 @@ class Acceptor(socketserver.ThreadingTCPServer):
             for sock in self.listeners:
                 self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
 
-    def ready(self, listener, _):
+    def ready(self, fd, _):
+        listener = next(sock for sock in self.listeners if sock.fileno() == fd)
         for _ in range(min(ACCEPT_BATCH, self._room())):
             try:
                 request, client_address = listener.accept()
@@ -5164,7 +5164,8 @@ class Lifeline:
 
     def __init__(self, server, fd):
         self._server = server
-        server.loop.watch(fd, 0, READ, self)
+        self.fileno = lambda: fd
+        server.loop.watch(self, 0, READ, self)
 
     def ready(self, *_):
         self._server.loop.stop()

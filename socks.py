@@ -259,16 +259,14 @@ MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
 
 def reader(data):
     """A `read` function for unpack over the bytes of `data`, and one for all that is left."""
-    start = 0
+    stream = io.BytesIO(data)
 
     def read(n):
-        nonlocal start
-        end = start + n
-        if end > len(data):
-            raise EOFError(f'{n} bytes expected, {len(data) - start} left')
-        taken, start = data[start:end], end
+        taken = stream.read(n)
+        if len(taken) < n:
+            raise EOFError(f'{n} bytes expected, {len(taken)} left')
         return taken
-    return read, lambda: data[start:]
+    return read, stream.read
 
 
 def expect_version(name, got, wanted):

@@ -1074,7 +1074,8 @@ class Secure(Layer):
                         break
                     count += more
                 except self._waits:
-                    self.flush()
+                    with contextlib.suppress(OSError):      # who takes no more may have said more
+                        self.flush()
                     if count:
                         return count
                     if fed:
@@ -2111,7 +2112,7 @@ class Loop:
         poll, watched, stale = self._poller.poll, self._watched, self._stale
         while not self._stopping:
             self._asleep = True         # before the look at the inbox: call() may come in between
-            found = poll(0 if inbox else timers.pause(self.now), self.ROUND)
+            found = poll(0 if inbox else timers.pause(monotonic()), self.ROUND)
             self._asleep = False
             self.now = monotonic()
             for fd, events in found:
@@ -2406,10 +2407,10 @@ class Pipe:
     def ready(self, _, events):
         """The loop saw `events` at the source, which is also the twin's sink."""
         # An earlier event of the same round may have changed what is waited for.
-        if self.events & WRITE and events & ~READ:
-            self.twin.flush()
         if self.events & READ and events & ~WRITE:
             self.fill()
+        if self.events & WRITE and events & ~READ:
+            self.twin.flush()
 
     def fill(self):
         """Read once, and pass on at once what was read."""
@@ -5353,15 +5354,6 @@ def reopen_log():
                 handler.reopenIfNeeded()
 
 
-class Record(logging.LogRecord):
-    """An event, as far as our lines show it: to find out the rest takes longer."""
-
-    def __init__(self, name, level, _, __, msg, args, exc_info, *___):
-        self.created = time.time()
-        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
-        self.msg, self.args, self.exc_info = msg, args, exc_info
-
-
 class TextFormatter(logging.Formatter):
     """A record as one line of text: time, unless whoever reads it has one, level, message."""
 
@@ -5370,17 +5362,15 @@ class TextFormatter(logging.Formatter):
         self._has_time = has_time
         self._second = self._text = None
 
-    def format(self, record):
-        line = f'{record.levelname} {record.getMessage()}'
-        if self._has_time:
-            second = int(record.created)
-            if second != self._second:          # its text is made once
-                self._second = second
-                self._text = time.strftime(self.default_time_format, time.localtime(second))
-            line = '%s,%03d %s' % (self._text, (record.created - second) * 1000, line)
-        if record.exc_info:
-            line += '\n' + self.formatException(record.exc_info)
-        return line
+    def formatMessage(self, record):
+        line = f'{record.levelname} {record.message}'
+        if not self._has_time:
+            return line
+        second = int(record.created)
+        if second != self._second:              # its text is made once
+            self._second = second
+            self._text = time.strftime(self.default_time_format, time.localtime(second))
+        return '%s,%03d %s' % (self._text, record.msecs, line)
 
 
 class JsonFormatter(logging.Formatter):
@@ -5862,8 +5852,9 @@ def print_hash():
 def serve(args):
     """Serve until a signal; the exit status, or ValueError for options that contradict."""
     raise_descriptor_limit()
-    logging.setLogRecordFactory(Record)
-    logging._srcfile = None             # nor where it is ("Optimization" in Python's logging HOWTO)
+    # What no line of ours shows takes long to find out ("Optimization" in Python's logging HOWTO).
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     configure = functools.partial(settings_from, args, dict(os.environ))
     try:
         settings = configure()

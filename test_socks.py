@@ -1141,6 +1141,16 @@ class TimersTest(unittest.TestCase):
         self.assertEqual(timers.pause(6.0), socks.LONGEST)
         self.assertEqual(timers.expired(100.0), [])
 
+    def test_a_round_before_does_not_make_it_late(self):
+        loop, item = socks.Loop(), self.Item()
+        item.expire = loop.stop
+        loop.now -= PATIENCE            # as if that round had taken so long
+        loop.timers.set(item, time.monotonic() + 0.1)
+        began = time.monotonic()
+        loop.run()
+        loop.close()
+        self.assertLess(time.monotonic() - began, PATIENCE / 2)
+
 
 class OneLoop(socks.Server):
     heavy_loops = 0
@@ -3493,6 +3503,26 @@ class TlsTest(FileCase):
         while received < sent:
             received += len(near.sock.recv(1 << 20))
         self.assertEqual(received, sent)
+
+    def test_last_words_of_who_reads_no_more(self):
+        """They arrive, although what is held for who said them cannot be sent."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        with client_context().wrap_socket(socket.create_connection(server.server_address),
+                                          server_hostname='localhost') as sock:
+            near, words = Peer(sock), b'last words' * 4000
+            self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
+            far = eventually(lambda: origin.peers and origin.peers[0])
+            far.sock.settimeout(0.3)
+            with self.assertRaises(socket.timeout):
+                far.send(bytes(1 << 28))
+            busy, free = threading.Event(), threading.Event()
+            tunnel, = (item for loop in server.loops() for item in loop.items)
+            tunnel.loop.call(tunnel, lambda: busy.set() or free.wait(PATIENCE))
+            self.assertTrue(busy.wait(PATIENCE))
+            near.send(words)
+        free.set()                      # words and end are there at once
+        far.sock.settimeout(PATIENCE)
+        self.assertEqual(far.read(len(words)), words)
 
     def test_client_certificates(self):
         server, origin = self.serve(tls=self.context(True), users={'x': 'y'}), self.origin(echo)

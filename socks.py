@@ -1728,13 +1728,14 @@ def judge_name(rules, client, target, is_final):
     be what makes it allowed.
     """
     for rule in rules:
-        if rule.concerns(client, target.port):
-            if not (rule.names or rule.networks) or rule.is_for_name(target.host):
-                if rule.allow:
-                    return
-                raise Refused(f'{rule.place} denies {target}')
-            if rule.allow and rule.networks and not is_final:
-                return                  # it may be in there
+        if not rule.concerns(client, target.port):
+            continue
+        is_for_it = not (rule.names or rule.networks) or rule.is_for_name(target.host)
+        if is_for_it and not rule.allow:
+            raise Refused(f'{rule.place} denies {target}')
+        may_be_in_there = rule.allow and rule.networks and not is_final
+        if is_for_it or may_be_in_there:
+            return
     raise Refused(f'no rule is for {target}')
 
 

@@ -249,6 +249,13 @@ class Case(unittest.TestCase):
         with self.subTest('leaks'):
             eventually(lambda: (threading.active_count(), descriptors()) <= before)
 
+    def exchange(self, near, far, size):
+        """So many bytes each way at once, and each direction ends for itself."""
+        sent = [Background(pour, near, size, 1), Background(pour, far, size, 2)]
+        received = [Background(drink, far), Background(drink, near)]
+        for one, other in zip(sent, received):
+            self.assertEqual(one.result(), other.result())
+
     def enter(self, manager):
         """`with manager` up to the end of the test."""
         value = manager.__enter__()
@@ -2409,10 +2416,7 @@ class ClientTest(ClientCase):
         with socks.create_connection(('127.0.0.1', origin.port), PATIENCE,
                                      proxy=self.url(server)) as sock:
             near, far = Peer(sock), eventually(lambda: origin.peers and origin.peers[0])
-            sent = [Background(pour, near, 1 << 25, 1), Background(pour, far, 1 << 25, 2)]
-            received = [Background(drink, far), Background(drink, near)]
-            for one, other in zip(sent, received):
-                self.assertEqual(one.result(), other.result())
+            self.exchange(near, far, 1 << 25)
 
     def test_bind(self):
         server = self.serve()
@@ -3469,11 +3473,7 @@ class TlsTest(FileCase):
         server, origin = self.serve(tls=self.context()), self.origin()
         near = Peer(self.connect(server, ('localhost', origin.port)))
         far = eventually(lambda: origin.peers and origin.peers[0])
-        size = 20 << 20
-        sent = [Background(pour, near, size, 1), Background(pour, far, size, 2)]
-        received = [Background(drink, far), Background(drink, near)]
-        for one, other in zip(sent, received):
-            self.assertEqual(one.result(), other.result())
+        self.exchange(near, far, 20 << 20)
         eventually(lambda: self.lines)
         self.assertRegex(self.lines[0], r': done, 209\d+ bytes up, 209\d+ down')
 
@@ -3851,11 +3851,7 @@ class GssapiTest(ClientCase, FileCase):
                 server, origin = self.serve(gssapi=(level,)), self.origin()
                 near = Peer(self.connect(server, origin.port))
                 far = eventually(lambda: origin.peers and origin.peers[0])
-                size = 64 << 20
-                sent = [Background(pour, near, size, 1), Background(pour, far, size, 2)]
-                received = [Background(drink, far), Background(drink, near)]
-                for one, other in zip(sent, received):
-                    self.assertEqual(one.result(), other.result())
+                self.exchange(near, far, 64 << 20)
                 self.assertRegex(eventually(lambda: self.lines)[0],
                                  r': done, 670\d+ bytes up, 670\d+ down')
 

@@ -177,10 +177,13 @@ def echo(peer):
 
 
 def unused_port():
-    """A port for a program that cannot choose one by itself."""
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return sock.getsockname()[1]
+    """A port for a program to listen on, below those that systems give to whoever asks for any: one
+    of these might be somebody else's before the program has it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(('127.0.0.1', port))
+            return port
 
 
 def listens(port):
@@ -5240,10 +5243,8 @@ class Contender:
         """The figures of a new process; what it cannot do is missing."""
         if not self._command:
             return self._measure(None, None)
-        with socket.socket() as probe, tempfile.NamedTemporaryFile('w') as config:
-            probe.bind(('127.0.0.1', 0))
-            port = probe.getsockname()[1]
-            probe.close()
+        port = unused_port()
+        with tempfile.NamedTemporaryFile('w') as config:
             config.write(DANTE % port)
             config.flush()
             process = subprocess.Popen(

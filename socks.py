@@ -156,6 +156,10 @@ class ProxyError(OSError):
     def __str__(self):
         return f'{self.msg}: {self.socket_err}' if self.socket_err else self.msg
 
+    def __reduce__(self):
+        kind, args, state = super().__reduce__()
+        return kind, args, dict(state, errno=self.errno)
+
 
 class ProxyConnectionError(ProxyError):
     """The proxy itself cannot be reached."""
@@ -702,6 +706,7 @@ ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
 ATTEMPTS = 16                           # addresses of one name that are tried
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
+RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
 
@@ -733,11 +738,13 @@ def canonical(address):
     except ValueError:
         raise ProtocolError(f'host name {shown(host)} is not text') from None
     name = name[:-1] if name.endswith(b'.') else name
-    if name[-1:].isdigit() or name.startswith(b'0x'):       # 127.1, 0x7f1, as resolvers read it
+    labels = name.split(b'.')
+    if not all(labels) or any(byte <= 32 or byte in b':%\x7f' for byte in name):
+        raise ProtocolError(f'host name {shown(host)} is empty in parts, or has characters that '
+                            f'no name has')
+    if labels[-1][:1].isdigit():        # 127.1, 0x7f1, as resolvers read it
         with contextlib.suppress(OSError):
             return Address(socket.inet_ntoa(socket.inet_aton(name.decode())), port)
-    if not name or any(byte <= 32 or byte in b':%\x7f' for byte in name):
-        raise ProtocolError(f'host name {shown(host)} is empty or has characters that no name has')
     return Address(name.decode(), port)
 
 
@@ -819,7 +826,10 @@ def ready(reading, writing, until, pause=None):
 def look_up(host, port):
     """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
     one that hands names through."""
-    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    except UnicodeError:
+        raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
     if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None for *_, sockaddr in found):
         found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     return found
@@ -905,7 +915,11 @@ class Stream:
             found = yield from ready([*sockets, *own], (), until)
             if self.waits not in found:
                 return
-            self.surplus += yield from self._receive()
+            with contextlib.suppress(*BLOCKED):         # it may be a part of a layer's message
+                data = self.sock.recv(self.SIZE)
+                if not data:
+                    raise EOFError(self.GONE)
+                self.surplus += data
 
     def write(self, message):
         """Conversation: send all of a message."""
@@ -969,7 +983,7 @@ class Layer:
         self._plain = 0                 # bytes that it stands for
         self._ending = False            # our direction is to end when the socket took all
         self.fileno = sock.fileno
-        self.setsockopt = sock.setsockopt
+        self.getsockopt = sock.getsockopt
         self.getsockname = sock.getsockname
 
     def flush(self):
@@ -1103,6 +1117,15 @@ class Secure(Layer):
         with contextlib.suppress(OSError):
             self._tls.unwrap()
         super().close()
+
+
+def abort(sock):
+    """Close a socket, or a layer, by RST; a layer's own farewell would look like a proper end."""
+    while isinstance(sock, Layer):
+        sock = sock._sock
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    sock.close()
 
 
 class GssError(OSError):
@@ -1445,6 +1468,15 @@ def source_of(family, source):
         if family_of(host) == family:
             return host
     raise OSError(errno.ENETUNREACH, 'no source address of this family')
+
+
+def way_out(host, source):
+    """Our IP address from which `host` is reached; OSError if it is not."""
+    family = family_of(host)
+    with _orig_socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((source_of(family, source), 0))
+        sock.connect((host, 9))         # which sends nothing
+        return sock.getsockname()[0]
 
 
 def dial(addresses, until=None, source=()):
@@ -1902,16 +1934,22 @@ def read_users(path):
     return users
 
 
-def authenticate(users, credentials, until=None):
-    """Conversation: whether `credentials` are one of the users'."""
+def authenticate(users, credentials, until=None, is_hopeless=bool):
+    """Conversation: whether `credentials` are one of the users'.
+
+    Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at once.
+    """
     import hmac                         # here, because few servers need it and it is large
     password = users.get(credentials.username)
     is_user = password is not None
     if not is_user:                     # let it take as long as if it were
         password = next((each for each in users.values() if isinstance(each, Hashed)), b'')
     if isinstance(password, Hashed):
-        same = password.is_known(credentials.password) or (yield Call(
-            functools.partial(password.verify, credentials.password), until, True))
+        def verify():                   # it may be known by now
+            return (password.is_known(credentials.password)
+                    or not is_hopeless() and password.verify(credentials.password))
+
+        same = password.is_known(credentials.password) or (yield Call(verify, until, True))
     else:
         same = hmac.compare_digest(credentials.password, password)
     return same and is_user
@@ -1938,19 +1976,12 @@ class Failures:
             del self._since[next(iter(self._since))]
         self._since.setdefault(key, [now, 0])[1] += 1
 
-    def forgive(self, host):
-        """The last one was none."""
-        with contextlib.suppress(KeyError):
-            self._since[self._key(host)][1] -= 1
-
     def too_many(self, host):
         since, count = self._since.get(self._key(host), (0, 0))
         return count >= self.LIMIT and time.monotonic() <= since + self.WINDOW
 
 
 # ------------------------------------------------------------------------------------------ loops
-
-
 
 class Poller:
     """The interface of select.epoll(), on what other systems have."""
@@ -1968,8 +1999,10 @@ class Poller:
 if hasattr(select, 'epoll'):            # selectors has it too, but takes twice as long
     Poller = select.epoll
     READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+    ERRORS = select.EPOLLET             # nothing else, and each once
 else:
     READ, WRITE = Poller.READ, Poller.WRITE
+    ERRORS = 0                          # there one only learns of them when one reads or writes
 
 
 class Waker:
@@ -2054,8 +2087,8 @@ class Loop:
     close(outcome)         give everything back
 
     Other threads use only call() and stop().  `crew` does what blocks, `costly_crew` what also
-    takes much of a processor.  relieve(tunnel), if there
-    is one, is called for a tunnel that turned out to carry much.
+    takes much of a processor.  relieve(tunnel), if there is one, is called for a tunnel that turned
+    out to carry much.
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
     ROUND = 256                         # events at a time
@@ -2338,9 +2371,6 @@ class Crew:
 
 # ----------------------------------------------------------------------------------------- relays
 
-RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
-
-
 class Relay:
     """What a loop carries for a client after the conversation; closes its sockets at its end.
 
@@ -2410,6 +2440,10 @@ class Pipe:
         # An earlier event of the same round may have changed what is waited for.
         if self.events & READ and events & ~WRITE:
             self.fill()
+        elif self.events == ERRORS:
+            error = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                self.twin.lose(OSError(error, os.strerror(error)))
         if self.events & WRITE and events & ~READ:
             self.twin.flush()
 
@@ -2476,7 +2510,6 @@ class Pipe:
                 self.sink.shutdown(socket.SHUT_WR)
             except OSError:                     # gone, as the twin will notice
                 pass
-            self.tunnel.expire()                # it may have to end in time now
         self.tunnel.watch()
 
     def lose(self, error):
@@ -2488,9 +2521,9 @@ class Pipe:
 
     def watch(self):
         """Have the loop watch the source for what this pipe and its twin wait for there."""
-        wanted = 0 if self.load or self.done else READ
+        wanted = ERRORS if self.load or self.done else READ
         if self.twin.load or getattr(self.source, 'unsent', False):
-            wanted |= WRITE
+            wanted = wanted & READ | WRITE
         if wanted != self.events:
             self.tunnel.loop.watch(self.source, self.events, wanted, self)
             self.events = wanted
@@ -2516,7 +2549,7 @@ class Tunnel(Relay):
 
     @property
     def patience(self):
-        return self.client.idle_timeout or self.up.done and self.client.linger
+        return self.client.idle_timeout
 
     @property
     def traffic(self):
@@ -2537,6 +2570,7 @@ class Tunnel(Relay):
         """Go on in another loop."""
         self.leave()
         self.loop = loop
+        loop.items[self] = True         # at once, so that it counts as served all the time
         loop.call(self, self.start, loop)
 
     def leave(self):
@@ -2565,9 +2599,9 @@ class Tunnel(Relay):
         for pipe in (self.up, self.down):
             pipe.done, pipe.load = True, b''
             if reset:
-                with contextlib.suppress(OSError):
-                    pipe.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            pipe.source.close()
+                abort(pipe.source)
+            else:
+                pipe.source.close()
         client.end(outcome, self.up.count, self.down.count)
 
 
@@ -2691,9 +2725,9 @@ class Routes:
             self._failed[header] = self.relay.loop.now + self.RETRY
 
     def _learn(self, header, route):
-        if max(len(self.known), len(self.headers)) >= self.LIMIT:
-            self.known.clear()          # both, because who is sent to may answer
-            self.headers.clear()
+        if len(self.known) >= self.LIMIT:
+            _, oldest = self.known.pop(next(iter(self.known)))
+            self.headers.pop(tuple(oldest), None)
         self.known[header] = route
         self.headers[tuple(route[1])] = Datagram(route[1], b'').pack()
 
@@ -2908,6 +2942,8 @@ SOCKS5_ERRORS = {int(code): code.text for code in Reply if code != Reply.SUCCEED
 SOCKS4_ERRORS = {int(code): code.text for code in Reply4 if code != Reply4.GRANTED}
 DEFAULT_PORTS = {SOCKS4: 1080, SOCKS5: 1080, HTTP: 8080}
 SETUP_TIMEOUT = 60.0                    # seconds, where a caller cannot wait and set none
+KEEPIDLE = 60                           # seconds
+INTERIM = {100, 102, 103}               # of HTTP: the answer is still to come (RFC 9110 15.2)
 
 
 class Proxy(NamedTuple):
@@ -3140,23 +3176,24 @@ def unpack_answer4(read):
 
 def answer_http(stream):
     """Conversation: UNSPECIFIED, once the head of an answer that grants a tunnel is read."""
-    code, phrase = yield from stream.read(HttpStatus.unpack)
-    if not 200 <= code < 300:
-        note = ('; it may be that this proxy makes no tunnels (CONNECT)'
-                if code in (400, 403, 405) else '')
-        raise HTTPError(f'{code}: {phrase}{note}')
+    code = None
     for _ in range(MAX_LINES):
-        if not (yield from stream.read(http_line)):
-            return UNSPECIFIED
+        if not code:
+            code, phrase = yield from stream.read(HttpStatus.unpack)
+            if not 200 <= code < 300 and code not in INTERIM:
+                note = ('; it may be that this proxy makes no tunnels (CONNECT)'
+                        if code in (400, 403, 405) else '')
+                raise HTTPError(f'{code}: {phrase}{note}')
+        elif not (yield from stream.read(http_line)):
+            if code not in INTERIM:
+                return UNSPECIFIED
+            code = None
     raise ProtocolError(f'more than {MAX_LINES} lines in the head of an HTTP answer')
 
 
 class Carried:
-    """Whom a tunnel of our own serves: nobody that is logged or has a limit.
-
-    But what a program has closed looks as if only one direction had ended, and must not stay.
-    """
-    address, idle_timeout, linger = 'a layer', 0, 300.0
+    """Whom a tunnel of our own serves: nobody that is logged or has a limit."""
+    address, idle_timeout = 'a layer', 0
 
     def end(self, *_):
         """There is no line to write."""
@@ -3206,10 +3243,17 @@ def tcp_pair():
     return near, far
 
 
+@functools.lru_cache(4)
+def usual_context(*_):
+    """The ssl.SSLContext of a client; to read all certificates that it trusts takes long."""
+    import ssl
+    return ssl.create_default_context()
+
+
 def secured(sock, proxy, context, until):
     """Conversation: a plain socket, in front of TLS over (a duplicate of) `sock` to `proxy`."""
-    import ssl
-    context = context or ssl.create_default_context()
+    context = context or usual_context(
+        *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
     name = 'localhost' if proxy.is_path else proxy.addr
     tls = Secure(sock.dup(), context, server_hostname=name)
     try:
@@ -3228,6 +3272,9 @@ class Front(_orig_socket):
 def in_front(layer, context=None):
     """A `Front` of the layer, which belongs to the loop of carrier() then."""
     near, far = tcp_pair()
+    if hasattr(socket, 'TCP_KEEPIDLE'):
+        # What a program has closed looks as if only one direction had ended, until one asks.
+        far.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPIDLE)
     front = Front(near.family, socket.SOCK_STREAM, 0, near.detach())
     front.setblocking(False)
     front.context = context
@@ -3366,8 +3413,7 @@ def through(sock, chain, command, address, until=None, context=None):
             bnd = yield from ask_all(sockets, chain, command, address, until, context)
     except BaseException:
         for made in sockets[1:]:        # all of it, and at once
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            made.close()
+            abort(made)
         raise
     for made in sockets[1:-1]:          # a layer further in has duplicates of these
         made.close()
@@ -3473,7 +3519,6 @@ class Line(NamedTuple):
 
 class Client:
     """What is known of one client, from accept to the log line at its end."""
-    linger = 0                          # see `Carried`
     __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
                  'target', 'started')
 
@@ -3565,10 +3610,11 @@ class Login(socketserver.BaseRequestHandler):
         host, until = self.client.address.host, after(LOGIN_DELAY)
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(host):
+            if (yield from authenticate(self.settings.users, credentials, self.stream.until,
+                                        functools.partial(failures.too_many, host))):
+                return
+            failures.note(host)
             why = 'wrong user name or password'
-            failures.note(host)         # before it is known, as many may be tried at once
-            if (yield from authenticate(self.settings.users, credentials, self.stream.until)):
-                return failures.forgive(host)
         yield Wait((), (), until)
         raise Refused(why)
 
@@ -3676,8 +3722,9 @@ class Negotiation(Login):
 
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
-        verb = 'refused' if isinstance(error, ProxyError) else 'failed'
-        self.outcome = f'{verb}: {reason(error)}'
+        is_ours = isinstance(error, ProxyError) and not error.socket_err        # not a proxy's
+        outcome = f'{"refused" if is_ours else "failed"}: {reason(error)}'
+        self.outcome = outcome if outcome.isprintable() else ascii(outcome)
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.answer_form:
             with contextlib.suppress(OSError):
@@ -3810,8 +3857,8 @@ class Handler(Negotiation):
         Others are turned away; if one of them was all that came, the second reply says so.
         """
         until = self.stream.until = after(self.settings.bind_timeout)
-        expected = {host for host, _ in (yield from self.destinations(request.address, until))}
-        host, told = self.own_address()
+        expected = [host for host, _ in (yield from self.destinations(request.address, until))]
+        host, told = self.own_address(min(expected, key=lambda host: ':' in host))
         with bound(Address(host, 0)) as listener:
             listener.listen(16)
             yield from self.answer(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
@@ -3833,7 +3880,7 @@ class Handler(Negotiation):
             except (*BLOCKED, ConnectionError):     # he has left already
                 continue
             address = Address.of(address)
-            if expected & {address.host, '0.0.0.0', '::'}:
+            if any(host in (address.host, *ZEROS) for host in expected):
                 peer.setblocking(False)
                 return peer, address
             stranger = address
@@ -3889,13 +3936,16 @@ class Handler(Negotiation):
         yield from self.answer(Reply.SUCCEEDED, address)
         yield from self.stream.linger(after(LINGER))
 
-    def own_address(self):
+    def own_address(self, peer=ZEROS[0]):
         """Our IP address for others to connect or send to, and how to tell it to the client.
 
-        The one that the client reached us at, or the one to advertise; that may be another host's
-        which forwards to us, so it is not always one to listen on.
+        The one from which we reach `peer`, or if that is not known the one that the client reached
+        us at; or the one to advertise; that may be another host's which forwards to us, so it is
+        not always one to listen on.
         """
         host, _ = canonical(Address.of(self.request.getsockname()))
+        if peer not in ZEROS:
+            host = way_out(peer, self.settings.source)
         for told in self.settings.advertise:
             if family_of(told) == family_of(host) and not is_loopback(host):
                 return (told if is_ours(told) else host), told
@@ -4340,7 +4390,8 @@ PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
 PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 PRINTABLE_PROXY_TYPES = TYPE_NAMES
 NO_PROXY = (None,) * 6
-STOCK = _orig_socket.__init__.__defaults__      # family, type, proto, fileno; since 3.7 other ones
+# The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
+STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
 
 if ContextVar is None:                  # Python 3.6: a value for each thread only
     class ContextVar(threading.local):
@@ -4407,9 +4458,10 @@ def default_proxy(proxy, bypass: str = ''):
         _scope.reset(token)
 
 
-def _default():
-    """The default proxy, as a 6-tuple, and what to bypass it for."""
-    return _scope.get() or (socksocket.default_proxy, socksocket.default_bypass)
+def _default(kind=None):
+    """The default proxy of a class of sockets, as a 6-tuple, and what to bypass it for."""
+    kind = kind or socksocket
+    return _scope.get() or (kind.default_proxy, kind.default_bypass)
 
 
 def get_default_proxy() -> Optional[tuple]:
@@ -4500,12 +4552,14 @@ class _BaseSocket(_orig_socket):
     ssl_context = None                  # for proxies inside of TLS; None: a usual one
     _proxyconn = None                   # TCP connection that keeps the relay alive
     _context = None                     # `GssContext` that protects datagrams
+    _relay = None                       # where it is, of a socket that some hosts reach without it
+    _ended = False                      # by shutdown()
     _peeked = None, b''                 # one that stays, and what it protects
 
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
         self._check_open()
-        if not self._proxyconn and not self._chain(dest_pair):
+        if (dest_pair or not self._proxyconn) and not self._chain(dest_pair):
             return False
         if not self._proxyconn and not dest_pair and self._bypass and self.getsockname()[1]:
             return False                # what was sent so far went directly
@@ -4547,12 +4601,13 @@ class _BaseSocket(_orig_socket):
         control, relay = run(reach(chain, ours, self._deadline(), (), self.ssl_context,
                                    Command.UDP_ASSOCIATE))
         try:
-            if family_of(relay.host) == self.family:
-                super().connect(relay)
-            elif self.family == socket.AF_INET6:
-                super().connect(('::ffff:' + relay.host, relay.port))
-            else:
+            if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
+                relay = Address('::ffff:' + relay.host, relay.port)
+            elif family_of(relay.host) != self.family:
                 self._replace(bound(Address('::', ours.port), socket.SOCK_DGRAM))
+            if self._bypass:
+                self._relay = relay
+            else:                       # the system keeps strangers away
                 super().connect(relay)
         except BaseException:
             control.close()
@@ -4585,7 +4640,13 @@ class _BaseSocket(_orig_socket):
                 self._check_relay()
                 if until and time.monotonic() >= until:
                     raise socket.timeout('timed out')
-            data = super().recv(1 << 16, flags)
+            data, source = super().recvfrom(1 << 16, flags)
+            if not data and self._ended:
+                return b'', None, False
+            if self._relay and source[:2] != self._relay:
+                if not self.proxy_peername:
+                    return data[:size], source, len(data) > size
+                data = b''
             data = self._opened(data, flags & socket.MSG_PEEK) if self._context else data
             with contextlib.suppress(EOFError, ProtocolError):
                 datagram = Datagram.unpack(data)
@@ -4612,7 +4673,13 @@ class _BaseSocket(_orig_socket):
         if self.family != socket.AF_INET6:
             return tuple(address)
         host = address.host
-        return host if ':' in host else '::ffff:' + host, address.port, 0, 0
+        is_ipv4 = len(ip_bytes(host) or b'') == 4       # else it may be a name
+        return '::ffff:' + host if is_ipv4 else host, address.port, 0, 0
+
+    def _send_to_relay(self, message, flags):
+        if self._relay:
+            return super().sendto(message, flags, self._relay)
+        return super().send(message, flags)
 
     def _transmit(self, data, flags, dest_pair):
         if dest_pair is None:
@@ -4624,9 +4691,9 @@ class _BaseSocket(_orig_socket):
         header = Datagram(address, b'').pack()
         whole = b''.join((header, data))
         if self._context:
-            super().send(self._context.seal(whole), flags)
+            self._send_to_relay(self._context.seal(whole), flags)
             return len(data)
-        return max(0, super().send(whole, flags) - len(header))
+        return max(0, self._send_to_relay(whole, flags) - len(header))
 
     def sendto(self, *args, **kwargs):
         """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI."""
@@ -4642,9 +4709,12 @@ class _BaseSocket(_orig_socket):
     def sendall(self, bytes, flags=0):
         self._transmit(bytes, flags, self.proxy_peername)
 
-    @relayed
-    def sendmsg(self, buffers, ancdata=(), flags=0, address=None):
-        return self._transmit(b''.join(buffers), flags, address or self.proxy_peername)
+    def sendmsg(self, buffers, *args):
+        address = args[2] if len(args) > 2 else None
+        if self._is_datagram and self._use_relay(address):
+            return self._transmit(b''.join(buffers), args[1] if len(args) > 1 else 0,
+                                  address or self.proxy_peername)
+        return super().sendmsg(buffers, *args)
 
     @relayed
     def recv(self, bufsize, flags=0):
@@ -4679,6 +4749,19 @@ class _BaseSocket(_orig_socket):
             stream.readinto(view)
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
+    def dup(self):
+        """As in stock; what goes through a relay goes on so."""
+        other = super().dup()
+        for name in ('proxy', '_bypass', 'proxy_peername', 'proxy_sockname', '_context', '_relay'):
+            setattr(other, name, getattr(self, name))
+        if self._proxyconn:
+            other._proxyconn = self._proxyconn.dup()
+        return other
+
+    def shutdown(self, how):
+        super().shutdown(how)
+        self._ended = how != socket.SHUT_WR
+
     def close(self):
         if self._proxyconn:
             self._proxyconn.close()
@@ -4699,7 +4782,7 @@ class socksocket(_BaseSocket):
     default_bypass = ''
 
     def __init__(self, family=STOCK[0], type=STOCK[1], proto=STOCK[2], fileno=None, *, proxy=None):
-        default, bypass = _default() if proxy is None else (arguments(proxy), '')
+        default, bypass = _default(self.__class__) if proxy is None else (arguments(proxy), '')
         super().__init__(family, type, proto, fileno)
         kind = self.type & 0xF          # before Python 3.7 there are flags in it
         if (self.family in (socket.AF_INET, socket.AF_INET6)
@@ -4787,9 +4870,10 @@ class socksocket(_BaseSocket):
         try:
             socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
         except OSError as error:
-            if isinstance(getattr(error, 'socket_err', error), socket.timeout):
+            cause = getattr(error, 'socket_err', error)
+            if isinstance(cause, socket.timeout):
                 return errno.EAGAIN     # as in stock
-            if not system_errno(error):
+            if isinstance(cause, socket.gaierror) or not system_errno(error):
                 raise
             return error.errno
         return 0
@@ -4797,7 +4881,7 @@ class socksocket(_BaseSocket):
     def _connect_datagrams(self, dest_pair, chain):
         """Send to `dest_pair`, and receive from there only; from all if that is 0.0.0.0, 0."""
         address = destination(dest_pair, chain)
-        self._use_relay()
+        self._use_relay(dest_pair)
         if not chain[-1].rdns:
             address = run(resolve(canonical(address)))[0]
         anybody = address.host in ('0.0.0.0', '::') and not address.port
@@ -4868,6 +4952,8 @@ class socksocket(_BaseSocket):
     def get_peername(self):
         """The destination, as it was given to connect(); without a proxy as in stock."""
         address = super().getpeername()
+        if self._is_datagram and self._proxyconn and not self.proxy_peername:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))      # but for the relay
         return self.proxy_peername or address
 
     getpeername = get_peername
@@ -4891,12 +4977,11 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
                       proxy=None, ssl_context=None) -> socksocket:
     """A socksocket that is connected to `dest_pair`, (host, port), through a proxy.
 
-    timeout           seconds for the whole, and of the socket afterwards
+    timeout           seconds for each address that is tried, and of the socket afterwards
     source_address    (host, port) to connect from
     proxy_type, ...   as in socksocket.set_proxy()
     socket_options    arguments of setsockopt(), set before it connects
     proxy             instead of these: a URL, or a list of URLs for a chain, empty for no proxy
-
     ssl_context       for proxies inside of TLS
 
     Without a proxy, the default one is used, if there is one.  Tries all addresses of the proxy,
@@ -5019,7 +5104,11 @@ async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
     import asyncio
     chain = chosen(proxy, host)
     if not chain:
-        return await asyncio.open_connection(host, port, **options)
+        try:
+            return await asyncio.wait_for(asyncio.open_connection(host, port, **options),
+                                          timeout or None)
+        except asyncio.TimeoutError:
+            raise socket.timeout('timed out') from None
     address = destination((host, port), chain)
     sock, _ = await drive(reach(chain, address, after(timeout), (), ssl_context))
     if options.get('ssl'):

@@ -31,6 +31,7 @@ loops, relays, client, server, socket face, operation, command line.
 
 import argparse
 import atexit
+import codecs
 import contextlib
 import enum
 import errno
@@ -899,6 +900,10 @@ class Stream:
                     pass
             self.surplus += yield from self._receive()
 
+    def look(self):
+        """Conversation: some of the next bytes, which stay in the socket."""
+        return self._receive(socket.MSG_PEEK)
+
     def peek(self):
         """Conversation: the next byte, as a number; it stays there."""
         if not self.surplus:
@@ -955,7 +960,7 @@ class ExactStream(Stream):
 
     def read(self, unpack):
         while True:
-            seen = yield from self._receive(socket.MSG_PEEK)
+            seen = yield from self.look()
             read, rest = reader(self.surplus + seen)
             try:
                 message, left = unpack(read), len(rest())
@@ -1821,18 +1826,29 @@ def parse_ports(word, place):
     return low, high
 
 
+def parse_network(text):
+    """The ip_network of a text, one of v4-mapped addresses as IPv4, as which we know those."""
+    network = ipaddress.ip_network(text.strip('[]'))
+    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
+                                      network.prefixlen - 96))
+    return network
+
+
 def parse_host(word, place, section):
     """Where a word of `section` belongs, and what it is there."""
     with contextlib.suppress(ValueError):
-        network = ipaddress.ip_network(word.strip('[]'))
-        return ('clients' if section == 'clients' else 'networks'), network
+        return ('clients' if section == 'clients' else 'networks'), parse_network(word)
     if section == 'clients' or '/' in word:
         raise FileError(f'{place}: {word!r}, expected a network, 192.0.2.0/24 for example')
     dot = '.' if word.startswith('.') else ''
     try:
-        return 'names', dot + canonical(Address(word[len(dot):], 0)).host
+        name = canonical(Address(word[len(dot):], 0)).host
     except ProtocolError as error:
         raise FileError(f'{place}: {error}') from None
+    if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():         # it matches nobody
+        raise FileError(f'{place}: {word!r}, expected a network, a name, .suffix, or * alone')
+    return 'names', dot + name
 
 
 def read_lines(path):
@@ -1840,7 +1856,7 @@ def read_lines(path):
     try:
         with open(path, 'rb') as file:
             for number, line in enumerate(file, 1):
-                line = line.strip()
+                line = line.replace(codecs.BOM_UTF8, b'').strip()
                 if line and not line.startswith(b'#'):
                     yield f'{path}:{number}', line
     except OSError as error:
@@ -3478,6 +3494,7 @@ IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants 
 ACCEPT_BATCH = 8                        # at a time: other clients, and workers, have their turn
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
 
 HTTP_PAGE = b"""\
@@ -3569,6 +3586,9 @@ class Login(socketserver.BaseRequestHandler):
 
     def secure(self):
         """Go on inside of TLS; a client that shows a certificate is known by its name."""
+        first = (yield from self.stream.look())[0]
+        if first != TLS_HANDSHAKE:      # who speaks SOCKS would wait for us, and we for more
+            raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
         tls = Secure(self.request, self.settings.tls, server_side=True)
         yield from tls.handshake(self.stream.until)
@@ -3756,7 +3776,7 @@ class Negotiation(Login):
         if first in b'CDGHOPT':                 # CONNECT, DELETE, GET, ...
             self.answer_form = lambda *_: HttpPage()
             raise ProtocolError('HTTP, expected SOCKS')
-        if first == 0x16:
+        if first == TLS_HANDSHAKE:
             raise ProtocolError('TLS, expected SOCKS')
         raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
 
@@ -3800,7 +3820,8 @@ class Handler(Negotiation):
         command = COMMANDS.get(request.command)
         method = command and getattr(self, METHODS[command], None)
         if not (method and self.offered(command, isinstance(request, Request4))):
-            raise ProtocolError(f'command {request.command:#04x} is not supported',
+            name = command.name if command else f'command {request.command:#04x}'
+            raise ProtocolError(f'{name} is not supported, or not switched on',
                                 reply=Reply.COMMAND_NOT_SUPPORTED)
         self.client.command = command
         self.client.target = shown(str(request.address))
@@ -5192,6 +5213,9 @@ def tls_context(certificate, key=None, client_ca=None):
             name = client_ca
             context.load_verify_locations(client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
+    except ssl.SSLError as error:
+        wanted = 'certificates' if name == client_ca else 'a certificate and its key'
+        raise FileError(f'{name}: expected {wanted}, as PEM: {reason(error)}') from None
     except OSError as error:
         raise FileError(f'{name}: {reason(error)}') from None
     return context
@@ -5205,7 +5229,8 @@ def activated_sockets(environ):
     sockets = []
     for number in range(3, 3 + count):
         os.set_inheritable(number, False)
-        with _orig_socket(fileno=os.dup(number)) as probe:      # Python 3.6 does not ask the family
+        family = kind = None            # Python 3.6 does not ask the socket
+        with contextlib.suppress(OSError), _orig_socket(fileno=os.dup(number)) as probe:
             family = probe.getsockopt(socket.SOL_SOCKET, getattr(socket, 'SO_DOMAIN', 39))
             kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
         if family not in (socket.AF_INET, socket.AF_INET6) or kind != socket.SOCK_STREAM:
@@ -5436,12 +5461,34 @@ class Supervisor:
             os._exit(status)
 
 
-def reopen_log():
-    """Go on in a new file if the log's was moved away."""
-    for handler in logging.getLogger().handlers:
-        if hasattr(handler, 'reopenIfNeeded'):
+class LogFile(logging.FileHandler):
+    """A file to append to; that it cannot be written to, for a time, is no reason to stop."""
+    is_moved = False                    # so the next line begins a new one
+
+    def emit(self, record):
+        try:
+            if self.is_moved:
+                old, self.stream = self.stream, self._open()
+                old.close()
+                self.is_moved = False
+        except OSError:
+            self.handleError(record)
+        super().emit(record)
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif sys.stderr:
             with contextlib.suppress(OSError):
-                handler.reopenIfNeeded()
+                print(f'socks.py: {self.baseFilename}: {reason(error)}: {self.format(record)}',
+                      file=sys.stderr, flush=True)
+
+
+def reopen_log():
+    """Go on in a new file, in case that the log's was moved away."""
+    for handler in logging.getLogger().handlers:
+        handler.is_moved = True         # means something to a `LogFile`
 
 
 class TextFormatter(logging.Formatter):
@@ -5539,10 +5586,9 @@ def host_and_port(text):
 
 def name_and_password(text):
     """argparse type: both bytes, of NAME:PASSWORD."""
-    name, colon, password = os.fsencode(text).partition(b':')
-    if not (colon and 0 < len(name) < 256 and len(password) < 256):
-        raise argparse.ArgumentTypeError(
-            'expected NAME:PASSWORD, NAME of 1 to 255 bytes, PASSWORD of at most 255')
+    name, _, password = os.fsencode(text).partition(b':')
+    if not (0 < len(name) < 256 and 0 < len(password) < 256):
+        raise argparse.ArgumentTypeError('expected NAME:PASSWORD, of 1 to 255 bytes each')
     return name, password
 
 
@@ -5581,14 +5627,16 @@ def count(text):
 def network(text):
     """argparse type: an ip_network."""
     try:
-        return ipaddress.ip_network(text.strip('[]'))
+        return parse_network(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f'{error}, expected 192.0.2.0/24 for example') from None
 
 
 def workers(text):
     """argparse type: a number of processes."""
-    number = (os.cpu_count() or 1) if text == 'auto' else count(text)
+    number = os.cpu_count() or 1
+    if text != 'auto':
+        number = int(text) if re.match('[0-9]+$', text) else 0
     if not 0 < number <= 1024 or number > 1 and not hasattr(os, 'fork'):
         raise argparse.ArgumentTypeError(f'{text!r}: expected auto, or a number, 1 to 1024'
                                          + ('' if hasattr(os, 'fork') else '; here only 1'))
@@ -5648,7 +5696,8 @@ OPTIONS = [
             metavar='FILE', dest='users_file',
             help='more of them, NAME:PASSWORD or NAME:HASH lines')),
         (('--hash-password',), dict(
-            action='store_true', help='print the HASH of a password, read from stdin, and end')),
+            action='store_true', help='print the HASH of a password, read from the terminal or '
+                                      'stdin, and end')),
         (('--from',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='clients',
             help='serve only clients from there, repeatable (default: from anywhere)')),
@@ -5669,7 +5718,8 @@ OPTIONS = [
             metavar='FILE', help='keys for --gssapi (default: that in KRB5_KTNAME, or the '
                                  "system's)")),
         (('--ident',), dict(
-            action='store_true', help="ask SOCKS4 clients' hosts who they are (RFC 1413)")),
+            action='store_true', help="ask SOCKS4 clients' hosts who they are (RFC 1413), and "
+                                      'refuse another userid')),
         (('--open',), dict(
             action='store_true',
             help='serve everybody: allow an address beyond loopback without users')),
@@ -5690,7 +5740,7 @@ OPTIONS = [
             help='what they may reach, see the README (default: all but what is local to the '
                  'proxy)')),
         (('--check',), dict(
-            action='store_true', help='check all options and files, and end')),
+            action='store_true', help='check all options and files, not addresses, and end')),
         (('--tor-extensions',), dict(
             action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
         (('--udp-strict',), dict(
@@ -5726,8 +5776,8 @@ OPTIONS = [
             metavar='URL', type=proxy_url, action='append', default=[], dest='upstream',
             help='send CONNECT through this proxy, repeatable: a chain, first hop first; '
                  'SCHEME://[USER:PASSWORD@]HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, '
-                 'socks4, http, https, also with +tls or +unix (default: none; for the next '
-                 'three, that in ALL_PROXY)')),
+                 'socks4, http, https, also with +tls, +gssapi or +unix (default: none; for '
+                 'the next three, that in ALL_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
             help='do not serve: join stdin and stdout to a connection')),
@@ -5753,7 +5803,8 @@ OPTIONS = [
 def build_parser():
     """The command line; every default of a setting is the one in `Settings`."""
     parser = argparse.ArgumentParser(
-        prog='socks.py', description='A SOCKS4, SOCKS4a and SOCKS5 proxy.', epilog=EPILOG,
+        prog='socks.py', usage='%(prog)s [options]', epilog=EPILOG,
+        description='A SOCKS4, SOCKS4a and SOCKS5 proxy.',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, options in OPTIONS:
         group = parser.add_argument_group(title)
@@ -5807,18 +5858,8 @@ def raise_descriptor_limit(wanted=65536):
 
 
 def set_up_logging(args, environ):
-    if args.log_file:
-        from logging.handlers import WatchedFileHandler
-
-        class LogFile(WatchedFileHandler):
-            """A file that cannot be written to, for a time, is no reason to stop."""
-
-            def emit(self, record):
-                try:
-                    super().emit(record)
-                except OSError:
-                    self.handleError(record)
-
+    """OSError if the log file cannot be opened."""
+    if args.log_file and not args.check:
         handler = LogFile(args.log_file, encoding='utf-8')
     else:
         handler = logging.StreamHandler()
@@ -5829,6 +5870,14 @@ def set_up_logging(args, environ):
     logging.basicConfig(level=level, handlers=[handler])
 
 
+def environment_hops(host=None):
+    """The chain that the environment has for `host`; ValueError if it is wrong."""
+    try:
+        return hops(proxy_from_environment(host))
+    except (ValueError, GeneralProxyError) as error:
+        raise ValueError(f'ALL_PROXY: {error}') from None
+
+
 def client_command(args):
     """Do what --connect or --resolve asks for; the exit status."""
     spare = 0
@@ -5836,7 +5885,7 @@ def client_command(args):
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
-    chain = args.upstream or hops(proxy_from_environment(args.connect and host))
+    chain = args.upstream or environment_hops(args.connect and host)
     until = after(args.connect_timeout)
     try:
         if args.resolve:
@@ -5849,7 +5898,8 @@ def client_command(args):
     except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
         return 1
     except OSError as error:
-        print(f'socks.py: {reason(error)}', file=sys.stderr)
+        print(f'socks.py: {Address(host, port) if port else host}: {reason(error)}',
+              file=sys.stderr)
         return 1
     return 0
 
@@ -5894,6 +5944,8 @@ def program_runner(arguments, chain):
     program, *rest = arguments[is_module:] or ['']
     if not chain or not program:
         raise ValueError('--run: expected a proxy, -x URL, and a program')
+    if not is_module and not os.path.exists(program):
+        raise ValueError(f'--run: there is no {program}')
     set_default_proxy(chain, bypass=os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
     wrap_module(sys.modules[__name__], dns=True)
     sys.modules['socks'] = sys.modules[__name__]        # should the program import it
@@ -5909,16 +5961,20 @@ def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    set_up_logging(args, os.environ)
+    try:
+        set_up_logging(args, os.environ)
+    except OSError as error:
+        print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
+        return 1
     if args.hash_password:
         return print_hash()
     tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
-    if len(tasks) > 1:
-        parser.error('--connect, --resolve, --run: expected one of them')
+    if len(tasks) + args.check > 1:
+        parser.error('--check, --connect, --resolve, --run: expected one of them')
     try:
         if args.run is None:
             return client_command(args) if tasks else serve(args)
-        program = program_runner(args.run, args.upstream or hops(proxy_from_environment()))
+        program = program_runner(args.run, args.upstream or environment_hops())
     except ValueError as error:
         parser.error(str(error))
     program()
@@ -5927,16 +5983,28 @@ def main(argv=None):
 
 def print_hash():
     """Read a password, and print its hash for a file of users."""
-    if sys.stdin.isatty():
-        from getpass import getpass
-        password = getpass('Password: ')
-    else:
-        password = sys.stdin.readline().rstrip('\n')
-    if not 0 < len(password.encode()) < 256:
+    password = b''
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        if sys.stdin and sys.stdin.isatty():
+            from getpass import getpass
+            password = os.fsencode(getpass('Password: '))
+        elif sys.stdin:
+            password = sys.stdin.buffer.readline().rstrip(b'\r\n')
+    if not 0 < len(password) < 256:
         print('socks.py: expected a password of 1 to 255 bytes', file=sys.stderr)
         return 1
-    print(Hashed.make(password.encode()))
-    return 0
+    return 0 if print_at_once(Hashed.make(password)) else 1
+
+
+def print_at_once(line):
+    """Print a line; whether that was possible.  If not, nothing of it is left for the exit."""
+    try:
+        if sys.stdout:
+            os.write(sys.stdout.fileno(), line.encode() + b'\n')
+        return True
+    except OSError as error:
+        print(f'socks.py: stdout: {reason(error)}', file=sys.stderr)
+        return False
 
 
 def serve(args):
@@ -5972,7 +6040,7 @@ def serve(args):
 def announce_addresses(addresses, to_stdout):
     for address in addresses:
         if to_stdout:
-            print(f'listening on {address}', flush=True)
+            print_at_once(f'listening on {address}')
         log.info('listening on %s', address)
 
 

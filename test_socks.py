@@ -3160,8 +3160,10 @@ class ToolTest(Case):
                 self.assertEqual(self.tool(*options, '--connect', there, data='some words',
                                            NO_PROXY='', **environment), (0, 'some words', ''))
         eventually(lambda: len(self.lines) == 4)
-        self.assertEqual(self.tool('-x', url, '--connect', f'127.0.0.1:{self.refused_port()}'),
-                         (1, '', 'socks.py: Socket error: 0x05: Connection refused\n'))
+        refused = self.refused_port()
+        self.assertEqual(self.tool('-x', url, '--connect', f'127.0.0.1:{refused}'),
+                         (1, '', f'socks.py: 127.0.0.1:{refused}: Socket error: 0x05: Connection '
+                                 f'refused\n'))
 
     def test_connect_carries_bytes(self):
         """All of them, and the ends of both directions."""
@@ -3230,8 +3232,11 @@ allow to host.example 198.51.100.7
 deny to .forbidden.example
 allow udp bind to 203.0.113.0/24
 allow from ::1 to 2001:db8::/32
+allow from ::ffff:192.0.2.9 to ::ffff:192.0.2.0/120
 '''
 JUDGED = [
+    ('ann', '192.0.2.9', 'CONNECT', '', '192.0.2.1', 80, True),
+    ('ann', '192.0.2.8', 'CONNECT', '', '192.0.2.1', 80, False),
     ('bob', '192.0.2.1', 'CONNECT', 'a.example.org', '203.0.113.1', 443, True),
     ('bob', '192.0.2.1', 'CONNECT', 'example.org', '203.0.113.1', 8005, True),
     ('bob', '192.0.2.1', 'CONNECT', 'a.example.org', '203.0.113.1', 80, False),
@@ -3264,6 +3269,10 @@ WRONG_RULES = [
     ('allow to * 70000', "f:1: '70000', expected PORT or LOW-HIGH"),
     ('allow to * 5-4', "f:1: '5-4', expected PORT or LOW-HIGH"),
     ('allow to * x.example', 'f:1: expected "to"'), ('allow to a%b', 'f:1: host name a%b'),
+    ('deny to *.example.org', r"f:1: '\*.example.org', expected a network, a name, .suffix, or "),
+    ('deny to 10.0.0.*', r"f:1: '10.0.0.\*', expected a network"),
+    ('deny to 300.1.1.1', "f:1: '300.1.1.1', expected a network"),
+    ('deny to 127.1', "f:1: '127.1', expected a network"),
     ('allow user to *', "f:1: 'to' is not expected here"),
     ('allow from to *', "f:1: 'to' is not expected here"),
     ('allow to .example.org user bob', "f:1: 'user' is not expected here"),
@@ -3439,6 +3448,9 @@ class AccessTest(FileCase):
         with self.assertLogs('socks', 'WARNING') as logged:
             socks.read_users(path)
         self.assertIn('others can read it', logged.output[0])
+        os.chmod(path, 0o600)
+        self.write('users', '\ufeffbob:x\n')           # as Windows' Notepad begins it
+        self.assertEqual(socks.read_users(path), {b'bob': b'x'})
 
     def test_many_guesses_at_once(self):
         """Most are not even verified, and few are at a time."""
@@ -3775,15 +3787,16 @@ class TlsTest(FileCase):
                     self.assertEqual(caught.exception.reply, Reply.COMMAND_NOT_SUPPORTED)
 
     def test_no_tls(self):
-        """Plain SOCKS, silence or the end of it where TLS is expected."""
+        """Plain SOCKS, at once, silence or the end of it where TLS is expected."""
         server = self.serve(tls=self.context(), handshake_timeout=0.3)
         for data in ('050100', '', '16030100'):
             with Peer(server.server_address) as peer:
                 peer.send(hexed(data))
                 with contextlib.suppress(ConnectionResetError):
                     peer.rest()
-        eventually(lambda: len(self.lines) == 3)
-        self.assertTrue(all('TLS - -: no request: ' in line for line in self.lines), self.lines)
+        eventually(lambda: len(self.lines) == 2)
+        self.assertIn('refused: first byte 0x05, expected TLS', self.lines[0])
+        self.assertIn('TLS - -: no request: ', self.lines[1])
 
     def test_old_tls(self):
         """1.1 is not spoken."""
@@ -3805,7 +3818,9 @@ class TlsTest(FileCase):
             self.write('cert', CERTIFICATE), self.write('key', KEY)
             path = os.path.join(self.folder, name)
             options = {key: os.path.join(self.folder, value) for key, value in options.items()}
-            with self.subTest(name), self.assertRaises(socks.FileError):
+            with self.subTest(name), self.assertRaisesRegex(
+                    socks.FileError, 'No such file|expected (a certificate and its key|certificates'
+                                     '), as PEM'):
                 socks.tls_context(path, **options)
 
 
@@ -4419,11 +4434,14 @@ class ServiceTest(FileCase):
             for _ in range(2):
                 self.tunnel_through(program, origin)[0].sock.close()
             program.process.send_signal(signal.SIGHUP)
+            line = f'socks.py: {log}: No such file or directory: '
+            eventually(lambda: line in program.so_far())
             os.mkdir(folder)
             for _ in range(2):
                 self.tunnel_through(program, origin)[0].sock.close()
             eventually(lambda: 'CONNECT' in open_text(log))
             self.assertEqual(program.stop(), 0)
+        self.assertNotIn('Traceback', program.log)
 
     def test_table(self):
         origin = self.origin()
@@ -4585,6 +4603,11 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
         done = subprocess.run([sys.executable, os.path.join(HERE, 'socks.py'), '--hash-password'],
                               input='secret\n', stdout=subprocess.PIPE, universal_newlines=True)
         self.assertTrue(socks.Hashed(done.stdout.strip()).verify(b'secret'))
+        for data in (b'', b'\n', b'x' * 256):
+            done = subprocess.run([sys.executable, 'socks.py', '--hash-password'], input=data,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE)
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (
+                1, b'', b'socks.py: expected a password of 1 to 255 bytes\n'))
 
 
 def open_text(path):
@@ -4639,6 +4662,7 @@ WRONG_USAGE = [
     (['-b', '[1.2.3.4]'], r"-b/--bind: '\[1.2.3.4\]': expected ADDRESS"),
     (['-u', 'bob'], r'-u/--user: expected NAME:PASSWORD'),
     (['-u', ':secret'], r'-u/--user: expected NAME:PASSWORD'),
+    (['-u', 'bob:'], r'-u/--user: expected NAME:PASSWORD, of 1 to 255 bytes each'),
     (['-u', 'b' * 256 + ':x'], r'-u/--user: expected NAME:PASSWORD'),
     (['-u', 'bob:a', '-u', 'bob:b'], r'a user is given twice'),
     (['--source', 'localhost'], r"--source: 'localhost': expected an IP address"),
@@ -4657,10 +4681,12 @@ WRONG_USAGE = [
     (['--trust', 'x'], r"--trust: 'x' does not appear to be .*, expected 192.0.2.0/24"),
     (['--proxy-protocol', ''], r'--proxy-protocol: .* expected 192.0.2.0/24'),
     (['-w', '0'], r"-w/--workers: '0': expected auto, or a number, 1 to 1024"),
-    (['-w', 'x'], r"-w/--workers: 'x': expected a whole number"),
+    (['-w', 'x'], r"-w/--workers: 'x': expected auto, or a number, 1 to 1024"),
     (['-x', 'ftp://h'], r"-x/--proxy: proxy URL: scheme 'ftp', expected one of socks4,"),
     (['--connect', 'host'], r"--connect: 'host': expected HOST:PORT"),
     (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected one of them'),
+    (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected one of them'),
+    (['-x', 'http://i', '--run', '/nowhere/x.py'], r'--run: there is no /nowhere/x.py'),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
     (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL, and a program'),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
@@ -4707,16 +4733,17 @@ class CommandLineTest(Case):
                     (['-b', '127.0.0.1:0', '-b', '203.0.113.1', '--open'], '203.0.113.1:1080: '),
                     (['-b', '127.0.0.1:0', '-b', 'localhost:0', '-p', '0'], 'already in use'),
                     (['--source', '203.0.113.1'], 'connect from 203.0.113.1: it is not'),
+                    (['--log-file', '/nowhere/log'], '/nowhere/log: No such file or directory'),
                     (['-b', 'nowhere.invalid'], 'nowhere.invalid is never resolved')]:
                 with self.subTest(arguments):
                     done = run(sys.executable, 'socks.py', *arguments, cwd=HERE)
                     self.assertEqual((done.returncode, done.stdout), (1, ''))
-                    self.assertRegex(done.stderr, f'^socks.py: cannot .*{message}.*\n$')
+                    self.assertRegex(done.stderr, f'^socks.py: .*{message}.*\n$')
 
     def test_users(self):
-        with Program('-u', 'eve:a:b', SOCKS_USERS='bob:secret  carl:') as program:
+        with Program('-u', 'eve:a:b', SOCKS_USERS='bob:secret  carl:s') as program:
             for name, password, status in [(b'bob', b'secret', 0), (b'eve', b'a:b', 0),
-                                           (b'carl', b'', 0), (b'bob', b'', 1)]:
+                                           (b'carl', b's', 0), (b'bob', b'', 1)]:
                 with self.subTest(name), Peer(program.address) as peer:
                     self.assertEqual(peer.ask(Greeting(b'\2'), Choice), Choice(2))
                     self.assertEqual(peer.ask(Credentials(name, password), Verdict).status, status)
@@ -4724,11 +4751,37 @@ class CommandLineTest(Case):
         self.assertNotIn('secret', program.log)
 
     def test_wrong_users_in_the_environment(self):
-        done = run(sys.executable, 'socks.py', cwd=HERE,
-                   env=dict(os.environ, SOCKS_USERS='hunter2'))
+        for users in ('hunter2', 'bob:hunter2 carl:'):
+            done = run(sys.executable, 'socks.py', cwd=HERE,
+                       env=dict(os.environ, SOCKS_USERS=users))
+            self.assertEqual(done.returncode, 2)
+            self.assertIn('SOCKS_USERS: expected NAME:PASSWORD', done.stderr)
+            self.assertNotIn('hunter2', done.stderr)
+
+    def test_a_proxy_in_the_environment_that_is_wrong(self):
+        done = run(sys.executable, 'socks.py', '--connect', 'a:1', cwd=HERE,
+                   env=dict(os.environ, ALL_PROXY='127.0.0.1:1080', NO_PROXY=''))
         self.assertEqual(done.returncode, 2)
-        self.assertIn('expected NAME:PASSWORD', done.stderr)
-        self.assertNotIn('hunter2', done.stderr)
+        self.assertIn('error: ALL_PROXY: proxy URL: scheme', done.stderr)
+
+    def test_stdout_that_nobody_reads(self):
+        """One line says so, and the server serves."""
+        with open('/dev/full', 'w') as full, open(os.devnull) as nothing:
+            for arguments, text, status in (
+                    (['-p', str(unused_port())], '', 0), (['-p', '0'], 'stdout: No space', 0),
+                    (['--hash-password'], 'expected a password', 1)):
+                process = subprocess.Popen([sys.executable, 'socks.py', *arguments], cwd=HERE,
+                                           stdin=nothing, stdout=full, stderr=subprocess.PIPE,
+                                           universal_newlines=True)
+                with self.subTest(arguments), process:
+                    if not status:
+                        lines = iter(process.stderr.readline, '')
+                        line = next(line for line in lines if not line.startswith('socks.py: '))
+                        self.assertIn('INFO listening on', line)
+                        process.terminate()
+                    err = process.stderr.read()
+                    self.assertEqual(process.wait(PATIENCE), status)
+                    self.assertNotIn('Traceback', err)
 
     def test_settings(self):
         """Each option that is a setting arrives there; without options there are the defaults."""

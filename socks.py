@@ -1856,7 +1856,7 @@ def read_lines(path):
     try:
         with open(path, 'rb') as file:
             for number, line in enumerate(file, 1):
-                line = line.replace(codecs.BOM_UTF8, b'').strip()
+                line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
                 if line and not line.startswith(b'#'):
                     yield f'{path}:{number}', line
     except OSError as error:
@@ -1950,7 +1950,7 @@ def read_users(path):
     return users
 
 
-def authenticate(users, credentials, until=None, is_hopeless=bool):
+def authenticate(users, credentials, until=None, is_hopeless=lambda: False):
     """Conversation: whether `credentials` are one of the users'.
 
     Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at once.
@@ -2958,7 +2958,7 @@ SOCKS5_ERRORS = {int(code): code.text for code in Reply if code != Reply.SUCCEED
 SOCKS4_ERRORS = {int(code): code.text for code in Reply4 if code != Reply4.GRANTED}
 DEFAULT_PORTS = {SOCKS4: 1080, SOCKS5: 1080, HTTP: 8080}
 SETUP_TIMEOUT = 60.0                    # seconds, where a caller cannot wait and set none
-KEEPIDLE = 60                           # seconds
+KEEPIDLE = 60                           # seconds until a silent program is looked for
 INTERIM = {100, 102, 103}               # of HTTP: the answer is still to come (RFC 9110 15.2)
 
 
@@ -4580,7 +4580,7 @@ class _BaseSocket(_orig_socket):
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
         self._check_open()
-        if (dest_pair or not self._proxyconn) and not self._chain(dest_pair):
+        if (self._bypass and dest_pair or not self._proxyconn) and not self._chain(dest_pair):
             return False
         if not self._proxyconn and not dest_pair and self._bypass and self.getsockname()[1]:
             return False                # what was sent so far went directly

@@ -2277,7 +2277,7 @@ class Task:
             self._call = wish
             try:
                 crew = self.loop.costly_crew if wish.is_costly else self.loop.crew
-                crew.run(self._work, wish)
+                crew.run(self.client.address.host, self._work, wish)
             except RuntimeError as error:           # no thread to be had
                 self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
         else:
@@ -2331,29 +2331,38 @@ class Task:
 
 
 class Crew:
-    """Threads that do what blocks; a free one waits a while for the next job before it ends."""
+    """Threads that do what blocks; a free one waits a while for the next job before it ends.
 
-    def __init__(self, size=64, patience=5.0):
+    They do at most `share` jobs of one owner at a time, so that nobody keeps them all.
+    """
+
+    def __init__(self, size=256, share=64, patience=5.0):
         self._size = size
+        self._share = share
         self._patience = patience       # seconds
         self._jobs = SimpleQueue()
         self._lock = threading.Lock()
         self._threads = set()
         self._free = 0                  # threads that wait, less the jobs that do
+        self._owners = {}               # by owner: (jobs under way, deque of those that wait)
 
-    def run(self, *job):
+    def run(self, owner, *job):
         """Call job[0](*job[1:]) in some thread; RuntimeError if there is none and none starts."""
         with self._lock:
+            under_way, waiting = self._owners.get(owner, (0, deque()))
+            if under_way >= self._share:
+                return waiting.append(job)
             if self._free <= 0 and len(self._threads) < self._size:
-                thread = threading.Thread(target=self._work, args=(job,), name='socks-crew',
+                thread = threading.Thread(target=self._work, args=(owner, job), name='socks-crew',
                                           daemon=True)
                 thread.start()
                 self._threads.add(thread)
             else:
                 self._free -= 1
-                self._jobs.put(job)
+                self._jobs.put((owner, job))
+            self._owners[owner] = under_way + 1, waiting
 
-    def _work(self, job):
+    def _work(self, owner, job):
         while job:
             function, *args = job
             try:
@@ -2361,10 +2370,22 @@ class Crew:
             except Exception:
                 log.exception('this is a bug')
             job = function = args = None            # hold nothing while waiting
-            with self._lock:
-                self._free += 1
-            job = self._next()
+            job = self._done(owner)
+            if not job:
+                owner, job = self._next()
         self._threads.discard(threading.current_thread())
+
+    def _done(self, owner):
+        """One of the owner's jobs is; the next one, if it had to wait for that."""
+        with self._lock:
+            under_way, waiting = self._owners[owner]
+            if waiting:
+                return waiting.popleft()
+            self._owners[owner] = under_way - 1, waiting
+            if under_way == 1:
+                del self._owners[owner]
+            self._free += 1
+            return None
 
     def _next(self):
         try:
@@ -2373,7 +2394,7 @@ class Crew:
             with self._lock:
                 if self._free > 0:
                     self._free -= 1
-                    return None
+                    return None, None
             return self._jobs.get()                 # it came at the last moment
 
     def dismiss(self):
@@ -2382,7 +2403,7 @@ class Crew:
         with self._lock:
             for _ in range(max(0, self._free)):
                 self._free -= 1
-                self._jobs.put(None)
+                self._jobs.put((None, None))
 
 
 # ----------------------------------------------------------------------------------------- relays
@@ -2700,7 +2721,7 @@ class Routes:
         if literal:
             return self._found(header, [address], None)
         try:
-            self.relay.loop.crew.run(self._look_up, header, address)
+            self.relay.loop.crew.run(self.relay.client.address.host, self._look_up, header, address)
         except RuntimeError:            # no thread to be had
             self._found(header, [], None)
 

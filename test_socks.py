@@ -1818,6 +1818,24 @@ class LifecycleTest(Case):
         self.assertGreater(len(crew), 40)
         self.assertEqual([line for line in self.lines if 'bug' in line], [])
 
+    def test_one_client_does_not_stop_the_look_ups_of_others(self):
+        """Its own wait for each other."""
+        event = self.slow_names()
+        server, origin = self.serve(), self.origin(echo)
+        server._crew._share = 3
+        server._crew._size = 8
+        slow = [self.peer(server.server_address) for _ in range(10)]
+        for peer in slow:
+            peer.ask(Greeting(b'\0'), Choice)
+            peer.send(Request(1, Address('name.slow', origin.port)).pack())
+        eventually(lambda: len(server._crew._owners['127.0.0.1'][1]) == 7)
+        with Peer(server.server_address, ('127.0.0.2', 0)) as other:
+            self.assertEqual(other.connect('localhost', origin.port).reply, 0)
+        event.set()
+        for peer in slow:
+            self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
+        eventually(lambda: not server._crew._owners)
+
     def test_long_timeouts(self):
         """Longer than any system call can wait."""
         server, origin = self.serve(handshake_timeout=1e9, idle_timeout=1e9), self.origin(echo)

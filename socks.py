@@ -1475,13 +1475,18 @@ def source_of(family, source):
     raise OSError(errno.ENETUNREACH, 'no source address of this family')
 
 
-def way_out(host, source):
-    """Our IP address from which `host` is reached; OSError if it is not."""
-    family = family_of(host)
-    with _orig_socket(family, socket.SOCK_DGRAM) as sock:
-        sock.bind((source_of(family, source), 0))
-        sock.connect((host, 9))         # which sends nothing
-        return sock.getsockname()[0]
+def way_out(hosts, source):
+    """Our IP address from which the first of `hosts` is reached that is; OSError if none is."""
+    for host in hosts:
+        family = family_of(host)
+        try:
+            with _orig_socket(family, socket.SOCK_DGRAM) as sock:
+                sock.bind((source_of(family, source), 0))
+                sock.connect((host, 9))         # which sends nothing
+                return sock.getsockname()[0]
+        except OSError as caught:
+            error = caught
+    raise error
 
 
 def dial(addresses, until=None, source=()):
@@ -2547,6 +2552,7 @@ class Pipe:
                 self.sink.shutdown(socket.SHUT_WR)
             except OSError:                     # gone, as the twin will notice
                 pass
+            self.tunnel.expire()                # it may have to end in time now
         self.tunnel.watch()
 
     def lose(self, error):
@@ -2586,7 +2592,7 @@ class Tunnel(Relay):
 
     @property
     def patience(self):
-        return self.client.idle_timeout
+        return self.client.idle_timeout or self.up.done and self.client.linger
 
     @property
     def traffic(self):
@@ -2762,11 +2768,15 @@ class Routes:
             self._failed[header] = self.relay.loop.now + self.RETRY
 
     def _learn(self, header, route):
-        if len(self.known) >= self.LIMIT:
-            _, oldest = self.known.pop(next(iter(self.known)))
-            self.headers.pop(tuple(oldest), None)
-        self.known[header] = route
-        self.headers[tuple(route[1])] = Datagram(route[1], b'').pack()
+        self._remember(self.known, header, route)
+        self._remember(self.headers, tuple(route[1]), Datagram(route[1], b'').pack())
+
+    def _remember(self, known, key, value):
+        """As the latest one; what was learned first is forgotten when there are too many."""
+        known.pop(key, None)
+        if len(known) >= self.LIMIT:
+            del known[next(iter(known))]
+        known[key] = value
 
     def forget(self):
         """Judge all targets anew."""
@@ -2777,9 +2787,7 @@ class Routes:
         """The header for a sender to whom the client did not send, if that is allowed."""
         if self.relay.client.server.settings.udp_strict:
             return None
-        if len(self.headers) >= self.LIMIT:
-            self.headers.clear()
-        self.headers[source] = Datagram(Address.of(source), b'').pack()
+        self._remember(self.headers, source, Datagram(Address.of(source), b'').pack())
         return self.headers[source]
 
 
@@ -3229,8 +3237,12 @@ def answer_http(stream):
 
 
 class Carried:
-    """Whom a tunnel of our own serves: nobody that is logged or has a limit."""
-    address, idle_timeout = 'a layer', 0
+    """Whom a tunnel of our own serves: nobody that is logged or has a limit.
+
+    But what a program has closed looks as if only one direction had ended, and must not stay where
+    the loop does not learn of errors.
+    """
+    address, idle_timeout, linger = 'a layer', 0, 0 if ERRORS else 300.0
 
     def end(self, *_):
         """There is no line to write."""
@@ -3557,6 +3569,7 @@ class Line(NamedTuple):
 
 class Client:
     """What is known of one client, from accept to the log line at its end."""
+    linger = 0                          # see `Carried`
     __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
                  'target', 'started')
 
@@ -3900,7 +3913,7 @@ class Handler(Negotiation):
         """
         until = self.stream.until = after(self.settings.bind_timeout)
         expected = [host for host, _ in (yield from self.destinations(request.address, until))]
-        host, told = self.own_address(min(expected, key=lambda host: ':' in host))
+        host, told = self.own_address(expected)
         with bound(Address(host, 0)) as listener:
             listener.listen(16)
             yield from self.answer(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
@@ -3978,16 +3991,18 @@ class Handler(Negotiation):
         yield from self.answer(Reply.SUCCEEDED, address)
         yield from self.stream.linger(after(LINGER))
 
-    def own_address(self, peer=ZEROS[0]):
+    def own_address(self, peers=ZEROS):
         """Our IP address for others to connect or send to, and how to tell it to the client.
 
-        The one from which we reach `peer`, or if that is not known the one that the client reached
-        us at; or the one to advertise; that may be another host's which forwards to us, so it is
-        not always one to listen on.
+        The one from which we reach one of the peers, or if these are not known the one that the
+        client reached us at; or the one to advertise; that may be another host's which forwards to
+        us, so it is not always one to listen on.
         """
         host, _ = canonical(Address.of(self.request.getsockname()))
-        if peer not in ZEROS:
-            host = way_out(peer, self.settings.source)
+        if not set(peers) & set(ZEROS):
+            family = family_of(host)    # which the client knows how to use
+            host = way_out(sorted(peers, key=lambda peer: family_of(peer) != family),
+                           self.settings.source)
         for told in self.settings.advertise:
             if family_of(told) == family_of(host) and not is_loopback(host):
                 return (told if is_ours(told) else host), told
@@ -4594,8 +4609,7 @@ class _BaseSocket(_orig_socket):
     ssl_context = None                  # for proxies inside of TLS; None: a usual one
     _proxyconn = None                   # TCP connection that keeps the relay alive
     _context = None                     # `GssContext` that protects datagrams
-    _relay = None                       # where it is, of a socket that some hosts reach without it
-    _ended = False                      # by shutdown()
+    _relay = None                       # where it is, if other hosts may send directly
     _peeked = None, b''                 # one that stays, and what it protects
 
     def _use_relay(self, dest_pair=None):
@@ -4609,10 +4623,18 @@ class _BaseSocket(_orig_socket):
             if self._proxyconn:
                 self._check_relay()
             else:
+                if self._is_direct():   # the system would let no answer of the relay through
+                    raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
                 if not self.getsockname()[1]:
                     super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
                 self._associate()
         return True
+
+    def _is_direct(self):
+        """Whether the socket is connected."""
+        with contextlib.suppress(OSError):
+            return bool(super().getpeername())
+        return False
 
     def _check_open(self):
         if self.fileno() < 0:
@@ -4647,6 +4669,7 @@ class _BaseSocket(_orig_socket):
                 relay = Address('::ffff:' + relay.host, relay.port)
             elif family_of(relay.host) != self.family:
                 self._replace(bound(Address('::', ours.port), socket.SOCK_DGRAM))
+                self._bypass = ''       # to hosts of the other family there is no other way now
             if self._bypass:
                 self._relay = relay
             else:                       # the system keeps strangers away
@@ -4683,12 +4706,8 @@ class _BaseSocket(_orig_socket):
                 if until and time.monotonic() >= until:
                     raise socket.timeout('timed out')
             data, source = super().recvfrom(1 << 16, flags)
-            if not data and self._ended:
-                return b'', None, False
-            if self._relay and source[:2] != self._relay:
-                if not self.proxy_peername:
-                    return data[:size], source, len(data) > size
-                data = b''
+            if not source or self._relay and source[:2] != self._relay:     # none: shut down
+                return data[:size], source, len(data) > size
             data = self._opened(data, flags & socket.MSG_PEEK) if self._context else data
             with contextlib.suppress(EOFError, ProtocolError):
                 datagram = Datagram.unpack(data)
@@ -4794,19 +4813,20 @@ class _BaseSocket(_orig_socket):
     def dup(self):
         """As in stock; what goes through a relay goes on so."""
         other = super().dup()
-        for name in ('proxy', '_bypass', 'proxy_peername', 'proxy_sockname', '_context', '_relay'):
+        for name in ('proxy', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
+                     '_context', '_relay'):
             setattr(other, name, getattr(self, name))
         if self._proxyconn:
             other._proxyconn = self._proxyconn.dup()
         return other
 
-    def shutdown(self, how):
-        super().shutdown(how)
-        self._ended = how != socket.SHUT_WR
-
-    def close(self):
+    def _leave_relay(self):
         if self._proxyconn:
             self._proxyconn.close()
+            self._proxyconn = self._relay = self._context = self.proxy_peername = None
+
+    def close(self):
+        self._leave_relay()
         super().close()
 
 
@@ -4892,6 +4912,7 @@ class socksocket(_BaseSocket):
         """
         chain = self._chain(dest_pair)
         if not chain:
+            self._leave_relay()
             return super().connect(dest_pair)
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
@@ -4908,6 +4929,7 @@ class socksocket(_BaseSocket):
     def connect_ex(self, dest_pair):
         """connect(), but return an errno, 0 for success; unknown names are still raised."""
         if not self._chain(dest_pair):
+            self._leave_relay()
             return super().connect_ex(dest_pair)
         try:
             socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
@@ -4924,6 +4946,9 @@ class socksocket(_BaseSocket):
         """Send to `dest_pair`, and receive from there only; from all if that is 0.0.0.0, 0."""
         address = destination(dest_pair, chain)
         self._use_relay(dest_pair)
+        if self._relay:
+            super().connect(self._relay)
+            self._relay = None          # now everything comes from there
         if not chain[-1].rdns:
             address = run(resolve(canonical(address)))[0]
         anybody = address.host in ('0.0.0.0', '::') and not address.port
@@ -4994,8 +5019,8 @@ class socksocket(_BaseSocket):
     def get_peername(self):
         """The destination, as it was given to connect(); without a proxy as in stock."""
         address = super().getpeername()
-        if self._is_datagram and self._proxyconn and not self.proxy_peername:
-            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))      # but for the relay
+        if self._proxyconn and not self.proxy_peername:         # connected to the relay only
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         return self.proxy_peername or address
 
     getpeername = get_peername
@@ -5145,21 +5170,27 @@ async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
     """
     import asyncio
     chain = chosen(proxy, host)
+    until = after(timeout)
     if not chain:
-        try:
-            return await asyncio.wait_for(asyncio.open_connection(host, port, **options),
-                                          timeout or None)
-        except asyncio.TimeoutError:
-            raise socket.timeout('timed out') from None
+        return await within(until, asyncio.open_connection(host, port, **options))
     address = destination((host, port), chain)
-    sock, _ = await drive(reach(chain, address, after(timeout), (), ssl_context))
+    sock, _ = await drive(reach(chain, address, until, (), ssl_context))
     if options.get('ssl'):
         options.setdefault('server_hostname', host)
     try:
-        return await asyncio.open_connection(sock=sock, **options)
+        return await within(until, asyncio.open_connection(sock=sock, **options))
     except BaseException:
         sock.close()
         raise
+
+
+async def within(until, awaitable):
+    """What it gives; socket.timeout after `until`."""
+    import asyncio
+    try:
+        return await asyncio.wait_for(awaitable, until and max(0, until - time.monotonic()))
+    except asyncio.TimeoutError:
+        raise socket.timeout('timed out') from None
 
 
 async def drive(conversation):
@@ -5181,12 +5212,8 @@ async def fulfil(wish):
     """What a conversation asks for."""
     import asyncio
     loop = asyncio.get_event_loop()
-    seconds = wish.until and max(0, wish.until - time.monotonic())
     if isinstance(wish, Call):
-        try:
-            return await asyncio.wait_for(loop.run_in_executor(None, wish.function), seconds)
-        except asyncio.TimeoutError:
-            raise socket.timeout('timed out') from None
+        return await within(wish.until, loop.run_in_executor(None, wish.function))
     found, watched = loop.create_future(), []
 
     def tell(sock):
@@ -5199,8 +5226,8 @@ async def fulfil(wish):
             for sock in sockets:
                 watch(sock, tell, sock)
                 watched.append((unwatch, sock))
-        return await asyncio.wait_for(found, seconds)
-    except asyncio.TimeoutError:
+        return await within(wish.until, found)
+    except socket.timeout:
         return []
     except NotImplementedError:         # Windows' usual loop
         return await loop.run_in_executor(None, poll, *wish)
@@ -5490,8 +5517,8 @@ class LogFile(logging.FileHandler):
         try:
             if self.is_moved:
                 old, self.stream = self.stream, self._open()
-                old.close()
                 self.is_moved = False
+                old.close()
         except OSError:
             self.handleError(record)
         super().emit(record)
@@ -6018,13 +6045,13 @@ def print_hash():
 
 
 def print_at_once(line):
-    """Print a line; whether that was possible.  If not, nothing of it is left for the exit."""
+    """Print a line; whether that was possible."""
     try:
-        if sys.stdout:
-            os.write(sys.stdout.fileno(), line.encode() + b'\n')
-        return True
+        print(line, flush=True)
+        return bool(sys.stdout)
     except OSError as error:
         print(f'socks.py: stdout: {reason(error)}', file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for what Python tries again at its exit
         return False
 
 

@@ -1543,6 +1543,10 @@ class UdpTest(Case):
         relay = next(item for item in server.loop.items if isinstance(item, socks.UdpRelay))
         self.assertEqual(list(relay.routes.headers), [tuple(each.address) for each in targets[1:]])
         self.assertEqual(len(relay.routes.known), 2)
+        for name in ('localhost', '127.0.0.1'):         # one target by two names
+            client.ask(Datagram(Address(name, targets[0].address.port), b'x').pack())
+        client.ask(Datagram(targets[1].address, b'x').pack())
+        self.assertIn(b'E:x', client.ask(Datagram(targets[0].address, b'x').pack()))
 
     def test_not_in_socks4(self):
         peer = self.peer(self.serve().server_address)
@@ -2616,13 +2620,15 @@ class DatagramClientTest(ClientCase):
 
     def test_shut_down(self):
         """Who waits returns, as in stock."""
-        sock = self.relayed()
-        sock.bind(('127.0.0.1', 0))
-        sock.settimeout(None)
-        waiting = Background(sock.recvfrom, 10)
-        time.sleep(0.05)
-        sock.shutdown(socket.SHUT_RDWR)
-        self.assertEqual(waiting.result(), (b'', None))
+        for index in (0, 1):            # also by a duplicate
+            sock = self.relayed()
+            sock.bind(('127.0.0.1', 0))
+            sock.settimeout(None)
+            waiting = Background(sock.recvfrom, 10)
+            time.sleep(0.05)
+            with sock.dup() as other:
+                (sock, other)[index].shutdown(socket.SHUT_RDWR)
+                self.assertEqual(waiting.result(), (b'', None))
 
     def test_duplicate(self):
         """It sends through the relay, too, and keeps the association."""
@@ -2659,9 +2665,17 @@ class DatagramClientTest(ClientCase):
         sock.connect(target.address)
         sock.send(b'x')
         self.assertEqual(sock.recv(10), b'E:x')
+        self.assertEqual(sock.getpeername(), tuple(target.address))
         sock.sendto(b'x', direct.address)
         sock.send(b'y')                 # only the peer's
         self.assertEqual(sock.recv(10), b'E:y')
+        sock.connect(direct.address)
+        self.assertEqual(sock.getpeername(), tuple(direct.address))
+        sock.send(b'z')
+        self.assertEqual(sock.recvfrom(10), (b'E:z', tuple(direct.address)))
+        with self.assertRaises(OSError) as caught:
+            sock.connect(target.address)
+        self.assertEqual(caught.exception.errno, errno.EISCONN)
 
     def test_datagrams_wait(self):
         target, sock = self.enter(Echo()), self.relayed()
@@ -4621,6 +4635,10 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
         done = subprocess.run([sys.executable, os.path.join(HERE, 'socks.py'), '--hash-password'],
                               input='secret\n', stdout=subprocess.PIPE, universal_newlines=True)
         self.assertTrue(socks.Hashed(done.stdout.strip()).verify(b'secret'))
+        done = subprocess.run([sys.executable, '-c', 'import os, sys; os.close(1); os.execv('
+                               'sys.executable, ["python", "socks.py", "--hash-password"])'],
+                              input=b'secret', cwd=HERE)
+        self.assertEqual(done.returncode, 1)
         for data in (b'', b'\n', b'x' * 256):
             done = subprocess.run([sys.executable, 'socks.py', '--hash-password'], input=data,
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE)

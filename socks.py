@@ -4770,12 +4770,10 @@ class _BaseSocket(_orig_socket):
     def sendall(self, bytes, flags=0):
         self._transmit(bytes, flags, self.proxy_peername)
 
-    def sendmsg(self, buffers, *args):
-        address = args[2] if len(args) > 2 else None
+    def sendmsg(self, buffers, ancdata=(), flags=0, address=None):
         if self._is_datagram and self._use_relay(address):
-            return self._transmit(b''.join(buffers), args[1] if len(args) > 1 else 0,
-                                  address or self.proxy_peername)
-        return super().sendmsg(buffers, *args)
+            return self._transmit(b''.join(buffers), flags, address or self.proxy_peername)
+        return super().sendmsg(buffers, ancdata, flags, address)
 
     @relayed
     def recv(self, bufsize, flags=0):

@@ -1832,7 +1832,7 @@ class LifecycleTest(Case):
         for peer in slow:
             peer.ask(Greeting(b'\0'), Choice)
             peer.send(Request(1, Address('name.slow', origin.port)).pack())
-        eventually(lambda: len(server._crew._owners['127.0.0.1'][1]) == 7)
+        eventually(lambda: len(server._crew._owners.get('127.0.0.1', ((), ()))[1]) == 7)
         with Peer(server.server_address, ('127.0.0.2', 0)) as other:
             self.assertEqual(other.connect('localhost', origin.port).reply, 0)
         event.set()
@@ -2672,7 +2672,9 @@ class DatagramClientTest(ClientCase):
         sock.connect(direct.address)
         self.assertEqual(sock.getpeername(), tuple(direct.address))
         sock.send(b'z')
-        self.assertEqual(sock.recvfrom(10), (b'E:z', tuple(direct.address)))
+        answers = iter(lambda: sock.recvfrom(10), None)         # that to x may be late
+        self.assertEqual(next(answer for answer in answers if answer[0] != b'E:x'),
+                         (b'E:z', tuple(direct.address)))
         with self.assertRaises(OSError) as caught:
             sock.connect(target.address)
         self.assertEqual(caught.exception.errno, errno.EISCONN)

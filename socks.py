@@ -4770,10 +4770,12 @@ class _BaseSocket(_orig_socket):
     def sendall(self, bytes, flags=0):
         self._transmit(bytes, flags, self.proxy_peername)
 
-    def sendmsg(self, buffers, ancdata=(), flags=0, address=None):
+    def sendmsg(self, *args):
+        address = args[3] if len(args) > 3 else None
         if self._is_datagram and self._use_relay(address):
-            return self._transmit(b''.join(buffers), flags, address or self.proxy_peername)
-        return super().sendmsg(buffers, ancdata, flags, address)
+            return self._transmit(b''.join(args[0]), args[2] if len(args) > 2 else 0,
+                                  address or self.proxy_peername)
+        return super().sendmsg(*args)
 
     @relayed
     def recv(self, bufsize, flags=0):

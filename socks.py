@@ -4680,22 +4680,6 @@ class _BaseSocket(_orig_socket):
         self._proxyconn, self._context = control, getattr(control, 'context', None)
         self.proxy_sockname = tuple(UNSPECIFIED)
 
-    def _replace(self, sock):
-        """Have the descriptor of `sock` instead, by the old number where the system lets us."""
-        timeout, fd, family, kind, proto = (self.gettimeout(), self.detach(), sock.family,
-                                            sock.type, sock.proto)
-        other = sock.detach()
-        if os.name == 'posix':
-            os.dup2(other, fd, inheritable=False)
-            os.close(other)
-        else:
-            socket.close(fd)
-            fd = other
-        _orig_socket.__init__(self, family, kind, proto, fd)
-        self.settimeout(timeout)
-
-    # Datagrams
-
     def _receive(self, size, flags=0):
         """The payload of the next datagram, its sender, and whether it was longer than `size`."""
         until = after(self.gettimeout())
@@ -4810,24 +4794,10 @@ class _BaseSocket(_orig_socket):
             stream.readinto(view)
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
-    def dup(self):
-        """As in stock; what goes through a relay goes on so."""
-        other = super().dup()
-        for name in ('proxy', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
-                     '_context', '_relay'):
-            setattr(other, name, getattr(self, name))
-        if self._proxyconn:
-            other._proxyconn = self._proxyconn.dup()
-        return other
-
     def _leave_relay(self):
         if self._proxyconn:
             self._proxyconn.close()
             self._proxyconn = self._relay = self._context = self.proxy_peername = None
-
-    def close(self):
-        self._leave_relay()
-        super().close()
 
 
 class socksocket(_BaseSocket):
@@ -5003,6 +4973,35 @@ class socksocket(_BaseSocket):
                 yield sock
             finally:
                 super().settimeout(timeout)
+
+    def _replace(self, sock):
+        """Have the descriptor of `sock` instead, by the old number where the system lets us."""
+        timeout, fd, family, kind, proto = (self.gettimeout(), self.detach(), sock.family,
+                                            sock.type, sock.proto)
+        other = sock.detach()
+        if os.name == 'posix':
+            os.dup2(other, fd, inheritable=False)
+            os.close(other)
+        else:
+            socket.close(fd)
+            fd = other
+        _orig_socket.__init__(self, family, kind, proto, fd)
+        self.settimeout(timeout)
+
+    def dup(self):
+        """As in stock; what goes through a relay goes on so."""
+        other = super().dup()
+        for name in ('proxy', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
+                     '_context', '_relay'):
+            setattr(other, name, getattr(self, name))
+        if self._proxyconn:
+            other._proxyconn = self._proxyconn.dup()
+        return other
+
+    def close(self):
+        if self._proxyconn:
+            self._proxyconn.close()
+        super().close()
 
     def get_proxy_sockname(self):
         """(host, port) of the proxy's own side of the connection, as far as it says."""

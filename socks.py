@@ -4597,7 +4597,42 @@ def relayed(method):
     return either
 
 
-class _BaseSocket(_orig_socket):
+class _Descriptor(_orig_socket):
+    """The part of `socksocket` that is about its descriptor."""
+
+    def _check_open(self):
+        if self.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    @contextlib.contextmanager
+    def _bare(self):
+        """This socket as a non-blocking stock one, whatever subclasses make of its methods."""
+        timeout = self.gettimeout()
+        self._check_open()
+        # A duplicate, because another thread may close this one, and its number be used anew.
+        with _orig_socket(self.family, self.type, self.proto, socket.dup(self.fileno())) as sock:
+            sock.setblocking(False)
+            try:
+                yield sock
+            finally:
+                super().settimeout(timeout)
+
+    def _replace(self, sock):
+        """Have the descriptor of `sock` instead, by the old number where the system lets us."""
+        timeout, fd, family, kind, proto = (self.gettimeout(), self.detach(), sock.family,
+                                            sock.type, sock.proto)
+        other = sock.detach()
+        if os.name == 'posix':
+            os.dup2(other, fd, inheritable=False)
+            os.close(other)
+        else:
+            socket.close(fd)
+            fd = other
+        _orig_socket.__init__(self, family, kind, proto, fd)
+        self.settimeout(timeout)
+
+
+class _BaseSocket(_Descriptor):
     """The part of `socksocket` that is for datagrams: with a proxy, they go through its relay.
 
     The relay is asked for by bind(), connect() or the first datagram (RFC 1928 section 7).
@@ -4635,10 +4670,6 @@ class _BaseSocket(_orig_socket):
         with contextlib.suppress(OSError):
             return bool(super().getpeername())
         return False
-
-    def _check_open(self):
-        if self.fileno() < 0:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def _check_relay(self):
         """Raise GeneralProxyError if the proxy has ended the association."""
@@ -4960,33 +4991,6 @@ class socksocket(_BaseSocket):
         with self._bare() as sock:
             run(await_connect(sock, sockaddr, until))
         self._proxy_address = sockaddr
-
-    @contextlib.contextmanager
-    def _bare(self):
-        """This socket as a non-blocking stock one, whatever subclasses make of its methods."""
-        timeout = self.gettimeout()
-        self._check_open()
-        # A duplicate, because another thread may close this one, and its number be used anew.
-        with _orig_socket(self.family, self.type, self.proto, socket.dup(self.fileno())) as sock:
-            sock.setblocking(False)
-            try:
-                yield sock
-            finally:
-                super().settimeout(timeout)
-
-    def _replace(self, sock):
-        """Have the descriptor of `sock` instead, by the old number where the system lets us."""
-        timeout, fd, family, kind, proto = (self.gettimeout(), self.detach(), sock.family,
-                                            sock.type, sock.proto)
-        other = sock.detach()
-        if os.name == 'posix':
-            os.dup2(other, fd, inheritable=False)
-            os.close(other)
-        else:
-            socket.close(fd)
-            fd = other
-        _orig_socket.__init__(self, family, kind, proto, fd)
-        self.settimeout(timeout)
 
     def dup(self):
         """As in stock; what goes through a relay goes on so."""

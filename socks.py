@@ -721,6 +721,13 @@ def plain_ip(host):
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
 
 
+def client_key(host):
+    """What counts as one client in every limit: an IPv4 address, or the /64 network of an IPv6
+    address, since whoever has one address of such a network has them all."""
+    packed = ip_bytes(host)
+    return host if packed is None or len(packed) == 4 else packed[:8]
+
+
 @functools.lru_cache(256)
 def canonical(address):
     """`address` as rules, resolver and log should see it.
@@ -1984,13 +1991,8 @@ class Failures:
     def __init__(self):
         self._since = {}                # by client: [when the first one was, how many there were]
 
-    @staticmethod
-    def _key(host):
-        """Who has one IPv6 address has the rest of its network, too."""
-        return ip_bytes(host)[:8] if ':' in host else host
-
     def note(self, host):
-        key, now = self._key(host), time.monotonic()
+        key, now = client_key(host), time.monotonic()
         if now > self._since.get(key, (now, 0))[0] + self.WINDOW:
             del self._since[key]
         if len(self._since) >= self.ROOM:
@@ -1998,7 +2000,7 @@ class Failures:
         self._since.setdefault(key, [now, 0])[1] += 1
 
     def too_many(self, host):
-        since, count = self._since.get(self._key(host), (0, 0))
+        since, count = self._since.get(client_key(host), (0, 0))
         return count >= self.LIMIT and time.monotonic() <= since + self.WINDOW
 
 

@@ -3535,7 +3535,7 @@ class AccessTest(FileCase):
         for number in range(2 * socks.Failures.ROOM):       # it does not grow without end
             server.failures.note(f'10.0.{number >> 8}.{number & 255}')
         self.assertEqual(len(server.failures._since), socks.Failures.ROOM)
-        self.assertEqual(server.failures._key('2001:db8::1'), server.failures._key('2001:db8::2'))
+        self.assertEqual(socks.client_key('2001:db8::1'), socks.client_key('2001:db8::2'))
 
     def networks(self, *texts):
         return tuple(map(socks.network, texts))

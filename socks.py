@@ -1141,24 +1141,25 @@ def abort(sock):
 
 
 class GssError(OSError):
-    """GSSAPI says no; the text is its own."""
+    """An error that GSSAPI reports, with its text."""
 
 
 class GssLibrary:
-    """What is needed of GSSAPI (RFC 2743, its C bindings in RFC 2744), from the system's Kerberos.
+    """The calls of GSSAPI (RFC 2743; C bindings: RFC 2744) that are used here, by ctypes.
 
-    OSError where it is not there.  Its functions may block.
+    Raises OSError where MIT Kerberos is not installed.  Calls may block, to ask a KDC.
     """
-    NAME = 'libgssapi_krb5.so.2'        # MIT's; others lay out their structures in other ways
+    NAME = 'libgssapi_krb5.so.2'        # MIT's; the structures of others are laid out differently
     KERBEROS = bytes.fromhex('2a864886f712010202')
     SERVICE_NAME = bytes.fromhex('2a864886f71201020104')        # SERVICE@HOST
-    MUTUAL, REPLAY, SEQUENCE, CONF, INTEG = 2, 4, 8, 16, 32
+    MUTUAL, REPLAY, SEQUENCE, CONF, INTEG = 2, 4, 8, 16, 32     # flags of a context
     FOREVER, ACCEPT, FAILED = 0xFFFFFFFF, 2, 0xFFFF0000
 
     def __init__(self):
         if sys.platform != 'linux':
-            raise OSError(errno.ENOSYS, 'GSSAPI: only known on Linux')
-        import ctypes                   # here, because few need it
+            raise OSError(errno.ENOSYS, 'GSSAPI: only supported on Linux')
+        import ctypes                   # imported here, because it is seldom needed
+        self.handle, self.number, self.reference = ctypes.c_void_p, ctypes.c_uint32, ctypes.byref
         self._c = ctypes
 
         class Buffer(ctypes.Structure):
@@ -1171,54 +1172,48 @@ class GssLibrary:
         try:
             self._library = ctypes.CDLL(self.NAME)
         except OSError:
-            raise OSError(errno.ENOENT, f'GSSAPI: there is no {self.NAME} here') from None
+            raise OSError(errno.ENOENT, f'GSSAPI: {self.NAME} is not installed') from None
 
     def call(self, name, *args):
-        """The status of gss_NAME(&minor, *args), without errors: it raises GssError for those."""
-        minor = self._c.c_uint32()
+        """Call gss_NAME(&minor, *args); the result is its status.  Raises GssError."""
+        minor = self.number()
         function = getattr(self._library, 'gss_' + name)
-        function.restype = self._c.c_uint32
-        status = function(self._c.byref(minor), *args)
+        function.restype = self.number
+        status = function(self.reference(minor), *args)
         if status & self.FAILED:
             texts = filter(None, (self._text(status, 1), self._text(minor.value, 2)))
             raise GssError(errno.EACCES, 'GSSAPI: ' + '; '.join(texts))
         return status
 
     def _text(self, status, kind):
-        text, more, minor = self.output(), self._c.c_uint32(), self._c.c_uint32()
-        self._library.gss_display_status(
-            self._c.byref(minor), self._c.c_uint32(status), kind, None, self._c.byref(more), text)
+        """The text of a status; kind 1: of GSSAPI, 2: of the mechanism."""
+        text, more, minor = self.output(), self.number(), self.number()
+        self._library.gss_display_status(self.reference(minor), self.number(status), kind, None,
+                                         self.reference(more), text)
         return self.taken(text).decode('utf-8', 'replace') if status else ''
 
-    def handle(self):
-        return self._c.c_void_p()
-
-    def number(self, value=0):
-        return self._c.c_uint32(value)
-
     def input(self, data):
-        """A pointer to a gss_buffer_desc."""
+        """A pointer to a gss_buffer_desc with the bytes of `data`."""
         value = self._c.cast(self._c.c_char_p(data), self._c.POINTER(self._c.c_char))
         return self._c.pointer(self._buffer_class(len(data), value))
 
     def output(self):
+        """A pointer to an empty gss_buffer_desc, for taken()."""
         return self._c.pointer(self._buffer_class())
 
     def taken(self, output):
-        """The bytes that a function put there."""
-        buffer, minor = output.contents, self._c.c_uint32()
+        """The bytes that a call has put into `output`, whose memory is released."""
+        buffer, minor = output.contents, self.number()
         data = self._c.string_at(buffer.value, buffer.length) if buffer.length else b''
-        self._library.gss_release_buffer(self._c.byref(minor), output)
+        self._library.gss_release_buffer(self.reference(minor), output)
         return data
 
     def oid(self, data):
+        """A pointer to a gss_OID_desc."""
         return self._c.pointer(self._oid_class(len(data), data))
 
-    def reference(self, value):
-        return self._c.byref(value)
-
-    def named(self, name):
-        """The handle of a name: SERVICE@HOST, or a principal, which has a slash."""
+    def imported(self, name):
+        """The handle of a name: SERVICE@HOST, or a principal, which contains a slash."""
         handle = self.handle()
         self.call('import_name', self.input(name.encode()),
                   None if '/' in name else self.oid(self.SERVICE_NAME), self.reference(handle))
@@ -1226,7 +1221,7 @@ class GssLibrary:
 
     @contextlib.contextmanager
     def keys(self):
-        """The handle of the keys of all services that are in the keytab; GssError without any."""
+        """The handle of the keys of all services in the keytab.  Raises GssError without any."""
         handle = self.handle()
         self.call('acquire_cred', None, self.number(self.FOREVER), None, self.ACCEPT,
                   self.reference(handle), None, None)
@@ -1238,41 +1233,44 @@ class GssLibrary:
 
 @functools.lru_cache(1)
 def gss_library():
-    """The one that is here, loaded when it is first needed."""
+    """The one `GssLibrary` of this process."""
     return GssLibrary()
 
 
 class GssContext:
-    """One side of a security context, and at last the level of protection that was agreed on.
+    """One side of a GSSAPI security context.
 
-    `name` is whom to talk to, SERVICE@HOST; None: accept somebody, whose name is `peer` then.
+    name     the service to authenticate to, SERVICE@HOST; None: accept a client
+    peer     the principal of the client that was accepted
+    level    the level of protection that was agreed on (RFC 1961 section 4)
     """
     CLEAR, INTEGRITY, CONFIDENTIALITY = 0, 1, 2
-    DUPLICATE, OLD, OUT_OF_ORDER = 2, 4, 2 | 4 | 8 | 16         # of unwrap's status
+    DUPLICATE, OLD, OUT_OF_ORDER = 2, 4, 2 | 4 | 8 | 16         # bits of unwrap's status
     level = CONFIDENTIALITY
     peer = ''
 
     def __init__(self, name=None, in_sequence=True):
         self._name = name
-        self._in_sequence = in_sequence         # datagrams are not
+        self._in_sequence = in_sequence         # a stream is, datagrams are not
         self._library = gss_library()
         self._context = self._library.handle()
-        self._lock = threading.Lock()           # a context serves one thread at a time
+        self._lock = threading.Lock()           # a context may be used by one thread at a time
         self._flags = 0
 
     def step(self, token=b''):
-        """(token for the other side, whether the context is complete) after one from there."""
+        """Take the token that the other side has sent; the result is (token to send, whether the
+        context is complete).  Raises GssError."""
         library, output, flags = self._library, self._library.output(), self._library.number()
         function = self._accept if self._name is None else self._initiate
         try:
             status = function(library, token, output, flags)
         finally:
-            token = library.taken(output)       # also that of a failure, else it is lost memory
+            token = library.taken(output)       # after an error too, to release its memory
         self._flags = flags.value
         return token, not status
 
     def _initiate(self, library, token, output, flags):
-        name = library.named(self._name)
+        name = library.imported(self._name)
         wanted = library.MUTUAL | library.REPLAY | library.CONF | library.INTEG
         if self._in_sequence:
             wanted |= library.SEQUENCE
@@ -1295,17 +1293,18 @@ class GssContext:
             library.call('display_name', peer, name, None)
             library.call('release_name', library.reference(peer))
             self.peer = library.taken(name).decode('utf-8', 'replace')
-            if not flags.value & library.REPLAY:        # which RFC 1961 section 3 demands
-                raise GssError(errno.EACCES, 'GSSAPI: no protection against replays was asked for')
+            if not flags.value & library.REPLAY:        # required by RFC 1961 section 3
+                raise GssError(errno.EACCES, 'GSSAPI: the client did not ask for replay detection')
         return status
 
     def allows(self, level):
-        """Whether the mechanism can do that; its flags say so."""
+        """Whether the context can protect messages at this level."""
         needed = {self.CLEAR: 0, self.INTEGRITY: self._library.INTEG,
                   self.CONFIDENTIALITY: self._library.CONF}[level]
         return self._flags & needed == needed
 
     def wrap(self, data, is_secret):
+        """The token that protects `data`; encrypted, or only signed."""
         library, output = self._library, self._library.output()
         with self._lock:
             library.call('wrap', self._context, int(is_secret), 0, library.input(data),
@@ -1313,7 +1312,7 @@ class GssContext:
         return library.taken(output)
 
     def unwrap(self, token):
-        """(data, whether it was encrypted, status)"""
+        """(data, whether it was encrypted, status) of a token.  Raises GssError."""
         library, output, is_secret = self._library, self._library.output(), self._library.number()
         with self._lock:
             status = library.call('unwrap', self._context, library.input(token), output,
@@ -1321,27 +1320,28 @@ class GssContext:
         return library.taken(output), bool(is_secret.value), status
 
     def largest(self):
-        """How many bytes one message can protect."""
+        """The number of bytes that one message can protect."""
         library, largest = self._library, self._library.number()
         library.call('wrap_size_limit', self._context, self.level == self.CONFIDENTIALITY, 0,
                      GssMessage.LARGEST, library.reference(largest))
         return largest.value
 
     def seal(self, data):
-        """The bytes of a message that protects `data` at the level; OSError if it is too much."""
+        """The message that protects `data` at the agreed level.  Raises OSError if it is too long.
+        """
         token = self.wrap(data, self.level == self.CONFIDENTIALITY)
         if len(token) > GssMessage.LARGEST:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         return GssMessage(GssMessage.DATA, token).pack()
 
     def open(self, token, forbidden):
-        """What a message protects; OSError if it is not what the level promises, or its status is
-        one of those forbidden."""
+        """The data that a token protects.  Raises OSError unless it is protected at the agreed
+        level and its status has none of the bits in `forbidden`."""
         data, is_secret, status = self.unwrap(token)
         if self.level == self.CONFIDENTIALITY and not is_secret:
             raise OSError(errno.EBADMSG, 'GSSAPI: a message is not encrypted')
         if status & forbidden:
-            raise OSError(errno.EBADMSG, 'GSSAPI: a message came twice, late or too early')
+            raise OSError(errno.EBADMSG, 'GSSAPI: a message was replayed or is out of sequence')
         return data
 
     def __del__(self):

@@ -75,7 +75,7 @@ __version__ = '2.0.0'
 
 log = logging.getLogger('socks')
 
-# As they were at import: programs replace them by ours, which must not come back to themselves.
+# The originals: a program may replace them with functions of this module, which use these.
 _orgsocket = _orig_socket = socket.socket
 _orig_getaddrinfo = socket.getaddrinfo
 
@@ -91,23 +91,23 @@ class Method(enum.IntEnum):
 
 
 class Command(enum.IntEnum):
-    """What a request asks for (RFC 1928 section 4)."""
+    """Commands of a request (RFC 1928 section 4)."""
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
-    RESOLVE = 0xF0                      # these two are Tor's, see its socks-extensions.txt
+    RESOLVE = 0xF0                      # Tor's, as the next one: see its socks-extensions.txt
     RESOLVE_PTR = 0xF1
 
 
 class AddressType(enum.IntEnum):
-    """How an address is written (RFC 1928 section 5)."""
+    """Address types, ATYP (RFC 1928 section 5)."""
     IPV4 = 0x01
     DOMAINNAME = 0x03
     IPV6 = 0x04
 
 
-class Outcome(enum.IntEnum):
-    """A code with its text."""
+class Code(enum.IntEnum):
+    """A number with a text that explains it."""
 
     def __new__(cls, code, text):
         member = int.__new__(cls, code)
@@ -116,8 +116,8 @@ class Outcome(enum.IntEnum):
         return member
 
 
-class Reply(Outcome):
-    """What became of a request (RFC 1928 section 6)."""
+class Reply(Code):
+    """Reply codes, REP (RFC 1928 section 6)."""
     SUCCEEDED = 0x00, 'Succeeded'
     GENERAL_FAILURE = 0x01, 'General SOCKS server failure'
     NOT_ALLOWED = 0x02, 'Connection not allowed by ruleset'
@@ -129,8 +129,8 @@ class Reply(Outcome):
     ADDRESS_TYPE_NOT_SUPPORTED = 0x08, 'Address type not supported'
 
 
-class Reply4(Outcome):
-    """What became of a SOCKS4 request (CD in its reply)."""
+class Reply4(Code):
+    """Reply codes of SOCKS4, CD."""
     GRANTED = 0x5A, 'Request granted'
     REJECTED = 0x5B, 'Request rejected or failed'
     NO_IDENTD = 0x5C, 'Request rejected because SOCKS server cannot connect to identd on the client'
@@ -219,7 +219,7 @@ ERRNO_REPLIES = {
     errno.EAFNOSUPPORT: Reply.ADDRESS_TYPE_NOT_SUPPORTED,
 }
 
-# The other way round, for connect_ex() and the errno of a `ProxyError`; any other is ECONNABORTED.
+# The inverse, for connect_ex() and the errno of a `ProxyError`; ECONNABORTED for the rest.
 REPLY_ERRNOS = {
     Reply.NOT_ALLOWED: errno.EACCES,
     Reply.NETWORK_UNREACHABLE: errno.ENETUNREACH,
@@ -230,40 +230,41 @@ REPLY_ERRNOS = {
     Reply.ADDRESS_TYPE_NOT_SUPPORTED: errno.EAFNOSUPPORT,
 }
 
-# "There is no such name", as opposed to "the name server did not say".
+# The name does not exist, as opposed to: the name server did not answer.
 NO_SUCH_NAME = {getattr(socket, name) for name in ('EAI_NONAME', 'EAI_NODATA', 'EAI_ADDRFAMILY')
                 if hasattr(socket, name)}
 
 
 def reply_for(error):
-    """The `Reply` that tells a client of `error`, an OSError met on the way to its target."""
+    """The `Reply` for an OSError met on the way to a target."""
     if isinstance(error, ProxyError):
         return error.reply
     if isinstance(error, socket.timeout):
         return Reply.TTL_EXPIRED
-    if isinstance(error, socket.gaierror):          # its errno is of another kind
+    if isinstance(error, socket.gaierror):          # its errno is an EAI_ number
         return Reply.HOST_UNREACHABLE if error.errno in NO_SUCH_NAME else Reply.GENERAL_FAILURE
     return ERRNO_REPLIES.get(error.errno, Reply.GENERAL_FAILURE)
 
 
 def reason(error):
-    """What `error` says, without its number."""
+    """The text of an exception, without its errno."""
     return getattr(error, 'strerror', None) or str(error)
 
 
 # ------------------------------------------------------------------------------------ wire format
 #
-# Each message is a tuple with pack() -> bytes and unpack(read).  read(n) gives exactly n bytes or
-# raises EOFError, so the same code reads a socket, a datagram and a test's bytes, however they
-# are split.  unpack raises ProtocolError, whose `reply` is what a server answers.
+# Each message is a tuple with pack() -> bytes and unpack(read).  read(n) returns exactly n bytes or
+# raises EOFError, so the same code parses a stream, a datagram and the bytes of a test, however
+# they are split.  unpack() raises ProtocolError, whose `reply` is the code that a server answers.
 
-MAX_USERID = 512                        # bytes; SOCKS4 gives no length, so we bound both strings
+MAX_USERID = 512                        # bytes; SOCKS4's strings end with NUL and have no limit
 MAX_NAME = 255
 MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
 
 
 def reader(data):
-    """A `read` function for unpack over the bytes of `data`, and one for all that is left."""
+    """Two functions: read(n) over the bytes of `data`, for unpack(), and one that returns the rest.
+    """
     stream = io.BytesIO(data)
 
     def read(n):
@@ -300,7 +301,7 @@ def ip_text(packed):
 
 
 def name_bytes(name):
-    """A host name as it is sent and resolved; ValueError if it cannot be (RFC 3490)."""
+    """The bytes of a host name, encoded by IDNA (RFC 3490).  Raises ValueError."""
     try:
         return name.encode('ascii')
     except UnicodeEncodeError:
@@ -308,7 +309,7 @@ def name_bytes(name):
 
 
 def encoded(value):
-    """The bytes of a user name or password that is given as bytes or text."""
+    """The bytes of a user name or password given as bytes or str; None stays None."""
     return value.encode() if isinstance(value, str) else value
 
 
@@ -320,7 +321,7 @@ def is_utf8(data):
 
 
 def name_text(data):
-    """The text of a host name as it came; bytes that are not UTF-8 become surrogates."""
+    """Received bytes as text; those that are not UTF-8 become surrogates."""
     return data.decode('utf-8', 'surrogateescape')
 
 
@@ -331,14 +332,14 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, sockaddr):
-        """That of a socket's address, without flow and scope."""
+        """From the address tuple of a socket, without flow label and zone."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
 
     def __str__(self):
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
     def pack(self):
-        """ATYP, ADDR, PORT.  The text of an IP address is always sent as that address."""
+        """ATYP, ADDR, PORT.  A host that is the text of an IP address is sent as that address."""
         packed = ip_bytes(self.host)
         if packed is None:
             name = name_bytes(self.host)
@@ -358,7 +359,7 @@ class Address(NamedTuple):
             host = ip_text(read(16))
         elif kind == AddressType.DOMAINNAME:
             host = name_text(read(read(1)[0]))
-        else:                           # of unknown length, so nothing behind it can be read
+        else:                           # its length is unknown: nothing after it can be read
             raise ProtocolError(f'address type {kind:#04x}, expected 0x01, 0x03 or 0x04',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         return cls(host, int.from_bytes(read(2), 'big'))
@@ -368,7 +369,7 @@ UNSPECIFIED = Address('0.0.0.0', 0)
 
 
 class Greeting(NamedTuple):
-    """The client's first message: the methods it offers (RFC 1928 section 3)."""
+    """The client's first message: the methods that it offers (RFC 1928 section 3)."""
     methods: bytes
 
     def pack(self):
@@ -382,7 +383,7 @@ class Greeting(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The method that the server takes (RFC 1928 section 3)."""
+    """The method that the server selects (RFC 1928 section 3)."""
     method: int
 
     def pack(self):
@@ -396,7 +397,7 @@ class Choice(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """User name and password, both bytes (RFC 1929 section 2); empty ones do occur."""
+    """User name and password, as bytes (RFC 1929 section 2); either may be empty."""
     username: bytes
     password: bytes
 
@@ -416,7 +417,7 @@ class Credentials(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The server's answer to Credentials: 0 accepts them, anything else does not."""
+    """The server's answer to `Credentials`: 0 accepts them, any other status refuses them."""
     status: int
 
     def pack(self):
@@ -430,7 +431,7 @@ class Verdict(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A SOCKS5 request (RFC 1928 section 4); `command` may be one that we do not know."""
+    """A SOCKS5 request (RFC 1928 section 4); `command` may be an unknown number."""
     command: int
     address: Address
 
@@ -445,7 +446,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A SOCKS5 reply (RFC 1928 section 6); `reply` may be a code that we do not know."""
+    """A SOCKS5 reply (RFC 1928 section 6); `reply` may be an unknown number."""
     reply: int
     address: Address = UNSPECIFIED
 
@@ -458,14 +459,14 @@ class Response(NamedTuple):
 
     @staticmethod
     def unpack_reply(read):
-        """Only the code: some servers end a failure there, or put an odd address behind it."""
+        """The code alone: after a failure some servers send no address, or a malformed one."""
         version, reply, _ = read(3)
         expect_version('SOCKS', version, 5)
         return reply
 
 
 class Request4(NamedTuple):
-    """A SOCKS4 request; a name as the host makes it SOCKS4a."""
+    """A SOCKS4 request, or a SOCKS4a request if the host is a name."""
     command: int
     address: Address
     userid: bytes = b''
@@ -493,7 +494,7 @@ class Request4(NamedTuple):
 
     @staticmethod
     def _string(read, name, limit):
-        """The bytes up to the next NUL."""
+        """The bytes up to the next NUL, at most `limit`."""
         string = bytearray()
         while len(string) <= limit:
             byte = read(1)
@@ -504,13 +505,13 @@ class Request4(NamedTuple):
 
 
 class Response4(NamedTuple):
-    """A SOCKS4 reply; its address can only be an IPv4 one."""
+    """A SOCKS4 reply; its address is always an IPv4 address."""
     code: int
     address: Address = UNSPECIFIED
 
     @classmethod
     def of(cls, reply, address=UNSPECIFIED):
-        """The SOCKS4 reply that says what the SOCKS5 `reply` does."""
+        """The SOCKS4 reply that corresponds to a SOCKS5 `reply`."""
         if ':' in address.host:
             address = Address(UNSPECIFIED.host, address.port)
         if not isinstance(reply, Reply4):
@@ -524,14 +525,14 @@ class Response4(NamedTuple):
     @classmethod
     def unpack(cls, read):
         version, code = read(2)
-        if version != 4:                # some servers send 4, which harms nobody
+        if version != 4:                # which some servers send
             expect_version('SOCKS4 reply', version, 0)
         port = int.from_bytes(read(2), 'big')
         return cls(code, Address(ip_text(read(4)), port))
 
 
 class Datagram(NamedTuple):
-    """A UDP datagram with the header it has between client and relay (RFC 1928 section 7)."""
+    """A UDP datagram with its header between client and relay (RFC 1928 section 7)."""
     address: Address
     payload: bytes
     fragment: int = 0
@@ -541,14 +542,14 @@ class Datagram(NamedTuple):
 
     @classmethod
     def unpack(cls, data):
-        """From the bytes of one whole datagram; EOFError if they end within the header."""
+        """From the bytes of a whole datagram.  Raises EOFError if its header is incomplete."""
         read, rest = reader(data)
         fragment = read(3)[2]           # RSV should be 0; real clients send other values
         return cls(Address.unpack(read), rest(), fragment)
 
 
 class GssMessage(NamedTuple):
-    """A message of GSSAPI's negotiation, or of what it protects then (RFC 1961 sections 3 to 5)."""
+    """A message of GSSAPI's negotiation, or a protected one (RFC 1961 sections 3 to 5)."""
     kind: int
     token: bytes = b''
 
@@ -570,7 +571,7 @@ class GssMessage(NamedTuple):
 
     @classmethod
     def unpack_token(cls, kind, read):
-        """Only the token, of a message that must be of this kind."""
+        """The token of a message, which must be of this kind.  Raises ProtocolError."""
         message = cls.unpack(read)
         if message.kind != kind:
             raise ProtocolError(f'GSSAPI message {message.kind:#04x}, expected {kind:#04x}')
@@ -2007,7 +2008,7 @@ class Failures:
 # ------------------------------------------------------------------------------------------ loops
 
 class Poller:
-    """The interface of select.epoll(), on what other systems have."""
+    """The interface of select.epoll(), by `selectors` on other systems."""
     READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
     def __init__(self):
@@ -2019,17 +2020,17 @@ class Poller:
         return [(key.fd, events) for key, events in self._selector.select(seconds)]
 
 
-if hasattr(select, 'epoll'):            # selectors has it too, but takes twice as long
+if hasattr(select, 'epoll'):            # used directly: `selectors` takes twice as long
     Poller = select.epoll
     READ, WRITE = select.EPOLLIN, select.EPOLLOUT
-    ERRORS = select.EPOLLET             # nothing else, and each once
+    ERRORS = select.EPOLLET             # errors only, edge-triggered
 else:
     READ, WRITE = Poller.READ, Poller.WRITE
-    ERRORS = 0                          # there one only learns of them when one reads or writes
+    ERRORS = 0                          # errors show in the next read or write
 
 
 class Waker:
-    """A socket that is readable from wake(), which any thread may call, to clear()."""
+    """A socket that is readable after wake(), which any thread may call, until clear()."""
 
     def __init__(self):
         self._reader, self._writer = socket.socketpair()
@@ -2044,7 +2045,7 @@ class Waker:
         return self._writer.fileno()
 
     def wake(self):
-        with contextlib.suppress(OSError):      # full: it is awake already
+        with contextlib.suppress(OSError):      # the buffer is full: it is readable already
             self._writer.send(b'\0')
 
     def clear(self):
@@ -2057,19 +2058,19 @@ class Waker:
 
 
 class Timers:
-    """At most one time for each item, kept in its attribute `due`, to the next TICK.
+    """A timer for each item, in its attribute `due`, in units of TICK seconds.
 
-    Items wait in one set for each tick, so that setting a time and dropping it cost the same
-    however many there are, and nothing is left of an item that ended early.
+    The items of a tick are in one set, so that setting and cancelling a timer take constant time,
+    and a cancelled timer leaves nothing behind.
     """
     TICK = 0.05                         # seconds
 
     def __init__(self):
         self._ticks = {}
-        self.next = float('inf')        # nothing expires before; after, something may
+        self.next = float('inf')        # no timer expires before that time
 
     def set(self, item, when):
-        """Have the item's time be `when`; None for no time."""
+        """Set the timer of `item` to a time, or cancel it (None)."""
         tick = when and int(when / self.TICK) + 1
         if tick != item.due:
             if item.due in self._ticks:
@@ -2083,12 +2084,12 @@ class Timers:
                     self.next = tick * self.TICK
 
     def pause(self, now):
-        """Seconds until there may be something to do."""
+        """Seconds until a timer may expire."""
         pause = self.next - now
         return LONGEST if pause > LONGEST else pause if pause > 0 else 0
 
     def expired(self, now):
-        """The items whose time has passed; they have none then."""
+        """The items whose timers have expired; these are cancelled."""
         ticks = [tick for tick in self._ticks if tick * self.TICK <= now]
         items = [item for tick in sorted(ticks) for item in self._ticks.pop(tick)]
         self.next = min(self._ticks, default=float('inf')) * self.TICK

@@ -729,6 +729,11 @@ def client_key(host):
     return host if packed is None or len(packed) == 4 else packed[:8]
 
 
+def without_brackets(host):
+    """An IPv6 address without the brackets that it may stand in; any other text as it is."""
+    return host[1:-1] if host.startswith('[') and host.endswith(']') and ':' in host else host
+
+
 def idna_bytes(host):
     """The ASCII form of a name; ValueError if IDNA 2003 and IDNA 2008 do not agree on it.
 
@@ -756,8 +761,7 @@ def canonical(address):
     what is neither: a name has letters, digits, hyphens and underscores, in labels of at most 63.
     """
     host, port = address
-    is_bracketed = host.startswith('[') and host.endswith(']') and ':' in host
-    ip = plain_ip(host[1:-1] if is_bracketed else host)
+    ip = plain_ip(without_brackets(host))
     if ip:
         return Address(ip, port)
     try:
@@ -3833,9 +3837,8 @@ def destination(pair, chain):
             and 0 <= pair[1] < 65536):
         raise GeneralProxyError('Invalid destination-connection (host, port) pair')
     host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
-    host = host[1:-1] if host.startswith('[') and host.endswith(']') else host
-    without_zone = host.partition('%')[0] if ':' in host else host
-    address = Address(plain_ip(without_zone) or without_zone, pair[1])
+    bare = without_brackets(host)
+    address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
     for proxy, (host, port) in zip(chain, targets(chain, address)):
         if proxy.type & ~LAYERS == SOCKS4 and ':' in host:
             raise GeneralProxyError(f'{host}: SOCKS4 has no IPv6 addresses')
@@ -5505,7 +5508,7 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
         proxy = arguments(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
-    dest_pair = (host.strip('[]') if host.startswith('[') else host, *dest_pair[1:])
+    dest_pair = (without_brackets(host), *dest_pair[1:])
     chain = chosen(proxy, dest_pair[0])
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):

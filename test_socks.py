@@ -17,6 +17,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -2445,19 +2446,22 @@ class ClientTest(ClientCase):
 
     def test_what_cannot_be_asked(self):
         """Said before anything is sent."""
-        def forbidden(peer):
-            self.fail('something connected')
-
-        proxy = self.origin(forbidden)
+        proxy = self.origin()
         for scheme, pair in (('socks5h', ('', 80)), ('socks5h', ('a b', 80)),
                              ('http', ('a\r\n', 80)), ('socks5h', ('a' * 256, 80)),
                              ('socks5h', ('h', 65536)), ('socks5h', ('h', '80')),
                              ('socks5h', (None, 80)),
                              ('socks5h', ('h',)), ('socks4a', ('::1', 80)),
-                             ('socks5h', ('\udcff', 80))):
+                             ('socks5h', ('\udcff', 80)), ('http', ('a?.example.org', 80)),
+                             ('socks5h', ('a%.example.org', 80)), ('socks4a', ('a\\116.org', 80)),
+                             ('http', ('[10.0.0.4]', 80)), ('socks5h', ('[[::1]]', 80)),
+                             ('socks5', ('a/b.example', 80)), ('socks5h', ('stra\u00dfe.de', 80)),
+                             ('socks5h', ('a' * 64, 80)), ('http', ('a@b.example', 80))):
             with self.subTest(pair), socks.socksocket(proxy=self.url(proxy, scheme)) as sock, \
                     self.assertRaises(GENERAL):
+                sock.settimeout(PATIENCE)
                 sock.connect(pair)
+        self.assertEqual(proxy.peers, [])
         with self.assertRaises(OSError) as caught, \
                 socks.socksocket(type=socket.SOCK_DGRAM, proxy='socks4://h') as sock:
             sock.bind(('', 0))
@@ -3630,6 +3634,62 @@ class ResolverTest(FileCase):
         self.assertEqual({name for name, _ in asked}, {'secret.', 'a.test.'})
 
 
+    def test_what_is_no_name_is_not_looked_up(self):
+        """By none of the commands, in no version."""
+        asked = self.names(lambda *_: ['127.0.0.1'])
+        server = self.serve(tor_extensions=True, connect_timeout=PATIENCE)
+        client = self.enter(Associate(server))
+        for host in ('a\\.test', 'a/.test', 'x.oni\\111n', '[a.test]', 'a%.test', 'stra\u00dfe.test'):
+            name = host.encode()
+            client.send(b'\0\0\0\3' + bytes([len(name)]) + name + b'\0\x09x')
+            for command in b'\1\2\xf0':
+                with self.subTest(host, command=command), Peer(server.server_address) as peer:
+                    peer.send(b'\5\1\0' + bytes([5, command, 0, 3, len(name)]) + name + b'\0\x09')
+                    peer.read(2)
+                    self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
+                with self.subTest(host, command4=command), Peer(server.server_address) as peer:
+                    peer.send(bytes([4, command, 0, 9, 0, 0, 0, 1, 0]) + name + b'\0')
+                    self.assertEqual(Response4.unpack(peer.read).code, 0x5b)
+        relay = next(item for item in server.loop.items if isinstance(item, socks.UdpRelay))
+        eventually(lambda: relay.dropped == 6)
+        self.assertEqual(asked, [])
+
+    def test_the_log_has_the_address(self):
+        """That was connected to; in a line of text only with every other step."""
+        self.names(lambda *_: ['127.0.0.2', '127.0.0.1'])
+        lines, handler = [], logging.Handler()
+        handler.emit = lambda record: lines.append(json.loads(socks.JsonFormatter().format(record)))
+        socks.log.addHandler(handler)
+        self.addCleanup(socks.log.removeHandler, handler)
+        self.addCleanup(socks.log.setLevel, socks.log.level)
+        socks.log.setLevel(logging.DEBUG)
+        server, origin, refused = self.serve(), self.origin(echo), self.refused_port()
+        connected = f'127.0.0.1:{origin.port}'
+        for host, port, expected in (
+                ('a.test', origin.port, connected), ('127.0.0.1', origin.port, connected),
+                ('127.1', origin.port, connected), ('a.test', refused, '')):
+            del lines[:], self.lines[:]
+            self.ask(server, host, port)
+            line = eventually(lambda: [line for line in lines if 'outcome' in line])[0]
+            with self.subTest(host, port=port):
+                self.assertEqual(line['target_address'], expected)
+                self.assertEqual(line['target'], f'{host}:{port}')
+                self.assertEqual(any(f'connected to {connected}' in line for line in self.lines),
+                                 bool(expected))
+
+    def test_look_ups_for_others(self):
+        """RESOLVE, too, has the first address that it may tell, and BIND asks in the same way."""
+        asked = self.names(lambda *_: ['127.0.0.2', '127.0.0.1'])
+        server = self.serve(tor_extensions=True, rules=self.rules(
+            'deny resolve to 127.0.0.2\nallow to *'))
+        for command in 0xF0, 2:
+            with Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                response = peer.ask(Request(command, Address('a.test.', 0)), Response)
+                self.assertEqual((response.reply, response.address.host), (0, '127.0.0.1'))
+        self.assertEqual(sorted(asked), [('a.test.', 2), ('a.test.', socket.AF_INET6)])
+
+
 class RulesTest(FileCase):
 
     def test_rules(self):
@@ -4655,6 +4715,83 @@ class UpstreamTest(Case):
             server = self.serve(upstream=upstream, rules=rules)
             with self.subTest(text, host=host), Peer(server.server_address) as peer:
                 self.assertEqual(peer.connect(host, origin.port).reply, reply)
+
+    def through(self, url, host, port, remote=False, **settings):
+        """The reply to a CONNECT through a server that uses the proxy at `url`; for a client that
+        seems to be on another host, if it is to be remote."""
+        loopback = (ipaddress.ip_network('127.0.0.0/8'),)
+        server = self.serve(upstream=tuple(socks.hops(url)), balancers=loopback * remote, **settings)
+        with Peer(server.server_address) as peer:
+            if remote:
+                peer.send(socks.ProxyHeader(Address('192.0.2.1', 1), Address('192.0.2.2', 2)).pack())
+            return peer.connect(host, port).reply
+
+    def test_what_we_resolve_is_judged(self):
+        """Each address, as without the other proxy; and it is asked for one that was."""
+        addresses = {'mine.test': ['127.0.0.1'], 'both.test': ['192.0.2.7', '127.0.0.1'],
+                     'some.test': ['192.0.2.8', '127.0.0.1']}
+        self.names(lambda name, _: addresses.get(name))
+        origin, last = self.origin(echo), self.serve()
+        for scheme in 'socks5', 'socks4':
+            url = f'{scheme}://{last.server_address}'
+            for host, rules, remote, reply in (
+                    ('mine.test', None, False, 0), ('mine.test', None, True, 2),
+                    ('localhost', None, True, 2), ('127.0.0.1', None, True, 2),
+                    ('mine.test', 'deny to 127.0.0.0/8|allow to *', False, 2),
+                    ('mine.test', 'allow to 127.0.0.0/8', False, 0),
+                    ('mine.test', 'allow to 127.0.0.0/8', True, 0),
+                    ('both.test', 'deny to 192.0.2.0/24|allow to *', False, 0),
+                    ('both.test', 'deny to both.test|allow to *', False, 2)):
+                settings = {'rules': tuple(socks.parse_rule(line, 'rule')
+                                           for line in rules.split('|'))} if rules else {}
+                with self.subTest(scheme, host=host, rules=rules, remote=remote):
+                    self.assertEqual(
+                        self.through(url, host, origin.port, remote, **settings), reply)
+
+    def test_the_next_address(self):
+        """If the other proxy cannot reach one, it is asked for the next."""
+        self.names(lambda name, _: ['127.0.0.2', '127.0.0.1'])
+        last, origin = self.serve(), self.origin(echo)
+        self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test', origin.port), 0)
+        self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test',
+                                      self.refused_port()), Reply.CONNECTION_REFUSED)
+
+    def test_names_of_the_other_proxy_itself(self):
+        """They are as local to it as its loopback addresses, as far as we know them."""
+        origin, last = self.origin(echo), self.serve()
+        for scheme in 'socks5h', 'socks4a':
+            url = f'{scheme}://{last.server_address}'
+            for host in ('localhost', 'LocalHost.', 'a.localhost', 'localhost.localdomain',
+                         'ip6-localhost', 'localhost4'):
+                with self.subTest(scheme, host=host):
+                    self.assertEqual(self.through(url, host, origin.port, True), 2)
+            self.assertEqual(self.through(url, 'localhost', origin.port, False), 0)
+            rules = tuple(socks.parse_rule(line, 'rule') for line in (
+                'deny to 127.0.0.0/8 ::1', 'allow to *'))
+            self.assertEqual(self.through(url, 'localhost', origin.port, False, rules=rules), 2)
+
+    def test_names_as_they_are_passed_on(self):
+        """With the final dot, and only what every proxy takes for the same name."""
+        for scheme, host, expected in (
+                ('socks5h', 'a.test.', '0501000307 612e746573742e 0050'),
+                ('socks5h', 'A.test', '0501000306 612e74657374 0050'),
+                ('socks5h', '127.1.', '05010001 7f000001 0050')):
+            scripted = self.enter(Scripted(['050100', '0500', expected, OK5]))
+            with self.subTest(host):
+                url = f'{scheme}://127.0.0.1:{scripted.port}'
+                self.assertEqual(self.through(url, host, 80), 0)
+                self.assertEqual(scripted.wrong, [])
+        origin = self.origin()
+        for scheme in 'socks5h', 'socks4a', 'http', 'socks5':
+            for host in ('a?.test', 'a#.test', 'a/.test', 'secret\\116.test', '[[10.0.0.4]]',
+                         'stra\u00dfe.test'):
+                with self.subTest(scheme, host=host), Peer(self.serve(upstream=tuple(socks.hops(
+                        f'{scheme}://127.0.0.1:{origin.port}'))).server_address) as peer:
+                    peer.ask(Greeting(b'\0'), Choice)
+                    name = host.encode()
+                    peer.send(b'\5\1\0\3' + bytes([len(name)]) + name + b'\0\x50')
+                    self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
+        self.assertEqual(origin.peers, [])
 
     def test_outcomes(self):
         """It is not we who refuse; and another proxy's words make no line of their own."""

@@ -2737,13 +2737,12 @@ class Resolver:
         hosts, failure = self._outcome(name, family)
         with self._lock:
             is_first, is_last = self._note(query, family, hosts, failure)
-            is_hopeless = any(number not in NO_SUCH_NAME for number, _ in query.failures)
         if is_first:                    # so this thread answers
             if not is_last and any(self._late[each] < self.LATE for each in list(query.missing)):
                 query.complete.wait(self.DELAY)
             self._finish(query)
         elif is_last and not query.found:
-            if query.steps and not is_hopeless:
+            if query.steps:
                 self._take_step(query, owner)
             else:
                 self._finish(query)

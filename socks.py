@@ -52,16 +52,12 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 from binascii import b2a_base64
 from collections import deque
-from queue import Empty, Queue
 from types import MappingProxyType
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-try:
-    from queue import SimpleQueue
-except ImportError:                     # Python 3.6
-    SimpleQueue = Queue
 try:
     import resource
 except ImportError:                     # Windows
@@ -711,6 +707,11 @@ IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
+LOOPBACK_NAME = re.compile(             # RFC 6761 section 6.3, and what tables of hosts have
+    r'(.*\.)?(localhost[46]?|ip6-localhost|ip6-loopback)(\.localdomain[46]?)?$')
+NAME = re.compile(br'(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\Z')
+FULL_STOPS = ('.', '\u3002', '\uff0e', '\uff61')         # RFC 3490 section 3.1
+DEVIATIONS = set('\u00df\u1e9e\u03c2\u200c\u200d')       # sharp s, final sigma, ZWNJ, ZWJ
 
 
 @functools.lru_cache(256)
@@ -729,32 +730,64 @@ def client_key(host):
     return host if packed is None or len(packed) == 4 else packed[:8]
 
 
+def without_brackets(host):
+    """An IPv6 address without the brackets that it may stand in; any other text as it is."""
+    return host[1:-1] if host.startswith('[') and host.endswith(']') and ':' in host else host
+
+
+def idna_bytes(host):
+    """The ASCII form of a name; ValueError if IDNA 2003 and IDNA 2008 do not agree on it.
+
+    They agree on letters, marks and digits that both map in the same way (RFC 5892 section 2,
+    UTS #46).  The others lead to different hosts, or have no form in IDNA 2008.
+    """
+    name = name_bytes(host)
+    if name != host.encode():           # it is not ASCII already
+        mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
+        if (mapped.replace('\u3002', '.') != name.decode('idna').lower()
+                or not DEVIATIONS.isdisjoint(host)
+                or any(char > '\x7f' and char not in FULL_STOPS
+                       and unicodedata.category(char)[0] not in 'LM'
+                       and unicodedata.category(char) != 'Nd' for char in host)):
+            raise ValueError('has two forms')
+    return name.lower()
+
+
 @functools.lru_cache(256)
 def canonical(address):
-    """`address` as rules, resolver and log should see it.
+    """`address` as rules and log see it.
 
-    An IP address, which many clients send as a name, becomes a plain one; a name becomes lower-case
-    ASCII without brackets and final dot.  ProtocolError for what can be neither.
+    An IP address, which many clients send as a name, becomes a plain one; IPv6 may stand in
+    brackets.  A name becomes lower-case ASCII without its final dot.  Raises ProtocolError for
+    what is neither: a name has letters, digits, hyphens and underscores, in labels of at most 63.
     """
     host, port = address
-    if host.startswith('[') and host.endswith(']'):
-        host = host[1:-1]
-    ip = plain_ip(host)
+    ip = plain_ip(without_brackets(host))
     if ip:
         return Address(ip, port)
     try:
-        name = name_bytes(host).lower()
+        name = idna_bytes(host)
     except ValueError:
-        raise ProtocolError(f'host name {shown(host)} is not text') from None
+        raise ProtocolError(f'host name {shown(host)} has no form in ASCII, or two') from None
     name = name[:-1] if name.endswith(b'.') else name
-    labels = name.split(b'.')
-    if not all(labels) or any(byte <= 32 or byte in b':%\x7f' for byte in name):
-        raise ProtocolError(f'host name {shown(host)} is empty in parts, or has characters that '
-                            f'no name has')
-    if labels[-1][:1].isdigit():        # 127.1, 0x7f1, as resolvers read it
+    if not NAME.match(name):
+        raise ProtocolError(f'host name {shown(host)}, expected labels of 1 to 63 letters, digits, '
+                            f'- and _, at most 253 characters')
+    if name.rpartition(b'.')[2][:1].isdigit():          # 127.1, 0x7f1, as resolvers read it
         with contextlib.suppress(OSError):
             return Address(socket.inet_ntoa(socket.inet_aton(name.decode())), port)
     return Address(name.decode(), port)
+
+
+@functools.lru_cache(256)
+def absolute(address):
+    """`address` as it is looked up: canonical, but a name keeps the final dot that it came with.
+
+    The dot makes it absolute: no search list is tried for it.
+    """
+    host, port = plain = canonical(address)
+    is_name = ip_bytes(host) is None
+    return Address(host + '.', port) if is_name and address.host.endswith(FULL_STOPS) else plain
 
 
 def shown(text):
@@ -763,9 +796,9 @@ def shown(text):
 
 
 # What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
-# for sockets or a `Call` that blocks, and is resumed with the result.  So it reads as straight
-# lines; run() drives one in the thread that calls it, a `Loop` any number of them.  Its times are
-# those of time.monotonic().
+# for sockets, a `Call` that blocks or the `LookUp` of a name, and is resumed with the result.  So
+# it reads as straight lines; run() drives one in the thread that calls it, a `Loop` any number of
+# them.  Its times are those of time.monotonic().
 
 class Wait(NamedTuple):
     """Resume with those of the sockets that are ready, with none when the clock passes `until`."""
@@ -784,6 +817,19 @@ class Call(NamedTuple):
     is_costly: bool = False
 
 
+class LookUp(NamedTuple):
+    """Resume with the IP addresses of a name, a list of texts, at least one.
+
+    Raises socket.gaierror without any, socket.timeout after `until`.  A `Loop` asks its `Resolver`;
+    elsewhere function() is called.
+    """
+    name: str
+    until: Optional[float] = None
+
+    def function(self):
+        return hosts_of(self.name)
+
+
 def run(conversation):
     """Drive a conversation in this thread; its result."""
     advance, value = conversation.send, None
@@ -793,7 +839,7 @@ def run(conversation):
         except StopIteration as stop:
             return stop.value
         try:
-            value = wish.function() if isinstance(wish, Call) else poll(*wish)
+            value = poll(*wish) if isinstance(wish, Wait) else wish.function()
             advance = conversation.send
         except Exception as error:
             advance, value = conversation.throw, error
@@ -832,31 +878,54 @@ def ready(reading, writing, until, pause=None):
     return found
 
 
-def look_up(host, port):
+def look_up(host, port, family=0):
     """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
     one that hands names through."""
     try:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
     except UnicodeError:
         raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
-    if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None for *_, sockaddr in found):
-        found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None
+           for *_, sockaddr in found[:ATTEMPTS]):
+        found = _orig_getaddrinfo(host, port, family, socket.SOCK_STREAM)
     return found
 
 
-def resolve(address, until=None):
-    """Conversation: the IP addresses, a list of `Address`, that a canonical `address` stands for.
+def hosts_of(name, family=0):
+    """The IP addresses of a name, looked up in this thread: texts, at most ATTEMPTS.
 
-    Raises socket.gaierror.
+    Raises socket.gaierror if there is none.
     """
-    host, port = address
+    families = {}
+    for *_, sockaddr in look_up(name.encode(), 0, family):
+        host = str(sockaddr[0]).partition('%')[0]
+        hosts = families.setdefault(family_of(host), {})
+        if len(hosts) < ATTEMPTS:       # of thousands, which a name may have, only the first count
+            hosts[plain_ip(host)] = True
+    hosts = in_turn(*families.values())[:ATTEMPTS]
+    if not hosts:
+        raise socket.gaierror(socket.EAI_NONAME, f'{name} has no address')
+    return hosts
+
+
+def in_turn(*families):
+    """The items of all lists, the first ones first."""
+    turns = itertools.zip_longest(*families)
+    return [item for turn in turns for item in turn if item]
+
+
+def resolve(address, until=None):
+    """Conversation: the IP addresses, a list of `Address`, at least one, that `address` stands for.
+
+    A name is absolute if it has a final dot.  Raises ProtocolError for what is no name, and
+    socket.gaierror.
+    """
+    host, port = wanted = absolute(address)
     if ip_bytes(host) is not None:
-        return [address]
-    if host.rpartition('.')[2] in NEVER_RESOLVED:
+        return [wanted]
+    if host.rstrip('.').rpartition('.')[2] in NEVER_RESOLVED:
         raise socket.gaierror(socket.EAI_NONAME, f'{host} is never resolved')
-    found = yield Call(functools.partial(look_up, host.encode(), port), until)
-    hosts = (Address.of(sockaddr).host for *_, sockaddr in found)
-    return list(dict.fromkeys(Address(plain_ip(host), port) for host in hosts))
+    return [Address(host, port) for host in (yield LookUp(host, until))]
 
 
 class Stream:
@@ -1439,11 +1508,10 @@ def interleave(addresses):
     """The addresses, their families in turn, the first one's first (RFC 8305 section 4)."""
     if len(addresses) == 1:
         return addresses
-    family = family_of(addresses[0].host)
-    first = [a for a in addresses if family_of(a.host) == family]
-    other = [a for a in addresses if a not in first]
-    turns = itertools.zip_longest(first, other)
-    return [address for turn in turns for address in turn if address]
+    families = {}
+    for address in addresses:
+        families.setdefault(family_of(address.host), []).append(address)
+    return in_turn(*families.values())
 
 
 def start_connect(address, source):
@@ -1856,7 +1924,7 @@ def parse_host(word, place, section):
         raise FileError(f'{place}: {word!r}, expected a network, 192.0.2.0/24 for example')
     dot = '.' if word.startswith('.') else ''
     try:
-        name = canonical(Address(word[len(dot):], 0)).host
+        name = word if '*' in word else canonical(Address(word[len(dot):], 0)).host
     except ProtocolError as error:
         raise FileError(f'{place}: {error}') from None
     if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():         # it matches nobody
@@ -2110,17 +2178,16 @@ class Loop:
     expire()               its time has passed
     close(outcome)         give everything back
 
-    Other threads use only call() and stop().  `crew` does what blocks, `costly_crew` what also
-    takes much of a processor.  relieve(tunnel), if there is one, is called for a tunnel that turned
-    out to carry much.
+    Other threads use only call() and stop().  `crew` does what blocks, `resolver` looks names up.
+    relieve(tunnel), if there is one, is called for a tunnel that turned out to carry much.
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
     ROUND = 256                         # events at a time
     client = None                       # as an item of itself, for its waker
 
-    def __init__(self, crew=None, relieve=None, costly_crew=None):
+    def __init__(self, crew=None, relieve=None, resolver=None):
         self.crew = crew
-        self.costly_crew = costly_crew
+        self.resolver = resolver
         self.relieve = relieve
         self.items = {}                 # as a set, which would take twice the room
         self.timers = Timers()
@@ -2230,6 +2297,7 @@ class Task:
     __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation', '_wish',
                  '_call')
     NOTHING = Wait()
+    COSTLY_CALLS = 2                    # at a time, of all clients
 
     def __init__(self, client, sock, conversation):
         self.client = client
@@ -2239,7 +2307,7 @@ class Task:
         self._others = []               # sockets that are watched
         self._conversation = conversation
         self._wish = self.NOTHING
-        self._call = None               # what the crew is at
+        self._call = None               # the `Call` or `LookUp` that others are at
 
     traffic = 0, 0
 
@@ -2281,26 +2349,43 @@ class Task:
         except StopIteration as stop:
             return self._end(stop.value)
         self.loop.timers.set(self, wish.until)
-        if isinstance(wish, Call):
-            self._call = wish
-            try:
-                crew = self.loop.costly_crew if wish.is_costly else self.loop.crew
-                crew.run(self.client.address.host, self._work, wish)
-            except RuntimeError as error:           # no thread to be had
-                self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
-        else:
+        if isinstance(wish, Wait):
             self._wish = wish
             self._watch()
+            return
+        self._call = wish
+        try:
+            self._delegate(wish)
+        except RuntimeError as error:               # no thread to be had
+            self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
+
+    def _delegate(self, call):
+        """Have other threads do what blocks; RuntimeError if they cannot."""
+        owner = client_key(self.client.address.host)
+        if isinstance(call, LookUp):
+            self.loop.resolver.ask(owner, self, call)
+        elif call.is_costly:
+            self.loop.crew.run('costly', self._work, call, limit=self.COSTLY_CALLS)
+        else:
+            self.loop.crew.run(owner, self._work, call)
 
     def _work(self, call):
         """In a thread of the crew."""
-        value = error = None
-        if call is self._call:          # it is still waited for
+        if self.is_waiting_for(call):
+            value = error = None
             try:
                 value = call.function()
             except Exception as caught:
                 error = caught
-            self.loop.call(self, self._resume, call, value, error)
+            self.answer(call, value, error)
+
+    def is_waiting_for(self, call):
+        """Whether the conversation still does; from any thread."""
+        return call is self._call
+
+    def answer(self, call, value=None, error=None):
+        """Resume the conversation with the result of a call, or with its error; from any thread."""
+        self.loop.call(self, self._resume, call, value, error)
 
     def _resume(self, call, value, error):
         if call is not self._call:
@@ -2338,80 +2423,397 @@ class Task:
             self._sock.close()
 
 
+class Share:
+    """What one owner has of the `Crew`'s threads, and its jobs that wait for one."""
+    __slots__ = ('under_way', 'limit', 'waiting')
+
+    def __init__(self, limit):
+        self.under_way = 0
+        self.limit = limit
+        self.waiting = deque()
+
+
 class Crew:
     """Threads that do what blocks; a free one waits a while for the next job before it ends.
 
-    They do at most `share` jobs of one owner at a time, so that nobody keeps them all.
+    An owner may have three times as many threads as are left, of which an eighth of all is kept for
+    owners that have none.  So one alone has most of them, several have equal shares in the long
+    run, and there is one for the first job of another.
     """
+    LONGEST_QUEUE = 1024                # jobs of one owner that wait
 
-    def __init__(self, size=256, share=64, patience=5.0):
-        self._size = size
-        self._share = share
+    def __init__(self, size=256, patience=5.0):
+        self.size = size
         self._patience = patience       # seconds
-        self._jobs = SimpleQueue()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._threads = set()
-        self._free = 0                  # threads that wait, less the jobs that do
-        self._owners = {}               # by owner: (jobs under way, deque of those that wait)
+        self._ready = deque()           # jobs that the next free threads take, as (owner, job)
+        self._taken = 0                 # threads that have a job, or are to take one of those
+        self._shares = {}               # by owner
+        self._turns = deque()           # owners with jobs that wait
+        self._closed = False
 
-    def run(self, owner, *job):
-        """Call job[0](*job[1:]) in some thread; RuntimeError if there is none and none starts."""
-        with self._lock:
-            under_way, waiting = self._owners.get(owner, (0, deque()))
-            if under_way >= self._share:
-                return waiting.append(job)
-            if self._free <= 0 and len(self._threads) < self._size:
-                thread = threading.Thread(target=self._work, args=(owner, job), name='socks-crew',
-                                          daemon=True)
-                thread.start()
-                self._threads.add(thread)
-            else:
-                self._free -= 1
-                self._jobs.put((owner, job))
-            self._owners[owner] = under_way + 1, waiting
+    def run(self, owner, *job, limit=float('inf'), at_once=False):
+        """Call job[0](*job[1:]) in some thread, at most `limit` of the owner's at a time.
 
-    def _work(self, owner, job):
-        while job:
-            function, *args = job
+        Raises RuntimeError if no thread starts, or too many jobs of the owner wait already; with
+        `at_once`, if the job would have to wait at all.
+        """
+        with self._changed:
+            if self._closed:
+                raise RuntimeError('the server is closed')
+            share = self._shares.setdefault(owner, Share(limit))
+            if (len(share.waiting) >= self.LONGEST_QUEUE
+                    or at_once and not self._may_have_thread(share)):
+                raise RuntimeError('too many wait for a thread')
+            if not share.waiting:
+                # A newcomer is before those who have some threads already.
+                (self._turns.append if share.under_way else self._turns.appendleft)(owner)
+            share.waiting.append(job)
+            self._distribute()
+            self._changed.notify()
             try:
-                function(*args)
+                self._start_threads()
+            except RuntimeError:
+                if not self._threads:   # else one of them will do it
+                    self._done(*self._ready.pop())
+                    raise
+
+    def _may_have_thread(self, share):
+        left = self.size - self._taken
+        if not share.under_way:
+            return left > 0
+        return share.under_way < min(share.limit, 3 * (left - self.size // 8))
+
+    def _distribute(self):
+        """Make those jobs ready that may have a thread."""
+        for _ in range(len(self._turns)):
+            if self._taken >= self.size:
+                return
+            owner = self._turns.popleft()
+            share = self._shares[owner]
+            if self._may_have_thread(share):
+                share.under_way += 1
+                self._taken += 1
+                self._ready.append((owner, share.waiting.popleft()))
+            if share.waiting:
+                self._turns.append(owner)
+
+    def _start_threads(self):
+        while self._taken > len(self._threads):
+            thread = threading.Thread(target=self._work, name='socks-crew', daemon=True)
+            thread.start()
+            self._threads.add(thread)
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or self._closed, self._patience)
+                if self._closed or not self._ready:
+                    return self._threads.discard(threading.current_thread())
+                owner, job = self._ready.popleft()
+            try:
+                job[0](*job[1:])
             except Exception:
                 log.exception('this is a bug')
-            job = function = args = None            # hold nothing while waiting
-            job = self._done(owner)
-            if not job:
-                owner, job = self._next()
-        self._threads.discard(threading.current_thread())
+            with self._changed:
+                self._done(owner, job)
+                self._distribute()
+                self._changed.notify(max(0, len(self._ready) - 1))      # one is for this thread
+                with contextlib.suppress(RuntimeError):
+                    self._start_threads()
+            job = None                  # hold nothing while waiting
 
-    def _done(self, owner):
-        """One of the owner's jobs is; the next one, if it had to wait for that."""
-        with self._lock:
-            under_way, waiting = self._owners[owner]
-            if waiting:
-                return waiting.popleft()
-            self._owners[owner] = under_way - 1, waiting
-            if under_way == 1:
-                del self._owners[owner]
-            self._free += 1
-            return None
-
-    def _next(self):
-        try:
-            return self._jobs.get(timeout=self._patience)
-        except Empty:
-            with self._lock:
-                if self._free > 0:
-                    self._free -= 1
-                    return None, None
-            return self._jobs.get()                 # it came at the last moment
+    def _done(self, owner, _):
+        """One of the owner's jobs is."""
+        share = self._shares[owner]
+        share.under_way -= 1
+        self._taken -= 1
+        if not (share.under_way or share.waiting):
+            del self._shares[owner]
 
     def dismiss(self):
-        """Have all threads end as soon as they are free."""
-        self._patience = 0
+        """Have all threads end as soon as they are free, and begin no job that waits."""
+        with self._changed:
+            self._closed = True
+            self._turns.clear()
+            self._changed.notify_all()
+
+
+HOSTS_FILE = r'C:\Windows\System32\drivers\etc\hosts' if os.name == 'nt' else '/etc/hosts'
+RESOLV_CONF = '/etc/resolv.conf'
+FAMILIES = socket.AF_INET, socket.AF_INET6              # each has a look-up of its own
+TOGETHER = (socket.AF_UNSPEC,)                          # or both have one
+
+
+def when_written(path):
+    """The time of a file; None if it is not there."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_mtime_ns
+    return None
+
+
+@functools.lru_cache(1)
+def hosts_file_names(path, _):
+    """The names in the system's table of hosts, in lower case; `_` is its time."""
+    names = set()
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        for line in file:
+            names.update(line.lower().partition(b'#')[0].split()[1:])
+    return names
+
+
+@functools.lru_cache(1)
+def has_search_list(path, _):
+    """Whether names may be looked up with domains of this host behind them (resolv.conf(5))."""
+    if '.' in socket.gethostname() or os.name != 'posix':
+        return True
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        return any(re.match(br'(search|domain)\s+[^\s.]', line) for line in file)
+    return False
+
+
+def look_up_plan(name, is_strict):
+    """How to look a name up: (name, families) for one step after the other, until one finds it.
+
+    The table of hosts overrides DNS for both families.  Where a search list may apply, a name with
+    a dot is tried as absolute first: its families must not be found under different domains.  With
+    `is_strict`, no name is looked up through a search list.
+    """
+    plain, has_dot = name.rstrip('.'), '.' in name
+    if (plain == 'localhost'
+            or plain.encode() in hosts_file_names(HOSTS_FILE, when_written(HOSTS_FILE))):
+        return [(plain, TOGETHER)]
+    if not (is_strict and not has_dot or has_search_list(RESOLV_CONF, when_written(RESOLV_CONF))):
+        return [(name, FAMILIES)]
+    steps = [(plain + '.', FAMILIES)] if has_dot or is_strict else []
+    return steps if is_strict or name != plain else [*steps, (name, TOGETHER)]
+
+
+def preferred(hosts):
+    """IP addresses in the order in which to try them, families in turn, at most ATTEMPTS.
+
+    IPv6 comes first if this host reaches it from an address of like scope (RFC 6724 section 5).
+    """
+    v4, v6 = ([host for host in hosts if (':' in host) == is_v6] for is_v6 in (False, True))
+    if v4 and v6:
+        try:
+            scope = ipaddress.ip_address(way_out(v6[:1], ())).is_global
+            if scope == ipaddress.ip_address(v6[0]).is_global:
+                return in_turn(v6, v4)[:ATTEMPTS]
+        except OSError:                 # there is no route
+            pass
+    return in_turn(v4, v6)[:ATTEMPTS]
+
+
+class Query:
+    """The look-up of one name, and who waits for it."""
+    __slots__ = ('name', 'memory', 'owners', 'waiting', 'is_renewal', 'steps', 'missing', 'found',
+                 'failures', 'complete', 'answered')
+
+    def __init__(self, name, memory, is_renewal):
+        self.name = name
+        self.memory = memory            # for the answer
+        self.owners = set()             # among whose jobs it is
+        self.waiting = []               # (task, wish)
+        self.is_renewal = is_renewal    # of an answer that still serves
+        self.steps = None               # that are left of its plan; None: it has not begun
+        self.missing = set()            # families of the step under way
+        self.found = {}                 # family: IP addresses
+        self.failures = []              # (errno, text)
+        self.complete = threading.Event()       # all families of a step are in
+        self.answered = None            # when
+
+
+class Answer(NamedTuple):
+    """What is remembered of a name: `hosts`, or the (errno, text) of a `failure`."""
+    hosts: Sequence
+    failure: Optional[Tuple]
+    renewal: float                      # when to look it up again if it is asked for
+    end: float                          # of its use
+
+
+class Resolver:
+    """What names stand for: IP addresses, looked up in the threads of `crew`.
+
+    A name is looked up once for all who ask at the same time, with one look-up for each family
+    (RFC 8305 section 3): the first addresses are the answer, together with those that come within
+    DELAY.  It is remembered for a while, and renewed in the background while it is in use.
+
+    is_strict   see look_up_plan()
+    """
+    DELAY = 0.05                        # seconds, RFC 8305 section 8
+    LATE = 3                            # times that a family took longer: it is not waited for
+    MEMORY = 60.0                       # seconds, for addresses
+    RETRY = 3.0                         # seconds, for failures
+    LIMIT = 1024                        # names that are remembered
+
+    def __init__(self, crew):
+        self.crew = crew
+        self.is_strict = False
+        self._lock = threading.Lock()
+        self._answers = {}              # name: `Answer`, the latest one last
+        self._queries = {}              # name: `Query`
+        self._late = dict.fromkeys(FAMILIES + TOGETHER, 0)      # how often in succession
+        self._busy = dict.fromkeys(FAMILIES + TOGETHER, 0)      # look-ups under way
+
+    def ask(self, owner, task, wish):
+        """Have `task` get the answer to its `LookUp`; RuntimeError if no thread can find it."""
         with self._lock:
-            for _ in range(max(0, self._free)):
-                self._free -= 1
-                self._jobs.put((None, None))
+            answer, query = self._answers.get(wish.name), self._queries.get(wish.name)
+            now = time.monotonic()
+            is_known = answer is not None and now < answer.end
+            if is_known:
+                self._tell(task, wish, answer)
+                if query or now < answer.renewal:
+                    return
+            if not query:
+                query = self._queries[wish.name] = Query(wish.name, self._answers, is_known)
+            if not is_known:
+                query.waiting.append((task, wish))
+            # If it waits among the jobs of others, it must not wait for all of theirs.
+            if query.steps is None and owner not in query.owners:
+                query.owners.add(owner)
+                try:
+                    self.crew.run(owner, self._begin, query, owner)
+                except RuntimeError:
+                    self._withdraw(query, owner, (task, wish))
+                    if not is_known:
+                        raise
+
+    def _withdraw(self, query, owner, waiting):
+        query.owners.discard(owner)
+        if waiting in query.waiting:
+            query.waiting.remove(waiting)
+        if not query.owners:
+            del self._queries[query.name]
+
+    @staticmethod
+    def _tell(task, wish, answer):
+        error = None if answer.hosts else socket.gaierror(*answer.failure)
+        task.answer(wish, answer.hosts, error)
+
+    # In threads of the crew
+
+    def _begin(self, query, owner):
+        plan = look_up_plan(query.name, self.is_strict)
+        with self._lock:
+            if query.steps is not None:
+                return                  # somebody else's job did
+            query.steps = deque(plan)
+            if not (query.is_renewal
+                    or any(task.is_waiting_for(wish) for task, wish in query.waiting)):
+                return self._remove(query)
+        self._take_step(query, owner)
+
+    def _remove(self, query):
+        if self._queries.get(query.name) is query:      # it may be another's after forget()
+            del self._queries[query.name]
+
+    def _take_step(self, query, owner):
+        with self._lock:
+            name, families = query.steps.popleft()
+            # Look-ups that never end take threads; of a family that is late, one is enough.
+            slow = [family for family in families
+                    if self._busy[family] and self._late[family] >= self.LATE]
+            if len(slow) < len(families):
+                query.steps.extendleft((name, (family,)) for family in slow)
+                families = [family for family in families if family not in slow]
+            query.missing = set(families)
+            query.complete.clear()
+        for family in families[1:]:
+            try:
+                self.crew.run(owner, self._look_up, query, owner, name, family, at_once=True)
+            except RuntimeError:        # no thread is free: one after the other
+                with self._lock:
+                    query.missing.discard(family)
+                    query.steps.appendleft((name, (family,)))
+        self._look_up(query, owner, name, families[0])
+
+    def _look_up(self, query, owner, name, family):
+        if query.answered:              # while this waited for a thread
+            return
+        with self._lock:
+            self._busy[family] += 1
+        hosts, failure = self._outcome(name, family)
+        with self._lock:
+            is_first, is_last = self._note(query, family, hosts, failure)
+        if is_first:                    # so this thread answers
+            if not is_last and any(self._late[each] < self.LATE for each in list(query.missing)):
+                query.complete.wait(self.DELAY)
+            self._finish(query)
+        elif is_last and not query.found:
+            if query.steps:
+                self._take_step(query, owner)
+            else:
+                self._finish(query)
+
+    @staticmethod
+    def _outcome(name, family):
+        """The IP addresses of a name, and the (errno, text) of the failure if there are none."""
+        try:
+            return hosts_of(name, family), None
+        except OSError as error:
+            number = error.errno if isinstance(error, socket.gaierror) else socket.EAI_FAIL
+            return [], (number, reason(error))
+        except Exception:
+            log.exception('this is a bug')
+            return [], (socket.EAI_FAIL, 'the look-up failed')
+
+    def _note(self, query, family, hosts, failure):
+        """The outcome for one family: is it the first that was found, the last that was missing?"""
+        now = time.monotonic()
+        self._busy[family] -= 1
+        if not query.answered or now - query.answered < self.DELAY:
+            self._late[family] = 0
+        query.missing.discard(family)
+        if hosts:
+            query.found[family] = hosts
+        else:
+            query.failures.append(failure)
+        if not query.missing:
+            query.complete.set()
+        if query.answered and hosts:    # too late for those who asked, but not for the next
+            self._remember(query, self._answer(query, query.answered))
+        return bool(hosts) and len(query.found) == 1, not query.missing
+
+    def _finish(self, query):
+        """Give the answer to all who wait for it."""
+        with self._lock:
+            query.answered = time.monotonic()
+            for family in query.missing:
+                self._late[family] += 1
+            answer = self._answer(query, query.answered)
+            self._remember(query, answer)
+            self._remove(query)
+            waiting, query.waiting = query.waiting, []
+        for task, wish in waiting:
+            self._tell(task, wish, answer)
+
+    def _answer(self, query, now):
+        """What a query has found up to now."""
+        if query.found:
+            together = query.found.get(*TOGETHER)
+            hosts = together or preferred(list(itertools.chain(*query.found.values())))
+            return Answer(hosts, None, now + self.MEMORY / 2, now + self.MEMORY)
+        failure = min(query.failures, key=lambda failure: failure[0] in NO_SUCH_NAME)
+        return Answer((), failure, now + self.RETRY, now + self.RETRY)
+
+    @classmethod
+    def _remember(cls, query, answer):
+        memory, name = query.memory, query.name
+        before = memory.pop(name, None)
+        if before and before.hosts and before.end > answer.end:
+            # It could not be renewed just now, or there was a later query.
+            answer = before._replace(renewal=max(before.renewal, answer.renewal))
+        if len(memory) >= cls.LIMIT:
+            del memory[next(iter(memory))]
+        memory[name] = answer
+
+    def forget(self):
+        """Look everything up anew."""
+        with self._lock:
+            self._answers, self._queries = {}, {}
 
 
 # ----------------------------------------------------------------------------------------- relays
@@ -2730,7 +3132,8 @@ class Routes:
         if literal:
             return self._found(header, [address], None)
         try:
-            self.relay.loop.crew.run(self.relay.client.address.host, self._look_up, header, address)
+            self.relay.loop.crew.run(client_key(self.relay.client.address.host), self._look_up,
+                                     header, address)
         except RuntimeError:            # no thread to be had
             self._found(header, [], None)
 
@@ -3170,7 +3573,7 @@ def ask(stream, proxy, command, address):
     if kind == SOCKS5 and not proxy.type & GSSAPI:
         yield from authenticate5(stream, proxy)
     if not proxy.rdns and ip_bytes(address.host) is None:
-        found = yield from resolve(canonical(address), stream.until)
+        found = yield from resolve(address, stream.until)
         address = min(found, key=lambda address: kind == SOCKS4 and ':' in address.host)
         if kind == SOCKS4 and ':' in address.host:
             raise SOCKS4Error(f'{address.host}: SOCKS4 has no IPv6 addresses')
@@ -3434,9 +3837,8 @@ def destination(pair, chain):
             and 0 <= pair[1] < 65536):
         raise GeneralProxyError('Invalid destination-connection (host, port) pair')
     host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
-    host = host[1:-1] if host.startswith('[') and host.endswith(']') else host
-    address = Address.of((host, pair[1]))
-    address = Address(plain_ip(address.host) or address.host, address.port)
+    bare = without_brackets(host)
+    address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
     for proxy, (host, port) in zip(chain, targets(chain, address)):
         if proxy.type & ~LAYERS == SOCKS4 and ':' in host:
             raise GeneralProxyError(f'{host}: SOCKS4 has no IPv6 addresses')
@@ -3512,7 +3914,7 @@ def reachable(bnd, chain, sock, until):
     if len(chain) == 1 and sock.family != socket.AF_UNIX:
         proxy_host = plain_ip(Address.of(sock.getpeername()).host)
     with contextlib.suppress(OSError):
-        for host, port in (yield from resolve(canonical(bnd), until)):
+        for host, port in (yield from resolve(bnd, until)):
             ip = ipaddress.ip_address(host)
             if not ip.is_unspecified and (
                     ip.is_global or not ipaddress.ip_address(proxy_host).is_global):
@@ -3565,16 +3967,17 @@ class Line(NamedTuple):
     up: int                             # bytes from the client
     down: int                           # and from the target
     seconds: float
+    target_address: str                 # that was connected to
 
     def __str__(self):
-        return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self
+        return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self[:-1]
 
 
 class Client:
     """What is known of one client, from accept to the log line at its end."""
     linger = 0                          # see `Carried`
     __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
-                 'target', 'started')
+                 'target', 'target_address', 'started')
 
     def __init__(self, server, address):
         self.server = server
@@ -3582,6 +3985,7 @@ class Client:
         self.peer = address
         self.is_counted = False         # see `Roster`
         self.protocol = self.user = self.target = '-'
+        self.target_address = ''        # that we are connected to; None: it is the target
         self.command = None             # a `Command`
         self.started = time.monotonic()
 
@@ -3602,7 +4006,8 @@ class Client:
     def line(self, outcome, up, down):
         return Line(self.address, self.user, self.protocol,
                     self.command.name if self.command else '-', self.target, outcome, up, down,
-                    time.monotonic() - self.started)
+                    time.monotonic() - self.started,
+                    self.target if self.target_address is None else str(self.target_address))
 
 
 class Login(socketserver.BaseRequestHandler):
@@ -3884,9 +4289,16 @@ class Handler(Negotiation):
         if self.settings.upstream:
             return (yield from self.connect_through(request.address, until))
         addresses = yield from self.destinations(request.address, until)
-        if log.isEnabledFor(logging.DEBUG):
+        is_verbose = log.isEnabledFor(logging.DEBUG)
+        if is_verbose:
             log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
         target = yield from dial(addresses, until, self.settings.source)
+        self.client.target_address = None
+        if addresses[0] != request.address:
+            self.client.target_address = Address.of(target.getpeername())
+        if is_verbose:
+            log.debug('%s: connected to %s', self.client.address,
+                      self.client.target_address or addresses[0])
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def join(self, target, bnd):
@@ -3899,15 +4311,42 @@ class Handler(Negotiation):
             raise
 
     def connect_through(self, address, until):
-        """CONNECT by way of other proxies, the last of which looks a name up; we do not."""
-        settings, address = self.settings, self.permitted(address)
-        if ip_bytes(address.host) is not None:
-            self.server.authorize(self.client, address)
-        target, bnd = yield from reach(
-            settings.upstream, destination(address, settings.upstream), until, settings.source)
+        """CONNECT by way of other proxies.
+
+        Where the last one looks names up, we do not.  Where we do, it is asked for the addresses
+        that the client may reach, one after the other as long as it cannot reach them.
+        """
+        chain = self.settings.upstream
+        if chain[-1].rdns:
+            addresses = [self.passed_on(address)]
+        else:
+            addresses = yield from self.destinations(address, until)
+        for place, wanted in enumerate(addresses, 1):
+            try:
+                target, bnd = yield from reach(
+                    chain, destination(wanted, chain), until, self.settings.source)
+                break
+            except GeneralProxyError:
+                if place == len(addresses):
+                    raise
+        if ip_bytes(wanted.host) is not None:
+            self.client.target_address = None if wanted == address else wanted
         if ip_bytes(bnd.host) is None:
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
+
+    def passed_on(self, address):
+        """What the last proxy is asked for: an IP address that the client may reach, or a name.
+
+        What its own host is called is judged as the loopback addresses that it has.
+        """
+        wanted = self.permitted(address)
+        if ip_bytes(wanted.host) is not None:
+            self.server.authorize(self.client, wanted)
+        elif LOOPBACK_NAME.match(wanted.host):
+            for host in ('127.0.0.1', '::1'):
+                self.server.authorize(self.client, Address(host, wanted.port), wanted.host)
+        return absolute(address)
 
     def do_BIND(self, request):
         """Accept one connection, of the peer that the client named, on its behalf.
@@ -3968,10 +4407,8 @@ class Handler(Negotiation):
     def do_RESOLVE(self, request):
         """Tor's command for a look-up; an IPv4 address is what its users expect."""
         until = self.stream.until = after(self.settings.connect_timeout)
-        wanted = self.permitted(request.address)
-        addresses = yield from resolve(wanted, until)
+        addresses = yield from self.destinations(request.address, until, self.server.judge)
         address = min(addresses, key=lambda address: ':' in address.host)
-        self.server.judge(self.client, address, wanted.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
         yield from self.tell(Address(address.host, 0))
@@ -4017,13 +4454,17 @@ class Handler(Negotiation):
         self.server.judge_name(self.client, address)
         return address
 
-    def destinations(self, address, until):
-        """The IP addresses behind `address` that this client may reach; at least one."""
+    def destinations(self, address, until, judge=None):
+        """The IP addresses behind `address` that this client may reach; at least one.
+
+        `judge` raises Refused for one that it may not: the server's authorize().
+        """
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
-        for candidate in (yield from resolve(wanted, until)):
+        judge = judge or self.server.authorize
+        for candidate in (yield from resolve(address, until)):
             try:
-                self.server.authorize(self.client, candidate, name)
+                judge(self.client, candidate, name)
             except Refused as error:
                 refusal = error
             else:
@@ -4312,9 +4753,10 @@ class Server(Acceptor):
         self._thread = None             # that of start()
         self._serving = threading.RLock()
         self._crew = Crew()
+        self.resolver = Resolver(self._crew)
+        self.resolver.is_strict = self.settings.rules is not None
         self._helpers = Helpers(self.heavy_loops)
-        self._costly_crew = Crew(2)
-        self.loop = Loop(self._crew, self._helpers.take, self._costly_crew)
+        self.loop = Loop(self._crew, self._helpers.take, self.resolver)
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -4374,7 +4816,6 @@ class Server(Acceptor):
         for sock in self.listeners:
             sock.close()
         self._crew.dismiss()
-        self._costly_crew.dismiss()
         self._helpers.stop()
         for loop in self.loops():
             loop.close()
@@ -4420,11 +4861,14 @@ class Server(Acceptor):
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
-            judge_name(settings.rules, client, target, bool(settings.upstream))
+            is_final = bool(settings.upstream) and settings.upstream[-1].rdns
+            judge_name(settings.rules, client, target, is_final)
 
     def reconfigure(self, settings):
         """Have other settings from now on: who is served goes on, datagrams are judged anew."""
         self.settings = prepared(settings)
+        self.resolver.is_strict = settings.rules is not None
+        self.resolver.forget()
         for loop in self.loops():
             for item in list(loop.items):
                 if isinstance(item, UdpRelay):
@@ -4766,7 +5210,7 @@ class _BaseSocket(_Descriptor):
         chain = self._chain()
         address = destination(dest_pair, chain)
         if not chain[-1].rdns and ip_bytes(address.host) is None:
-            address = run(resolve(canonical(address)))[0]
+            address = run(resolve(address))[0]
         header = Datagram(address, b'').pack()
         whole = b''.join((header, data))
         if self._context:
@@ -4954,7 +5398,7 @@ class socksocket(_BaseSocket):
             super().connect(self._relay)
             self._relay = None          # now everything comes from there
         if not chain[-1].rdns:
-            address = run(resolve(canonical(address)))[0]
+            address = run(resolve(address))[0]
         anybody = address.host in ('0.0.0.0', '::') and not address.port
         self.proxy_peername = None if anybody else tuple(address)
 
@@ -5064,7 +5508,7 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
         proxy = arguments(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
-    dest_pair = (host.strip('[]') if host.startswith('[') else host, *dest_pair[1:])
+    dest_pair = (without_brackets(host), *dest_pair[1:])
     chain = chosen(proxy, dest_pair[0])
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
@@ -5218,7 +5662,7 @@ async def fulfil(wish):
     """What a conversation asks for."""
     import asyncio
     loop = asyncio.get_event_loop()
-    if isinstance(wish, Call):
+    if not isinstance(wish, Wait):
         return await within(wish.until, loop.run_in_executor(None, wish.function))
     found, watched = loop.create_future(), []
 

@@ -17,6 +17,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -176,6 +177,11 @@ def echo(peer):
         peer.send(data)
 
 
+def name_of(host):
+    """What a look-up is for, as text without the final dot."""
+    return (host.decode() if isinstance(host, bytes) else host or '').rstrip('.')
+
+
 def unused_port():
     """A port for a program to listen on, below those that systems give to whoever asks for any: one
     of these might be somebody else's before the program has it."""
@@ -292,7 +298,7 @@ class Case(unittest.TestCase):
         event, look_up = threading.Event(), socket.getaddrinfo
 
         def getaddrinfo(host, *args, **options):
-            if host[-5:] in ('.slow', b'.slow'):
+            if name_of(host).endswith('.slow'):
                 event.wait(PATIENCE)
                 raise socket.gaierror(socket.EAI_AGAIN, 'slow')
             return look_up(host, *args, **options)
@@ -301,6 +307,32 @@ class Case(unittest.TestCase):
         self.addCleanup(event.set)
         socket.getaddrinfo = getaddrinfo
         return event
+
+    def names(self, find):
+        """Have find(name, family) look up names under .test, and those without a dot.
+
+        It gives IP addresses, of which those of the family count, or raises; None is for the
+        system.  The result is the list of what was looked up: (name as it was asked for, family).
+        """
+        asked, look_up = [], socket.getaddrinfo
+
+        def getaddrinfo(host, port, family=0, *args, **options):
+            name = name_of(host)
+            hosts = None
+            if name.endswith('.test') or '.' not in name and ':' not in name:
+                asked.append((host.decode() if isinstance(host, bytes) else host, int(family)))
+                hosts = find(name, family)
+            if hosts is None:
+                return look_up(host, port, family, *args, **options)
+            found = [(socks.family_of(each), socket.SOCK_STREAM, 6, '', (each, port))
+                     for each in hosts if family in (0, socks.family_of(each))]
+            if not found:
+                raise socket.gaierror(socket.EAI_NONAME, 'not known')
+            return found
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', look_up)
+        socket.getaddrinfo = getaddrinfo
+        return asked
 
     def refused_port(self):
         """A port that nobody listens on and nobody else can take."""
@@ -517,11 +549,24 @@ CANONICAL = [
     ('bücher.example', 'xn--bcher-kva.example'),
     ('0', '0.0.0.0'), ('127.1', '127.0.0.1'), ('0x7F.1', '127.0.0.1'), ('127.1.', '127.0.0.1'),
     ('127.0.0.0xa', '127.0.0.10'), ('127.0.0.1.0xa', '127.0.0.1.0xa'), ('a.3com', 'a.3com'),
-    ('a_b-c.d', 'a_b-c.d'),
+    ('a_b-c.d', 'a_b-c.d'), ('a' * 63 + '.b', 'a' * 63 + '.b'),
+    ('a.' * 126 + 'b.', 'a.' * 126 + 'b'),
+    ('b\u00dcCHER\u3002example\uff0e', 'xn--bcher-kva.example'), ('bu\u0308cher', 'xn--bcher-kva'),
+    ('ΟΔΟΣ.example', 'xn--pxavbq.example'), ('日本.example', 'xn--wgv71a.example'),
 ]
 NO_NAMES = ['', '.', 'a..', 'a..b', '.a', '127.0.0.1..',
             'a\0b', 'a b', 'a\nb', 'a\x7f', 'fe80::1%lo', 'a:b', '[a:b]', '\udcff',
-            'ü' * 99]
+            'ü' * 99,
+            # What some resolver or proxy takes for another name.
+            'secret\\116.example.org', 'x.oni\\111n', '10.0.0.4/.example.org', 'a#.example.org',
+            'a?.example.org', 'a@b.example', '*.example.org', 'a%2e.example', 'a;b', 'a\n', 'a!b',
+            '[10.0.0.4]', '[[10.0.0.4]]', '[[::1]]', '[::1', '::1]', '[::1].', '[a.example]', '[]',
+            'a' * 64, 'a' * 64 + '.b', 'a.' * 127 + 'b', 'a.' * 127 + 'b.',
+            # IDNA 2003 and 2008 differ, or 2008 has no such name.
+            'stra\u00dfe.example', 'STRA\u1e9eE.example', '\u03bf\u03c2.example',
+            'a\u200db.example', 'a\u200cb.example', 'a\u00adb.example', '\u2603.example',
+            'a\u2024b.example',
+            '\u2488example', '\uff05.example', 'a\u2060.example']
 
 LOCAL = ['127.0.0.1', '127.1.2.3', '0.0.0.0', '0.1.2.3', '169.254.169.254', '224.0.0.1',
          '255.255.255.255', '::', '::1', 'fe80::1', 'ff02::1', 'fd00:ec2::254', '::ffff:127.0.0.1',
@@ -547,6 +592,32 @@ class SocketsTest(Case):
         self.assertEqual(resolve(Address('1.2.3.4', 80)), [Address('1.2.3.4', 80)])
         self.assertIn(Address('127.0.0.1', 80), resolve(Address('localhost', 80)))
         self.assertEqual(resolve(Address('127.1', 80)), [Address('127.0.0.1', 80)])
+
+    def test_resolve_as_absolute(self):
+        """The final dot is kept for the look-up, and nobody asks for what is no name."""
+        asked = self.names(lambda *_: ['192.0.2.1'])
+        for host, looked_up in (('a.test.', 'a.test.'), ('A.test', 'a.test'), ('db.', 'db.'),
+                                ('db\u3002', 'db.'), ('db', 'db')):
+            self.assertEqual(resolve(Address(host, 80)), [Address('192.0.2.1', 80)])
+            self.assertEqual(asked.pop()[0], looked_up)
+        for host in ('a\\.test', '[db]', 'a/b.test'):
+            with self.subTest(host), self.assertRaises(ProtocolError):
+                resolve(Address(host, 80))
+        self.assertEqual(asked, [])
+
+    def test_a_name_with_thousands_of_addresses(self):
+        """Few of both families count, and the list is not gone through for each of them."""
+        many = ['10.%d.%d.1' % divmod(number, 250) for number in range(6000)]
+        self.names(lambda *_: many + ['2001:db8::%x' % number for number in range(100)])
+        found = resolve(Address('many.test', 80))
+        self.assertEqual([address.host for address in found],
+                         [host for number in range(8)
+                          for host in (many[number], '2001:db8::%s' % (number or ''))])
+        addresses = [Address(host, 1) for host in many * 5] + [Address('::1', 1)] * 30000
+        started = time.thread_time() if hasattr(time, 'thread_time') else time.process_time()
+        self.assertEqual(len(socks.interleave(addresses)), 60000)
+        ended = time.thread_time() if hasattr(time, 'thread_time') else time.process_time()
+        self.assertLess(ended - started, 5)
 
     def test_names_that_are_nobodys(self):
         for host in ('invalid', 'a.invalid', 'abc.onion'):
@@ -1136,6 +1207,70 @@ class RelayTest(Case):
         loop.stop()
         thread.result()
         loop.close()
+
+
+class CrewTest(Case):
+
+    def crew(self, *args):
+        crew = socks.Crew(*args)
+        self.addCleanup(crew.dismiss)
+        return crew
+
+    def hang(self, crew, owner, count, **options):
+        """So many jobs of the owner, which end with the test; the list of those that began."""
+        begun, event = [], threading.Event()
+        self.addCleanup(event.set)
+
+        def job(number):
+            begun.append(number)
+            event.wait(PATIENCE)
+
+        for number in range(count):
+            crew.run(owner, job, number, **options)
+        return begun, event
+
+    def test_shares(self):
+        """One owner takes most of the threads, several have equal shares, a newcomer has one."""
+        crew = self.crew(16)
+        begun, events = zip(*[self.hang(crew, owner, 30) for owner in range(2)])
+        eventually(lambda: list(map(len, begun)) == [11, 3])
+        done = threading.Event()
+        crew.run('newcomer', done.set)
+        self.assertTrue(done.wait(PATIENCE))
+        events[0].set()
+        eventually(lambda: list(map(len, begun)) == [30, 11])
+
+    def test_a_thread_that_is_free_goes_to_who_has_none(self):
+        crew, order = self.crew(2), []
+        _, first = self.hang(crew, 'a', 1)
+        _, second = self.hang(crew, 'b', 1)
+        for owner in 'aabbc':
+            crew.run(owner, order.append, owner)
+        first.set()
+        second.set()
+        eventually(lambda: len(order) == 5)
+        self.assertEqual(order[0], 'c')
+
+    def test_limits(self):
+        crew = self.crew(16)
+        begun, event = self.hang(crew, 'a', 5, limit=2)
+        eventually(lambda: len(begun) == 2)
+        with self.assertRaises(RuntimeError):
+            crew.run('a', print, at_once=True)
+        self.hang(crew, 'a', crew.LONGEST_QUEUE - 3)
+        with self.assertRaises(RuntimeError):
+            crew.run('a', print)
+        event.set()
+        eventually(lambda: len(begun) == 5)
+
+    def test_no_job_is_lost(self):
+        """Also those that come while a thread gives up waiting for one."""
+        crew, done = self.crew(1, 0), []
+        for number in range(200):
+            crew.run('a', done.append, number)
+            eventually(lambda: len(done) == number + 1)
+        eventually(lambda: not crew._threads)
+        self.assertEqual((crew._taken, crew._shares), (0, {}))
 
 
 class HelperTest(Case):
@@ -1805,9 +1940,9 @@ class LifecycleTest(Case):
         event = self.slow_names()
         server, origin = self.serve(connect_timeout=0.3), self.origin(echo)
         slow = [self.peer(server.server_address) for _ in range(40)]
-        for peer in slow:
+        for number, peer in enumerate(slow):
             peer.ask(Greeting(b'\0'), Choice)
-            peer.send(Request(1, Address('name.slow', origin.port)).pack())
+            peer.send(Request(1, Address('%d.slow' % number, origin.port)).pack())
         peer = self.peer(server.server_address)
         self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
         for peer in slow:
@@ -1823,22 +1958,25 @@ class LifecycleTest(Case):
         self.assertEqual([line for line in self.lines if 'bug' in line], [])
 
     def test_one_client_does_not_stop_the_look_ups_of_others(self):
-        """Its own wait for each other."""
+        """Its own wait for each other; even for a name that it asked for among many."""
         event = self.slow_names()
         server, origin = self.serve(), self.origin(echo)
-        server._crew._share = 3
-        server._crew._size = 8
-        slow = [self.peer(server.server_address) for _ in range(10)]
-        for peer in slow:
+        slow = [self.peer(server.server_address) for _ in range(300)]
+        for number, peer in enumerate(slow):
             peer.ask(Greeting(b'\0'), Choice)
-            peer.send(Request(1, Address('name.slow', origin.port)).pack())
-        eventually(lambda: len(server._crew._owners.get('127.0.0.1', ((), ()))[1]) == 7)
+            peer.send(Request(1, Address('%d.slow' % number, origin.port)).pack())
+        last = self.peer(server.server_address)
+        last.ask(Greeting(b'\0'), Choice)
+        last.send(Request(1, Address('localhost', origin.port)).pack())
+        eventually(lambda: 'localhost' in server.resolver._queries)
         with Peer(server.server_address, ('127.0.0.2', 0)) as other:
             self.assertEqual(other.connect('localhost', origin.port).reply, 0)
+        self.assertEqual(Response.unpack(last.read).reply, 0)
+        self.assertIn('299.slow', server.resolver._queries)
         event.set()
         for peer in slow:
             self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
-        eventually(lambda: not server._crew._owners)
+        eventually(lambda: not server._crew._shares)
 
     def test_long_timeouts(self):
         """Longer than any system call can wait."""
@@ -2309,19 +2447,22 @@ class ClientTest(ClientCase):
 
     def test_what_cannot_be_asked(self):
         """Said before anything is sent."""
-        def forbidden(peer):
-            self.fail('something connected')
-
-        proxy = self.origin(forbidden)
+        proxy = self.origin()
         for scheme, pair in (('socks5h', ('', 80)), ('socks5h', ('a b', 80)),
                              ('http', ('a\r\n', 80)), ('socks5h', ('a' * 256, 80)),
                              ('socks5h', ('h', 65536)), ('socks5h', ('h', '80')),
                              ('socks5h', (None, 80)),
                              ('socks5h', ('h',)), ('socks4a', ('::1', 80)),
-                             ('socks5h', ('\udcff', 80))):
+                             ('socks5h', ('\udcff', 80)), ('http', ('a?.example.org', 80)),
+                             ('socks5h', ('a%.example.org', 80)), ('socks4a', ('a\\116.org', 80)),
+                             ('http', ('[10.0.0.4]', 80)), ('socks5h', ('[[::1]]', 80)),
+                             ('socks5', ('a/b.example', 80)), ('socks5h', ('stra\u00dfe.de', 80)),
+                             ('socks5h', ('a' * 64, 80)), ('http', ('a@b.example', 80))):
             with self.subTest(pair), socks.socksocket(proxy=self.url(proxy, scheme)) as sock, \
                     self.assertRaises(GENERAL):
+                sock.settimeout(PATIENCE)
                 sock.connect(pair)
+        self.assertEqual(proxy.peers, [])
         with self.assertRaises(OSError) as caught, \
                 socks.socksocket(type=socket.SOCK_DGRAM, proxy='socks4://h') as sock:
             sock.bind(('', 0))
@@ -3328,6 +3469,226 @@ class FileCase(Case):
 
     def rules(self, text):
         return socks.read_rules(self.write('rules', text))
+
+
+class ResolverTest(FileCase):
+    """The look-ups of a server."""
+
+    def setUp(self):
+        super().setUp()
+        self.set(socks, 'HOSTS_FILE', self.write('hosts', '127.0.0.1 localhost # x.test\n'))
+        self.set(socks, 'RESOLV_CONF', self.write('resolv.conf', 'nameserver 192.0.2.1\n'))
+        self.set(socket, 'gethostname', lambda: 'host')
+        socks.has_search_list.cache_clear()
+        self.addCleanup(socks.has_search_list.cache_clear)
+
+    def set(self, owner, name, value):
+        self.addCleanup(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    def ask(self, server, host, port, source='127.0.0.1'):
+        """The reply to one CONNECT."""
+        with Peer(server.server_address, (source, 0)) as peer:
+            return peer.connect(host, port).reply
+
+    def test_families(self):
+        """The first answer starts, whatever becomes of the other one."""
+        event = threading.Event()
+        self.addCleanup(event.set)
+
+        def find(name, family):
+            if name.startswith('no6' if family == socket.AF_INET6 else 'no4'):
+                event.wait(PATIENCE)
+            elif name.startswith('bad'):
+                raise socket.gaierror(socket.EAI_AGAIN, 'try again')
+            return {'no6.test': ['127.0.0.1'], 'no4.test': ['::1'], 'bad.test': [], 'none.test': [],
+                    'both.test': ['127.0.0.1', '::1']}[name]
+
+        asked = self.names(find)
+        server, origin = self.serve(connect_timeout=PATIENCE), self.origin(echo)
+        for name, reply in (('no6.test', 0), ('both.test', 0), ('bad.test', Reply.GENERAL_FAILURE),
+                            ('none.test', Reply.HOST_UNREACHABLE)):
+            with self.subTest(name):
+                self.assertEqual(self.ask(server, name, origin.port), reply)
+                self.assertEqual(sorted(asked), [(name, 2), (name, socket.AF_INET6)])
+                asked.clear()
+        self.assertFalse(event.is_set())
+        with contextlib.suppress(OSError):              # no IPv6 here
+            six = self.origin(echo, host='::1')
+            self.assertEqual(self.ask(server, 'no4.test', six.port), 0)
+
+    def test_an_error_does_not_hide_the_other_family(self):
+        second = threading.Event()
+
+        def find(name, family):
+            if family == socket.AF_INET6:
+                second.set()
+                raise socket.gaierror(socket.EAI_AGAIN, 'try again')
+            second.wait(PATIENCE)
+            time.sleep(0.1)             # longer than the delay for a second answer
+            return ['127.0.0.1']
+
+        self.names(find)
+        self.assertEqual(self.ask(self.serve(), 'a.test', self.origin(echo).port), 0)
+
+    def test_a_family_that_never_answers(self):
+        """It takes few threads, and no time from those who ask next."""
+        event = threading.Event()
+        self.addCleanup(event.set)
+
+        def find(name, family):
+            if family == socket.AF_INET6:
+                event.wait(PATIENCE)
+            return ['127.0.0.1']
+
+        asked = self.names(find)
+        server, origin = self.serve(), self.origin(echo)
+        for number in range(10):
+            self.assertEqual(self.ask(server, '%d.test' % number, origin.port), 0)
+        self.assertEqual([family for _, family in asked].count(socket.AF_INET6), 3)
+        self.assertEqual(server.resolver._late[socket.AF_INET6], 3)
+        event.set()                     # late, but not forgotten
+        eventually(lambda: not server.resolver._busy[socket.AF_INET6])
+        self.assertEqual(self.ask(server, 'a.test', origin.port), 0)
+        eventually(lambda: not server.resolver._late[socket.AF_INET6])
+
+    def test_one_look_up_for_all_who_ask(self):
+        event = threading.Event()
+        self.addCleanup(event.set)
+        asked = self.names(lambda *_: event.wait(PATIENCE) and ['127.0.0.1'])
+        server, origin = self.serve(), self.origin(echo)
+        peers = [self.enter(Peer(server.server_address, (source, 0)))
+                 for source in ['127.0.0.1', '127.0.0.2'] * 35]
+        for peer in peers:
+            peer.ask(Greeting(b'\0'), Choice)
+            peer.send(Request(1, Address('Dead.test', origin.port)).pack())
+        eventually(lambda: len(server.resolver._queries) == 1
+                   and len(server.resolver._queries['dead.test'].waiting) == 70)
+        peers.pop().sock.close()        # who leaves does not stop it
+        event.set()
+        for peer in peers:
+            self.assertEqual(Response.unpack(peer.read).reply, 0)
+        self.assertEqual(sorted(asked), [('dead.test', 2), ('dead.test', socket.AF_INET6)])
+        self.assertEqual(server.resolver._queries, {})
+
+    def test_memory(self):
+        """It serves for a while, is renewed while in use, and is bounded."""
+        hosts = ['127.0.0.1']
+        asked = self.names(lambda name, _: hosts)
+        server, origin = self.serve(), self.origin(echo)
+        resolver = server.resolver
+        for _ in range(3):
+            self.assertEqual(self.ask(server, 'a.test', origin.port), 0)
+        self.assertEqual(len(asked), 2)
+        resolver._answers['a.test'] = resolver._answers['a.test']._replace(renewal=0)
+        hosts[:] = ['127.0.0.3']
+        self.assertEqual(self.ask(server, 'a.test', origin.port), 0)    # by the old address
+        eventually(lambda: resolver._answers['a.test'].hosts == ['127.0.0.3'])
+        self.assertEqual(len(asked), 4)
+        resolver._answers['a.test'] = resolver._answers['a.test']._replace(renewal=0)
+        hosts.clear()
+        self.assertEqual(self.ask(server, 'a.test', self.origin(echo, host='127.0.0.3').port), 0)
+        eventually(lambda: resolver._answers['a.test'].renewal)         # in vain: it serves on
+        self.assertEqual(resolver._answers['a.test'].hosts, ['127.0.0.3'])
+        server.reconfigure(server.settings)
+        for _ in range(2):
+            self.assertEqual(self.ask(server, 'a.test', origin.port), Reply.HOST_UNREACHABLE)
+        self.assertEqual(len(asked), 8)
+        self.set(socks.Resolver, 'LIMIT', 2)
+        for name in 'bcd':
+            self.ask(server, name + '.test', origin.port)
+        self.assertEqual(list(resolver._answers), ['c.test', 'd.test'])
+
+    def test_both_families_of_a_name_are_one_host(self):
+        """The table of hosts overrides both, and a search list may not find them apart."""
+        asked = self.names(lambda name, family: None if name == 'localhost' else
+                           ['127.0.0.1'] if name in ('x.test', 'db') else [])
+        hosts = '127.0.0.1 localhost\n127.0.0.1 a.test X.test\n'
+        origin, both = self.origin(echo), socket.AF_INET6
+        for conf, table, name, reply, looked_up in (
+                ('search corp.example', '', 'x.test', 0, [('x.test.', 2), ('x.test.', both)]),
+                ('search corp.example', '', 'y.test', 4,
+                 [('y.test.', 2), ('y.test.', both), ('y.test', 0)]),
+                ('search corp.example', '', 'y.test.', 4, [('y.test.', 2), ('y.test.', both)]),
+                ('search corp.example', '', 'db', 0, [('db', 0)]),
+                ('search corp.example', hosts, 'x.test.', 0, [('x.test', 0)]),
+                ('', hosts, 'x.test', 0, [('x.test', 0)]),
+                ('', '', 'db.', 0, [('db.', 2), ('db.', both)]),
+                ('', '', 'db', 0, [('db', 2), ('db', both)]),
+                ('', '', 'localhost', 0, [('localhost', 0)])):
+            self.set(socks, 'RESOLV_CONF', self.write('resolv.conf', conf))
+            self.set(socks, 'HOSTS_FILE', self.write('hosts', table))
+            socks.has_search_list.cache_clear()
+            socks.hosts_file_names.cache_clear()
+            with self.subTest(conf=conf, table=table, name=name):
+                self.assertEqual(self.ask(self.serve(), name, origin.port), reply)
+                self.assertEqual(sorted(asked), sorted(looked_up))
+            asked.clear()
+
+    def test_rules_and_search_lists(self):
+        """With rules, none is used: what is found would not be what was judged."""
+        self.set(socks, 'RESOLV_CONF', self.write('resolv.conf', 'search corp.test'))
+        asked = self.names(lambda name, family: [])
+        server = self.serve(rules=self.rules('deny to secret.corp.test\nallow to *'))
+        for name in ('secret', 'secret.corp.test', 'a.test'):
+            self.assertNotEqual(self.ask(server, name, 80), 0)
+        self.assertEqual({name for name, _ in asked}, {'secret.', 'a.test.'})
+
+
+    def test_what_is_no_name_is_not_looked_up(self):
+        """By none of the commands, in no version."""
+        asked = self.names(lambda *_: ['127.0.0.1'])
+        server = self.serve(tor_extensions=True, connect_timeout=PATIENCE)
+        client = self.enter(Associate(server))
+        for host in ('a\\.test', 'a/.test', 'x.oni\\111n', '[a.test]', 'a%.test', '\u00df.test'):
+            name = host.encode()
+            client.send(b'\0\0\0\3' + bytes([len(name)]) + name + b'\0\x09x')
+            for command in b'\1\2\xf0':
+                with self.subTest(host, command=command), Peer(server.server_address) as peer:
+                    peer.send(b'\5\1\0' + bytes([5, command, 0, 3, len(name)]) + name + b'\0\x09')
+                    peer.read(2)
+                    self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
+                with self.subTest(host, command4=command), Peer(server.server_address) as peer:
+                    peer.send(bytes([4, command, 0, 9, 0, 0, 0, 1, 0]) + name + b'\0')
+                    self.assertEqual(Response4.unpack(peer.read).code, 0x5b)
+        relay = next(item for item in server.loop.items if isinstance(item, socks.UdpRelay))
+        eventually(lambda: relay.dropped == 6)
+        self.assertEqual(asked, [])
+
+    def test_the_log_has_the_address(self):
+        """That was connected to; in a line of text only with every other step."""
+        self.names(lambda *_: ['127.0.0.2', '127.0.0.1'])
+        lines, handler = [], logging.Handler()
+        handler.emit = lambda record: lines.append(json.loads(socks.JsonFormatter().format(record)))
+        socks.log.addHandler(handler)
+        self.addCleanup(socks.log.removeHandler, handler)
+        self.addCleanup(socks.log.setLevel, socks.log.level)
+        socks.log.setLevel(logging.DEBUG)
+        server, origin, refused = self.serve(), self.origin(echo), self.refused_port()
+        connected = f'127.0.0.1:{origin.port}'
+        for host, port, expected in (
+                ('a.test', origin.port, connected), ('127.0.0.1', origin.port, connected),
+                ('127.1', origin.port, connected), ('a.test', refused, '')):
+            del lines[:], self.lines[:]
+            self.ask(server, host, port)
+            line = eventually(lambda: [line for line in lines if 'outcome' in line])[0]
+            with self.subTest(host, port=port):
+                self.assertEqual(line['target_address'], expected)
+                self.assertEqual(line['target'], f'{host}:{port}')
+                self.assertEqual(any(f'connected to {connected}' in line for line in self.lines),
+                                 bool(expected))
+
+    def test_look_ups_for_others(self):
+        """RESOLVE, too, has the first address that it may tell, and BIND asks in the same way."""
+        asked = self.names(lambda *_: ['127.0.0.2', '127.0.0.1'])
+        server = self.serve(tor_extensions=True, rules=self.rules(
+            'deny resolve to 127.0.0.2\nallow to *'))
+        for command in 0xF0, 2:
+            with Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                response = peer.ask(Request(command, Address('a.test.', 0)), Response)
+                self.assertEqual((response.reply, response.address.host), (0, '127.0.0.1'))
+        self.assertEqual(sorted(asked), [('a.test.', 2), ('a.test.', socket.AF_INET6)])
 
 
 class RulesTest(FileCase):
@@ -4355,6 +4716,85 @@ class UpstreamTest(Case):
             server = self.serve(upstream=upstream, rules=rules)
             with self.subTest(text, host=host), Peer(server.server_address) as peer:
                 self.assertEqual(peer.connect(host, origin.port).reply, reply)
+
+    def through(self, url, host, port, remote=False, **settings):
+        """The reply to a CONNECT through a server that uses the proxy at `url`; for a client that
+        seems to be on another host, if it is to be remote."""
+        loopback = (ipaddress.ip_network('127.0.0.0/8'),)
+        server = self.serve(upstream=tuple(socks.hops(url)), balancers=loopback * remote,
+                            **settings)
+        with Peer(server.server_address) as peer:
+            if remote:
+                peer.send(socks.ProxyHeader(
+                    Address('192.0.2.1', 1), Address('192.0.2.2', 2)).pack())
+            return peer.connect(host, port).reply
+
+    def test_what_we_resolve_is_judged(self):
+        """Each address, as without the other proxy; and it is asked for one that was."""
+        addresses = {'mine.test': ['127.0.0.1'], 'both.test': ['192.0.2.7', '127.0.0.1'],
+                     'some.test': ['192.0.2.8', '127.0.0.1']}
+        self.names(lambda name, _: addresses.get(name))
+        origin, last = self.origin(echo), self.serve()
+        for scheme in 'socks5', 'socks4':
+            url = f'{scheme}://{last.server_address}'
+            for host, rules, remote, reply in (
+                    ('mine.test', None, False, 0), ('mine.test', None, True, 2),
+                    ('localhost', None, True, 2), ('127.0.0.1', None, True, 2),
+                    ('mine.test', 'deny to 127.0.0.0/8|allow to *', False, 2),
+                    ('mine.test', 'allow to 127.0.0.0/8', False, 0),
+                    ('mine.test', 'allow to 127.0.0.0/8', True, 0),
+                    ('both.test', 'deny to 192.0.2.0/24|allow to *', False, 0),
+                    ('both.test', 'deny to both.test|allow to *', False, 2)):
+                settings = {'rules': tuple(socks.parse_rule(line, 'rule')
+                                           for line in rules.split('|'))} if rules else {}
+                with self.subTest(scheme, host=host, rules=rules, remote=remote):
+                    self.assertEqual(
+                        self.through(url, host, origin.port, remote, **settings), reply)
+
+    def test_the_next_address(self):
+        """If the other proxy cannot reach one, it is asked for the next."""
+        self.names(lambda name, _: ['127.0.0.2', '127.0.0.1'])
+        last, origin = self.serve(), self.origin(echo)
+        self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test', origin.port), 0)
+        self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test',
+                                      self.refused_port()), Reply.CONNECTION_REFUSED)
+
+    def test_names_of_the_other_proxy_itself(self):
+        """They are as local to it as its loopback addresses, as far as we know them."""
+        origin, last = self.origin(echo), self.serve()
+        for scheme in 'socks5h', 'socks4a':
+            url = f'{scheme}://{last.server_address}'
+            for host in ('localhost', 'LocalHost.', 'a.localhost', 'localhost.localdomain',
+                         'ip6-localhost', 'localhost4'):
+                with self.subTest(scheme, host=host):
+                    self.assertEqual(self.through(url, host, origin.port, True), 2)
+            self.assertEqual(self.through(url, 'localhost', origin.port, False), 0)
+            rules = tuple(socks.parse_rule(line, 'rule') for line in (
+                'deny to 127.0.0.0/8 ::1', 'allow to *'))
+            self.assertEqual(self.through(url, 'localhost', origin.port, False, rules=rules), 2)
+
+    def test_names_as_they_are_passed_on(self):
+        """With the final dot, and only what every proxy takes for the same name."""
+        for scheme, host, expected in (
+                ('socks5h', 'a.test.', '0501000307 612e746573742e 0050'),
+                ('socks5h', 'A.test', '0501000306 612e74657374 0050'),
+                ('socks5h', '127.1.', '05010001 7f000001 0050')):
+            scripted = self.enter(Scripted(['050100', '0500', expected, OK5]))
+            with self.subTest(host):
+                url = f'{scheme}://127.0.0.1:{scripted.port}'
+                self.assertEqual(self.through(url, host, 80), 0)
+                self.assertEqual(scripted.wrong, [])
+        origin = self.origin()
+        for scheme in 'socks5h', 'socks4a', 'http', 'socks5':
+            for host in ('a?.test', 'a#.test', 'a/.test', 'secret\\116.test', '[[10.0.0.4]]',
+                         'stra\u00dfe.test'):
+                with self.subTest(scheme, host=host), Peer(self.serve(upstream=tuple(socks.hops(
+                        f'{scheme}://127.0.0.1:{origin.port}'))).server_address) as peer:
+                    peer.ask(Greeting(b'\0'), Choice)
+                    name = host.encode()
+                    peer.send(b'\5\1\0\3' + bytes([len(name)]) + name + b'\0\x50')
+                    self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
+        self.assertEqual(origin.peers, [])
 
     def test_outcomes(self):
         """It is not we who refuse; and another proxy's words make no line of their own."""

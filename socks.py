@@ -53,7 +53,7 @@ import sys
 import threading
 import time
 from binascii import b2a_base64
-from collections import deque
+from collections import Counter, deque
 from queue import Empty, Queue
 from types import MappingProxyType
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -708,6 +708,7 @@ ATTEMPTS = 16                           # addresses of one name that are tried
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
+LOOPBACK6 = bytes(15) + b'\1'
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
 
@@ -1647,41 +1648,124 @@ class Settings(NamedTuple):
         return f'Settings({len(self.users)} users, {fields})'       # and no passwords
 
 
-# What only the proxy's own host should reach: itself, its link (there also live the metadata
-# services of clouds), groups, and addresses that are not one host's.
-LOCAL_NETWORKS = [ipaddress.ip_network(network) for network in (
+class NetworkMap:
+    """Values by ip_network.  A look-up takes the same time however many there are."""
+
+    def __init__(self):
+        self._tables = {4: {}, 16: {}}  # bytes of an address: {bits of the host: {network: values}}
+
+    def add(self, network, value):
+        network = plain_network(network)
+        shift = network.max_prefixlen - network.prefixlen
+        table = self._tables[network.max_prefixlen // 8].setdefault(shift, {})
+        table.setdefault(int(network.network_address) >> shift, []).append(value)
+
+    def find(self, packed):
+        """The values of all networks that have the IP address of these 4 or 16 bytes."""
+        number, found = int.from_bytes(packed, 'big'), []
+        for shift, table in self._tables[len(packed)].items():
+            found += table.get(number >> shift, ())
+        return found
+
+
+class Networks(tuple):
+    """ip_networks, which are compiled when the first address is looked up."""
+    _map = _local = None
+
+    def has(self, host):
+        """Whether the IP address `host` is in one of them."""
+        return bool(self) and self.has_bytes(ip_bytes(host))
+
+    def has_bytes(self, packed):
+        if self._map is None:
+            self._map = NetworkMap()
+            for network in self:
+                self._map.add(network, network)
+        return bool(self._map.find(packed))
+
+    @property
+    def local(self):
+        """Those that are inside of one of LOCAL_NETWORKS."""
+        if self._local is None:
+            self._local = Networks(filter(is_inside_local, map(plain_network, self)))
+        return self._local
+
+
+def plain_network(network):
+    """An ip_network; one of v4-mapped addresses as IPv4, as which we know those."""
+    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
+                                      network.prefixlen - 96))
+    return network
+
+
+# What only the proxy's own host should reach: itself, its link, the metadata services of clouds,
+# groups, and addresses that are not one host's.
+LOCAL_NETWORKS = Networks(map(ipaddress.ip_network, (
     '0.0.0.0/8', '127.0.0.0/8', '169.254.0.0/16', '224.0.0.0/4', '240.0.0.0/4',
-    '::/128', '::1/128', 'fe80::/10', 'ff00::/8', 'fd00:ec2::254/128')]
+    '::/128', '::1/128', 'fe80::/10', 'fec0::/10', 'ff00::/8',
+    '100.100.100.200/32', '168.63.129.16/32', '192.0.0.192/32',         # Alibaba, Azure, Oracle
+    'fd00:ec2::254/128', 'fd20:ce::254/128')))                          # Amazon, Google
 
 ZEROS = ('0.0.0.0', '::')
 
-# IPv6 networks whose addresses carry an IPv4 one: its place, in bytes.
-EMBEDDED = {
-    ipaddress.ip_network('::ffff:0:0/96'): 12,          # v4-mapped, RFC 4291
-    ipaddress.ip_network('::/96'): 12,                  # v4-compatible, RFC 4291
-    ipaddress.ip_network('64:ff9b::/96'): 12,           # NAT64, RFC 6052
-    ipaddress.ip_network('2002::/16'): 2,               # 6to4, RFC 3056
-}
+# How IPv6 addresses begin that carry an IPv4 address, and the places of its bytes.
+LAST = (12, 13, 14, 15)
+EMBEDDED = (
+    (V4_MAPPED, LAST),                                  # RFC 4291 section 2.5.5.2
+    (bytes(12), LAST),                                  # v4-compatible, RFC 4291 section 2.5.5.1
+    (bytes(8) + b'\xff\xff\0\0', LAST),                 # IPv4-translated, RFC 2765 section 2.1
+    (b'\0\x64\xff\x9b' + bytes(8), LAST),               # NAT64, RFC 6052 section 2.1
+    (b'\x20\x02', (2, 3, 4, 5)),                        # 6to4, RFC 3056 section 2
+    (b'\x20\x01\0\0', (4, 5, 6, 7)),                    # Teredo's server, RFC 4380 section 4
+)
+TEREDO = b'\x20\x01\0\0'                # the last bytes are the client's, inverted
+ISATAP = (b'\0\0\x5e\xfe', b'\2\0\x5e\xfe')             # before the last bytes, RFC 5214 section 6.1
+# Prefixes for a network's own NAT64 have several lengths (RFC 8215, RFC 6052 section 2.2).
+OWN_NAT64 = b'\0\x64\xff\x9b\0\1'
+OWN_NAT64_PLACES = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), LAST)
 
 
-@functools.lru_cache(4096)
-def with_embedded(host):
-    """The IP address `host`, and any IPv4 address within it, as ip_addresses."""
-    ip = ipaddress.ip_address(host)
-    return [ip] + [ipaddress.ip_address(ip.packed[place:place + 4])
-                   for network, place in EMBEDDED.items() if ip in network]
+def with_embedded(packed):
+    """The bytes of an IP address, and of each IPv4 address that may be within it."""
+    found = [packed]
+    if len(packed) == 16:
+        found += [bytes(map(packed.__getitem__, places)) for start, places in EMBEDDED
+                  if packed.startswith(start)]
+        if packed.startswith(TEREDO):
+            found.append(bytes(byte ^ 0xff for byte in packed[12:]))
+        if packed[8:12] in ISATAP:
+            found.append(packed[12:])
+        if packed.startswith(OWN_NAT64):
+            readings = [bytes(map(packed.__getitem__, places)) for places in OWN_NAT64_PLACES]
+            found += [reading for reading in readings if reading[0]]    # else it is the prefix
+    return found
+
+
+def is_inside_local(network):
+    """Whether an ip_network, or the IPv4 network that an IPv6 one is for, is in a local one."""
+    start, length = network.network_address.packed, network.prefixlen
+    readings = [network]
+    for prefix, places in EMBEDDED if network.version == 6 else ():
+        if start.startswith(prefix) and length >= 8 * places[0]:
+            part = bytes(map(start.__getitem__, places))
+            readings.append(ipaddress.IPv4Network((part, min(32, length - 8 * places[0]))))
+    return (length == network.max_prefixlen and is_local(ip_text(start))
+            or any(each.prefixlen >= local.prefixlen and each.network_address in local
+                   for each in readings for local in LOCAL_NETWORKS))
 
 
 @functools.lru_cache(4096)
 def is_local(host):
     """Whether the IP address `host`, or an IPv4 address within it, is in LOCAL_NETWORKS."""
-    return any(ip in network for ip in with_embedded(host) for network in LOCAL_NETWORKS)
+    return any(map(LOCAL_NETWORKS.has_bytes, with_embedded(ip_bytes(host))))
 
 
 @functools.lru_cache(4096)
 def is_loopback(host):
     """Whether the IP address `host` is of this host alone."""
-    return ipaddress.ip_address(host).is_loopback
+    packed = ip_bytes(host)
+    return packed[0] == 127 if len(packed) == 4 else packed == LOOPBACK6
 
 
 def is_ours(host):
@@ -1694,28 +1778,44 @@ def is_ours(host):
         return True
 
 
-def authorize(client, command, target, listeners):
+def authorize(client, command, target, listeners, rule=None):
     """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
 
     A client on this host may reach anything.  Any other must not use the proxy to reach
-    LOCAL_NETWORKS, or the proxy (`listeners`) itself; nor BIND for anybody, which is what a target
-    of zeros means there.
+    LOCAL_NETWORKS, nor BIND for anybody, which is what a target of zeros means there, unless the
+    `rule` that allows it is on a network for that; and never the proxy (`listeners`) itself.
     """
     if target.host in ZEROS and command != Command.BIND:
         raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
     if is_loopback(client.host):
         return
-    if is_local(target.host):
+    if is_local(target.host) and not (rule and rule.opens(target.host)):
         raise Refused(f'{target.host} is local to the proxy')
-    if any(target.port == listener.port for listener in listeners) and is_ours(target.host):
-        raise Refused(f'{target} is the proxy itself')
+    if any(target.port == port for _, port in listeners):
+        hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
+        for host, port in listeners:
+            if port == target.port and (
+                    host in hosts or host in ZEROS and any(map(is_ours, hosts))):
+                raise Refused(f'{target} is the proxy itself')
 
 
-@functools.lru_cache(4096)
-def is_in(host, networks):
-    """Whether the IP address `host` is in one of the ip_networks."""
-    ip = ipaddress.ip_address(host)
-    return any(ip in network for network in networks)
+class Names(tuple):
+    """Host names in lower case; one with a dot before it stands for itself and all below it."""
+    _known = None
+
+    def has(self, name):
+        if self._known is None:
+            self._known = frozenset(self)
+        return not self._known.isdisjoint(name_keys(name))
+
+
+def name_keys(name):
+    """What `Names` may have that stands for `name`."""
+    keys, dot = [name, '.' + name], name.find('.')
+    while dot >= 0:
+        keys.append(name[dot:])
+        dot = name.find('.', dot + 1)
+    return keys
 
 
 class Rule(NamedTuple):
@@ -1739,53 +1839,143 @@ class Rule(NamedTuple):
     ports: Tuple = ()
     place: str = 'a rule'
 
+    def compiled(self):
+        """The same rule, for `Rules`."""
+        return self._replace(users=frozenset(self.users), clients=Networks(self.clients),
+                             names=Names(self.names), networks=Networks(self.networks))
+
+    @property
+    def is_for_all_hosts(self):
+        return not (self.names or self.networks)
+
+    def is_for_client(self, client):
+        return ((not self.users or client.user in self.users)
+                and (not self.clients or self.clients.has(client.address.host)))
+
     def concerns(self, client, port):
         """Whether it is for what `client` wants, as far as that is not the host."""
         return ((not self.commands or client.command in self.commands)
-                and (not self.users or client.user in self.users)
-                and (not self.clients or is_in(client.address.host, self.clients))
-                and (not self.ports or any(low <= port <= high for low, high in self.ports)))
+                and (not self.ports or any(low <= port <= high for low, high in self.ports))
+                and self.is_for_client(client))
 
-    def is_for_name(self, name):
-        return any(('.' + name).endswith(each) if each[0] == '.' else name == each
-                   for each in self.names)
-
-    def is_for_host(self, host, name):
-        """`host` is an IP address; `name` the name that stands for it, or None.
-
-        Who denies a network denies the ways around it as well.
-        """
-        if not (self.names or self.networks) or name and self.is_for_name(name):
+    def is_for_host(self, hosts, name):
+        """`hosts` is what asked_hosts() gives; `name` the name that was asked for, or None."""
+        if self.is_for_all_hosts or name and self.names.has(name):
             return True
-        hosts = [host] if self.allow else map(str, with_embedded(host))
-        return any(is_in(each, self.networks) for each in hosts)
+        return any(map(self.networks.has_bytes, hosts[not self.allow]))
+
+    def opens(self, host):
+        """Whether it is on a network for what is local; for zeros, on one that has them."""
+        networks = self.networks if host in ZEROS else self.networks.local
+        return any(map(networks.has_bytes, asked_hosts(host)[0]))
 
 
-def first_rule(rules, client, target, name=None):
-    """The rule that decides about an IP address, asked for by `name` or not; Refused without one.
+def asked_hosts(host):
+    """The bytes of the addresses by which rules allow the IP address `host`, and of those by which
+    they deny it: who denies a network denies the ways around it as well.
+
+    Zeros, which stand for anybody, are allowed by those of either family.
     """
-    for rule in rules:
-        if rule.concerns(client, target.port) and rule.is_for_host(target.host, name):
-            return rule
-    raise Refused(f'no rule is for {target}')
+    packed = ip_bytes(host)
+    return [bytes(4), bytes(16)] if host in ZEROS else [packed], with_embedded(packed)
 
 
-def judge_name(rules, client, target, is_final):
-    """Raise Refused if whatever address a name may have, `client` may not reach it.
+class Rules(tuple):
+    """`Rule`s, compiled; the first one that matches decides.
 
-    So what is forbidden is not even looked up.  `is_final`: nor will it be, and its address cannot
-    be what makes it allowed.
+    Each is filed under the rarest of its conditions, so that few need to be looked at.
     """
-    for rule in rules:
-        if not rule.concerns(client, target.port):
-            continue
-        is_for_it = not (rule.names or rule.networks) or rule.is_for_name(target.host)
-        if is_for_it and not rule.allow:
-            raise Refused(f'{rule.place} denies {target}')
-        may_be_in_there = rule.allow and rule.networks and not is_final
-        if is_for_it or may_be_in_there:
-            return
-    raise Refused(f'no rule is for {target}')
+    PORTS = 128                         # a rule is not filed under more
+
+    def __new__(cls, rules):
+        return super().__new__(cls, (rule.compiled() for rule in rules))
+
+    def __init__(self, _):
+        super().__init__()
+        self._users, self._names, self._ports = {}, {}, {}      # numbers of rules by condition
+        self._clients, self._networks = NetworkMap(), NetworkMap()
+        self._always, openers = [], {}
+        conditions = [self._conditions(rule) for rule in self]
+        count = Counter(key for choice in conditions for keys in choice for key in keys)
+        for number, choice in enumerate(conditions):
+            rarest = min(choice, default=(), key=lambda keys: max(map(count.get, keys)))
+            for kind, key in rarest:
+                self._file(kind, key, number)
+            if not rarest:
+                self._always.append(number)
+            rule = self[number]
+            if rule.allow and rule.networks and rarest[0][0] in ('names', 'networks'):
+                openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports), number)
+        # Of those for the same clients and ports, one is enough for a name to be looked up.
+        self._openers = openers.values()
+        self._general = [rule for rule in self
+                         if rule.allow or rule.is_for_all_hosts and not rule.ports]
+
+    def _conditions(self, rule):
+        """Lists of (kind, key).  The rule matches only if of each list at least one is met."""
+        ports = [port for low, high in rule.ports
+                 for port in range(low, min(high, low + self.PORTS) + 1)]
+        choice = ([('users', user) for user in rule.users],
+                  [('clients', network) for network in rule.clients],
+                  [('names', name) for name in rule.names]
+                  + [('networks', network) for network in rule.networks],
+                  [('ports', port) for port in ports if len(ports) <= self.PORTS])
+        return [keys for keys in choice if keys]
+
+    def _file(self, kind, key, number):
+        filed = getattr(self, '_' + kind)
+        if isinstance(filed, NetworkMap):
+            filed.add(key, number)
+        else:
+            filed.setdefault(key, []).append(number)
+
+    def _candidates(self, client, port, name, *more):
+        """The rules that may match, in their order."""
+        numbers = {*self._always, *self._users.get(client.user, ()), *self._ports.get(port, ()),
+                   *self._clients.find(ip_bytes(client.address.host))}
+        for key in name_keys(name) if name and self._names else ():
+            numbers.update(self._names.get(key, ()))
+        return map(self.__getitem__, sorted(numbers.union(*more)))
+
+    def first(self, client, target, name=None):
+        """The rule that decides about an IP address, asked for by `name` or not; None without one.
+        """
+        hosts = asked_hosts(target.host)
+        found = map(self._networks.find, {*hosts[0], *hosts[1]})
+        for rule in self._candidates(client, target.port, name, *found):
+            if rule.concerns(client, target.port) and rule.is_for_host(hosts, name):
+                return rule
+        return None
+
+    def first_for_name(self, client, target, is_final):
+        """The rule that decides about a name, or may allow an address that it has; None without one.
+
+        So what is forbidden is not even looked up.  `is_final`: nor is anything else, here, and no
+        rule on networks can allow it.
+        """
+        name, openers = target.host, () if is_final else self._openers
+        for rule in self._candidates(client, target.port, name, openers):
+            if rule.concerns(client, target.port) and (
+                    rule.is_for_all_hosts or rule.names.has(name)
+                    or rule.allow and rule.networks and not is_final):
+                return rule
+        return None
+
+    def may_allow(self, client, command):
+        """Whether there may be a target for which the client may use the command."""
+        for rule in self._general:
+            if (not rule.commands or command in rule.commands) and rule.is_for_client(client):
+                return rule.allow
+        return False
+
+
+def allowing(rule, target):
+    """`rule`, which decides about `target`; Refused unless there is one and it allows it."""
+    if not rule:
+        raise Refused(f'no rule is for {target}')
+    if not rule.allow:
+        raise Refused(f'{rule.place} denies {target}')
+    return rule
 
 
 RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
@@ -1839,12 +2029,8 @@ def parse_ports(word, place):
 
 
 def parse_network(text):
-    """The ip_network of a text, one of v4-mapped addresses as IPv4, as which we know those."""
-    network = ipaddress.ip_network(text.strip('[]'))
-    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
-        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
-                                      network.prefixlen - 96))
-    return network
+    """The ip_network of a text, one of v4-mapped addresses as IPv4."""
+    return plain_network(ipaddress.ip_network(text.strip('[]')))
 
 
 def parse_host(word, place, section):
@@ -3790,7 +3976,7 @@ class Negotiation(Login):
     def prepare(self):
         """What comes before the first byte of SOCKS."""
         settings = self.settings
-        if settings.balancers and is_in(self.client.peer.host, settings.balancers):
+        if settings.balancers and settings.balancers.has(self.client.peer.host):
             header = yield from ExactStream(self.request, after(PROXY_TIMEOUT)).read(
                 ProxyHeader.unpack)
             if header.source:
@@ -3798,7 +3984,7 @@ class Negotiation(Login):
                 self.reached = header.destination
         self.server.admit(self.client)
         if settings.trusted:
-            self.is_known = is_in(self.client.address.host, settings.trusted)
+            self.is_known = settings.trusted.has(self.client.address.host)
         if settings.tls:
             yield from self.secure()
 
@@ -3937,11 +4123,19 @@ class Handler(Negotiation):
             except (*BLOCKED, ConnectionError):     # he has left already
                 continue
             address = Address.of(address)
-            if any(host in (address.host, *ZEROS) for host in expected):
+            if self.is_expected(address, expected):
                 peer.setblocking(False)
                 return peer, address
             stranger = address
             peer.close()
+
+    def is_expected(self, peer, expected):
+        """Whether BIND waits for a peer from this address: zeros are for all whom no rule denies.
+        """
+        rules = self.server.settings.rules
+        rule = rules.first(self.client, peer) if rules else None
+        return (peer.host in expected
+                or not set(expected).isdisjoint(ZEROS) and not (rule and not rule.allow))
 
     def do_UDP_ASSOCIATE(self, request):
         """Relay datagrams; DST may be where the client will send from, or anything."""
@@ -4033,7 +4227,8 @@ class Handler(Negotiation):
 
 
 def prepared(settings):
-    """The settings with users as bytes; OSError if `source` is not ours, or GSSAPI has no keys."""
+    """The settings with users as bytes, networks and rules compiled; OSError if `source` is not
+    ours, or GSSAPI has no keys."""
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
@@ -4042,7 +4237,10 @@ def prepared(settings):
             pass
     users = {encoded(name): encoded(password)
              for name, password in settings.users.items()}
-    return settings._replace(users=MappingProxyType(users))
+    return settings._replace(
+        users=MappingProxyType(users), clients=Networks(settings.clients),
+        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
+        rules=None if settings.rules is None else Rules(settings.rules))
 
 
 def clients_possible():
@@ -4262,7 +4460,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def admit(self, client):
         """Raise Refused unless `client` may use the server at all."""
         settings = self.settings
-        if settings.clients and not is_in(client.address.host, settings.clients):
+        if settings.clients and not settings.clients.has(client.address.host):
             raise Refused('not from the networks served')
         if settings.max_per_client:
             self.roster.count(client, settings.max_per_client)
@@ -4399,27 +4597,22 @@ class Server(Acceptor):
         """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP
         address, for which it asked by `name`, if it did.
 
-        Only a rule on a network can allow what is local to the proxy.
+        Only a rule on a network inside of a local one can allow what is local to the proxy.
         """
         rule = self.judge(client, target, name)
-        if not (rule and rule.networks and is_in(target.host, rule.networks)
-                and target.host not in ZEROS):
-            authorize(client.address, client.command, target, self.addresses)
+        authorize(client.address, client.command, target, self.addresses, rule)
 
     def judge(self, client, target, name=None):
         """Raise Refused if the rules do not allow it; else the one that does, or None."""
-        if self.settings.rules is None:
-            return None
-        rule = first_rule(self.settings.rules, client, target, name)
-        if not rule.allow:
-            raise Refused(f'{rule.place} denies {target}')
-        return rule
+        rules = self.settings.rules
+        return None if rules is None else allowing(rules.first(client, target, name), target)
 
     def judge_name(self, client, target):
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
-            judge_name(settings.rules, client, target, bool(settings.upstream))
+            is_final = bool(settings.upstream)
+            allowing(settings.rules.first_for_name(client, target, is_final), target)
 
     def reconfigure(self, settings):
         """Have other settings from now on: who is served goes on, datagrams are judged anew."""

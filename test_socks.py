@@ -525,9 +525,16 @@ NO_NAMES = ['', '.', 'a..', 'a..b', '.a', '127.0.0.1..',
 
 LOCAL = ['127.0.0.1', '127.1.2.3', '0.0.0.0', '0.1.2.3', '169.254.169.254', '224.0.0.1',
          '255.255.255.255', '::', '::1', 'fe80::1', 'ff02::1', 'fd00:ec2::254', '::ffff:127.0.0.1',
-         '::127.0.0.1', '64:ff9b::7f00:1', '2002:7f00:1::', '2002:a9fe:a9fe::1']
+         '::127.0.0.1', '64:ff9b::7f00:1', '2002:7f00:1::', '2002:a9fe:a9fe::1',
+         '::ffff:0:127.0.0.1', '2001:db8::5efe:127.0.0.1', '2001:db8::200:5efe:169.254.1.1',
+         '2001:0:7f00:1::', '2001:0:102:304::80ff:fffe', '64:ff9b:1::7f00:1',
+         '64:ff9b:1:7f00:0:100::', '64:ff9b:1:7f:0:1::', '64:ff9b:1:0:7f:0:100:0',
+         'fec0::1', 'fd20:ce::254', '100.100.100.200', '192.0.0.192', '168.63.129.16',
+         '64:ff9b::6464:64c8']
 NOT_LOCAL = ['10.0.0.1', '192.168.1.1', '1.2.3.4', '128.0.0.1', '2001:db8::1', 'fd00::1',
-             '64:ff9b::102:304', '2002:102:304::1', '::ffff:1.2.3.4']
+             '64:ff9b::102:304', '2002:102:304::1', '::ffff:1.2.3.4', '64:ff9b:1::102:304',
+             '2001:db8::5efe:1.2.3.4', '2001:0:102:304::fefd:fcfb', '2001:db8::7f00:1',
+             '100.100.100.201', '192.0.0.1', '168.63.129.17', 'fd20:ce::253']
 
 
 class SocketsTest(Case):
@@ -3293,6 +3300,22 @@ JUDGED = [
     ('-', '192.0.2.1', 'CONNECT', '', '64:ff9b::c633:6407', 1, False),
 ]
 
+# What a rule allows, a target, and whether a client from elsewhere may reach it.
+OPENED = [
+    ('*', '127.0.0.1', False), ('0.0.0.0/0', '127.0.0.1', False), ('::/0', '::1', False),
+    ('10.0.0.0/8', '127.0.0.1', False), ('127.0.0.0/8', '127.0.0.1', True),
+    ('127.0.0.1', '127.0.0.1', True), ('::ffff:127.0.0.0/104', '127.0.0.1', True),
+    ('126.0.0.0/7', '127.0.0.1', False), ('169.254.169.254', '169.254.169.254', True),
+    ('100.64.0.0/10', '100.100.100.200', False), ('100.100.100.200', '100.100.100.200', True),
+    ('fd00::/8', 'fd00:ec2::254', False), ('fd00::/8', 'fd00::1', True),
+    ('64:ff9b::/96', '64:ff9b::7f00:1', False), ('64:ff9b::/96', '64:ff9b::102:304', True),
+    ('64:ff9b::7f00:0/104', '64:ff9b::7f00:1', True), ('2002::/16', '2002:7f00:1::', False),
+    ('127.0.0.0/8', '64:ff9b::7f00:1', False), ('2002:7f00::/24', '2002:7f00:1::', True),
+    ('64:ff9b:1::/48', '64:ff9b:1::7f00:1', False), ('10.0.0.0/8', '10.0.0.1', True),
+    ('64:ff9b:1::7f00:1', '64:ff9b:1::7f00:1', True), ('fe80::/16', 'fe80::1', True),
+    ('127.0.0.0/8 0.0.0.0/0', '127.0.0.1', True), ('0.0.0.0/0', '1.2.3.4', True),
+]
+
 WRONG_RULES = [
     ('permit to *', "f:1: 'permit', expected allow or deny"),
     ('\n\nallow', 'f:3: expected "to"'), ('allow to', 'f:1: expected "to"'),
@@ -3332,19 +3355,20 @@ class FileCase(Case):
 
 class RulesTest(FileCase):
 
+    def client(self, host='192.0.2.1', command='CONNECT', user='-'):
+        client = socks.Client(None, Address(host, 1))
+        client.command, client.user = socks.Command[command], user
+        return client
+
     def test_rules(self):
-        rules = self.rules(RULES)
+        rules = socks.Rules(self.rules(RULES))
         for user, host, command, name, address, port, expected in JUDGED:
-            client = socks.Client(None, Address(host, 1))
-            client.user, client.command = user, socks.Command[command]
+            client = self.client(host, command, user)
             with self.subTest(user=user, host=host, command=command, name=name, address=address):
-                allowed = False
-                with contextlib.suppress(socks.Refused):
-                    if name:
-                        socks.judge_name(rules, client, Address(name, port), False)
-                    allowed = socks.first_rule(rules, client, Address(address, port),
-                                               name or None).allow
-                self.assertEqual(allowed, expected)
+                rule = rules.first(client, Address(address, port), name or None)
+                if name and rule and rule.allow:
+                    rule = rules.first_for_name(client, Address(name, port), False)
+                self.assertEqual(bool(rule and rule.allow), expected)
 
     def test_wrong_rules(self):
         for text, message in WRONG_RULES:
@@ -3377,18 +3401,110 @@ class RulesTest(FileCase):
                 self.assertEqual(self.peer(server.server_address).connect(host, origin.port).reply,
                                  reply)
 
-    def test_only_a_rule_on_a_network_opens_what_is_local(self):
-        remote = socks.Client(None, Address('192.0.2.1', 1))
-        remote.command = socks.Command.CONNECT
-        for rules, allowed in (('allow to *', False), ('allow to 127.0.0.0/8', True),
-                               ('allow to 0.0.0.0/0', True), ('allow to 10.0.0.0/8', False)):
-            server = self.serve(rules=self.rules(rules))
-            with self.subTest(rules):
-                check = contextlib.suppress() if allowed else self.assertRaises(socks.Refused)
-                with check:
-                    server.authorize(remote, Address('127.0.0.1', 1))
+    def test_only_a_network_inside_of_a_local_one_opens_what_is_local(self):
+        remote = self.client()
+        for to, host, allowed in OPENED:
+            server = self.serve(rules=self.rules(f'allow to {to}'))
+            with self.subTest(to, host=host):
+                with contextlib.suppress() if allowed else self.assertRaises(socks.Refused):
+                    server.authorize(remote, Address(host, 1))
+        with self.assertRaises(socks.Refused):
+            server.authorize(remote, Address('0.0.0.0', 80))
+
+    def test_no_rule_opens_the_proxy_itself(self):
+        server = self.serve(rules=self.rules('allow to 127.0.0.0/8 ::/0 64:ff9b::7f00:0/104'))
+        port = server.server_address.port
+        for host in '127.0.0.1', '64:ff9b::7f00:1':
+            server.authorize(self.client(), Address(host, 1))
+            with self.subTest(host), self.assertRaisesRegex(socks.Refused, 'the proxy itself'):
+                server.authorize(self.client(), Address(host, port))
+
+    def test_bind_for_anybody(self):
+        """A remote client needs a rule that names the network of all."""
+        for text, host, allowed in (
+                ('allow bind to 0.0.0.0/0', '0.0.0.0', True), ('allow to *', '0.0.0.0', False),
+                ('allow bind to ::/0', '::', True), ('allow bind to ::/0', '0.0.0.0', True),
+                ('allow bind to 10.0.0.0/8', '0.0.0.0', False),
+                ('deny bind to 0.0.0.0/0\nallow to 0.0.0.0/0', '0.0.0.0', False)):
+            server = self.serve(rules=self.rules(text))
+            with self.subTest(text, host=host):
+                with contextlib.suppress() if allowed else self.assertRaises(socks.Refused):
+                    server.authorize(self.client(command='BIND'), Address(host, 0))
                 with self.assertRaises(socks.Refused):
-                    server.authorize(remote, Address('0.0.0.0', 80))
+                    server.authorize(self.client(), Address(host, 80))
+        with self.assertRaises(socks.Refused):
+            self.serve().authorize(self.client(command='BIND'), Address('0.0.0.0', 0))
+
+    def test_bind_for_anybody_but_some(self):
+        server = self.serve(rules=self.rules('deny to 127.0.0.2\nallow bind to 0.0.0.0/0'))
+        client = self.peer(server.server_address)
+        client.ask(Greeting(b'\0'), Choice)
+        address = client.ask(Request(2, Address('0.0.0.0', 0)), Response).address
+        with Peer(address, ('127.0.0.2', 0)) as denied:
+            self.assertEqual(denied.rest(), b'')
+        with Peer(address, ('127.0.0.3', 0)):
+            self.assertEqual(Response.unpack(client.read).address.host, '127.0.0.3')
+
+    def test_whether_anything_may_be_allowed(self):
+        for text, allowed in (
+                ('deny udp to *\nallow to *', False), ('allow connect to *', False), ('', False),
+                ('deny udp to 10.0.0.0/8\nallow udp to *', True), ('allow to .example', True),
+                ('allow user bob to *\ndeny to *', False), ('deny to * 53\nallow to *', True)):
+            with self.subTest(text):
+                self.assertEqual(socks.Rules(self.rules(text)).may_allow(
+                    self.client(), socks.Command.UDP_ASSOCIATE), allowed)
+
+    def test_order_of_many(self):
+        """Compiled rules judge as rules do one by one."""
+        source = random.Random(3)
+        pick = source.choice
+        lines = []
+        for _ in range(400):
+            to = pick(('*', '10.%d.0.0/16 .n%d.example' % (pick(range(9)), pick(range(9))),
+                       'n%d.example' % pick(range(9)), '10.%d.2.0/24' % pick(range(9))))
+            lines.append(' '.join((pick(('allow', 'deny')), pick(('', 'connect', 'udp bind')),
+                                   pick(('', 'user u%d' % pick(range(9)))),
+                                   pick(('', 'from 192.0.2.%d/31' % (2 * pick(range(9))))), 'to', to,
+                                   pick(('', '%d' % pick(range(9)), '4-8', '0-9999')))))
+        rules = self.rules('\n'.join(lines))
+        for start in range(0, 400, 20):
+            part = rules[start:start + 20]
+            compiled = socks.Rules(part)
+            for _ in range(100):
+                client = self.client('192.0.2.%d' % pick(range(18)),
+                                     pick(('CONNECT', 'BIND')), 'u%d' % pick(range(9)))
+                name = pick((None, 'n%d.example' % pick(range(9)), 'a.n2.example'))
+                target = Address('10.%d.%d.1' % (pick(range(9)), pick(range(4))), pick(range(9)))
+                hosts = socks.asked_hosts(target.host)
+                expected = [rule for rule in map(socks.Rule.compiled, part)
+                            if rule.concerns(client, target.port)
+                            and rule.is_for_host(hosts, name)]
+                self.assertEqual(compiled.first(client, target, name), next(iter(expected), None))
+
+    def test_many_rules_cost_little(self):
+        """A thousand of any kind; the time is that of one processor, and of the best of three."""
+        kinds = {
+            'networks': 'deny to 203.0.{}.{}/32', 'names': 'deny to .n{}-{}.example',
+            'users': 'allow user u{}-{} to *', 'clients': 'allow from 203.0.{}.{} to *',
+            'users and a network': 'allow user u{}-{} to 10.0.0.0/8',
+            'networks and a user': 'allow user bob to 203.0.{}.{}', 'ports': 'deny to * 1{}{}'}
+        for kind, text in kinds.items():
+            rules = socks.Rules(self.rules('\n'.join(
+                text.format(number // 200, number % 200) for number in range(1000))))
+            clients = [self.client(user='x')] * 500
+            targets = [Address(f'10.1.{n >> 8}.{n & 255}', 443) for n in range(500)]
+            names = [Address(f'host{n}.example.org', 443) for n in range(500)]
+            rules.first(clients[0], targets[0], 'a')            # now they are compiled
+            seconds = []
+            for _ in range(3):
+                start = time.thread_time() if hasattr(time, 'thread_time') else time.process_time()
+                for client, target, name in zip(clients, targets, names):
+                    rules.first_for_name(client, name, False)
+                    rules.first(client, target, name.host)
+                seconds.append((time.thread_time() if hasattr(time, 'thread_time')
+                                else time.process_time()) - start)
+            with self.subTest(kind):
+                self.assertLess(min(seconds) / 500, 50e-6)
 
     def test_lookups(self):
         """Those for Tor's programs are judged as well."""

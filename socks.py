@@ -666,7 +666,8 @@ class ProxyHeader(NamedTuple):
         if words[:2] == ['PROXY', 'UNKNOWN']:
             return cls()
         size = {'TCP4': 4, 'TCP6': 16}.get(words[1] if len(words) == 6 else '')
-        if (words[0] != 'PROXY' or any(len(ip_bytes(host) or b'') != size for host in words[2:4])
+        if (words[0] != 'PROXY' or not size
+                or any('%' in host or len(ip_bytes(host) or b'') != size for host in words[2:4])
                 or not all(re.match('[0-9]{1,5}$', port) and int(port) < 65536
                            for port in words[4:])):
             raise ProtocolError(f'PROXY line {line!r} is malformed')
@@ -722,6 +723,7 @@ def plain_ip(host):
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
 
 
+@functools.lru_cache(4096)
 def client_key(host):
     """What counts as one client in every limit: an IPv4 address, or the /64 network of an IPv6
     address, since whoever has one address of such a network has them all."""
@@ -1611,9 +1613,12 @@ class Settings(NamedTuple):
     udp_timeout         for an association without datagrams
     drain_timeout       for clients that are served when the server is to stop
     max_clients         clients at once; further ones wait in the listen queue
-    max_per_client      connections at once from one IP address; further ones are closed
-    max_handshakes      clients at once that have not said yet what they want; the one that has
-                        taken longest makes room
+    max_per_client      connections at once from one client, an IPv4 address or an IPv6 /64;
+                        further ones are closed; None: half of max_clients, at least 64, but any
+                        number from this host
+    max_handshakes      clients at once that have not said yet what they want; the one that makes
+                        room is of the address that has most, and has taken longest; 0: half of
+                        max_clients, at least 64
     """
     users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
@@ -1639,7 +1644,7 @@ class Settings(NamedTuple):
     udp_timeout: float = 300.0
     drain_timeout: float = 0.0
     max_clients: int = 0
-    max_per_client: int = 0
+    max_per_client: Optional[int] = None
     max_handshakes: int = 0
 
     def __repr__(self):
@@ -2079,6 +2084,7 @@ class Hashed:
 
     def __init__(self, text):
         import hashlib                  # here, because few servers need it
+        self._text = text
         self._method, parameters, salt, digest = text.split(':')
         self._parameters = [int(number) for number in parameters.split('-')]
         self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
@@ -2090,6 +2096,12 @@ class Hashed:
                 and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64):
             raise ValueError(self._method)
         self._right = None
+
+    def __eq__(self, other):
+        return isinstance(other, Hashed) and self._text == other._text
+
+    def __hash__(self):
+        return hash(self._text)
 
     @classmethod
     def make(cls, password):
@@ -2148,46 +2160,72 @@ def read_users(path):
     return users
 
 
-def authenticate(users, credentials, until=None, is_hopeless=lambda: False):
-    """Conversation: whether `credentials` are one of the users'.
+class Users(dict):
+    """Passwords by user name, all bytes; or a `Hashed` in place of a password."""
 
-    Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at once.
-    """
-    import hmac                         # here, because few servers need it and it is large
-    password = users.get(credentials.username)
-    is_user = password is not None
-    if not is_user:                     # let it take as long as if it were
-        password = next((each for each in users.values() if isinstance(each, Hashed)), b'')
-    if isinstance(password, Hashed):
+    def __init__(self, users=()):
+        super().__init__((encoded(name), encoded(password))
+                         for name, password in dict(users).items())
+        self._decoy = next((each for each in self.values() if isinstance(each, Hashed)), None)
+
+    def verify(self, credentials, until=None, is_hopeless=lambda: False):
+        """Conversation: whether `credentials` are those of a user.
+
+        Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at
+        once.  A failure takes that work for any user, even one that there is not, if it does for
+        one: else its time would tell who has a hashed password.
+        """
+        import hmac                     # here, because few servers need it and it is large
+        given, password = credentials.password, self.get(credentials.username)
+        if isinstance(password, Hashed):
+            if password.is_known(given):
+                return True
+        elif hmac.compare_digest(given, password or b'') and password is not None:
+            return True
+        hashed = password if isinstance(password, Hashed) else self._decoy
+
         def verify():                   # it may be known by now
-            return (password.is_known(credentials.password)
-                    or not is_hopeless() and password.verify(credentials.password))
+            return (hashed is password and hashed.is_known(given)
+                    or not is_hopeless() and hashed.verify(given))
 
-        same = password.is_known(credentials.password) or (yield Call(verify, until, True))
-    else:
-        same = hmac.compare_digest(credentials.password, password)
-    return same and is_user
+        same = hashed and (yield Call(verify, until, True))
+        return bool(same) and hashed is password
 
 
 class Failures:
-    """How often each client failed to log in of late."""
+    """How often logins failed of late, by client (see client_key) and user name."""
     LIMIT, WINDOW = 30, 60.0            # failures, seconds
-    ROOM = 4096                         # clients that are remembered
+    CLIENT_LIMIT = 300                  # with whatever user names; many may share an address
+    ROOM = 16384                        # counts that are remembered
 
     def __init__(self):
-        self._since = {}                # by client: [when the first one was, how many there were]
+        self._since = {}                # [when the first one was, how many there were]
 
-    def note(self, host):
-        key, now = client_key(host), time.monotonic()
-        if now > self._since.get(key, (now, 0))[0] + self.WINDOW:
-            del self._since[key]
-        if len(self._since) >= self.ROOM:
-            del self._since[next(iter(self._since))]
-        self._since.setdefault(key, [now, 0])[1] += 1
+    def _counts(self, key, user):
+        """What is counted of such a login, and up to which number."""
+        return ((key, user), self.LIMIT), ((key, None), self.CLIENT_LIMIT)
 
-    def too_many(self, host):
-        since, count = self._since.get(client_key(host), (0, 0))
-        return count >= self.LIMIT and time.monotonic() <= since + self.WINDOW
+    def note(self, key, user):
+        """Count a failure; (user or None for all, how many) for each limit that it reaches."""
+        now, reached = time.monotonic(), []
+        for each, limit in self._counts(key, user):
+            if now > self._since.get(each, (now, 0))[0] + self.WINDOW:
+                del self._since[each]
+            if len(self._since) >= self.ROOM and each not in self._since:
+                del self._since[next(iter(self._since))]
+            count = self._since.setdefault(each, [now, 0])
+            count[1] += 1
+            if count[1] == limit:
+                reached.append((each[1], limit))
+        return reached
+
+    def too_many(self, key, user):
+        now = time.monotonic()
+        for each, limit in self._counts(key, user):
+            since, count = self._since.get(each, (0, 0))
+            if count >= limit and now <= since + self.WINDOW:
+                return True
+        return False
 
 
 # ------------------------------------------------------------------------------------------ loops
@@ -2470,7 +2508,7 @@ class Task:
             self._call = wish
             try:
                 crew = self.loop.costly_crew if wish.is_costly else self.loop.crew
-                crew.run(self.client.address.host, self._work, wish)
+                crew.run(self.client.key, self._work, wish)
             except RuntimeError as error:           # no thread to be had
                 self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
         else:
@@ -2915,7 +2953,7 @@ class Routes:
         if literal:
             return self._found(header, [address], None)
         try:
-            self.relay.loop.crew.run(self.relay.client.address.host, self._look_up, header, address)
+            self.relay.loop.crew.run(self.relay.client.key, self._look_up, header, address)
         except RuntimeError:            # no thread to be had
             self._found(header, [], None)
 
@@ -3758,13 +3796,14 @@ class Line(NamedTuple):
 class Client:
     """What is known of one client, from accept to the log line at its end."""
     linger = 0                          # see `Carried`
-    __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
+    __slots__ = ('server', 'address', 'peer', 'key', 'is_counted', 'protocol', 'user', 'command',
                  'target', 'started')
 
     def __init__(self, server, address):
         self.server = server
         self.address = address          # a load balancer may tell of another than the peer's
         self.peer = address
+        self.key = client_key(address.host)
         self.is_counted = False         # see `Roster`
         self.protocol = self.user = self.target = '-'
         self.command = None             # a `Command`
@@ -3802,7 +3841,8 @@ class Login(socketserver.BaseRequestHandler):
         self.stream = Stream(request, after(self.settings.handshake_timeout))
         self.connection = request       # what carries the bytes: the socket, or a layer over it
         self.reached = None             # where, if a load balancer says so
-        self.is_known = False           # and needs no password
+        self.is_known = False           # it has shown who it is
+        self.login = None               # by a password: (user name, password), see `Users`
         self.answer_form = None         # (reply, bound address) -> the message that says so now
         self.outcome = None             # the end of the client's log line; None: no line
 
@@ -3812,28 +3852,40 @@ class Login(socketserver.BaseRequestHandler):
         if first != TLS_HANDSHAKE:      # who speaks SOCKS would wait for us, and we for more
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
-        tls = Secure(self.request, self.settings.tls, server_side=True)
+        tls = Secure(self.request, self.server.settings.tls or self.settings.tls, server_side=True)
         yield from tls.handshake(self.stream.until)
         self.stream = Stream(tls, self.stream.until, self.request)
         self.connection = tls
-        subject = dict(pair for part in tls.peer_certificate().get('subject', ()) for pair in part)
+        subject = [pair for part in tls.peer_certificate().get('subject', ()) for pair in part]
+        names = [value for name, value in subject if name == 'commonName']
+        if len(names) > 1:
+            raise ProtocolError(f'a certificate with {len(names)} common names, expected one')
         if subject:
-            self.client.user = shown(subject.get('commonName', ''))
-            self.is_known = True
+            self.know(*names or [''])
+
+    def know(self, user):
+        """The client has shown who it is; if it does so in several ways, the first one counts."""
+        if not self.is_known:
+            self.client.user = shown(user)
+        self.is_known = True
 
     @property
     def needs_login(self):
-        return bool(self.settings.users or self.settings.gssapi) and not self.is_known
+        """By the settings of now, which may be others than when the client came."""
+        settings = self.server.settings
+        return bool(settings.users or settings.gssapi) and not (
+            self.is_known or settings.trusted.has(self.client.address.host))
 
     def choose(self, offered):
         """The authentication method to use, of those offered.
 
         A client that needs no password but insists on one may send any.
         """
-        methods = [] if self.needs_login else [Method.NO_AUTHENTICATION]
-        if self.settings.gssapi:
+        settings, needs_login = self.server.settings, self.needs_login
+        methods = [] if needs_login else [Method.NO_AUTHENTICATION]
+        if settings.gssapi:
             methods.append(Method.GSSAPI)
-        if self.settings.users or not self.needs_login:
+        if settings.users or not needs_login:
             methods.append(Method.USERNAME_PASSWORD)
         for method in methods:
             if method in offered:
@@ -3846,19 +3898,42 @@ class Login(socketserver.BaseRequestHandler):
 
         The time that a failure takes does not tell why, and slows down who tries all passwords.
         """
-        if not (self.needs_login and self.settings.users):
+        if not self.needs_login:
             return
-        self.client.user = shown(name_text(credentials.username))
-        host, until = self.client.address.host, after(LOGIN_DELAY)
+        client, username, until = self.client, credentials.username, after(LOGIN_DELAY)
+        client.user = shown(name_text(username))
         failures, why = self.server.failures, 'too many wrong passwords'
-        if not failures.too_many(host):
-            if (yield from authenticate(self.settings.users, credentials, self.stream.until,
-                                        functools.partial(failures.too_many, host))):
+        if not failures.too_many(client.key, username):
+            if (yield from self.verify(credentials)):
+                self.is_known = True
+                self.login = username, self.server.settings.users[username]
                 return
-            failures.note(host)
             why = 'wrong user name or password'
+            for user, number in failures.note(client.key, username):
+                log.warning('%s: blocked for %d s after %d wrong passwords%s', client.address.host,
+                            failures.WINDOW, number, user is not None and f' of {client.user}' or '')
         yield Wait((), (), until)
         raise Refused(why)
+
+    def verify(self, credentials):
+        """Whether they are right; by other users than before, if these change meanwhile."""
+        is_hopeless = functools.partial(
+            self.server.failures.too_many, self.client.key, credentials.username)
+        right = users = None
+        while users is not self.server.settings.users:
+            users = self.server.settings.users
+            right = yield from users.verify(credentials, self.stream.until, is_hopeless)
+        return right
+
+    def reconsider(self):
+        """Raise Refused if the settings, which have changed since the client came, do not allow it
+        any more."""
+        self.settings = self.server.settings
+        if self.login and self.settings.users.get(self.login[0]) != self.login[1]:
+            raise Refused('the password has changed')
+        if self.needs_login:
+            raise Refused('not logged in')
+        self.server.judge_client(self.client)
 
     def protect(self):
         """GSSAPI (RFC 1961): authenticate each other, and go on at the level that is agreed on."""
@@ -3868,7 +3943,7 @@ class Login(socketserver.BaseRequestHandler):
             yield from self.agree(context)
         except GssError as error:
             raise Refused(error.strerror) from None
-        self.client.user = shown(context.peer)
+        self.know(context.peer)
         if context.level:
             self.connection = Protected(self.connection, context, self.stream.surplus)
             self.stream = Stream(self.connection, self.stream.until, self.request)
@@ -3919,10 +3994,10 @@ class Login(socketserver.BaseRequestHandler):
             raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
         if userid_there is None:
             raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
-        if userid_there != userid:
-            raise Refused(f'ident: it is {shown(name_text(userid_there))}',
-                          reply=Reply4.IDENT_MISMATCH)
-        self.client.user = shown(name_text(userid))
+        user = shown(name_text(userid_there))
+        if userid_there != userid or self.is_known and self.client.user != user:
+            raise Refused(f'ident: it is {user}', reply=Reply4.IDENT_MISMATCH)
+        self.client.user = user
 
 
 class Negotiation(Login):
@@ -3944,7 +4019,9 @@ class Negotiation(Login):
         try:
             yield from self.prepare()
             request = yield from self.negotiate()
-            self.server.roster.negotiating.pop(self.client, None)
+            if self.settings is not self.server.settings:
+                self.reconsider()
+            self.server.roster.negotiated(self.client)
         except ProxyError as error:
             return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
@@ -3980,13 +4057,21 @@ class Negotiation(Login):
             header = yield from ExactStream(self.request, after(PROXY_TIMEOUT)).read(
                 ProxyHeader.unpack)
             if header.source:
-                self.client.address = canonical(header.source)
-                self.reached = header.destination
+                self.announced(header)
         self.server.admit(self.client)
-        if settings.trusted:
-            self.is_known = settings.trusted.has(self.client.address.host)
         if settings.tls:
             yield from self.secure()
+
+    def announced(self, header):
+        """The client is where the load balancer says; a loopback address is one of its own host,
+        which the balancer is the way to."""
+        client, source = self.client, canonical(header.source)
+        if is_loopback(client.peer.host) or not is_loopback(source.host):
+            roster = self.server.roster
+            task = roster.negotiated(client)
+            client.address, self.reached = source, header.destination
+            client.key = client_key(source.host)
+            roster.add(client, task)
 
     def negotiate(self):
         """The client's request, after all that comes before it."""
@@ -4235,10 +4320,8 @@ def prepared(settings):
     if settings.gssapi:
         with gss_library().keys():
             pass
-    users = {encoded(name): encoded(password)
-             for name, password in settings.users.items()}
     return settings._replace(
-        users=MappingProxyType(users), clients=Networks(settings.clients),
+        users=Users(settings.users), clients=Networks(settings.clients),
         trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
         rules=None if settings.rules is None else Rules(settings.rules))
 
@@ -4288,43 +4371,69 @@ def refuse_open_proxy(settings, addresses):
 class Roster:
     """Whom a server serves, and what it did for others before.
 
-    negotiating   tasks by client, in the order in which they began, of those that have not said
-                  yet what they want
-    hosts         connections by client's IP address, if that is limited
+    connections   by client (see client_key), if they are limited
     ended         clients before, who sent `up` bytes and got `down`
+
+    Of the clients that have not said yet what they want, only so many are kept.  The one that makes
+    room is the oldest of those whose key has most, so that one host cannot push out the others.
     """
 
     def __init__(self):
-        self.negotiating, self.hosts = {}, {}
+        self.connections = {}
         self.ended = self.up = self.down = 0
+        self.negotiating = 0            # how many clients have not said yet what they want
+        self._tasks = {}                # theirs, by key: {client: task}, in the order they came
+        self._keys = [{}]               # by how many tasks they have: the keys, as a set in order
         self._lock = threading.Lock()   # for the threads of all loops
 
-    def add(self, client, task, limit):
-        """A client begins to negotiate; the first of more than `limit` makes room."""
-        self.negotiating[client] = task
-        if len(self.negotiating) > limit:
-            next(iter(self.negotiating.values())).close('others want to begin, too')
+    def add(self, client, task, limit=None):
+        """A client begins to negotiate; if there are more than `limit` then, one makes room."""
+        key = client.key
+        tasks = self._tasks.setdefault(key, {})
+        self._keys[len(tasks)].pop(key, None)
+        tasks[client] = task
+        self.negotiating += 1
+        if len(tasks) == len(self._keys):
+            self._keys.append({})
+        self._keys[len(tasks)][key] = True
+        if limit is not None and self.negotiating > limit:
+            key = next(iter(self._keys[-1]))
+            next(iter(self._tasks[key].values())).close('others want to begin, too')
+
+    def negotiated(self, client):
+        """A client has said what it wants, or ends; its task, if it has not done so before."""
+        tasks = self._tasks.get(client.key, {})
+        task = tasks.pop(client, None)
+        if task:
+            self.negotiating -= 1
+            del self._keys[len(tasks) + 1][client.key]
+            if tasks:
+                self._keys[len(tasks)][client.key] = True
+            else:
+                del self._tasks[client.key]
+            while len(self._keys) > 1 and not self._keys[-1]:
+                self._keys.pop()
+        return task
 
     def count(self, client, limit):
-        """Raise Refused if there are so many connections from its address."""
-        host = client.address.host
+        """Raise Refused if there are so many connections of the client."""
         with self._lock:
-            if self.hosts.get(host, 0) >= limit:
+            if self.connections.get(client.key, 0) >= limit:
                 raise Refused('too many connections from there')
-            self.hosts[host] = self.hosts.get(host, 0) + 1
+            self.connections[client.key] = self.connections.get(client.key, 0) + 1
             client.is_counted = True
 
     def remove(self, client, up, down):
+        if client in self._tasks.get(client.key, ()):
+            self.negotiated(client)
         with self._lock:
-            self.negotiating.pop(client, None)
             self.ended += 1
             self.up += up
             self.down += down
             if client.is_counted:
-                host = client.address.host
-                self.hosts[host] -= 1
-                if not self.hosts[host]:
-                    del self.hosts[host]
+                self.connections[client.key] -= 1
+                if not self.connections[client.key]:
+                    del self.connections[client.key]
 
 
 class Helpers:
@@ -4460,10 +4569,19 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def admit(self, client):
         """Raise Refused unless `client` may use the server at all."""
         settings = self.settings
-        if settings.clients and not settings.clients.has(client.address.host):
+        if settings.clients:
+            self.judge_client(client)
+        limit = settings.max_per_client
+        if limit is None and not is_loopback(client.address.host):
+            limit = self.max_per_client
+        if limit:
+            self.roster.count(client, limit)
+
+    def judge_client(self, client):
+        """Raise Refused unless `client` is from one of the networks that are served."""
+        clients = self.settings.clients
+        if clients and not clients.has(client.address.host):
             raise Refused('not from the networks served')
-        if settings.max_per_client:
-            self.roster.count(client, settings.max_per_client)
 
     def close(self, outcome):
         """As an item of its loop; the listeners are closed by server_close()."""
@@ -4499,9 +4617,7 @@ class Server(Acceptor):
         if addresses and isinstance(addresses[0], str):
             addresses = [addresses]
         socketserver.BaseServer.__init__(self, addresses, handler_class)
-        self.settings = prepared(settings or Settings())
-        self.max_clients = self.settings.max_clients or clients_possible()
-        self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
+        self._configure(settings or Settings())
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
         self.failures = Failures()
@@ -4614,9 +4730,20 @@ class Server(Acceptor):
             is_final = bool(settings.upstream)
             allowing(settings.rules.first_for_name(client, target, is_final), target)
 
+    def _configure(self, settings):
+        self.settings = settings = prepared(settings)
+        self.max_clients = settings.max_clients or clients_possible()
+        half = max(64, (self.max_clients or 1 << 16) // 2)
+        self.max_handshakes = settings.max_handshakes or half
+        self.max_per_client = half      # of those from other hosts, unless the settings say another
+
     def reconfigure(self, settings):
-        """Have other settings from now on: who is served goes on, datagrams are judged anew."""
-        self.settings = prepared(settings)
+        """Have other settings from now on: who is served goes on, datagrams are judged anew.
+
+        Raises as the constructor does.
+        """
+        refuse_open_proxy(settings, self.addresses)
+        self._configure(settings)
         for loop in self.loops():
             for item in list(loop.items):
                 if isinstance(item, UdpRelay):
@@ -5452,6 +5579,7 @@ def tls_context(certificate, key=None, client_ca=None):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:                               # Python 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)       # since Python 3.7
     try:
         name = key or certificate
         context.load_cert_chain(certificate, key)
@@ -5975,11 +6103,13 @@ OPTIONS = [
                  '(default: as many as open files allow)')),
         (('--max-per-client',), dict(
             metavar='N', type=count, default=DEFAULTS.max_per_client,
-            help='connections at once from one address (default: any number)')),
+            help='connections at once from one IPv4 address or IPv6 /64, 0 for any number '
+                 '(default: any from this host, else half of --max-clients, at least 64)')),
         (('--max-handshakes',), dict(
             metavar='N', type=count, default=DEFAULTS.max_handshakes,
-            help='clients at once that have not yet said what they want; the oldest is closed for '
-                 'one more (default: half of --max-clients, at least 64)'))]),
+            help='clients at once that have not yet said what they want; for one more, the oldest '
+                 'of the address that has most is closed (default: half of --max-clients, at '
+                 'least 64)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',

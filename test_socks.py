@@ -608,14 +608,14 @@ class SocketsTest(Case):
             self.assertEqual(socks.shown(text), expected)
 
     def test_authenticated(self):
-        users = {b'bob': b'secret', b'eve': b''}
+        users = socks.Users({b'bob': b'secret', 'eve': ''})
         for name, password, expected in [
                 (b'bob', b'secret', True), (b'bob', b'secre', False), (b'bob', b'', False),
                 (b'', b'', False), (b'eve', b'', True), (b'carl', b'', False),
                 (b'carl', b'secret', False)]:
             with self.subTest(name=name, password=password):
                 given = Credentials(name, password)
-                self.assertEqual(socks.run(socks.authenticate(users, given)), expected)
+                self.assertEqual(socks.run(users.verify(given)), expected)
 
 
 # ----------------------------------------------------------------------------------- conversation
@@ -3537,7 +3537,6 @@ class RulesTest(FileCase):
             sock.settimeout(PATIENCE)
             sock.sendto(b'x', target.address)
             self.assertEqual(sock.recv(10), b'E:x')
-        self.assertFalse(server.failures.too_many('127.0.0.1'))
 
     def test_datagrams_and_reload(self):
         """Each is judged, and judged anew after the rules have changed."""
@@ -3644,14 +3643,92 @@ class AccessTest(FileCase):
         self.assertFalse(self.log_in(server, b'bob', b'x'))
         self.assertGreaterEqual(time.monotonic() - started, socks.LOGIN_DELAY)
         for _ in range(socks.Failures.LIMIT):
-            server.failures.note('127.0.0.1')
+            server.failures.note('127.0.0.1', b'bob')
         self.assertFalse(self.log_in(server, b'bob', b'secret'))
         server.failures.WINDOW = 0
         self.assertTrue(self.log_in(server, b'bob', b'secret'))
-        for number in range(2 * socks.Failures.ROOM):       # it does not grow without end
-            server.failures.note(f'10.0.{number >> 8}.{number & 255}')
+        for number in range(socks.Failures.ROOM):           # it does not grow without end
+            server.failures.note(f'10.0.{number >> 8}.{number & 255}', b'bob')
         self.assertEqual(len(server.failures._since), socks.Failures.ROOM)
-        self.assertEqual(socks.client_key('2001:db8::1'), socks.client_key('2001:db8::2'))
+
+    def test_failures_of_one_user_do_not_lock_out_others(self):
+        """One warning tells of each that is locked out, even where only warnings are logged."""
+        server = self.serve(users={'bob': 'secret', 'ann': 's', 'b c': 's'})
+        for name in b'bob', b'b c':
+            guesses = [Background(self.log_in, server, name, b'x')
+                       for _ in range(socks.Failures.LIMIT)]
+            self.assertFalse(any(guess.result() for guess in guesses))
+        self.assertFalse(self.log_in(server, b'bob', b'secret'))
+        self.assertTrue(self.log_in(server, b'ann', b's'))
+        number = socks.Failures.CLIENT_LIMIT // 2
+        for _ in range(2):
+            for each in range(number):
+                server.failures.note('127.0.0.1', b'%d' % each)
+        self.assertFalse(self.log_in(server, b'ann', b's'))
+        self.assertEqual([line for line in self.lines if 'blocked' in line], [
+            f'127.0.0.1: blocked for 60 s after 30 wrong passwords of {user}'
+            for user in ('bob', "'b c'")])
+
+    def test_many_names_are_locked_out_at_last(self):
+        server = self.serve(users={'bob': 'secret'})
+        for number in range(socks.Failures.CLIENT_LIMIT - 1):
+            self.assertEqual(server.failures.note('127.0.0.1', b'%d' % number), [])
+        self.assertFalse(self.log_in(server, b'ann', b'x'))
+        self.assertFalse(self.log_in(server, b'bob', b'secret'))
+        self.assertEqual([line for line in self.lines if 'blocked' in line],
+                         ['127.0.0.1: blocked for 60 s after 300 wrong passwords'])
+
+    def test_a_failure_does_not_tell_who_has_a_hashed_password(self):
+        """Where one has, all failures wait for the sums."""
+        users = socks.Users({'ann': 's', 'bob': socks.Hashed('pbkdf2:1::' + '00' * 32)})
+        for name in b'ann', b'bob', b'eve':
+            conversation = users.verify(Credentials(name, b'x'))
+            with self.subTest(name):
+                self.assertTrue(next(conversation).is_costly)
+                conversation.close()
+        with self.assertRaises(StopIteration) as caught:
+            next(users.verify(Credentials(b'ann', b's')))
+        self.assertIs(caught.exception.value, True)
+
+    def test_credentials_are_judged_by_the_settings_of_now(self):
+        """Of clients that came before these changed, up to their request."""
+        old = Settings(users={'bob': 'old', 'ann': 's'})
+        new = Settings(users={'bob': 'new', 'ann': 's'})
+        origin = self.origin(echo)
+        bob, ann = Credentials(b'bob', b'old'), Credentials(b'ann', b's')
+        elsewhere = self.networks('192.0.2.0/24')
+        trust, foreign = self.networks('127.0.0.1/32'), Settings(clients=elsewhere)
+        for before, settings, steps, after, expected in (
+                (old, new, [], [bob], 1), (old, new, [], [Credentials(b'bob', b'new')], 0),
+                (old, new, [bob], [], 2), (old, new, [ann], [], 0), (old, new, [], [ann], 0),
+                (old, Settings(users={'ann': 's'}), [], [bob], 1),
+                (Settings(), old, [None], [], 2), (old, Settings(), [], [bob], 0),
+                (old._replace(trusted=trust), old, [None], [], 2), (Settings(), foreign, [], [], 2),
+                (old, old._replace(trusted=trust), [], [Credentials(b'x', b'x')], 0)):
+            server = self.serve(**before._asdict())
+            peer = self.peer(server.server_address)
+            plain = None in steps or not before.users
+            self.assertEqual(peer.ask(Greeting(b'\0' if plain else b'\2'), Choice),
+                             Choice(0 if plain else 2))
+            with self.subTest(before=before, settings=settings, after=after):
+                for step in filter(None, steps):
+                    self.assertEqual(peer.ask(step, Verdict), Verdict(0))
+                server.reconfigure(settings)
+                status = [peer.ask(step, Verdict).status for step in after]
+                if expected == 1:
+                    self.assertNotEqual(status, [0])
+                else:
+                    self.assertEqual(status, [0] * len(after))
+                    self.assertEqual(peer.ask(Request(1, Address('127.0.0.1', origin.port)),
+                                              Response).reply, expected)
+
+    def test_no_open_proxy_after_a_change(self):
+        with socks.Server(('0.0.0.0', 0), Settings(users=USERS)) as server:
+            with self.assertRaisesRegex(ValueError, 'everybody'):
+                server.reconfigure(Settings())
+            self.assertEqual(len(server.settings.users), len(USERS))
+            server.reconfigure(Settings(users=USERS, max_clients=7, max_handshakes=5))
+            self.assertEqual((server.max_clients, server.max_handshakes), (7, 5))
 
     def networks(self, *texts):
         return tuple(map(socks.network, texts))
@@ -3683,18 +3760,94 @@ class AccessTest(FileCase):
             self.assertEqual(third.rest(), b'')
             self.assertEqual(other.ask(Greeting(b'\0'), Choice), Choice(0))
         first.sock.close()
-        eventually(lambda: server.roster.hosts['127.0.0.1'] == 1)
+        eventually(lambda: server.roster.connections['127.0.0.1'] == 1)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
+
+    def balanced(self, server, host):
+        """A client that a load balancer announces."""
+        peer = self.peer(server.server_address)
+        target = '::1' if ':' in host else '127.0.0.1'
+        peer.send(socks.ProxyHeader(Address(host, 5), Address(target, 1080)).pack())
+        return peer
+
+    def test_one_client_is_a_network_of_ipv6(self):
+        """In the number of connections and of failures, and in its share of look-ups."""
+        server = self.serve(balancers=self.networks('127.0.0.0/8'), max_per_client=2,
+                            users={'bob': 's'})
+        clients = [self.balanced(server, f'2001:db8::{number}') for number in range(1, 4)]
+        clients.append(self.balanced(server, '2001:db8:0:1::1'))
+        for number in 0, 1, 3:
+            self.assertEqual(clients[number].ask(Greeting(b'\2'), Choice), Choice(2))
+        with contextlib.suppress(ConnectionResetError):
+            self.assertEqual(clients[2].rest(), b'')
+        self.assertEqual(clients[0].ask(Credentials(b'bob', b'x'), Verdict), Verdict(1))
+        key = socks.client_key('2001:db8::ffff')
+        self.assertEqual(server.failures._since[key, b'bob'][1], 1)
+        self.slow_names()
+        self.assertEqual(clients[1].ask(Credentials(b'bob', b's'), Verdict), Verdict(0))
+        clients[1].send(Request(1, Address('a.slow', 1)).pack())
+        eventually(lambda: key in server._crew._owners)
+
+    def test_connections_of_one_client_by_default(self):
+        """One from another host takes half of what there is; any from this host."""
+        server = self.serve(balancers=self.networks('127.0.0.1/32'), max_clients=128,
+                            max_handshakes=1000)
+        for host, limit in (('192.0.2.1', True), ('127.0.0.1', False)):
+            peers = []
+            for _ in range(65):
+                peers.append(self.balanced(server, host))
+                peers[-1].send(Greeting(b'\0').pack())
+            with self.subTest(host):
+                for peer in peers[:64]:
+                    self.assertEqual(peer.read(2), b'\5\0')
+                if limit:
+                    with contextlib.suppress(ConnectionResetError):
+                        self.assertEqual(peers[64].rest(), b'')
+                else:
+                    self.assertEqual(peers[64].read(2), b'\5\0')
+            for peer in peers:
+                peer.sock.close()
+            eventually(lambda: not server.clients)
+        self.assertEqual(server.roster.connections, {})
 
     def test_handshakes_make_room(self):
         server, origin = self.serve(max_handshakes=2), self.origin()
         near, far = self.tunnel(server, origin)         # is none any more
         silent = [self.peer(server.server_address) for _ in range(2)]
-        eventually(lambda: len(server.roster.negotiating) == 2)
+        eventually(lambda: server.roster.negotiating == 2)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
         self.assertEqual(silent[0].rest(), b'')
         near.send(b'x')
         self.assertEqual(far.read(1), b'x')
+
+    def test_who_has_most_handshakes_makes_room(self):
+        """However many an address begins, those of a hundred others go on."""
+        server = self.serve(max_handshakes=110)
+        others = [self.peer(server.server_address, (f'127.0.1.{number}', 0))
+                  for number in range(1, 101)]
+        eventually(lambda: server.roster.negotiating == 100)
+        flood = [self.peer(server.server_address, ('127.0.0.2', 0)) for _ in range(50)]
+        for peer in flood[:40]:
+            self.assertEqual(peer.rest(), b'')
+        for peer in others + flood[40:]:
+            self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
+            peer.sock.close()
+        eventually(lambda: not server.clients)
+        self.assertEqual((server.roster.negotiating, server.roster._tasks), (0, {}))
+
+    def test_handshakes_by_way_of_a_balancer(self):
+        """They count for the client that it announces."""
+        server = self.serve(max_handshakes=3, balancers=self.networks('127.0.0.0/8'))
+        one = self.balanced(server, '192.0.2.1')
+        self.assertEqual(one.ask(Greeting(b'\0'), Choice), Choice(0))
+        flood = [self.balanced(server, '192.0.2.2') for _ in range(2)]
+        for peer in flood:
+            self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
+        last = self.balanced(server, '192.0.2.3')
+        self.assertEqual(last.ask(Greeting(b'\0'), Choice), Choice(0))
+        self.assertEqual(flood[0].rest(), b'')
+        one.send(Request(9, Address('127.0.0.1', 1)).pack())
+        self.assertEqual(Response.unpack(one.read).reply, Reply.COMMAND_NOT_SUPPORTED)
 
     def test_ident(self):
         """5A, 5C and 5D by what the client's host says."""
@@ -3740,6 +3893,10 @@ PROXY_VECTORS = [
     ('too short', PROXY2 + '21110008 7f0000017f000001 050100', '', True),
     ('endless line', b'PROXY TCP4 '.hex() + '31*200', '', True),
     ('half a line', b'PROXY TCP4 127.0.0.1\r\n'.hex(), '', True),
+    ('nothing behind it', b'PROXY\r\n'.hex(), '', True),
+    ('only a family', b'PROXY TCP4\r\n'.hex(), '', True),
+    ('too much', b'PROXY TCP4 127.0.0.1 127.0.0.1 1 2 3\r\n'.hex(), '', True),
+    ('a zone', b'PROXY TCP6 fe80::1%lo ::1 1 2\r\n'.hex(), '', True),
     ('wrong address', b'PROXY TCP4 127.0.0.1 x 1 2\r\n'.hex(), '', True),
     ('wrong port', b'PROXY TCP4 127.0.0.1 127.0.0.1 x 2\r\n'.hex(), '', True),
     ('too large a port', b'PROXY TCP4 127.0.0.1 127.0.0.1 99999 2\r\n'.hex(), '', True),
@@ -3767,6 +3924,21 @@ class BalancerTest(VectorCase):
                                               Response).reply, Reply.NOT_ALLOWED)
         eventually(lambda: len(self.lines) == 2)
         self.assertIn('192.0.2.7:5 - SOCKS5 CONNECT', ''.join(self.lines))
+
+    def test_a_loopback_address_that_another_host_announces(self):
+        """It is that host's, and no client of this one."""
+        server = self.serve(balancers=tuple(map(socks.network, ('0.0.0.0/0',))))
+        header = socks.ProxyHeader(Address('127.0.0.1', 5), Address('127.0.0.1', 1080))
+        for peer, local in (('192.0.2.1', False), ('127.0.0.2', True)):
+            client = socks.Client(server, Address(peer, 7))
+            client.command = socks.Command.CONNECT
+            near, far = socket.socketpair()
+            with near, far:
+                socks.Handler(near, client, server).announced(header)
+            self.assertEqual(client.address, header.source if local else Address(peer, 7))
+            with self.subTest(peer):
+                with contextlib.suppress() if local else self.assertRaises(socks.Refused):
+                    server.authorize(client, Address('127.0.0.1', 1))
 
     def test_others_need_no_header(self):
         server = self.serve(balancers=tuple(map(socks.network, ('192.0.2.0/24',))))

@@ -4089,6 +4089,45 @@ class TlsTest(FileCase):
         self.connect(server, ('localhost', origin.port), context).close()
         eventually(lambda: any(' localhost SOCKS5 CONNECT' in line for line in self.lines))
 
+    def test_ident_beside_a_certificate(self):
+        """The host cannot change who the certificate says that it is."""
+        server, origin = self.serve(tls=self.context(True), ident=True), self.origin(echo)
+        self.addCleanup(setattr, socks, 'IDENT_PORT', socks.IDENT_PORT)
+        context = client_context()
+        context.load_cert_chain(self.write('cert', CERTIFICATE), self.write('key', KEY))
+        for userid, code in (b'alice', 0x5d), (b'localhost', 0x5a):
+            def tell(peer):
+                query = peer.sock.makefile('rb').readline().strip()
+                peer.send(query + b':USERID:UNIX:' + userid + b'\r\n')
+
+            with self.subTest(userid), Origin(tell) as ident, context.wrap_socket(
+                    socket.create_connection(server.server_address), False, True, True,
+                    'localhost') as sock, Peer(sock) as peer:
+                socks.IDENT_PORT = ident.port
+                request = Request4(1, Address('127.0.0.1', origin.port), userid)
+                self.assertEqual(peer.ask(request, Response4).code, code)
+        eventually(lambda: len(self.lines) == 2)
+        self.assertEqual([line.split()[1] for line in self.lines], ['localhost'] * 2)
+
+    @needs('openssl')
+    def test_a_certificate_with_two_names(self):
+        """It is not said which of them is the user."""
+        files = self.write('cert2', ''), self.write('key2', '')
+        done = run('openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2',
+                   '-subj', '/CN=bob/CN=eve', '-out', files[0], '-keyout', files[1])
+        self.assertEqual(done.returncode, 0, done.stderr)
+        tls = socks.tls_context(self.write('cert', CERTIFICATE), self.write('key', KEY), files[0])
+        server, context = self.serve(tls=tls), client_context()
+        context.load_cert_chain(*files)
+        with self.assertRaises((GENERAL, ConnectionError)):
+            self.connect(server, ('127.0.0.1', 1), context).recv(1)
+        eventually(lambda: self.lines)
+        self.assertIn('refused: a certificate with 2 common names, expected one', self.lines[0])
+
+    @unittest.skipUnless(hasattr(ssl, 'OP_NO_RENEGOTIATION'), 'since Python 3.7')
+    def test_no_renegotiation(self):
+        self.assertTrue(self.context().options & ssl.OP_NO_RENEGOTIATION)
+
     def test_udp_is_refused(self):
         """Unless it is allowed to be in the clear."""
         target = self.enter(Echo())

@@ -287,11 +287,22 @@ def family_of(host):
 
 @functools.lru_cache(256)
 def ip_bytes(host):
-    """The 4 or 16 bytes of an IP address given as text; None for any other text."""
+    """The 4 or 16 bytes of an IP address given as text; None for any other text.
+
+    A link-local IPv6 address may have a zone, fe80::1%eth0 (RFC 4007 section 11).  Only addresses
+    of ours and configured ones have: canonical() refuses what a client sends with one.
+    """
+    ip, percent, zone = host.partition('%')
     try:
-        return socket.inet_pton(family_of(host), host)
+        packed = socket.inet_pton(family_of(ip), ip)
     except (OSError, ValueError):       # ValueError: NUL or characters outside ASCII
         return None
+    return packed if not percent or zone and is_link_local(packed) else None
+
+
+def is_link_local(packed):
+    """Whether the bytes are those of an IPv6 address that needs a zone to be reached."""
+    return packed[0] == 0xfe and packed[1] & 0xc0 == 0x80 and len(packed) == 16
 
 
 def ip_text(packed):
@@ -334,12 +345,23 @@ class Address(NamedTuple):
         """That of a socket's address, without flow and scope."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
 
+    @classmethod
+    def with_zone(cls, sockaddr):
+        """The same, with the zone of a link-local address."""
+        host, port = cls.of(sockaddr)
+        if len(sockaddr) == 4 and sockaddr[3]:
+            try:
+                host = f'{host}%{socket.if_indextoname(sockaddr[3])}'
+            except (OSError, AttributeError):   # Windows has this function since Python 3.8
+                host = f'{host}%{sockaddr[3]}'
+        return cls(host, port)
+
     def __str__(self):
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
     def pack(self):
         """ATYP, ADDR, PORT.  The text of an IP address is always sent as that address."""
-        packed = ip_bytes(self.host)
+        packed = None if '%' in self.host else ip_bytes(self.host)
         if packed is None:
             name = name_bytes(self.host)
             if not 0 < len(name) <= MAX_NAME:
@@ -716,11 +738,36 @@ NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section
 
 @functools.lru_cache(256)
 def plain_ip(host):
-    """`host` in the usual spelling if it is an IP address, a v4-mapped one as IPv4; else None."""
+    """`host` in the usual spelling if it is an IP address without a zone, a v4-mapped one as IPv4;
+    else None."""
     packed = ip_bytes(host)
-    if packed is None:
+    if packed is None or '%' in host:
         return None
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
+
+
+def socket_address(address):
+    """What the system takes for `address`, an IP address that may have a zone; OSError if there is
+    no such zone."""
+    if '%' not in address.host:
+        return address
+    try:
+        return _orig_getaddrinfo(*address, 0, 0, 0, socket.AI_NUMERICHOST)[0][4]
+    except socket.gaierror:
+        zone = address.host.partition('%')[2]
+        raise OSError(errno.EADDRNOTAVAIL, f'there is no interface {shown(zone)}') from None
+
+
+def local_address(sock):
+    """The `Address` that a socket has here, with the zone of a link-local one."""
+    host, port = Address.with_zone(sock.getsockname())
+    return Address(plain_ip(host) or host, port)
+
+
+def in_zone_of(ours, host):
+    """The IP address `host`; if it is link-local, with the zone of `ours`, which reached it."""
+    zone = ours.partition('%')[1:]
+    return host + ''.join(zone) if is_link_local(ip_bytes(host)) else host
 
 
 @functools.lru_cache(4096)
@@ -1463,10 +1510,11 @@ def start_connect(address, source):
         if source:
             if sys.platform == 'linux':
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((source_of(family, source), 0))
-        error = sock.connect_ex(address)
+            sock.bind(socket_address(Address(source_of(family, source), 0)))
+        target = socket_address(address) if '%' in address.host else address
+        error = sock.connect_ex(target)
         if error in UNDER_WAY:          # within this host it is done by now, if one asks
-            error = sock.connect_ex(address)
+            error = sock.connect_ex(target)
         if error not in (0, errno.EISCONN, *UNDER_WAY):
             raise OSError(error, os.strerror(error))
         return sock, error not in UNDER_WAY
@@ -1491,9 +1539,9 @@ def way_out(hosts, source):
         family = family_of(host)
         try:
             with _orig_socket(family, socket.SOCK_DGRAM) as sock:
-                sock.bind((source_of(family, source), 0))
-                sock.connect((host, 9))         # which sends nothing
-                return sock.getsockname()[0]
+                sock.bind(socket_address(Address(source_of(family, source), 0)))
+                sock.connect(socket_address(Address(host, 9)))          # which sends nothing
+                return local_address(sock).host
         except OSError as caught:
             error = caught
     raise error
@@ -1561,7 +1609,7 @@ def bound(address, kind=socket.SOCK_STREAM):
         if kind == socket.SOCK_STREAM:  # accepted sockets inherit these two
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.bind(address)
+        sock.bind(socket_address(address))
         return sock
     except OSError as error:
         sock.close()
@@ -1777,7 +1825,7 @@ def is_ours(host):
     """Whether the IP address `host` is one of this machine's."""
     with _orig_socket(family_of(host), socket.SOCK_DGRAM) as sock:
         try:
-            sock.bind((host, 0))
+            sock.bind(socket_address(Address(host, 0)))
         except OSError:
             return False
         return True
@@ -3754,6 +3802,7 @@ ACCEPT_BATCH = 8                        # at a time: other clients, and workers,
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
+FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
 
 HTTP_PAGE = b"""\
@@ -3980,11 +4029,11 @@ class Login(socketserver.BaseRequestHandler):
     def identify(self, userid):
         """Raise Refused unless the client's host says that this is who has the connection."""
         until, userid_there = after(IDENT_TIMEOUT), None
-        reached = self.reached or Address.of(self.request.getsockname())
+        reached = self.reached or local_address(self.request)
         query = IdentQuery(self.client.address.port, reached.port)
         try:
-            source = () if self.reached else (canonical(reached).host,)
-            ident = Address(self.client.address.host, IDENT_PORT)
+            source = () if self.reached else (reached.host,)
+            ident = Address(in_zone_of(reached.host, self.client.address.host), IDENT_PORT)
             sock = yield from dial([ident], until, source)
             with sock:
                 stream = Stream(sock, until)
@@ -4279,15 +4328,16 @@ class Handler(Negotiation):
         client reached us at; or the one to advertise; that may be another host's which forwards to
         us, so it is not always one to listen on.
         """
-        host, _ = canonical(Address.of(self.request.getsockname()))
+        host = local_address(self.request).host
         if not set(peers) & set(ZEROS):
             family = family_of(host)    # which the client knows how to use
+            peers = [in_zone_of(host, peer) for peer in peers]
             host = way_out(sorted(peers, key=lambda peer: family_of(peer) != family),
                            self.settings.source)
         for told in self.settings.advertise:
             if family_of(told) == family_of(host) and not is_loopback(host):
                 return (told if is_ours(told) else host), told
-        return host, host
+        return host, host.partition('%')[0]
 
     def permitted(self, address):
         """The canonical address; Refused if rules forbid its name."""
@@ -4326,6 +4376,13 @@ def prepared(settings):
         rules=None if settings.rules is None else Rules(settings.rules))
 
 
+def processors():
+    """How many this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def clients_possible():
     """How many clients, each with a target, the limit of open files allows; 0: any number."""
     if not resource:                    # Windows, whose select() takes 512 sockets
@@ -4334,14 +4391,47 @@ def clients_possible():
     return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
 
 
-def bound_to_all(host, port):
-    """Sockets bound to all addresses of `host` that are here; OSError if none is."""
-    try:
-        addresses = run(resolve(Address(host, 0)))
-    except OSError as error:
-        raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+def checked_addresses(addresses):
+    """A list of (host, port); ValueError unless `addresses` is one, or a single pair."""
+    if isinstance(addresses, str) or addresses and isinstance(addresses[0], str):
+        addresses = [addresses]
+    for address in addresses:
+        if not (isinstance(address, (tuple, list)) and len(address) > 1
+                and isinstance(address[0], str)):
+            raise ValueError(f'server address {address!r}: expected (host, port)')
+        port = address[1]
+        if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
+            raise ValueError(f'server port {port!r}: expected a number, 0 to 65535')
+    return [Address(*address[:2]) for address in addresses]
+
+
+def addresses_to_bind(addresses):
+    """[(IP addresses, port)] for each (host, port): those of a name, or one.
+
+    `::` stands for both families, unless there is an IPv4 address with the same port beside it.
+    """
+    found = []
+    for host, port in addresses:
+        if ip_bytes(host) is not None:
+            hosts = [plain_ip(host) or host]
+        elif host in ('', '*'):         # which resolvers take for loopback, or for all
+            raise ValueError(f'cannot listen on {host!r}: expected 0.0.0.0 for all IPv4 addresses, '
+                             f':: for all of both families')
+        else:
+            try:
+                hosts = [ip for ip, _ in run(resolve(Address(host, 0)))]
+            except OSError as error:
+                raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+        found.append((hosts, port))
+    ipv4 = {port for hosts, port in found for host in hosts if ':' not in host}
+    return [(hosts if port in ipv4 or '::' not in hosts else [*hosts, '0.0.0.0'], port)
+            for hosts, port in found]
+
+
+def bound_to_all(hosts, port):
+    """Sockets bound to those of the IP addresses that are here; OSError if none is."""
     missing, sockets = None, []
-    for ip, _ in addresses:
+    for ip in hosts:
         try:
             sockets.append(bound(Address(ip, port)))
         except OSError as error:
@@ -4355,6 +4445,23 @@ def bound_to_all(host, port):
     if not sockets:
         raise missing
     return sockets
+
+
+def listening_sockets(addresses, tries=FREE_PORT_TRIES):
+    """Sockets bound to all of the addresses, (host, port); port 0 is the same free one on all."""
+    wanted, sockets, free_port = addresses_to_bind(addresses), [], 0
+    try:
+        for hosts, port in wanted:
+            sockets += bound_to_all(hosts, port or free_port)
+            if not port:
+                free_port = sockets[-1].getsockname()[1]
+        return sockets
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        if error.errno != errno.EADDRINUSE or tries == 1 or all(port for _, port in wanted):
+            raise
+    return listening_sockets(addresses, tries - 1)      # what is free on one may be taken on another
 
 
 def refuse_open_proxy(settings, addresses):
@@ -4590,8 +4697,8 @@ class Acceptor(socketserver.ThreadingTCPServer):
 class Server(Acceptor):
     """A SOCKS server on one or several addresses.
 
-    server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
-                     for a free port, the same on all of them
+    server_address   (host, port), or a list of them; a name stands for all its addresses, `::` for
+                     all of both families, port 0 for a free port, the same on all of them
     listeners        sockets that listen already, to use instead
     settings         a `Settings`
     handler_class    a `Handler`
@@ -4609,14 +4716,11 @@ class Server(Acceptor):
     loopback if the settings would have it serve everybody there.
     """
     request_queue_size = 1024
-    heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
+    heavy_loops = min(4, processors())      # threads for what carries much
 
     def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
                  bind_and_activate=True, listeners=()):
-        addresses = server_address
-        if addresses and isinstance(addresses[0], str):
-            addresses = [addresses]
-        socketserver.BaseServer.__init__(self, addresses, handler_class)
+        socketserver.BaseServer.__init__(self, checked_addresses(server_address), handler_class)
         self._configure(settings or Settings())
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
@@ -4637,14 +4741,10 @@ class Server(Acceptor):
                 raise
 
     def server_bind(self):
-        free_port = 0
-        for host, port in () if self.listeners else self.server_address:
-            self.listeners += bound_to_all(host, port or free_port)
-            if not port:
-                free_port = self.listeners[-1].getsockname()[1]
+        self.listeners = self.listeners or listening_sockets(self.server_address)
         for sock in self.listeners:
             sock.setblocking(False)
-            self.addresses.append(canonical(Address.of(sock.getsockname())))
+            self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
@@ -4699,7 +4799,7 @@ class Server(Acceptor):
         request.setblocking(False)
         address = Address.of(client_address)
         if ':' in address.host:         # it may be IPv4 on a socket for both
-            address = canonical(address)
+            address = Address(plain_ip(address.host), address.port)
         client = Client(self, address)
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
@@ -5950,6 +6050,9 @@ def host_and_port(text):
     host, colon, port = text.rpartition(':')
     if not colon or text.endswith(']'):
         host, port = text, None
+    if host == '*':
+        raise argparse.ArgumentTypeError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: '
+                                         f'for all of both families')
     if host.startswith('[') and host.endswith(']') and ':' in host:
         host = host[1:-1]
     elif not host or set(host) & set('[]:'):
@@ -5978,9 +6081,15 @@ def gssapi_levels(text):
 
 def ip_address(text):
     """argparse type: the text of an IP address."""
-    if ip_bytes(text) is None:
+    ip = plain_ip(text)
+    if ip is None:
         raise argparse.ArgumentTypeError(f'{text!r}: expected an IP address')
-    return text
+    return ip
+
+
+def source_address(text):
+    """argparse type: the text of an IP address; a link-local one may have a zone."""
+    return text if '%' in text and ip_bytes(text) else ip_address(text)
 
 
 def seconds(text):
@@ -6008,7 +6117,7 @@ def network(text):
 
 def workers(text):
     """argparse type: a number of processes."""
-    number = os.cpu_count() or 1
+    number = min(1024, processors())
     if text != 'auto':
         number = int(text) if re.match('[0-9]+$', text) else 0
     if not 0 < number <= 1024 or number > 1 and not hasattr(os, 'fork'):
@@ -6040,13 +6149,14 @@ OPTIONS = [
     ('listening', [
         (('-b', '--bind'), dict(
             metavar='ADDRESS[:PORT]', type=host_and_port, action='append', default=[],
-            help='address or name to listen on, repeatable (default: 127.0.0.1)')),
+            help='address or name to listen on, :: for all of both families, repeatable '
+                 '(default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
             help='port where --bind has none, 0 for a free one (default: %(default)s)')),
         (('-w', '--workers'), dict(
             metavar='N', type=workers, default=1,
-            help='serve with so many processes, or auto: one for each processor '
+            help='serve with so many processes, or auto: one for each processor that it may use '
                  '(default: %(default)s)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
@@ -6124,7 +6234,7 @@ OPTIONS = [
                                       '(default: from anywhere)'))]),
     ('addresses', [
         (('--source',), dict(
-            metavar='ADDRESS', type=ip_address, action='append', default=[],
+            metavar='ADDRESS', type=source_address, action='append', default=[],
             help='connect from this address, repeatable: one IPv4, one IPv6 '
                  '(default: as the system routes)')),
         (('--advertise',), dict(

@@ -1674,6 +1674,54 @@ class LifecycleTest(Case):
                 with Peer(address) as peer:
                     self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
 
+    @unittest.skipUnless(socket.has_ipv6, 'no IPv6 here')
+    def test_all_addresses(self):
+        """`::` serves both families, as plain IPv4 where a client is, unless IPv4 is given beside.
+        """
+        if not socks.is_ours('::1'):
+            self.skipTest('no IPv6 here')
+        origin = self.origin(echo)
+        for addresses, hosts in (([('::', 0)], ['::', '0.0.0.0']),
+                                 ([('::', 0), ('0.0.0.0', 0)], ['::', '0.0.0.0']),
+                                 ([('0.0.0.0', 0), ('::', 0)], ['0.0.0.0', '::']),
+                                 ([('127.0.0.1', 0), ('::', 0)], ['127.0.0.1', '::']),
+                                 ([('::ffff:127.0.0.1', 0)], ['127.0.0.1'])):
+            with self.subTest(addresses), socks.Server(addresses, Settings(open=True)) as server:
+                self.assertEqual([address.host for address in server.addresses], hosts)
+                self.assertEqual(len({address.port for address in server.addresses}), 1)
+                server.start()
+                with Peer(('127.0.0.1', server.server_address.port)) as peer:
+                    reply = peer.connect('127.0.0.1', origin.port)
+                    self.assertEqual((reply.reply, reply.address.host), (0, '127.0.0.1'))
+                    self.assertEqual([client.address for client in server.clients],
+                                     [peer.sock.getsockname()])
+                with Peer(('127.0.0.1', server.server_address.port)) as peer:
+                    peer.ask(Greeting(b'\0'), Choice)
+                    address = peer.ask(Request(2, Address('127.0.0.1', 0)), Response).address
+                    self.assertEqual(address.host, '127.0.0.1')
+                if '::' in hosts:
+                    with Peer(('::1', server.server_address.port)) as peer:
+                        self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+
+    def test_addresses_that_cannot_be(self):
+        for address, message in (
+                (('127.0.0.1', '8801'), "port '8801': expected a number"),
+                (('127.0.0.1', 65536), 'port 65536: expected a number'),
+                (('127.0.0.1', True), 'port True: expected a number'),
+                ('127.0.0.1:0', r"address '127.0.0.1:0': expected \(host, port\)"),
+                ([('127.0.0.1',)], r"address \('127.0.0.1',\): expected \(host, port\)"),
+                (('*', 0), r"listen on '\*': expected 0.0.0.0 for all IPv4 addresses, :: for"),
+                (('', 0), "listen on '': expected 0.0.0.0 for all IPv4 addresses, :: for all")):
+            with self.subTest(address), self.assertRaisesRegex(ValueError, message):
+                socks.Server(address)
+
+    @unittest.skipUnless(hasattr(os, 'sched_setaffinity'), 'none here')
+    def test_processors_that_may_be_used(self):
+        before = os.sched_getaffinity(0)
+        self.addCleanup(os.sched_setaffinity, 0, before)
+        os.sched_setaffinity(0, {min(before)})
+        self.assertEqual(socks.workers('auto'), 1)
+
     def test_name(self):
         with socks.Server(('localhost', 0)) as server:
             self.assertIn(server.server_address.host, ('127.0.0.1', '::1'))
@@ -1927,6 +1975,73 @@ class Inside(Case):
         self.assertEqual(client.ask(Request(2, Address('1.2.3.4', 0)), Response),
                          Response(Reply.NETWORK_UNREACHABLE))
 
+    def link_local(self):
+        """One of ours, with its zone."""
+        host = 'fe80::1%lo'
+        with socket.socket(socket.AF_INET6) as sock:
+            try:
+                sock.bind(socket.getaddrinfo(host, 0)[0][4])
+            except OSError as error:
+                self.skipTest(f'{host}: {error}')
+        return host
+
+    def test_a_client_of_a_link_local_address(self):
+        """The listener has a zone, which goes into no reply; CONNECT, UDP, BIND and ident work."""
+        host = self.link_local()
+        rules = tuple(socks.parse_rule(line, 'rule') for line in (
+            'allow bind to fe80::/10 0.0.0.0/0', 'allow from fe80::/10 to 198.51.100.0/24'))
+        server = self.serve(host=host, open=True, rules=rules, ident=True)
+        self.assertEqual(server.server_address.host, host)
+        there = socket.getaddrinfo(host, server.server_address.port, 0, socket.SOCK_STREAM)[0][4]
+        origin = self.origin(echo, host='198.51.100.1')
+
+        def client():
+            sock = socket.socket(socket.AF_INET6)
+            sock.connect(there)
+            return self.enter(Peer(sock))
+
+        self.assertEqual(client().connect('198.51.100.1', origin.port).reply, 0)
+        for target in 'fe80::1', '0.0.0.0':
+            peer = client()
+            peer.ask(Greeting(b'\0'), Choice)
+            first = peer.ask(Request(2, Address(target, 0)), Response)
+            self.assertEqual((first.reply, first.address.host), (0, 'fe80::1'))
+            with socket.socket(socket.AF_INET6) as sock:
+                sock.connect((*first.address, 0, there[3]))
+                self.assertEqual(Response.unpack(peer.read).address,
+                                 ('fe80::1', sock.getsockname()[1]))
+        peer, target = client(), self.enter(Echo('198.51.100.1'))
+        peer.ask(Greeting(b'\0'), Choice)
+        relay = peer.ask(Request(3, socks.UNSPECIFIED), Response).address
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            sock.sendto(Datagram(target.address, b'x').pack(), (*relay, 0, there[3]))
+            self.assertEqual(Datagram.unpack(sock.recv(100)).payload, b'E:x')
+        peer = client()
+        self.assertEqual(peer.ask(Request4(1, Address('198.51.100.1', origin.port)), Response4).code,
+                         0x5c)
+        eventually(lambda: any('ident: Connection refused' in line for line in self.lines))
+        self.assertEqual([line for line in self.lines if '%' in line], [])
+
+    def test_a_link_local_source(self):
+        host = self.link_local()
+        origin = self.enter(socket.socket(socket.AF_INET6))
+        origin.bind(socket.getaddrinfo(host, 0)[0][4])
+        origin.listen(1)
+        server = self.serve(source=(host,))
+        response = self.peer(server.server_address).connect('fe80::1', origin.getsockname()[1])
+        self.assertEqual((response.reply, response.address.host), (0, 'fe80::1'))
+        for refused in 'fe80::1%lo', 'fe80::1%1', '[fe80::1%lo]':
+            self.assertEqual(self.peer(server.server_address).connect(refused, 1).reply,
+                             Reply.GENERAL_FAILURE)
+
+    def test_no_such_zone(self):
+        self.link_local()
+        with self.assertRaisesRegex(OSError, r'listen on \[fe80::1%x\]:\d+: there is no interface x'):
+            socks.Server(('fe80::1%x', 0), Settings(open=True))
+        with self.assertRaisesRegex(OSError, 'connect from fe80::1%x: it is not ours'):
+            socks.Server(('127.0.0.1', 0), Settings(source=('fe80::1%x',)))
+
     def test_advertise(self):
         """The address that is told; and listened on, if it is ours."""
         for told in ('203.0.113.9', '198.51.100.2'):
@@ -1960,6 +2075,7 @@ class NamespaceTest(unittest.TestCase):
         """The tests of Inside, in a namespace where they can set routes."""
         script = ('ip link set lo up; ip address add 198.51.100.1/32 dev lo;'
                   'ip address add 198.51.100.2/32 dev lo; ip route add unreachable 203.0.113.0/24;'
+                  'ip address add fe80::1/64 dev lo nodad || true;'
                   'ip route add prohibit 192.0.2.0/24;'
                   'exec "$0" -m test_socks Inside')
         if run('unshare', '-rn', 'true').returncode:
@@ -5025,6 +5141,10 @@ WRONG_USAGE = [
     (['-b', ''], r"-b/--bind: '': expected ADDRESS"),
     (['-b', 'a:b:c'], r"-b/--bind: 'a:b:c': expected ADDRESS"),
     (['-b', '[1.2.3.4]'], r"-b/--bind: '\[1.2.3.4\]': expected ADDRESS"),
+    (['-b', '*:1085'], r"-b/--bind: '\*:1085': expected 0.0.0.0 for all IPv4 addresses, :: for all"),
+    (['-b', '*'], r"-b/--bind: '\*': expected 0.0.0.0 for all IPv4 addresses, :: for all"),
+    (['--advertise', 'fe80::1%lo'], r"--advertise: 'fe80::1%lo': expected an IP address"),
+    (['--source', '::1%lo'], r"--source: '::1%lo': expected an IP address"),
     (['-u', 'bob'], r'-u/--user: expected NAME:PASSWORD'),
     (['-u', ':secret'], r'-u/--user: expected NAME:PASSWORD'),
     (['-u', 'bob:'], r'-u/--user: expected NAME:PASSWORD, of 1 to 255 bytes each'),
@@ -5159,6 +5279,7 @@ class CommandLineTest(Case):
                 ('--tor-extensions', {'tor_extensions': True}),
                 ('--udp-strict', {'udp_strict': True}),
                 ('--source ::1 --source 127.0.0.1', {'source': ('::1', '127.0.0.1')}),
+                ('--source fe80::1%eth0', {'source': ('fe80::1%eth0',)}),
                 ('--advertise 192.0.2.1', {'advertise': ('192.0.2.1',)}),
                 ('--udp-ports 5-9', {'udp_ports': (5, 9)}),
                 ('--udp-ports 5', {'udp_ports': (5, 5)}),

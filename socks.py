@@ -195,7 +195,12 @@ _ProxyError = ProxyError                # names before PySocks 1.5, which old pr
 
 
 class FileError(ValueError):
-    """A file of ours has something wrong in it, or is not there; the text says which and what."""
+    """Files of ours have something wrong in them, or are not there; `args` has a text for each
+    fault, which says where it is and what, the text of the error is the first one."""
+
+    def __str__(self):
+        first, *more = self.args
+        return first + (f' (and {len(more)} more, which --check shows)' if more else '')
 
 
 class Refused(ProxyError):
@@ -2036,70 +2041,134 @@ RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
                  'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
 
 
+RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names'}
+
+
 def parse_rule(text, place):
     """The `Rule` of one line, FileError says where and what is wrong:
 
     allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
     to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...]
+
+    Words may be quoted, which names with spaces need: 'Bob Smith'.
     """
-    word, *words = text.split()
-    if word not in ('allow', 'deny'):
-        raise FileError(f'{place}: {word!r}, expected allow or deny')
-    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': []}
-    section, sections = 'commands', {'user': 'users', 'from': 'clients', 'to': 'names'}
-    anything = False
-    for word in words:
-        if word in sections:
-            if section == 'names' or section != 'commands' and not parts[section]:
-                raise FileError(f'{place}: {word!r} is not expected here')
-            section = sections[word]
-        elif section == 'commands':
-            if word not in RULE_COMMANDS:
-                raise FileError(f'{place}: {word!r}, expected connect, bind, udp, resolve, user, '
-                                 f'from or to')
-            parts['commands'] += RULE_COMMANDS[word]
-        elif section == 'names' and re.match('[0-9]+(-[0-9]+)?$', word):
-            parts['ports'].append(parse_ports(word, place))
-        elif section == 'names' and word == '*':
-            anything = True
-        elif section == 'users':
-            parts['users'].append(shown(word))
+    try:
+        (first, _), *words = split_rule(text) or [('', False)]
+        if first not in ('allow', 'deny'):
+            raise ValueError(f'{first!r}, expected allow or deny')
+        return Rule(first == 'allow', place=place, **parse_conditions(words))
+    except ValueError as error:
+        raise FileError(f'{place}: {error}') from None
+
+
+def split_rule(text):
+    """[(word, whether it is quoted)] of a line, up to a comment."""
+    words = []
+    for match in re.finditer(r'"([^"]*)"(?!\S)|\'([^\']*)\'(?!\S)|(\S+)', text):
+        double, single, plain = match.groups()
+        if plain is None:
+            words.append((single if double is None else double, True))
+        elif plain[0] == '#':
+            break
+        elif plain[0] in '"\'':
+            raise ValueError(f'{plain}: expected one more {plain[0]}, and a space after it')
         else:
-            kind, value = parse_host(word, place, section)
-            parts[kind].append(value)
-    if section != 'names' or anything == bool(parts['names'] or parts['networks']):
-        raise FileError(f'{place}: expected "to", then networks and names, or *')
-    return Rule(text.startswith('allow'), place=place,
-                **{name: tuple(values) for name, values in parts.items()})
+            words.append((plain, False))
+    return words
 
 
-def parse_ports(word, place):
-    low, _, high = word.partition('-')
-    low, high = int(low), int(high or low)
-    if not low <= high < 65536:
-        raise FileError(f'{place}: {word!r}, expected PORT or LOW-HIGH, up to 65535')
-    return low, high
+def parse_conditions(words):
+    """The fields of a `Rule` by name; ValueError says what is wrong."""
+    parts = {'commands': (), 'users': (), 'clients': (), 'names': (), 'networks': (), 'ports': ()}
+    section, is_for_all = 'commands', False
+    for word, is_quoted in words:
+        hosts = is_for_all or parts['names'] or parts['networks']
+        if word in RULE_SECTIONS and not is_quoted:
+            if section == 'names' or section != 'commands' and not parts[section]:
+                raise ValueError(f'{word!r} is not expected here')
+            section = RULE_SECTIONS[word]
+        elif section == 'names' and word == '*':
+            is_for_all = True
+        elif section == 'names' and word in ('port', 'ports') and hosts:
+            raise ValueError(f'{word!r} is not expected here; ports are numbers, as in: to * 80')
+        else:
+            kind, values = RULE_WORDS[section](word)
+            parts[kind] += tuple(values)
+    if section != 'names' or is_for_all == bool(parts['names'] or parts['networks']):
+        raise ValueError('expected "to", then networks and names, or *')
+    if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
+            and parts['ports'] and all(low for low, _ in parts['ports'])):
+        raise ValueError('look-ups have no port, so this is for none; expected no ports')
+    return parts
 
 
-def parse_network(text):
-    """The ip_network of a text, one of v4-mapped addresses as IPv4."""
-    return plain_network(ipaddress.ip_network(text.strip('[]')))
+def parse_command(word):
+    if word not in RULE_COMMANDS:
+        raise ValueError(f'{word!r}, expected connect, bind, udp, resolve, user, from or to')
+    return 'commands', RULE_COMMANDS[word]
 
 
-def parse_host(word, place, section):
-    """Where a word of `section` belongs, and what it is there."""
-    with contextlib.suppress(ValueError):
-        return ('clients' if section == 'clients' else 'networks'), parse_network(word)
-    if section == 'clients' or '/' in word:
-        raise FileError(f'{place}: {word!r}, expected a network, 192.0.2.0/24 for example')
+def parse_target(word):
+    """The field of a `Rule` where a word after "to" belongs, and what it is there."""
+    if re.match('[0-9]+(-[0-9]+)?$', word):
+        low, _, high = word.partition('-')
+        low, high = int(low), int(high or low)
+        if not low <= high < 65536:
+            raise ValueError(f'{word!r}, expected PORT or LOW-HIGH, up to 65535')
+        return 'ports', [(low, high)]
+    if '/' in word or ip_bytes(word.strip('[]')):
+        return 'networks', [parse_network(word)]
+    with_port = re.match(r'([^:]+|\[.*\]):([0-9]+)$', word)
+    if with_port:
+        raise ValueError(f'{word!r}, expected the port as the next word: %s %s'
+                         % with_port.groups())
     dot = '.' if word.startswith('.') else ''
     try:
         name = canonical(Address(word[len(dot):], 0)).host
     except ProtocolError as error:
-        raise FileError(f'{place}: {error}') from None
+        raise ValueError(str(error)) from None
     if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():         # it matches nobody
-        raise FileError(f'{place}: {word!r}, expected a network, a name, .suffix, or * alone')
-    return 'names', dot + name
+        raise ValueError(f'{word!r}, expected a network, a name, .suffix, or * alone')
+    return 'names', [dot + name]
+
+
+def parse_network(text):
+    """The ip_network of a text, one of v4-mapped addresses as IPv4; ValueError has the right form.
+    """
+    word = text.strip('[]')
+    for is_strict in True, False:
+        try:
+            network = ipaddress.ip_network(word, is_strict)
+        except ValueError:
+            continue
+        if '%' in word:
+            raise ValueError(f'{text!r}, expected no zone')
+        if not is_strict:
+            raise ValueError(f'{text!r}, expected {network} for the network, or '
+                             f'{word.partition("/")[0]} for the address')
+        return plain_network(network)
+    raise ValueError(f'{text!r}, expected a network, 192.0.2.0/24 for example')
+
+
+# By section of a rule: the field to which a word belongs, and its values.
+RULE_WORDS = {
+    'commands': parse_command, 'names': parse_target,
+    'users': lambda word: ('users', [shown(word)]),
+    'clients': lambda word: ('clients', [parse_network(word)])}
+
+
+def all_of(function, items):
+    """The results of function(*item) for each item; FileError with all faults, not the first only.
+    """
+    results, faults = [], []
+    for item in items:
+        try:
+            results.append(function(*item))
+        except FileError as error:
+            faults += error.args
+    if faults:
+        raise FileError(*faults)
+    return results
 
 
 def read_lines(path):
@@ -2116,8 +2185,7 @@ def read_lines(path):
 
 def read_rules(path):
     """The `Rule`s in a file; FileError says where it is wrong."""
-    return tuple(parse_rule(re.split(r'\s#', line.decode('utf-8', 'replace'))[0], place)
-                 for place, line in read_lines(path))
+    return tuple(all_of(lambda place, line: parse_rule(name_text(line), place), read_lines(path)))
 
 
 class Hashed:
@@ -2185,24 +2253,35 @@ class Hashed:
         return same
 
 
+def parse_user(place, line):
+    """(name, password) of a line NAME:PASSWORD or NAME:METHOD:...:HASH."""
+    name, _, password = line.partition(b':')
+    if not (0 < len(name) < 256 and 0 < len(password) < 256):
+        raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each')
+    if password.startswith((b'scrypt:', b'pbkdf2:')):
+        try:
+            password = Hashed(password.decode('ascii'))
+            if len(password.digest) != 32:
+                raise ValueError
+        except ValueError:
+            raise FileError(f'{place}: expected what --hash-password prints, by this Python if it '
+                            f'lacks scrypt') from None
+    return name, password
+
+
 def read_users(path):
-    """The users in a file of NAME:PASSWORD or NAME:METHOD:...:HASH lines; FileError if it is
-    wrong.  Warns if others can read it."""
+    """The users in a file of such lines; FileError if it is wrong.  Warns if others can read it."""
     users = {}
-    for place, line in read_lines(path):
-        name, _, password = line.partition(b':')
-        if not (0 < len(name) < 256 and 0 < len(password) < 256) or name in users:
-            raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each, and each '
-                            f'name once')
-        if password.startswith((b'scrypt:', b'pbkdf2:')):
-            try:
-                password = Hashed(password.decode('ascii'))
-                if len(password.digest) != 32:
-                    raise ValueError
-            except ValueError:
-                raise FileError(f'{place}: expected what --hash-password prints, by this Python '
-                                f'if it lacks scrypt') from None
+
+    def add(place, line):
+        name, password = parse_user(place, line)
+        if name in users:
+            raise FileError(f'{place}: expected each name once, {shown(name_text(name))} is there')
         users[name] = password
+
+    all_of(add, read_lines(path))
+    if not users:
+        raise FileError(f'{path}: there are no users, so nobody would be asked')
     if os.name == 'posix' and os.stat(path).st_mode & 0o077:
         log.warning('%s: others can read it', path)
     return users
@@ -3346,6 +3425,9 @@ def parse_proxy_url(url):
     except ValueError:                  # its text may have the password
         raise ValueError('proxy URL: malformed') from None
     scheme, *layers = parts.scheme.split('+')
+    if '://' not in url:                # which may have a password
+        example = url if re.match(r'[\w.-]+(:[0-9]+)?$', url) else 'HOST:PORT'
+        raise ValueError(f'proxy URL: scheme missing, expected socks5h://{example} for example')
     if scheme not in SCHEMES or set(layers) - {'tls', 'gssapi', 'unix'}:
         raise ValueError(f'proxy URL: scheme {parts.scheme!r}, expected one of '
                          f'{", ".join(SCHEMES)}, with +tls, +gssapi or +unix')
@@ -6112,7 +6194,7 @@ def network(text):
     try:
         return parse_network(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{error}, expected 192.0.2.0/24 for example') from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def workers(text):
@@ -6226,7 +6308,8 @@ OPTIONS = [
             help='what they may reach, see the README (default: all but what is local to the '
                  'proxy)')),
         (('--check',), dict(
-            action='store_true', help='check all options and files, not addresses, and end')),
+            action='store_true', help='check all options and files, not addresses, print all that '
+                                      'is wrong or a summary, and end')),
         (('--tor-extensions',), dict(
             action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
         (('--udp-strict',), dict(
@@ -6299,6 +6382,16 @@ def build_parser():
     return parser
 
 
+def hint(parser, unknown):
+    """What may have been meant by an option that there is not."""
+    import difflib                      # here, because it is only needed to fail
+    word = unknown[0].partition('=')[0]
+    options = [flag for flag in parser._option_string_actions if flag.startswith('--')]
+    shortened = re.compile('.*'.join(map(re.escape, word)))
+    similar = [*filter(shortened.match, options), *difflib.get_close_matches(word, options, 2, 0.7)]
+    return f'; is {" or ".join(dict.fromkeys(similar))} meant?' if word[2:] and similar else ''
+
+
 def settings_from(args, environ):
     """The `Settings` of parsed arguments and the environment; ValueError if they contradict."""
     try:
@@ -6309,10 +6402,6 @@ def settings_from(args, environ):
     users = dict(pairs)
     if len(users) < len(pairs):
         raise ValueError('-u, SOCKS_USERS: a user is given twice')
-    if args.users_file:
-        users.update(read_users(args.users_file))
-        if not users:
-            raise FileError(f'{args.users_file}: there are no users, so nobody would be asked')
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
@@ -6325,11 +6414,31 @@ def settings_from(args, environ):
             os.environ['KRB5_KTNAME'] = args.keytab     # the library has no other way
     elif args.keytab or args.gssapi_nec or args.gssapi_level:
         raise ValueError('--gssapi-level, --gssapi-nec, --keytab: expected --gssapi')
-    rules = read_rules(args.rules_file) if args.rules_file else None
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
-    tls = tls_context(args.tls_cert, args.tls_key, args.tls_client_ca) if args.tls_cert else None
-    return Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
+    more_users, rules, tls = all_of(lambda read, path, *more: read(path, *more) if path else None, [
+        (read_users, args.users_file), (read_rules, args.rules_file),
+        (tls_context, args.tls_cert, args.tls_key, args.tls_client_ca)])
+    users.update(more_users or {})
+    settings = Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
+    for doubt in doubts(settings):
+        log.warning('%s', doubt)
+    return settings
+
+
+def doubts(settings):
+    """What is possible, but hardly meant, in the rules."""
+    rules, names = settings.rules or (), {'-', *map(shown, map(name_text, settings.users))}
+    by_other_ways = (settings.gssapi or settings.ident
+                     or settings.tls and settings.tls.verify_mode)      # CERT_NONE is 0
+    for rule in rules if not by_other_ways else ():
+        for user in rule.users:
+            if user not in names:
+                yield f'{rule.place}: there is no user {user}'
+    for rule, further in zip(rules, rules[1:]):
+        if not any(rule[1:-1]):         # no condition
+            yield f'{further.place}: never reached, {rule.place} is for all'
+            break
 
 
 def raise_descriptor_limit(wanted=65536):
@@ -6446,7 +6555,9 @@ def program_runner(arguments, chain):
 def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown)}')
     try:
         set_up_logging(args, os.environ)
     except OSError as error:
@@ -6503,13 +6614,13 @@ def serve(args):
     try:
         settings = configure()
         if args.check:
-            refuse_open_proxy(prepared(settings), [
-                Address(host, port) for host, port in addresses_of(args) if ip_bytes(host)])
-            return 0
+            return check(settings, addresses_of(args))
         notifier = Notifier(os.environ)
         server = Server(addresses_of(args), settings, listeners=activated_sockets(os.environ))
     except (FileError, OSError) as error:
-        print(f'socks.py: {reason(error)}', file=sys.stderr)
+        faults = error.args if args.check and isinstance(error, FileError) else [reason(error)]
+        for fault in faults:
+            print(f'socks.py: {fault}', file=sys.stderr)
         return 1
     if args.users:
         log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
@@ -6521,6 +6632,17 @@ def serve(args):
         Supervisor(args.workers, server, configure, notifier, announce).run()
     log.info('stopped')
     return 0
+
+
+def check(settings, addresses):
+    """Raise what would be raised at the start but for the addresses, or print that all is well."""
+    refuse_open_proxy(prepared(settings), [
+        Address(host, port) for host, port in addresses if ip_bytes(host)])
+    numbers = [(len(settings.users), 'user')]
+    if settings.rules is not None:
+        numbers.append((len(settings.rules), 'rule'))
+    summary = ', '.join(f'{number} {what}{"s" * (number != 1)}' for number, what in numbers)
+    return 0 if print_at_once(summary + ': ok') else 1
 
 
 def announce_addresses(addresses, to_stdout):

@@ -3438,7 +3438,19 @@ WRONG_RULES = [
     ('allow to 80', 'f:1: expected "to"'), ('allow * to x', r"f:1: '\*', expected connect, bind"),
     ('allow from x to *', "f:1: 'x', expected a network"),
     ('allow to 10.0.0.0/33', "f:1: '10.0.0.0/33', expected a network"),
-    ('allow to 10.0.0.1/8', "f:1: '10.0.0.1/8', expected a network"),
+    ('deny to 10.0.0.1/8', "f:1: '10.0.0.1/8', expected 10.0.0.0/8 for the network, or 10.0.0.1 for"),
+    ('deny from fd00::1/8 to *', "f:1: 'fd00::1/8', expected fd00::/8 for the network, or fd00::1"),
+    ('deny to fe80::1%lo', "f:1: 'fe80::1%lo', expected no zone"),
+    ('deny to fe80::%lo/64', "f:1: 'fe80::%lo/64', expected no zone"),
+    ('allow to * port 80', "f:1: 'port' is not expected here; ports are numbers, as in: to \\* 80"),
+    ('allow to a.example ports 80', "f:1: 'ports' is not expected here; ports are numbers"),
+    ('allow to 10.8.0.2:80', "f:1: '10.8.0.2:80', expected the port as the next word: 10.8.0.2 80"),
+    ('allow to [::1]:80', r"f:1: '\[::1\]:80', expected the port as the next word: \[::1\] 80"),
+    ('allow to a.example:80', "f:1: 'a.example:80', expected the port as the next word: a.exam"),
+    ("deny user 'Bob Smith to *", "f:1: 'Bob: expected one more ', and a space after it"),
+    ('deny user "Bob" to "*', 'f:1: "\\*: expected one more ", and a space after it'),
+    ("deny user 'a'b to *", "f:1: 'a'b: expected one more '"),
+    ('deny resolve to * 53', 'f:1: look-ups have no port, so this is for none'),
     ('allow to * 70000', "f:1: '70000', expected PORT or LOW-HIGH"),
     ('allow to * 5-4', "f:1: '5-4', expected PORT or LOW-HIGH"),
     ('allow to * x.example', 'f:1: expected "to"'), ('allow to a%b', 'f:1: host name a%b'),
@@ -3492,6 +3504,40 @@ class RulesTest(FileCase):
             with self.subTest(text), self.assertRaisesRegex(
                     socks.FileError, re.escape(path[:-1]) + message):
                 socks.read_rules(path)
+
+    def test_all_faults_are_found(self):
+        path = self.write('f', 'permit to *\nallow to *\nallow\n')
+        with self.assertRaises(socks.FileError) as caught:
+            socks.read_rules(path)
+        self.assertEqual([fault.partition(' ')[0] for fault in caught.exception.args],
+                         [f'{path}:1:', f'{path}:3:'])
+        self.assertIn("'permit', expected allow or deny (and 1 more, which --check shows)",
+                      str(caught.exception))
+
+    def test_quoted_names(self):
+        """Users may have spaces in their names, and names that are other words here."""
+        rules = self.rules("""deny user 'Bob Smith' "O'Brien X" O'Hara 'to' "" to 'a.example' # 'x
+                              deny user 'a #b' to *""")
+        self.assertEqual(rules[0].users, ("'Bob Smith'", '"O\'Brien X"', "O'Hara", 'to', "''"))
+        self.assertEqual((rules[0].names, rules[1].users), (('a.example',), ("'a #b'",)))
+        server = self.serve(users={'Bob Smith': 's', 'Bob': 's', b'\xff': b's'},
+                            rules=self.rules("deny user 'Bob Smith' to *\nallow to *"))
+        origin = self.origin(echo)
+        for name, reply in ((b'Bob Smith', 2), (b'Bob', 0)):
+            peer = self.peer(server.server_address)
+            peer.ask(Greeting(b'\2'), Choice)
+            self.assertEqual(peer.ask(Credentials(name, b's'), Verdict), Verdict(0))
+            self.assertEqual(peer.ask(Request(1, Address('127.0.0.1', origin.port)),
+                                      Response).reply, reply)
+
+    def test_names_that_are_not_text(self):
+        """Bytes in a file of rules are those of a user's name."""
+        path = self.write('f', '')
+        with open(path, 'wb') as file:
+            file.write(b'deny user b\xfcb to *\n')
+        client = self.client(user=socks.shown(socks.name_text(b'b\xfcb')))
+        rule = socks.Rules(socks.read_rules(path)).first(client, Address('1.2.3.4', 80))
+        self.assertFalse(rule.allow)
 
     def test_what_is_forbidden_is_not_looked_up(self):
         """Nor a name of which no rule speaks."""
@@ -3703,11 +3749,17 @@ class AccessTest(FileCase):
     def test_wrong_users_files(self):
         for text in ('bob', 'bob:', ':x', 'bob:scrypt:1000-8-1:00:' + '00' * 32,
                      'bob:pbkdf2:0:00:' + '00' * 32, 'bob:pbkdf2:1:00:00',
-                     'bob:a\nbob:b', 'b' * 256 + ':x', 'bob:scrypt:1:2',
+                     'bob:a\nbob:b', 'b' * 256 + ':x', 'bob:scrypt:1:2', 'bob:x\nbob\neve',
                      'bob:scrypt:1-2:00:00', 'bob:pbkdf2:x:00:00', 'bob:pbkdf2:1:0:00'):
             path = self.write('users', 'ann:x\n' + text)
             with self.subTest(text), self.assertRaisesRegex(socks.FileError, r'users:[23]: expect'):
                 socks.read_users(path)
+        with self.assertRaises(socks.FileError) as caught:
+            socks.read_users(self.write('users', 'bob\nann:x\nann:y\n'))
+        self.assertEqual([fault.partition(': ')[0][-7:] for fault in caught.exception.args],
+                         ['users:1', 'users:3'])
+        with self.assertRaisesRegex(socks.FileError, 'there are no users'):
+            socks.read_users(self.write('users', '# none\n'))
         path = self.write('users', 'bob:x\n')
         os.chmod(path, 0o644)
         with self.assertLogs('socks', 'WARNING') as logged:
@@ -5075,6 +5127,29 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 self.assertEqual(done.returncode, status, done.stderr)
                 self.assertIn(text, done.stderr)
                 self.assertEqual(done.stderr.count('socks.py: '), bool(status))
+                self.assertEqual(done.stdout, '' if status else '1 user, 1 rule: ok\n')
+
+    def test_check_shows_all(self):
+        """Every fault of every file; and what is hardly meant, of rules and users."""
+        rules, users = self.write('rules', 'nonsense\nallow\n'), self.write('users', 'bob\neve\n')
+        status, out, err = in_process('--check', '--rules', rules, '--users', users)
+        self.assertEqual((status, out), (1, ''))
+        self.assertEqual(re.findall(r'^socks.py: .*/(\w+:\d):', err, re.MULTILINE),
+                         ['users:1', 'users:2', 'rules:1', 'rules:2'])
+        for text, warnings_ in (('deny user bobb bob to .example\nallow to *', ['1: there is no user '
+                                                                             'bobb']),
+                                ('allow to *\ndeny to 10.0.0.0/8\ndeny to .example',
+                                 ['2: never reached, {}:1 is for all'])):
+            self.write('rules', text), self.write('users', 'bob:s\nann:s\n')
+            with self.subTest(text), self.assertLogs('socks', 'WARNING') as logged:
+                status, out, err = in_process('--check', '--rules', rules, '--users', users)
+                self.assertEqual((status, err), (0, ''))
+                self.assertRegex(out, '^2 users, [23] rules: ok\n$')
+            self.assertEqual([record.getMessage() for record in logged.records],
+                             [f'{rules}:{text}'.format(rules) for text in warnings_])
+        self.write('rules', 'allow user alice to *')
+        status, out, err = in_process('--check', '--rules', rules, '--ident')
+        self.assertEqual((status, out, err), (0, '0 users, 1 rule: ok\n', ''))
 
     def test_hash_password(self):
         done = subprocess.run([sys.executable, os.path.join(HERE, 'socks.py'), '--hash-password'],
@@ -5161,12 +5236,16 @@ WRONG_USAGE = [
     (['--max-clients', '1.5'], r"--max-clients: '1.5': expected a whole number"),
     (['-b', '0.0.0.0'], r'would serve everybody.*SOCKS_USERS.*--open'),
     (['-p', '²'], r"-p/--port: '²': expected a port"),
-    (['--frobnicate'], r'unrecognized arguments: --frobnicate'),
-    (['--from', '10.0.0.1/8'], r'--from: 10.0.0.1/8 has host bits set, expected 192.0.2.0/24'),
-    (['--trust', 'x'], r"--trust: 'x' does not appear to be .*, expected 192.0.2.0/24"),
-    (['--proxy-protocol', ''], r'--proxy-protocol: .* expected 192.0.2.0/24'),
+    (['--frobnicate'], r'unrecognized arguments: --frobnicate$'),
+    (['--prot', '1'], r'unrecognized arguments: --prot 1; is --proxy-protocol or --port or --proxy'),
+    (['1080'], r'unrecognized arguments: 1080$'),
+    (['--from', '10.0.0.1/8'], r"--from: '10.0.0.1/8', expected 10.0.0.0/8 for the network, or 10"),
+    (['--trust', 'x'], r"--trust: 'x', expected a network, 192.0.2.0/24"),
+    (['--proxy-protocol', ''], r'--proxy-protocol: .* expected a network, 192.0.2.0/24'),
     (['-w', '0'], r"-w/--workers: '0': expected auto, or a number, 1 to 1024"),
     (['-w', 'x'], r"-w/--workers: 'x': expected auto, or a number, 1 to 1024"),
+    (['-x', 'localhost:1080'], r'-x/--proxy: proxy URL: scheme missing, expected socks5h://localh'),
+    (['-x', 'bob:x@h:1'], r'proxy URL: scheme missing, expected socks5h://HOST:PORT for example$'),
     (['-x', 'ftp://h'], r"-x/--proxy: proxy URL: scheme 'ftp', expected one of socks4,"),
     (['--connect', 'host'], r"--connect: 'host': expected HOST:PORT"),
     (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected one of them'),

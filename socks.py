@@ -1778,7 +1778,7 @@ EMBEDDED = (
     (b'\x20\x01\0\0', (4, 5, 6, 7)),                    # Teredo's server, RFC 4380 section 4
 )
 TEREDO = b'\x20\x01\0\0'                # the last bytes are the client's, inverted
-ISATAP = (b'\0\0\x5e\xfe', b'\2\0\x5e\xfe')             # before the last bytes, RFC 5214 section 6.1
+ISATAP = (b'\0\0\x5e\xfe', b'\2\0\x5e\xfe')            # before the last bytes, RFC 5214 section 6.1
 # Prefixes for a network's own NAT64 have several lengths (RFC 8215, RFC 6052 section 2.2).
 OWN_NAT64 = b'\0\x64\xff\x9b\0\1'
 OWN_NAT64_PLACES = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), LAST)
@@ -1853,7 +1853,8 @@ def authorize(client, command, target, listeners, rule=None):
         hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
         for host, port in listeners:
             if port == target.port and (
-                    host in hosts or host in ZEROS and any(map(is_ours, hosts))):
+                    host.partition('%')[0] in hosts
+                    or host in ZEROS and any(map(is_ours, hosts))):
                 raise Refused(f'{target} is the proxy itself')
 
 
@@ -1946,7 +1947,7 @@ class Rules(tuple):
     PORTS = 128                         # a rule is not filed under more
 
     def __new__(cls, rules):
-        return super().__new__(cls, (rule.compiled() for rule in rules))
+        return super().__new__(cls, map(Rule.compiled, rules))
 
     def __init__(self, _):
         super().__init__()
@@ -2006,9 +2007,9 @@ class Rules(tuple):
         return None
 
     def first_for_name(self, client, target, is_final):
-        """The rule that decides about a name, or may allow an address that it has; None without one.
+        """The rule that decides about a name, or may allow an address that it has, else None.
 
-        So what is forbidden is not even looked up.  `is_final`: nor is anything else, here, and no
+        So a name that is forbidden is not even looked up.  `is_final`: none is, here, so that no
         rule on networks can allow it.
         """
         name, openers = target.host, () if is_final else self._openers
@@ -2136,18 +2137,18 @@ def parse_network(text):
     """The ip_network of a text, one of v4-mapped addresses as IPv4; ValueError has the right form.
     """
     word = text.strip('[]')
-    for is_strict in True, False:
-        try:
-            network = ipaddress.ip_network(word, is_strict)
-        except ValueError:
-            continue
-        if '%' in word:
-            raise ValueError(f'{text!r}, expected no zone')
-        if not is_strict:
-            raise ValueError(f'{text!r}, expected {network} for the network, or '
-                             f'{word.partition("/")[0]} for the address')
-        return plain_network(network)
-    raise ValueError(f'{text!r}, expected a network, 192.0.2.0/24 for example')
+    try:
+        network = ipaddress.ip_network(word, strict=False)
+    except ValueError:
+        network = None
+    host, percent, _ = word.partition('/')[0].partition('%')
+    if percent and ip_bytes(host):
+        raise ValueError(f'{text!r}, expected no zone')
+    if not network:
+        raise ValueError(f'{text!r}, expected a network, 192.0.2.0/24 for example')
+    if ip_bytes(host) != network.network_address.packed:
+        raise ValueError(f'{text!r}, expected {network} for the network, or {host} for the address')
+    return plain_network(network)
 
 
 # By section of a rule: the field to which a word belongs, and its values.
@@ -4041,8 +4042,9 @@ class Login(socketserver.BaseRequestHandler):
                 return
             why = 'wrong user name or password'
             for user, number in failures.note(client.key, username):
+                whose = '' if user is None else f' of {client.user}'
                 log.warning('%s: blocked for %d s after %d wrong passwords%s', client.address.host,
-                            failures.WINDOW, number, user is not None and f' of {client.user}' or '')
+                            failures.WINDOW, number, whose)
         yield Wait((), (), until)
         raise Refused(why)
 
@@ -4543,7 +4545,7 @@ def listening_sockets(addresses, tries=FREE_PORT_TRIES):
             sock.close()
         if error.errno != errno.EADDRINUSE or tries == 1 or all(port for _, port in wanted):
             raise
-    return listening_sockets(addresses, tries - 1)      # what is free on one may be taken on another
+    return listening_sockets(addresses, tries - 1)      # what is free on one is not on another
 
 
 def refuse_open_proxy(settings, addresses):

@@ -195,8 +195,8 @@ _ProxyError = ProxyError                # names before PySocks 1.5, which old pr
 
 
 class FileError(ValueError):
-    """Files of ours have something wrong in them, or are not there; `args` has a text for each
-    fault, which says where it is and what, the text of the error is the first one."""
+    """A file has errors, or cannot be read.  `args` has a text for each error, which says where and
+    what it is; str() gives the first one."""
 
     def __str__(self):
         first, *more = self.args
@@ -294,8 +294,8 @@ def family_of(host):
 def ip_bytes(host):
     """The 4 or 16 bytes of an IP address given as text; None for any other text.
 
-    A link-local IPv6 address may have a zone, fe80::1%eth0 (RFC 4007 section 11).  Only addresses
-    of ours and configured ones have: canonical() refuses what a client sends with one.
+    A link-local IPv6 address may have a zone, fe80::1%eth0 (RFC 4007 section 11).  Local and
+    configured addresses have one; canonical() refuses a client's.
     """
     ip, percent, zone = host.partition('%')
     try:
@@ -1667,11 +1667,11 @@ class Settings(NamedTuple):
     drain_timeout       for clients that are served when the server is to stop
     max_clients         clients at once; further ones wait in the listen queue
     max_per_client      connections at once from one client, an IPv4 address or an IPv6 /64;
-                        further ones are closed; None: half of max_clients, at least 64, but any
-                        number from this host
+                        further ones are closed; None: any number from this host, from others half
+                        of max_clients, or 64 if that is more, but at most three quarters
     max_handshakes      clients at once that have not said yet what they want; the one that makes
-                        room is of the address that has most, and has taken longest; 0: half of
-                        max_clients, at least 64
+                        room is of the client that has most, and has taken longest; 0: as many as
+                        are of one client by default
     """
     users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
@@ -1743,14 +1743,14 @@ class Networks(tuple):
 
     @property
     def local(self):
-        """Those that are inside of one of LOCAL_NETWORKS."""
+        """Those that are inside one of LOCAL_NETWORKS."""
         if self._local is None:
             self._local = Networks(filter(is_inside_local, map(plain_network, self)))
         return self._local
 
 
 def plain_network(network):
-    """An ip_network; one of v4-mapped addresses as IPv4, as which we know those."""
+    """The ip_network `network`; if its addresses are v4-mapped, the IPv4 network."""
     if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
         return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
                                       network.prefixlen - 96))
@@ -1839,9 +1839,9 @@ def is_ours(host):
 def authorize(client, command, target, listeners, rule=None):
     """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
 
-    A client on this host may reach anything.  Any other must not use the proxy to reach
-    LOCAL_NETWORKS, nor BIND for anybody, which is what a target of zeros means there, unless the
-    `rule` that allows it is on a network for that; and never the proxy (`listeners`) itself.
+    A client on this host may reach anything.  Any other may reach LOCAL_NETWORKS, and BIND for any
+    peer, which a target of zeros means, only if the `rule` that allows it is on a network for that;
+    and the proxy (`listeners`) itself never.
     """
     if target.host in ZEROS and command != Command.BIND:
         raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
@@ -1869,7 +1869,7 @@ class Names(tuple):
 
 
 def name_keys(name):
-    """What `Names` may have that stands for `name`."""
+    """The items of `Names` that match `name`."""
     keys, dot = [name, '.' + name], name.find('.')
     while dot >= 0:
         keys.append(name[dot:])
@@ -1930,10 +1930,10 @@ class Rule(NamedTuple):
 
 
 def asked_hosts(host):
-    """The bytes of the addresses by which rules allow the IP address `host`, and of those by which
-    they deny it: who denies a network denies the ways around it as well.
+    """The addresses, as bytes, that are looked up for the IP address `host` in networks that rules
+    allow, and in networks that they deny: denying a network denies the ways around it as well.
 
-    Zeros, which stand for anybody, are allowed by those of either family.
+    Zeros stand for any peer; a network of either family may allow them.
     """
     packed = ip_bytes(host)
     return [bytes(4), bytes(16)] if host in ZEROS else [packed], with_embedded(packed)
@@ -2300,8 +2300,8 @@ class Users(dict):
         """Conversation: whether `credentials` are those of a user.
 
         Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at
-        once.  A failure takes that work for any user, even one that there is not, if it does for
-        one: else its time would tell who has a hashed password.
+        once.  If the password of one user is hashed, a failure takes that work for every name: else
+        its time would tell who has a hashed password.
         """
         import hmac                     # here, because few servers need it and it is large
         given, password = credentials.password, self.get(credentials.username)
@@ -3996,14 +3996,14 @@ class Login(socketserver.BaseRequestHandler):
             self.know(*names or [''])
 
     def know(self, user):
-        """The client has shown who it is; if it does so in several ways, the first one counts."""
+        """Note the user that the client has authenticated as; the first one counts."""
         if not self.is_known:
             self.client.user = shown(user)
         self.is_known = True
 
     @property
     def needs_login(self):
-        """By the settings of now, which may be others than when the client came."""
+        """By the current settings, which may have been reloaded since the client connected."""
         settings = self.server.settings
         return bool(settings.users or settings.gssapi) and not (
             self.is_known or settings.trusted.has(self.client.address.host))
@@ -4049,7 +4049,8 @@ class Login(socketserver.BaseRequestHandler):
         raise Refused(why)
 
     def verify(self, credentials):
-        """Whether they are right; by other users than before, if these change meanwhile."""
+        """Conversation: whether they are right by the current users; if those are reloaded
+        meanwhile, it verifies again."""
         is_hopeless = functools.partial(
             self.server.failures.too_many, self.client.key, credentials.username)
         right = users = None
@@ -4059,8 +4060,7 @@ class Login(socketserver.BaseRequestHandler):
         return right
 
     def reconsider(self):
-        """Raise Refused if the settings, which have changed since the client came, do not allow it
-        any more."""
+        """Judge the client again, because the settings were reloaded since it connected."""
         self.settings = self.server.settings
         if self.login and self.settings.users.get(self.login[0]) != self.login[1]:
             raise Refused('the password has changed')
@@ -4196,8 +4196,11 @@ class Negotiation(Login):
             yield from self.secure()
 
     def announced(self, header):
-        """The client is where the load balancer says; a loopback address is one of its own host,
-        which the balancer is the way to."""
+        """Take the client's address from a load balancer's header.
+
+        A loopback address is the balancer's own host, so from another host it is not believed: the
+        client stays at the balancer's address.
+        """
         client, source = self.client, canonical(header.source)
         if is_loopback(client.peer.host) or not is_loopback(source.host):
             roster = self.server.roster
@@ -4348,8 +4351,7 @@ class Handler(Negotiation):
             peer.close()
 
     def is_expected(self, peer, expected):
-        """Whether BIND waits for a peer from this address: zeros are for all whom no rule denies.
-        """
+        """Whether BIND accepts this peer; with zeros expected, any that no rule denies."""
         rules = self.server.settings.rules
         rule = rules.first(self.client, peer) if rules else None
         return (peer.host in expected
@@ -4565,14 +4567,14 @@ class Roster:
     connections   by client (see client_key), if they are limited
     ended         clients before, who sent `up` bytes and got `down`
 
-    Of the clients that have not said yet what they want, only so many are kept.  The one that makes
-    room is the oldest of those whose key has most, so that one host cannot push out the others.
+    The number of clients that have not made their request yet is limited.  For one more, the oldest
+    of the key with most of them is closed, so that one host cannot push out the others.
     """
 
     def __init__(self):
         self.connections = {}
         self.ended = self.up = self.down = 0
-        self.negotiating = 0            # how many clients have not said yet what they want
+        self.negotiating = 0            # clients that have not made their request yet
         self._tasks = {}                # theirs, by key: {client: task}, in the order they came
         self._keys = [{}]               # by how many tasks they have: the keys, as a set in order
         self._lock = threading.Lock()   # for the threads of all loops
@@ -4592,7 +4594,7 @@ class Roster:
             next(iter(self._tasks[key].values())).close('others want to begin, too')
 
     def negotiated(self, client):
-        """A client has said what it wants, or ends; its task, if it has not done so before."""
+        """A client has made its request, or ends; its task if it was negotiating, else None."""
         tasks = self._tasks.get(client.key, {})
         task = tasks.pop(client, None)
         if task:
@@ -4917,9 +4919,10 @@ class Server(Acceptor):
     def _configure(self, settings):
         self.settings = settings = prepared(settings)
         self.max_clients = settings.max_clients or clients_possible()
-        half = max(64, (self.max_clients or 1 << 16) // 2)
-        self.max_handshakes = settings.max_handshakes or half
-        self.max_per_client = half      # of those from other hosts, unless the settings say another
+        clients = self.max_clients or 1 << 16
+        share = min(max(64, clients // 2), max(2, clients * 3 // 4))
+        self.max_handshakes = settings.max_handshakes or share
+        self.max_per_client = share     # for other hosts, unless the settings have a number
 
     def reconfigure(self, settings):
         """Have other settings from now on: who is served goes on, datagrams are judged anew.
@@ -6298,12 +6301,13 @@ OPTIONS = [
         (('--max-per-client',), dict(
             metavar='N', type=count, default=DEFAULTS.max_per_client,
             help='connections at once from one IPv4 address or IPv6 /64, 0 for any number '
-                 '(default: any from this host, else half of --max-clients, at least 64)')),
+                 '(default: any from this host, else half of --max-clients, or 64 if that is more, '
+                 'but at most three quarters)')),
         (('--max-handshakes',), dict(
             metavar='N', type=count, default=DEFAULTS.max_handshakes,
             help='clients at once that have not yet said what they want; for one more, the oldest '
-                 'of the address that has most is closed (default: half of --max-clients, at '
-                 'least 64)'))]),
+                 'of the address that has most is closed (default: half of --max-clients, or 64 if '
+                 'that is more, but at most three quarters)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
@@ -6385,7 +6389,7 @@ def build_parser():
 
 
 def hint(parser, unknown):
-    """What may have been meant by an option that there is not."""
+    """A suggestion for an option that does not exist, or nothing."""
     import difflib                      # here, because it is only needed to fail
     word = unknown[0].partition('=')[0]
     options = [flag for flag in parser._option_string_actions if flag.startswith('--')]
@@ -6423,23 +6427,23 @@ def settings_from(args, environ):
         (tls_context, args.tls_cert, args.tls_key, args.tls_client_ca)])
     users.update(more_users or {})
     settings = Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
-    for doubt in doubts(settings):
-        log.warning('%s', doubt)
+    for warning in warnings_about(settings):
+        log.warning('%s', warning)
     return settings
 
 
-def doubts(settings):
-    """What is possible, but hardly meant, in the rules."""
+def warnings_about(settings):
+    """A warning for each rule that is probably a mistake."""
     rules, names = settings.rules or (), {'-', *map(shown, map(name_text, settings.users))}
     by_other_ways = (settings.gssapi or settings.ident
                      or settings.tls and settings.tls.verify_mode)      # CERT_NONE is 0
     for rule in rules if not by_other_ways else ():
         for user in rule.users:
             if user not in names:
-                yield f'{rule.place}: there is no user {user}'
+                yield f'{rule.place}: user {user} does not exist'
     for rule, further in zip(rules, rules[1:]):
         if not any(rule[1:-1]):         # no condition
-            yield f'{further.place}: never reached, {rule.place} is for all'
+            yield f'{further.place}: never reached, {rule.place} matches everything'
             break
 
 
@@ -6637,7 +6641,7 @@ def serve(args):
 
 
 def check(settings, addresses):
-    """Raise what would be raised at the start but for the addresses, or print that all is well."""
+    """Raise the errors of a start, except those of binding the addresses, or print a summary."""
     refuse_open_proxy(prepared(settings), [
         Address(host, port) for host, port in addresses if ip_bytes(host)])
     numbers = [(len(settings.users), 'user')]

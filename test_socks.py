@@ -3902,6 +3902,25 @@ class AccessTest(FileCase):
     def networks(self, *texts):
         return tuple(map(socks.network, texts))
 
+    def test_a_small_server_is_not_filled_by_one_host(self):
+        """Of few clients, too, some place is left."""
+        for number, share in ((2, 2), (50, 37), (100, 64), (1000, 500)):
+            with socks.Server(('127.0.0.1', 0), Settings(max_clients=number)) as server:
+                self.assertEqual((server.max_handshakes, server.max_per_client), (share, share))
+
+    def test_many_networks(self):
+        """Five thousand are compiled once, and looked up as quickly as one."""
+        networks = [socks.network(f'10.{number >> 8}.{number & 255}.0/24')
+                    for number in range(5000)] + [socks.network('2001:db8::/32')]
+        with socks.Server(('127.0.0.1', 0), Settings(clients=networks)) as server:
+            start, clients = time.process_time(), server.settings.clients
+            for number in range(5000):
+                self.assertTrue(clients.has(f'10.{number >> 8}.{number & 255}.7'))
+                self.assertFalse(clients.has(f'11.{number >> 8}.{number & 255}.7'))
+            self.assertLess(time.process_time() - start, 1)
+            self.assertTrue(clients.has('2001:db8::1'))
+            self.assertFalse(clients.has('2001:db9::1'))
+
     def test_networks(self):
         server = self.serve(clients=self.networks('127.0.0.2/32'))
         with Peer(server.server_address) as peer:
@@ -5138,9 +5157,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
         self.assertEqual(re.findall(r'^socks.py: .*/(\w+:\d):', err, re.MULTILINE),
                          ['users:1', 'users:2', 'rules:1', 'rules:2'])
         for text, doubt in (
-                ('deny user bobb bob to .example\nallow to *', '1: there is no user bobb'),
+                ('deny user bobb bob to .example\nallow to *', '1: user bobb does not exist'),
                 ('allow to *\ndeny to 10.0.0.0/8\ndeny to .example',
-                 '2: never reached, {}:1 is for all')):
+                 '2: never reached, {}:1 matches everything')):
             self.write('rules', text), self.write('users', 'bob:s\nann:s\n')
             with self.subTest(text), self.assertLogs('socks', 'WARNING') as logged:
                 status, out, err = in_process('--check', '--rules', rules, '--users', users)

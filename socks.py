@@ -54,7 +54,7 @@ import threading
 import time
 import unicodedata
 from binascii import b2a_base64
-from collections import deque
+from collections import Counter, deque
 from types import MappingProxyType
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -191,7 +191,12 @@ _ProxyError = ProxyError                # names before PySocks 1.5, which old pr
 
 
 class FileError(ValueError):
-    """A file of ours has something wrong in it, or is not there; the text says which and what."""
+    """A file has errors, or cannot be read.  `args` has a text for each error, which says where and
+    what it is; str() gives the first one."""
+
+    def __str__(self):
+        first, *more = self.args
+        return first + (f' (and {len(more)} more, which --check shows)' if more else '')
 
 
 class Refused(ProxyError):
@@ -284,11 +289,22 @@ def family_of(host):
 
 @functools.lru_cache(256)
 def ip_bytes(host):
-    """The 4 or 16 bytes of an IP address given as text; None for any other text."""
+    """The 4 or 16 bytes of an IP address given as text; None for any other text.
+
+    A link-local IPv6 address may have a zone, fe80::1%eth0 (RFC 4007 section 11).  Local and
+    configured addresses have one; canonical() refuses a client's.
+    """
+    ip, percent, zone = host.partition('%')
     try:
-        return socket.inet_pton(family_of(host), host)
+        packed = socket.inet_pton(family_of(ip), ip)
     except (OSError, ValueError):       # ValueError: NUL or characters outside ASCII
         return None
+    return packed if not percent or zone and is_link_local(packed) else None
+
+
+def is_link_local(packed):
+    """Whether the bytes are those of an IPv6 address that needs a zone to be reached."""
+    return packed[0] == 0xfe and packed[1] & 0xc0 == 0x80 and len(packed) == 16
 
 
 def ip_text(packed):
@@ -331,12 +347,23 @@ class Address(NamedTuple):
         """From the address tuple of a socket, without flow label and zone."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
 
+    @classmethod
+    def with_zone(cls, sockaddr):
+        """The same, with the zone of a link-local address."""
+        host, port = cls.of(sockaddr)
+        if len(sockaddr) == 4 and sockaddr[3]:
+            try:
+                host = f'{host}%{socket.if_indextoname(sockaddr[3])}'
+            except (OSError, AttributeError):   # Windows has this function since Python 3.8
+                host = f'{host}%{sockaddr[3]}'
+        return cls(host, port)
+
     def __str__(self):
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
     def pack(self):
         """ATYP, ADDR, PORT.  A host that is the text of an IP address is sent as that address."""
-        packed = ip_bytes(self.host)
+        packed = None if '%' in self.host else ip_bytes(self.host)
         if packed is None:
             name = name_bytes(self.host)
             if not 0 < len(name) <= MAX_NAME:
@@ -663,7 +690,8 @@ class ProxyHeader(NamedTuple):
         if words[:2] == ['PROXY', 'UNKNOWN']:
             return cls()
         size = {'TCP4': 4, 'TCP6': 16}.get(words[1] if len(words) == 6 else '')
-        if (words[0] != 'PROXY' or any(len(ip_bytes(host) or b'') != size for host in words[2:4])
+        if (words[0] != 'PROXY' or not size
+                or any('%' in host or len(ip_bytes(host) or b'') != size for host in words[2:4])
                 or not all(re.match('[0-9]{1,5}$', port) and int(port) < 65536
                            for port in words[4:])):
             raise ProtocolError(f'PROXY line {line!r} is malformed')
@@ -705,6 +733,7 @@ ATTEMPTS = 16                           # addresses of one name that are tried
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
+LOOPBACK6 = bytes(15) + b'\1'
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
 LOOPBACK_NAME = re.compile(             # RFC 6761 section 6.3, and what tables of hosts have
@@ -716,13 +745,39 @@ DEVIATIONS = set('\u00df\u1e9e\u03c2\u200c\u200d')       # sharp s, final sigma,
 
 @functools.lru_cache(256)
 def plain_ip(host):
-    """`host` in the usual spelling if it is an IP address, a v4-mapped one as IPv4; else None."""
+    """`host` in the usual spelling if it is an IP address without a zone, a v4-mapped one as IPv4;
+    else None."""
     packed = ip_bytes(host)
-    if packed is None:
+    if packed is None or '%' in host:
         return None
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
 
 
+def socket_address(address):
+    """What the system takes for `address`, an IP address that may have a zone; OSError if there is
+    no such zone."""
+    if '%' not in address.host:
+        return address
+    try:
+        return _orig_getaddrinfo(*address, 0, 0, 0, socket.AI_NUMERICHOST)[0][4]
+    except socket.gaierror:
+        zone = address.host.partition('%')[2]
+        raise OSError(errno.EADDRNOTAVAIL, f'there is no interface {shown(zone)}') from None
+
+
+def local_address(sock):
+    """The `Address` that a socket has here, with the zone of a link-local one."""
+    host, port = Address.with_zone(sock.getsockname())
+    return Address(plain_ip(host) or host, port)
+
+
+def in_zone_of(ours, host):
+    """The IP address `host`; if it is link-local, with the zone of `ours`, which reached it."""
+    zone = ours.partition('%')[1:]
+    return host + ''.join(zone) if is_link_local(ip_bytes(host)) else host
+
+
+@functools.lru_cache(4096)
 def client_key(host):
     """What counts as one client in every limit: an IPv4 address, or the /64 network of an IPv6
     address, since whoever has one address of such a network has them all."""
@@ -1529,10 +1584,11 @@ def start_connect(address, source):
         if source:
             if sys.platform == 'linux':
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((source_of(family, source), 0))
-        error = sock.connect_ex(address)
+            sock.bind(socket_address(Address(source_of(family, source), 0)))
+        target = socket_address(address) if '%' in address.host else address
+        error = sock.connect_ex(target)
         if error in UNDER_WAY:          # within this host it is done by now, if one asks
-            error = sock.connect_ex(address)
+            error = sock.connect_ex(target)
         if error not in (0, errno.EISCONN, *UNDER_WAY):
             raise OSError(error, os.strerror(error))
         return sock, error not in UNDER_WAY
@@ -1557,9 +1613,9 @@ def way_out(hosts, source):
         family = family_of(host)
         try:
             with _orig_socket(family, socket.SOCK_DGRAM) as sock:
-                sock.bind((source_of(family, source), 0))
-                sock.connect((host, 9))         # which sends nothing
-                return sock.getsockname()[0]
+                sock.bind(socket_address(Address(source_of(family, source), 0)))
+                sock.connect(socket_address(Address(host, 9)))          # which sends nothing
+                return local_address(sock).host
         except OSError as caught:
             error = caught
     raise error
@@ -1627,7 +1683,7 @@ def bound(address, kind=socket.SOCK_STREAM):
         if kind == socket.SOCK_STREAM:  # accepted sockets inherit these two
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.bind(address)
+        sock.bind(socket_address(address))
         return sock
     except OSError as error:
         sock.close()
@@ -1679,9 +1735,12 @@ class Settings(NamedTuple):
     udp_timeout         for an association without datagrams
     drain_timeout       for clients that are served when the server is to stop
     max_clients         clients at once; further ones wait in the listen queue
-    max_per_client      connections at once from one IP address; further ones are closed
-    max_handshakes      clients at once that have not said yet what they want; the one that has
-                        taken longest makes room
+    max_per_client      connections at once from one client, an IPv4 address or an IPv6 /64;
+                        further ones are closed; None: any number from this host, from others half
+                        of max_clients, or 64 if that is more, but at most three quarters
+    max_handshakes      clients at once that have not said yet what they want; the one that makes
+                        room is of the client that has most, and has taken longest; 0: as many as
+                        are of one client by default
     """
     users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
@@ -1707,7 +1766,7 @@ class Settings(NamedTuple):
     udp_timeout: float = 300.0
     drain_timeout: float = 0.0
     max_clients: int = 0
-    max_per_client: int = 0
+    max_per_client: Optional[int] = None
     max_handshakes: int = 0
 
     def __repr__(self):
@@ -1716,75 +1775,175 @@ class Settings(NamedTuple):
         return f'Settings({len(self.users)} users, {fields})'       # and no passwords
 
 
-# What only the proxy's own host should reach: itself, its link (there also live the metadata
-# services of clouds), groups, and addresses that are not one host's.
-LOCAL_NETWORKS = [ipaddress.ip_network(network) for network in (
+class NetworkMap:
+    """Values by ip_network.  A look-up takes the same time however many there are."""
+
+    def __init__(self):
+        self._tables = {4: {}, 16: {}}  # bytes of an address: {bits of the host: {network: values}}
+
+    def add(self, network, value):
+        network = plain_network(network)
+        shift = network.max_prefixlen - network.prefixlen
+        table = self._tables[network.max_prefixlen // 8].setdefault(shift, {})
+        table.setdefault(int(network.network_address) >> shift, []).append(value)
+
+    def find(self, packed):
+        """The values of all networks that have the IP address of these 4 or 16 bytes."""
+        number, found = int.from_bytes(packed, 'big'), []
+        for shift, table in self._tables[len(packed)].items():
+            found += table.get(number >> shift, ())
+        return found
+
+
+class Networks(tuple):
+    """ip_networks, which are compiled when the first address is looked up."""
+    _map = _local = None
+
+    def has(self, host):
+        """Whether the IP address `host` is in one of them."""
+        return bool(self) and self.has_bytes(ip_bytes(host))
+
+    def has_bytes(self, packed):
+        if self._map is None:
+            self._map = NetworkMap()
+            for network in self:
+                self._map.add(network, network)
+        return bool(self._map.find(packed))
+
+    @property
+    def local(self):
+        """Those that are inside one of LOCAL_NETWORKS."""
+        if self._local is None:
+            self._local = Networks(filter(is_inside_local, map(plain_network, self)))
+        return self._local
+
+
+def plain_network(network):
+    """The ip_network `network`; if its addresses are v4-mapped, the IPv4 network."""
+    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
+                                      network.prefixlen - 96))
+    return network
+
+
+# What only the proxy's own host should reach: itself, its link, the metadata services of clouds,
+# groups, and addresses that are not one host's.
+LOCAL_NETWORKS = Networks(map(ipaddress.ip_network, (
     '0.0.0.0/8', '127.0.0.0/8', '169.254.0.0/16', '224.0.0.0/4', '240.0.0.0/4',
-    '::/128', '::1/128', 'fe80::/10', 'ff00::/8', 'fd00:ec2::254/128')]
+    '::/128', '::1/128', 'fe80::/10', 'fec0::/10', 'ff00::/8',
+    '100.100.100.200/32', '168.63.129.16/32', '192.0.0.192/32',         # Alibaba, Azure, Oracle
+    'fd00:ec2::254/128', 'fd20:ce::254/128')))                          # Amazon, Google
 
 ZEROS = ('0.0.0.0', '::')
 
-# IPv6 networks whose addresses carry an IPv4 one: its place, in bytes.
-EMBEDDED = {
-    ipaddress.ip_network('::ffff:0:0/96'): 12,          # v4-mapped, RFC 4291
-    ipaddress.ip_network('::/96'): 12,                  # v4-compatible, RFC 4291
-    ipaddress.ip_network('64:ff9b::/96'): 12,           # NAT64, RFC 6052
-    ipaddress.ip_network('2002::/16'): 2,               # 6to4, RFC 3056
-}
+# How IPv6 addresses begin that carry an IPv4 address, and the places of its bytes.
+LAST = (12, 13, 14, 15)
+EMBEDDED = (
+    (V4_MAPPED, LAST),                                  # RFC 4291 section 2.5.5.2
+    (bytes(12), LAST),                                  # v4-compatible, RFC 4291 section 2.5.5.1
+    (bytes(8) + b'\xff\xff\0\0', LAST),                 # IPv4-translated, RFC 2765 section 2.1
+    (b'\0\x64\xff\x9b' + bytes(8), LAST),               # NAT64, RFC 6052 section 2.1
+    (b'\x20\x02', (2, 3, 4, 5)),                        # 6to4, RFC 3056 section 2
+    (b'\x20\x01\0\0', (4, 5, 6, 7)),                    # Teredo's server, RFC 4380 section 4
+)
+TEREDO = b'\x20\x01\0\0'                # the last bytes are the client's, inverted
+ISATAP = (b'\0\0\x5e\xfe', b'\2\0\x5e\xfe')            # before the last bytes, RFC 5214 section 6.1
+# Prefixes for a network's own NAT64 have several lengths (RFC 8215, RFC 6052 section 2.2).
+OWN_NAT64 = b'\0\x64\xff\x9b\0\1'
+OWN_NAT64_PLACES = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), LAST)
 
 
-@functools.lru_cache(4096)
-def with_embedded(host):
-    """The IP address `host`, and any IPv4 address within it, as ip_addresses."""
-    ip = ipaddress.ip_address(host)
-    return [ip] + [ipaddress.ip_address(ip.packed[place:place + 4])
-                   for network, place in EMBEDDED.items() if ip in network]
+def with_embedded(packed):
+    """The bytes of an IP address, and of each IPv4 address that may be within it."""
+    found = [packed]
+    if len(packed) == 16:
+        found += [bytes(map(packed.__getitem__, places)) for start, places in EMBEDDED
+                  if packed.startswith(start)]
+        if packed.startswith(TEREDO):
+            found.append(bytes(byte ^ 0xff for byte in packed[12:]))
+        if packed[8:12] in ISATAP:
+            found.append(packed[12:])
+        if packed.startswith(OWN_NAT64):
+            readings = [bytes(map(packed.__getitem__, places)) for places in OWN_NAT64_PLACES]
+            found += [reading for reading in readings if reading[0]]    # else it is the prefix
+    return found
+
+
+def is_inside_local(network):
+    """Whether an ip_network, or the IPv4 network that an IPv6 one is for, is in a local one."""
+    start, length = network.network_address.packed, network.prefixlen
+    readings = [network]
+    for prefix, places in EMBEDDED if network.version == 6 else ():
+        if start.startswith(prefix) and length >= 8 * places[0]:
+            part = bytes(map(start.__getitem__, places))
+            readings.append(ipaddress.IPv4Network((part, min(32, length - 8 * places[0]))))
+    return (length == network.max_prefixlen and is_local(ip_text(start))
+            or any(each.prefixlen >= local.prefixlen and each.network_address in local
+                   for each in readings for local in LOCAL_NETWORKS))
 
 
 @functools.lru_cache(4096)
 def is_local(host):
     """Whether the IP address `host`, or an IPv4 address within it, is in LOCAL_NETWORKS."""
-    return any(ip in network for ip in with_embedded(host) for network in LOCAL_NETWORKS)
+    return any(map(LOCAL_NETWORKS.has_bytes, with_embedded(ip_bytes(host))))
 
 
 @functools.lru_cache(4096)
 def is_loopback(host):
     """Whether the IP address `host` is of this host alone."""
-    return ipaddress.ip_address(host).is_loopback
+    packed = ip_bytes(host)
+    return packed[0] == 127 if len(packed) == 4 else packed == LOOPBACK6
 
 
 def is_ours(host):
     """Whether the IP address `host` is one of this machine's."""
     with _orig_socket(family_of(host), socket.SOCK_DGRAM) as sock:
         try:
-            sock.bind((host, 0))
+            sock.bind(socket_address(Address(host, 0)))
         except OSError:
             return False
         return True
 
 
-def authorize(client, command, target, listeners):
+def authorize(client, command, target, listeners, rule=None):
     """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
 
-    A client on this host may reach anything.  Any other must not use the proxy to reach
-    LOCAL_NETWORKS, or the proxy (`listeners`) itself; nor BIND for anybody, which is what a target
-    of zeros means there.
+    A client on this host may reach anything.  Any other may reach LOCAL_NETWORKS, and BIND for any
+    peer, which a target of zeros means, only if the `rule` that allows it is on a network for that;
+    and the proxy (`listeners`) itself never.
     """
     if target.host in ZEROS and command != Command.BIND:
         raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
     if is_loopback(client.host):
         return
-    if is_local(target.host):
+    if is_local(target.host) and not (rule and rule.opens(target.host)):
         raise Refused(f'{target.host} is local to the proxy')
-    if any(target.port == listener.port for listener in listeners) and is_ours(target.host):
-        raise Refused(f'{target} is the proxy itself')
+    if any(target.port == port for _, port in listeners):
+        hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
+        for host, port in listeners:
+            if port == target.port and (
+                    host.partition('%')[0] in hosts
+                    or host in ZEROS and any(map(is_ours, hosts))):
+                raise Refused(f'{target} is the proxy itself')
 
 
-@functools.lru_cache(4096)
-def is_in(host, networks):
-    """Whether the IP address `host` is in one of the ip_networks."""
-    ip = ipaddress.ip_address(host)
-    return any(ip in network for network in networks)
+class Names(tuple):
+    """Host names in lower case; one with a dot before it stands for itself and all below it."""
+    _known = None
+
+    def has(self, name):
+        if self._known is None:
+            self._known = frozenset(self)
+        return not self._known.isdisjoint(name_keys(name))
+
+
+def name_keys(name):
+    """The items of `Names` that match `name`."""
+    keys, dot = [name, '.' + name], name.find('.')
+    while dot >= 0:
+        keys.append(name[dot:])
+        dot = name.find('.', dot + 1)
+    return keys
 
 
 class Rule(NamedTuple):
@@ -1808,53 +1967,143 @@ class Rule(NamedTuple):
     ports: Tuple = ()
     place: str = 'a rule'
 
+    def compiled(self):
+        """The same rule, for `Rules`."""
+        return self._replace(users=frozenset(self.users), clients=Networks(self.clients),
+                             names=Names(self.names), networks=Networks(self.networks))
+
+    @property
+    def is_for_all_hosts(self):
+        return not (self.names or self.networks)
+
+    def is_for_client(self, client):
+        return ((not self.users or client.user in self.users)
+                and (not self.clients or self.clients.has(client.address.host)))
+
     def concerns(self, client, port):
         """Whether it is for what `client` wants, as far as that is not the host."""
         return ((not self.commands or client.command in self.commands)
-                and (not self.users or client.user in self.users)
-                and (not self.clients or is_in(client.address.host, self.clients))
-                and (not self.ports or any(low <= port <= high for low, high in self.ports)))
+                and (not self.ports or any(low <= port <= high for low, high in self.ports))
+                and self.is_for_client(client))
 
-    def is_for_name(self, name):
-        return any(('.' + name).endswith(each) if each[0] == '.' else name == each
-                   for each in self.names)
-
-    def is_for_host(self, host, name):
-        """`host` is an IP address; `name` the name that stands for it, or None.
-
-        Who denies a network denies the ways around it as well.
-        """
-        if not (self.names or self.networks) or name and self.is_for_name(name):
+    def is_for_host(self, hosts, name):
+        """`hosts` is what asked_hosts() gives; `name` the name that was asked for, or None."""
+        if self.is_for_all_hosts or name and self.names.has(name):
             return True
-        hosts = [host] if self.allow else map(str, with_embedded(host))
-        return any(is_in(each, self.networks) for each in hosts)
+        return any(map(self.networks.has_bytes, hosts[not self.allow]))
+
+    def opens(self, host):
+        """Whether it is on a network for what is local; for zeros, on one that has them."""
+        networks = self.networks if host in ZEROS else self.networks.local
+        return any(map(networks.has_bytes, asked_hosts(host)[0]))
 
 
-def first_rule(rules, client, target, name=None):
-    """The rule that decides about an IP address, asked for by `name` or not; Refused without one.
+def asked_hosts(host):
+    """The addresses, as bytes, that are looked up for the IP address `host` in networks that rules
+    allow, and in networks that they deny: denying a network denies the ways around it as well.
+
+    Zeros stand for any peer; a network of either family may allow them.
     """
-    for rule in rules:
-        if rule.concerns(client, target.port) and rule.is_for_host(target.host, name):
-            return rule
-    raise Refused(f'no rule is for {target}')
+    packed = ip_bytes(host)
+    return [bytes(4), bytes(16)] if host in ZEROS else [packed], with_embedded(packed)
 
 
-def judge_name(rules, client, target, is_final):
-    """Raise Refused if whatever address a name may have, `client` may not reach it.
+class Rules(tuple):
+    """`Rule`s, compiled; the first one that matches decides.
 
-    So what is forbidden is not even looked up.  `is_final`: nor will it be, and its address cannot
-    be what makes it allowed.
+    Each is filed under the rarest of its conditions, so that few need to be looked at.
     """
-    for rule in rules:
-        if not rule.concerns(client, target.port):
-            continue
-        is_for_it = not (rule.names or rule.networks) or rule.is_for_name(target.host)
-        if is_for_it and not rule.allow:
-            raise Refused(f'{rule.place} denies {target}')
-        may_be_in_there = rule.allow and rule.networks and not is_final
-        if is_for_it or may_be_in_there:
-            return
-    raise Refused(f'no rule is for {target}')
+    PORTS = 128                         # a rule is not filed under more
+
+    def __new__(cls, rules):
+        return super().__new__(cls, map(Rule.compiled, rules))
+
+    def __init__(self, _):
+        super().__init__()
+        self._users, self._names, self._ports = {}, {}, {}      # numbers of rules by condition
+        self._clients, self._networks = NetworkMap(), NetworkMap()
+        self._always, openers = [], {}
+        conditions = [self._conditions(rule) for rule in self]
+        count = Counter(key for choice in conditions for keys in choice for key in keys)
+        for number, choice in enumerate(conditions):
+            rarest = min(choice, default=(), key=lambda keys: max(map(count.get, keys)))
+            for kind, key in rarest:
+                self._file(kind, key, number)
+            if not rarest:
+                self._always.append(number)
+            rule = self[number]
+            if rule.allow and rule.networks and rarest[0][0] in ('names', 'networks'):
+                openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports), number)
+        # Of those for the same clients and ports, one is enough for a name to be looked up.
+        self._openers = openers.values()
+        self._general = [rule for rule in self
+                         if rule.allow or rule.is_for_all_hosts and not rule.ports]
+
+    def _conditions(self, rule):
+        """Lists of (kind, key).  The rule matches only if of each list at least one is met."""
+        ports = [port for low, high in rule.ports
+                 for port in range(low, min(high, low + self.PORTS) + 1)]
+        choice = ([('users', user) for user in rule.users],
+                  [('clients', network) for network in rule.clients],
+                  [('names', name) for name in rule.names]
+                  + [('networks', network) for network in rule.networks],
+                  [('ports', port) for port in ports if len(ports) <= self.PORTS])
+        return [keys for keys in choice if keys]
+
+    def _file(self, kind, key, number):
+        filed = getattr(self, '_' + kind)
+        if isinstance(filed, NetworkMap):
+            filed.add(key, number)
+        else:
+            filed.setdefault(key, []).append(number)
+
+    def _candidates(self, client, port, name, *more):
+        """The rules that may match, in their order."""
+        numbers = {*self._always, *self._users.get(client.user, ()), *self._ports.get(port, ()),
+                   *self._clients.find(ip_bytes(client.address.host))}
+        for key in name_keys(name) if name and self._names else ():
+            numbers.update(self._names.get(key, ()))
+        return map(self.__getitem__, sorted(numbers.union(*more)))
+
+    def first(self, client, target, name=None):
+        """The rule that decides about an IP address, asked for by `name` or not; None without one.
+        """
+        hosts = asked_hosts(target.host)
+        found = map(self._networks.find, {*hosts[0], *hosts[1]})
+        for rule in self._candidates(client, target.port, name, *found):
+            if rule.concerns(client, target.port) and rule.is_for_host(hosts, name):
+                return rule
+        return None
+
+    def first_for_name(self, client, target, is_final):
+        """The rule that decides about a name, or may allow an address that it has, else None.
+
+        So a name that is forbidden is not even looked up.  `is_final`: none is, here, so that no
+        rule on networks can allow it.
+        """
+        name, openers = target.host, () if is_final else self._openers
+        for rule in self._candidates(client, target.port, name, openers):
+            if rule.concerns(client, target.port) and (
+                    rule.is_for_all_hosts or rule.names.has(name)
+                    or rule.allow and rule.networks and not is_final):
+                return rule
+        return None
+
+    def may_allow(self, client, command):
+        """Whether there may be a target for which the client may use the command."""
+        for rule in self._general:
+            if (not rule.commands or command in rule.commands) and rule.is_for_client(client):
+                return rule.allow
+        return False
+
+
+def allowing(rule, target):
+    """`rule`, which decides about `target`; Refused unless there is one and it allows it."""
+    if not rule:
+        raise Refused(f'no rule is for {target}')
+    if not rule.allow:
+        raise Refused(f'{rule.place} denies {target}')
+    return rule
 
 
 RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
@@ -1862,74 +2111,134 @@ RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
                  'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
 
 
+RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names'}
+
+
 def parse_rule(text, place):
     """The `Rule` of one line, FileError says where and what is wrong:
 
     allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
     to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...]
+
+    Words may be quoted, which names with spaces need: 'Bob Smith'.
     """
-    word, *words = text.split()
-    if word not in ('allow', 'deny'):
-        raise FileError(f'{place}: {word!r}, expected allow or deny')
-    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': []}
-    section, sections = 'commands', {'user': 'users', 'from': 'clients', 'to': 'names'}
-    anything = False
-    for word in words:
-        if word in sections:
-            if section == 'names' or section != 'commands' and not parts[section]:
-                raise FileError(f'{place}: {word!r} is not expected here')
-            section = sections[word]
-        elif section == 'commands':
-            if word not in RULE_COMMANDS:
-                raise FileError(f'{place}: {word!r}, expected connect, bind, udp, resolve, user, '
-                                 f'from or to')
-            parts['commands'] += RULE_COMMANDS[word]
-        elif section == 'names' and re.match('[0-9]+(-[0-9]+)?$', word):
-            parts['ports'].append(parse_ports(word, place))
-        elif section == 'names' and word == '*':
-            anything = True
-        elif section == 'users':
-            parts['users'].append(shown(word))
+    try:
+        (first, _), *words = split_rule(text) or [('', False)]
+        if first not in ('allow', 'deny'):
+            raise ValueError(f'{first!r}, expected allow or deny')
+        return Rule(first == 'allow', place=place, **parse_conditions(words))
+    except ValueError as error:
+        raise FileError(f'{place}: {error}') from None
+
+
+def split_rule(text):
+    """[(word, whether it is quoted)] of a line, up to a comment."""
+    words = []
+    for match in re.finditer(r'"([^"]*)"(?!\S)|\'([^\']*)\'(?!\S)|(\S+)', text):
+        double, single, plain = match.groups()
+        if plain is None:
+            words.append((single if double is None else double, True))
+        elif plain[0] == '#':
+            break
+        elif plain[0] in '"\'':
+            raise ValueError(f'{plain}: expected one more {plain[0]}, and a space after it')
         else:
-            kind, value = parse_host(word, place, section)
-            parts[kind].append(value)
-    if section != 'names' or anything == bool(parts['names'] or parts['networks']):
-        raise FileError(f'{place}: expected "to", then networks and names, or *')
-    return Rule(text.startswith('allow'), place=place,
-                **{name: tuple(values) for name, values in parts.items()})
+            words.append((plain, False))
+    return words
 
 
-def parse_ports(word, place):
-    low, _, high = word.partition('-')
-    low, high = int(low), int(high or low)
-    if not low <= high < 65536:
-        raise FileError(f'{place}: {word!r}, expected PORT or LOW-HIGH, up to 65535')
-    return low, high
+def parse_conditions(words):
+    """The fields of a `Rule` by name; ValueError says what is wrong."""
+    parts = {'commands': (), 'users': (), 'clients': (), 'names': (), 'networks': (), 'ports': ()}
+    section, is_for_all = 'commands', False
+    for word, is_quoted in words:
+        hosts = is_for_all or parts['names'] or parts['networks']
+        if word in RULE_SECTIONS and not is_quoted:
+            if section == 'names' or section != 'commands' and not parts[section]:
+                raise ValueError(f'{word!r} is not expected here')
+            section = RULE_SECTIONS[word]
+        elif section == 'names' and word == '*':
+            is_for_all = True
+        elif section == 'names' and word in ('port', 'ports') and hosts:
+            raise ValueError(f'{word!r} is not expected here; ports are numbers, as in: to * 80')
+        else:
+            kind, values = RULE_WORDS[section](word)
+            parts[kind] += tuple(values)
+    if section != 'names' or is_for_all == bool(parts['names'] or parts['networks']):
+        raise ValueError('expected "to", then networks and names, or *')
+    if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
+            and parts['ports'] and all(low for low, _ in parts['ports'])):
+        raise ValueError('look-ups have no port, so this is for none; expected no ports')
+    return parts
 
 
-def parse_network(text):
-    """The ip_network of a text, one of v4-mapped addresses as IPv4, as which we know those."""
-    network = ipaddress.ip_network(text.strip('[]'))
-    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
-        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
-                                      network.prefixlen - 96))
-    return network
+def parse_command(word):
+    if word not in RULE_COMMANDS:
+        raise ValueError(f'{word!r}, expected connect, bind, udp, resolve, user, from or to')
+    return 'commands', RULE_COMMANDS[word]
 
 
-def parse_host(word, place, section):
-    """Where a word of `section` belongs, and what it is there."""
-    with contextlib.suppress(ValueError):
-        return ('clients' if section == 'clients' else 'networks'), parse_network(word)
-    if section == 'clients' or '/' in word:
-        raise FileError(f'{place}: {word!r}, expected a network, 192.0.2.0/24 for example')
+def parse_target(word):
+    """The field of a `Rule` where a word after "to" belongs, and what it is there."""
+    if re.match('[0-9]+(-[0-9]+)?$', word):
+        low, _, high = word.partition('-')
+        low, high = int(low), int(high or low)
+        if not low <= high < 65536:
+            raise ValueError(f'{word!r}, expected PORT or LOW-HIGH, up to 65535')
+        return 'ports', [(low, high)]
+    if '/' in word or ip_bytes(word.strip('[]')):
+        return 'networks', [parse_network(word)]
+    with_port = re.match(r'([^:]+|\[.*\]):([0-9]+)$', word)
+    if with_port:
+        raise ValueError(f'{word!r}, expected the port as the next word: %s %s'
+                         % with_port.groups())
     dot = '.' if word.startswith('.') else ''
     try:
         name = word if '*' in word else canonical(Address(word[len(dot):], 0)).host
     except ProtocolError as error:
-        raise FileError(f'{place}: {error}') from None
+        raise ValueError(str(error)) from None
     if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():         # it matches nobody
-        raise FileError(f'{place}: {word!r}, expected a network, a name, .suffix, or * alone')
-    return 'names', dot + name
+        raise ValueError(f'{word!r}, expected a network, a name, .suffix, or * alone')
+    return 'names', [dot + name]
+
+
+def parse_network(text):
+    """The ip_network of a text, one of v4-mapped addresses as IPv4; ValueError has the right form.
+    """
+    word = text.strip('[]')
+    try:
+        network = ipaddress.ip_network(word, strict=False)
+    except ValueError:
+        network = None
+    host, percent, _ = word.partition('/')[0].partition('%')
+    if percent and ip_bytes(host):
+        raise ValueError(f'{text!r}, expected no zone')
+    if not network:
+        raise ValueError(f'{text!r}, expected a network, 192.0.2.0/24 for example')
+    if ip_bytes(host) != network.network_address.packed:
+        raise ValueError(f'{text!r}, expected {network} for the network, or {host} for the address')
+    return plain_network(network)
+
+
+# By section of a rule: the field to which a word belongs, and its values.
+RULE_WORDS = {
+    'commands': parse_command, 'names': parse_target,
+    'users': lambda word: ('users', [shown(word)]),
+    'clients': lambda word: ('clients', [parse_network(word)])}
+
+
+def all_of(function, items):
+    """The results of function(*item) for each item; FileError with all faults, not the first only.
+    """
+    results, faults = [], []
+    for item in items:
+        try:
+            results.append(function(*item))
+        except FileError as error:
+            faults += error.args
+    if faults:
+        raise FileError(*faults)
+    return results
 
 
 def read_lines(path):
@@ -1946,8 +2255,7 @@ def read_lines(path):
 
 def read_rules(path):
     """The `Rule`s in a file; FileError says where it is wrong."""
-    return tuple(parse_rule(re.split(r'\s#', line.decode('utf-8', 'replace'))[0], place)
-                 for place, line in read_lines(path))
+    return tuple(all_of(lambda place, line: parse_rule(name_text(line), place), read_lines(path)))
 
 
 class Hashed:
@@ -1962,6 +2270,7 @@ class Hashed:
 
     def __init__(self, text):
         import hashlib                  # here, because few servers need it
+        self._text = text
         self._method, parameters, salt, digest = text.split(':')
         self._parameters = [int(number) for number in parameters.split('-')]
         self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
@@ -1973,6 +2282,12 @@ class Hashed:
                 and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64):
             raise ValueError(self._method)
         self._right = None
+
+    def __eq__(self, other):
+        return isinstance(other, Hashed) and self._text == other._text
+
+    def __hash__(self):
+        return hash(self._text)
 
     @classmethod
     def make(cls, password):
@@ -2008,69 +2323,106 @@ class Hashed:
         return same
 
 
+def parse_user(place, line):
+    """(name, password) of a line NAME:PASSWORD or NAME:METHOD:...:HASH."""
+    name, _, password = line.partition(b':')
+    if not (0 < len(name) < 256 and 0 < len(password) < 256):
+        raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each')
+    if password.startswith((b'scrypt:', b'pbkdf2:')):
+        try:
+            password = Hashed(password.decode('ascii'))
+            if len(password.digest) != 32:
+                raise ValueError
+        except ValueError:
+            raise FileError(f'{place}: expected what --hash-password prints, by this Python if it '
+                            f'lacks scrypt') from None
+    return name, password
+
+
 def read_users(path):
-    """The users in a file of NAME:PASSWORD or NAME:METHOD:...:HASH lines; FileError if it is
-    wrong.  Warns if others can read it."""
+    """The users in a file of such lines; FileError if it is wrong.  Warns if others can read it."""
     users = {}
-    for place, line in read_lines(path):
-        name, _, password = line.partition(b':')
-        if not (0 < len(name) < 256 and 0 < len(password) < 256) or name in users:
-            raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each, and each '
-                            f'name once')
-        if password.startswith((b'scrypt:', b'pbkdf2:')):
-            try:
-                password = Hashed(password.decode('ascii'))
-                if len(password.digest) != 32:
-                    raise ValueError
-            except ValueError:
-                raise FileError(f'{place}: expected what --hash-password prints, by this Python '
-                                f'if it lacks scrypt') from None
+
+    def add(place, line):
+        name, password = parse_user(place, line)
+        if name in users:
+            raise FileError(f'{place}: expected each name once, {shown(name_text(name))} is there')
         users[name] = password
+
+    all_of(add, read_lines(path))
+    if not users:
+        raise FileError(f'{path}: there are no users, so nobody would be asked')
     if os.name == 'posix' and os.stat(path).st_mode & 0o077:
         log.warning('%s: others can read it', path)
     return users
 
 
-def authenticate(users, credentials, until=None, is_hopeless=lambda: False):
-    """Conversation: whether `credentials` are one of the users'.
+class Users(dict):
+    """Passwords by user name, all bytes; or a `Hashed` in place of a password."""
 
-    Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at once.
-    """
-    import hmac                         # here, because few servers need it and it is large
-    password = users.get(credentials.username)
-    is_user = password is not None
-    if not is_user:                     # let it take as long as if it were
-        password = next((each for each in users.values() if isinstance(each, Hashed)), b'')
-    if isinstance(password, Hashed):
+    def __init__(self, users=()):
+        super().__init__((encoded(name), encoded(password))
+                         for name, password in dict(users).items())
+        self._decoy = next((each for each in self.values() if isinstance(each, Hashed)), None)
+
+    def verify(self, credentials, until=None, is_hopeless=lambda: False):
+        """Conversation: whether `credentials` are those of a user.
+
+        Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at
+        once.  If the password of one user is hashed, a failure takes that work for every name: else
+        its time would tell who has a hashed password.
+        """
+        import hmac                     # here, because few servers need it and it is large
+        given, password = credentials.password, self.get(credentials.username)
+        if isinstance(password, Hashed):
+            if password.is_known(given):
+                return True
+        elif hmac.compare_digest(given, password or b'') and password is not None:
+            return True
+        hashed = password if isinstance(password, Hashed) else self._decoy
+
         def verify():                   # it may be known by now
-            return (password.is_known(credentials.password)
-                    or not is_hopeless() and password.verify(credentials.password))
+            return (hashed is password and hashed.is_known(given)
+                    or not is_hopeless() and hashed.verify(given))
 
-        same = password.is_known(credentials.password) or (yield Call(verify, until, True))
-    else:
-        same = hmac.compare_digest(credentials.password, password)
-    return same and is_user
+        same = hashed and (yield Call(verify, until, True))
+        return bool(same) and hashed is password
 
 
 class Failures:
-    """How often each client failed to log in of late."""
+    """How often logins failed of late, by client (see client_key) and user name."""
     LIMIT, WINDOW = 30, 60.0            # failures, seconds
-    ROOM = 4096                         # clients that are remembered
+    CLIENT_LIMIT = 300                  # with whatever user names; many may share an address
+    ROOM = 16384                        # counts that are remembered
 
     def __init__(self):
-        self._since = {}                # by client: [when the first one was, how many there were]
+        self._since = {}                # [when the first one was, how many there were]
 
-    def note(self, host):
-        key, now = client_key(host), time.monotonic()
-        if now > self._since.get(key, (now, 0))[0] + self.WINDOW:
-            del self._since[key]
-        if len(self._since) >= self.ROOM:
-            del self._since[next(iter(self._since))]
-        self._since.setdefault(key, [now, 0])[1] += 1
+    def _counts(self, key, user):
+        """What is counted of such a login, and up to which number."""
+        return ((key, user), self.LIMIT), ((key, None), self.CLIENT_LIMIT)
 
-    def too_many(self, host):
-        since, count = self._since.get(client_key(host), (0, 0))
-        return count >= self.LIMIT and time.monotonic() <= since + self.WINDOW
+    def note(self, key, user):
+        """Count a failure; (user or None for all, how many) for each limit that it reaches."""
+        now, reached = time.monotonic(), []
+        for each, limit in self._counts(key, user):
+            if now > self._since.get(each, (now, 0))[0] + self.WINDOW:
+                del self._since[each]
+            if len(self._since) >= self.ROOM and each not in self._since:
+                del self._since[next(iter(self._since))]
+            count = self._since.setdefault(each, [now, 0])
+            count[1] += 1
+            if count[1] == limit:
+                reached.append((each[1], limit))
+        return reached
+
+    def too_many(self, key, user):
+        now = time.monotonic()
+        for each, limit in self._counts(key, user):
+            since, count = self._since.get(each, (0, 0))
+            if count >= limit and now <= since + self.WINDOW:
+                return True
+        return False
 
 
 # ------------------------------------------------------------------------------------------ loops
@@ -2361,7 +2713,7 @@ class Task:
 
     def _delegate(self, call):
         """Have other threads do what blocks; RuntimeError if they cannot."""
-        owner = client_key(self.client.address.host)
+        owner = self.client.key
         if isinstance(call, LookUp):
             self.loop.resolver.ask(owner, self, call)
         elif call.is_costly:
@@ -3132,8 +3484,7 @@ class Routes:
         if literal:
             return self._found(header, [address], None)
         try:
-            self.relay.loop.crew.run(client_key(self.relay.client.address.host), self._look_up,
-                                     header, address)
+            self.relay.loop.crew.run(self.relay.client.key, self._look_up, header, address)
         except RuntimeError:            # no thread to be had
             self._found(header, [], None)
 
@@ -3478,6 +3829,9 @@ def parse_proxy_url(url):
     except ValueError:                  # its text may have the password
         raise ValueError('proxy URL: malformed') from None
     scheme, *layers = parts.scheme.split('+')
+    if '://' not in url:                # which may have a password
+        example = url if re.match(r'[\w.-]+(:[0-9]+)?$', url) else 'HOST:PORT'
+        raise ValueError(f'proxy URL: scheme missing, expected socks5h://{example} for example')
     if scheme not in SCHEMES or set(layers) - {'tls', 'gssapi', 'unix'}:
         raise ValueError(f'proxy URL: scheme {parts.scheme!r}, expected one of '
                          f'{", ".join(SCHEMES)}, with +tls, +gssapi or +unix')
@@ -3933,6 +4287,7 @@ ACCEPT_BATCH = 8                        # at a time: other clients, and workers,
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
+FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
 
 HTTP_PAGE = b"""\
@@ -3976,13 +4331,14 @@ class Line(NamedTuple):
 class Client:
     """What is known of one client, from accept to the log line at its end."""
     linger = 0                          # see `Carried`
-    __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
+    __slots__ = ('server', 'address', 'peer', 'key', 'is_counted', 'protocol', 'user', 'command',
                  'target', 'target_address', 'started')
 
     def __init__(self, server, address):
         self.server = server
         self.address = address          # a load balancer may tell of another than the peer's
         self.peer = address
+        self.key = client_key(address.host)
         self.is_counted = False         # see `Roster`
         self.protocol = self.user = self.target = '-'
         self.target_address = ''        # that we are connected to; None: it is the target
@@ -4022,7 +4378,8 @@ class Login(socketserver.BaseRequestHandler):
         self.stream = Stream(request, after(self.settings.handshake_timeout))
         self.connection = request       # what carries the bytes: the socket, or a layer over it
         self.reached = None             # where, if a load balancer says so
-        self.is_known = False           # and needs no password
+        self.is_known = False           # it has shown who it is
+        self.login = None               # by a password: (user name, password), see `Users`
         self.answer_form = None         # (reply, bound address) -> the message that says so now
         self.outcome = None             # the end of the client's log line; None: no line
 
@@ -4032,28 +4389,40 @@ class Login(socketserver.BaseRequestHandler):
         if first != TLS_HANDSHAKE:      # who speaks SOCKS would wait for us, and we for more
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
-        tls = Secure(self.request, self.settings.tls, server_side=True)
+        tls = Secure(self.request, self.server.settings.tls or self.settings.tls, server_side=True)
         yield from tls.handshake(self.stream.until)
         self.stream = Stream(tls, self.stream.until, self.request)
         self.connection = tls
-        subject = dict(pair for part in tls.peer_certificate().get('subject', ()) for pair in part)
+        subject = [pair for part in tls.peer_certificate().get('subject', ()) for pair in part]
+        names = [value for name, value in subject if name == 'commonName']
+        if len(names) > 1:
+            raise ProtocolError(f'a certificate with {len(names)} common names, expected one')
         if subject:
-            self.client.user = shown(subject.get('commonName', ''))
-            self.is_known = True
+            self.know(*names or [''])
+
+    def know(self, user):
+        """Note the user that the client has authenticated as; the first one counts."""
+        if not self.is_known:
+            self.client.user = shown(user)
+        self.is_known = True
 
     @property
     def needs_login(self):
-        return bool(self.settings.users or self.settings.gssapi) and not self.is_known
+        """By the current settings, which may have been reloaded since the client connected."""
+        settings = self.server.settings
+        return bool(settings.users or settings.gssapi) and not (
+            self.is_known or settings.trusted.has(self.client.address.host))
 
     def choose(self, offered):
         """The authentication method to use, of those offered.
 
         A client that needs no password but insists on one may send any.
         """
-        methods = [] if self.needs_login else [Method.NO_AUTHENTICATION]
-        if self.settings.gssapi:
+        settings, needs_login = self.server.settings, self.needs_login
+        methods = [] if needs_login else [Method.NO_AUTHENTICATION]
+        if settings.gssapi:
             methods.append(Method.GSSAPI)
-        if self.settings.users or not self.needs_login:
+        if settings.users or not needs_login:
             methods.append(Method.USERNAME_PASSWORD)
         for method in methods:
             if method in offered:
@@ -4066,19 +4435,43 @@ class Login(socketserver.BaseRequestHandler):
 
         The time that a failure takes does not tell why, and slows down who tries all passwords.
         """
-        if not (self.needs_login and self.settings.users):
+        if not self.needs_login:
             return
-        self.client.user = shown(name_text(credentials.username))
-        host, until = self.client.address.host, after(LOGIN_DELAY)
+        client, username, until = self.client, credentials.username, after(LOGIN_DELAY)
+        client.user = shown(name_text(username))
         failures, why = self.server.failures, 'too many wrong passwords'
-        if not failures.too_many(host):
-            if (yield from authenticate(self.settings.users, credentials, self.stream.until,
-                                        functools.partial(failures.too_many, host))):
+        if not failures.too_many(client.key, username):
+            if (yield from self.verify(credentials)):
+                self.is_known = True
+                self.login = username, self.server.settings.users[username]
                 return
-            failures.note(host)
             why = 'wrong user name or password'
+            for user, number in failures.note(client.key, username):
+                whose = '' if user is None else f' of {client.user}'
+                log.warning('%s: blocked for %d s after %d wrong passwords%s', client.address.host,
+                            failures.WINDOW, number, whose)
         yield Wait((), (), until)
         raise Refused(why)
+
+    def verify(self, credentials):
+        """Conversation: whether they are right by the current users; if those are reloaded
+        meanwhile, it verifies again."""
+        is_hopeless = functools.partial(
+            self.server.failures.too_many, self.client.key, credentials.username)
+        right = users = None
+        while users is not self.server.settings.users:
+            users = self.server.settings.users
+            right = yield from users.verify(credentials, self.stream.until, is_hopeless)
+        return right
+
+    def reconsider(self):
+        """Judge the client again, because the settings were reloaded since it connected."""
+        self.settings = self.server.settings
+        if self.login and self.settings.users.get(self.login[0]) != self.login[1]:
+            raise Refused('the password has changed')
+        if self.needs_login:
+            raise Refused('not logged in')
+        self.server.judge_client(self.client)
 
     def protect(self):
         """GSSAPI (RFC 1961): authenticate each other, and go on at the level that is agreed on."""
@@ -4088,7 +4481,7 @@ class Login(socketserver.BaseRequestHandler):
             yield from self.agree(context)
         except GssError as error:
             raise Refused(error.strerror) from None
-        self.client.user = shown(context.peer)
+        self.know(context.peer)
         if context.level:
             self.connection = Protected(self.connection, context, self.stream.surplus)
             self.stream = Stream(self.connection, self.stream.until, self.request)
@@ -4125,11 +4518,11 @@ class Login(socketserver.BaseRequestHandler):
     def identify(self, userid):
         """Raise Refused unless the client's host says that this is who has the connection."""
         until, userid_there = after(IDENT_TIMEOUT), None
-        reached = self.reached or Address.of(self.request.getsockname())
+        reached = self.reached or local_address(self.request)
         query = IdentQuery(self.client.address.port, reached.port)
         try:
-            source = () if self.reached else (canonical(reached).host,)
-            ident = Address(self.client.address.host, IDENT_PORT)
+            source = () if self.reached else (reached.host,)
+            ident = Address(in_zone_of(reached.host, self.client.address.host), IDENT_PORT)
             sock = yield from dial([ident], until, source)
             with sock:
                 stream = Stream(sock, until)
@@ -4139,10 +4532,10 @@ class Login(socketserver.BaseRequestHandler):
             raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
         if userid_there is None:
             raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
-        if userid_there != userid:
-            raise Refused(f'ident: it is {shown(name_text(userid_there))}',
-                          reply=Reply4.IDENT_MISMATCH)
-        self.client.user = shown(name_text(userid))
+        user = shown(name_text(userid_there))
+        if userid_there != userid or self.is_known and self.client.user != user:
+            raise Refused(f'ident: it is {user}', reply=Reply4.IDENT_MISMATCH)
+        self.client.user = user
 
 
 class Negotiation(Login):
@@ -4164,7 +4557,9 @@ class Negotiation(Login):
         try:
             yield from self.prepare()
             request = yield from self.negotiate()
-            self.server.roster.negotiating.pop(self.client, None)
+            if self.settings is not self.server.settings:
+                self.reconsider()
+            self.server.roster.negotiated(self.client)
         except ProxyError as error:
             return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
@@ -4196,17 +4591,28 @@ class Negotiation(Login):
     def prepare(self):
         """What comes before the first byte of SOCKS."""
         settings = self.settings
-        if settings.balancers and is_in(self.client.peer.host, settings.balancers):
+        if settings.balancers and settings.balancers.has(self.client.peer.host):
             header = yield from ExactStream(self.request, after(PROXY_TIMEOUT)).read(
                 ProxyHeader.unpack)
             if header.source:
-                self.client.address = canonical(header.source)
-                self.reached = header.destination
+                self.announced(header)
         self.server.admit(self.client)
-        if settings.trusted:
-            self.is_known = is_in(self.client.address.host, settings.trusted)
         if settings.tls:
             yield from self.secure()
+
+    def announced(self, header):
+        """Take the client's address from a load balancer's header.
+
+        A loopback address is the balancer's own host, so from another host it is not believed: the
+        client stays at the balancer's address.
+        """
+        client, source = self.client, canonical(header.source)
+        if is_loopback(client.peer.host) or not is_loopback(source.host):
+            roster = self.server.roster
+            task = roster.negotiated(client)
+            client.address, self.reached = source, header.destination
+            client.key = client_key(source.host)
+            roster.add(client, task)
 
     def negotiate(self):
         """The client's request, after all that comes before it."""
@@ -4377,11 +4783,18 @@ class Handler(Negotiation):
             except (*BLOCKED, ConnectionError):     # he has left already
                 continue
             address = Address.of(address)
-            if any(host in (address.host, *ZEROS) for host in expected):
+            if self.is_expected(address, expected):
                 peer.setblocking(False)
                 return peer, address
             stranger = address
             peer.close()
+
+    def is_expected(self, peer, expected):
+        """Whether BIND accepts this peer; with zeros expected, any that no rule denies."""
+        rules = self.server.settings.rules
+        rule = rules.first(self.client, peer) if rules else None
+        return (peer.host in expected
+                or not set(expected).isdisjoint(ZEROS) and not (rule and not rule.allow))
 
     def do_UDP_ASSOCIATE(self, request):
         """Relay datagrams; DST may be where the client will send from, or anything."""
@@ -4438,15 +4851,16 @@ class Handler(Negotiation):
         client reached us at; or the one to advertise; that may be another host's which forwards to
         us, so it is not always one to listen on.
         """
-        host, _ = canonical(Address.of(self.request.getsockname()))
+        host = local_address(self.request).host
         if not set(peers) & set(ZEROS):
             family = family_of(host)    # which the client knows how to use
+            peers = [in_zone_of(host, peer) for peer in peers]
             host = way_out(sorted(peers, key=lambda peer: family_of(peer) != family),
                            self.settings.source)
         for told in self.settings.advertise:
             if family_of(told) == family_of(host) and not is_loopback(host):
                 return (told if is_ours(told) else host), told
-        return host, host
+        return host, host.partition('%')[0]
 
     def permitted(self, address):
         """The canonical address; Refused if rules forbid its name."""
@@ -4475,16 +4889,25 @@ class Handler(Negotiation):
 
 
 def prepared(settings):
-    """The settings with users as bytes; OSError if `source` is not ours, or GSSAPI has no keys."""
+    """The settings with users as bytes, networks and rules compiled; OSError if `source` is not
+    ours, or GSSAPI has no keys."""
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
     if settings.gssapi:
         with gss_library().keys():
             pass
-    users = {encoded(name): encoded(password)
-             for name, password in settings.users.items()}
-    return settings._replace(users=MappingProxyType(users))
+    return settings._replace(
+        users=Users(settings.users), clients=Networks(settings.clients),
+        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
+        rules=None if settings.rules is None else Rules(settings.rules))
+
+
+def processors():
+    """How many this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def clients_possible():
@@ -4495,14 +4918,47 @@ def clients_possible():
     return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
 
 
-def bound_to_all(host, port):
-    """Sockets bound to all addresses of `host` that are here; OSError if none is."""
-    try:
-        addresses = run(resolve(Address(host, 0)))
-    except OSError as error:
-        raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+def checked_addresses(addresses):
+    """A list of (host, port); ValueError unless `addresses` is one, or a single pair."""
+    if isinstance(addresses, str) or addresses and isinstance(addresses[0], str):
+        addresses = [addresses]
+    for address in addresses:
+        if not (isinstance(address, (tuple, list)) and len(address) > 1
+                and isinstance(address[0], str)):
+            raise ValueError(f'server address {address!r}: expected (host, port)')
+        port = address[1]
+        if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
+            raise ValueError(f'server port {port!r}: expected a number, 0 to 65535')
+    return [Address(*address[:2]) for address in addresses]
+
+
+def addresses_to_bind(addresses):
+    """[(IP addresses, port)] for each (host, port): those of a name, or one.
+
+    `::` stands for both families, unless there is an IPv4 address with the same port beside it.
+    """
+    found = []
+    for host, port in addresses:
+        if ip_bytes(host) is not None:
+            hosts = [plain_ip(host) or host]
+        elif host in ('', '*'):         # which resolvers take for loopback, or for all
+            raise ValueError(f'cannot listen on {host!r}: expected 0.0.0.0 for all IPv4 addresses, '
+                             f':: for all of both families')
+        else:
+            try:
+                hosts = [ip for ip, _ in run(resolve(Address(host, 0)))]
+            except OSError as error:
+                raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+        found.append((hosts, port))
+    ipv4 = {port for hosts, port in found for host in hosts if ':' not in host}
+    return [(hosts if port in ipv4 or '::' not in hosts else [*hosts, '0.0.0.0'], port)
+            for hosts, port in found]
+
+
+def bound_to_all(hosts, port):
+    """Sockets bound to those of the IP addresses that are here; OSError if none is."""
     missing, sockets = None, []
-    for ip, _ in addresses:
+    for ip in hosts:
         try:
             sockets.append(bound(Address(ip, port)))
         except OSError as error:
@@ -4516,6 +4972,23 @@ def bound_to_all(host, port):
     if not sockets:
         raise missing
     return sockets
+
+
+def listening_sockets(addresses, tries=FREE_PORT_TRIES):
+    """Sockets bound to all of the addresses, (host, port); port 0 is the same free one on all."""
+    wanted, sockets, free_port = addresses_to_bind(addresses), [], 0
+    try:
+        for hosts, port in wanted:
+            sockets += bound_to_all(hosts, port or free_port)
+            if not port:
+                free_port = sockets[-1].getsockname()[1]
+        return sockets
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        if error.errno != errno.EADDRINUSE or tries == 1 or all(port for _, port in wanted):
+            raise
+    return listening_sockets(addresses, tries - 1)      # what is free on one is not on another
 
 
 def refuse_open_proxy(settings, addresses):
@@ -4532,43 +5005,69 @@ def refuse_open_proxy(settings, addresses):
 class Roster:
     """Whom a server serves, and what it did for others before.
 
-    negotiating   tasks by client, in the order in which they began, of those that have not said
-                  yet what they want
-    hosts         connections by client's IP address, if that is limited
+    connections   by client (see client_key), if they are limited
     ended         clients before, who sent `up` bytes and got `down`
+
+    The number of clients that have not made their request yet is limited.  For one more, the oldest
+    of the key with most of them is closed, so that one host cannot push out the others.
     """
 
     def __init__(self):
-        self.negotiating, self.hosts = {}, {}
+        self.connections = {}
         self.ended = self.up = self.down = 0
+        self.negotiating = 0            # clients that have not made their request yet
+        self._tasks = {}                # theirs, by key: {client: task}, in the order they came
+        self._keys = [{}]               # by how many tasks they have: the keys, as a set in order
         self._lock = threading.Lock()   # for the threads of all loops
 
-    def add(self, client, task, limit):
-        """A client begins to negotiate; the first of more than `limit` makes room."""
-        self.negotiating[client] = task
-        if len(self.negotiating) > limit:
-            next(iter(self.negotiating.values())).close('others want to begin, too')
+    def add(self, client, task, limit=None):
+        """A client begins to negotiate; if there are more than `limit` then, one makes room."""
+        key = client.key
+        tasks = self._tasks.setdefault(key, {})
+        self._keys[len(tasks)].pop(key, None)
+        tasks[client] = task
+        self.negotiating += 1
+        if len(tasks) == len(self._keys):
+            self._keys.append({})
+        self._keys[len(tasks)][key] = True
+        if limit is not None and self.negotiating > limit:
+            key = next(iter(self._keys[-1]))
+            next(iter(self._tasks[key].values())).close('others want to begin, too')
+
+    def negotiated(self, client):
+        """A client has made its request, or ends; its task if it was negotiating, else None."""
+        tasks = self._tasks.get(client.key, {})
+        task = tasks.pop(client, None)
+        if task:
+            self.negotiating -= 1
+            del self._keys[len(tasks) + 1][client.key]
+            if tasks:
+                self._keys[len(tasks)][client.key] = True
+            else:
+                del self._tasks[client.key]
+            while len(self._keys) > 1 and not self._keys[-1]:
+                self._keys.pop()
+        return task
 
     def count(self, client, limit):
-        """Raise Refused if there are so many connections from its address."""
-        host = client.address.host
+        """Raise Refused if there are so many connections of the client."""
         with self._lock:
-            if self.hosts.get(host, 0) >= limit:
+            if self.connections.get(client.key, 0) >= limit:
                 raise Refused('too many connections from there')
-            self.hosts[host] = self.hosts.get(host, 0) + 1
+            self.connections[client.key] = self.connections.get(client.key, 0) + 1
             client.is_counted = True
 
     def remove(self, client, up, down):
+        if client in self._tasks.get(client.key, ()):
+            self.negotiated(client)
         with self._lock:
-            self.negotiating.pop(client, None)
             self.ended += 1
             self.up += up
             self.down += down
             if client.is_counted:
-                host = client.address.host
-                self.hosts[host] -= 1
-                if not self.hosts[host]:
-                    del self.hosts[host]
+                self.connections[client.key] -= 1
+                if not self.connections[client.key]:
+                    del self.connections[client.key]
 
 
 class Helpers:
@@ -4704,10 +5203,19 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def admit(self, client):
         """Raise Refused unless `client` may use the server at all."""
         settings = self.settings
-        if settings.clients and not is_in(client.address.host, settings.clients):
+        if settings.clients:
+            self.judge_client(client)
+        limit = settings.max_per_client
+        if limit is None and not is_loopback(client.address.host):
+            limit = self.max_per_client
+        if limit:
+            self.roster.count(client, limit)
+
+    def judge_client(self, client):
+        """Raise Refused unless `client` is from one of the networks that are served."""
+        clients = self.settings.clients
+        if clients and not clients.has(client.address.host):
             raise Refused('not from the networks served')
-        if settings.max_per_client:
-            self.roster.count(client, settings.max_per_client)
 
     def close(self, outcome):
         """As an item of its loop; the listeners are closed by server_close()."""
@@ -4716,8 +5224,8 @@ class Acceptor(socketserver.ThreadingTCPServer):
 class Server(Acceptor):
     """A SOCKS server on one or several addresses.
 
-    server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
-                     for a free port, the same on all of them
+    server_address   (host, port), or a list of them; a name stands for all its addresses, `::` for
+                     all of both families, port 0 for a free port, the same on all of them
     listeners        sockets that listen already, to use instead
     settings         a `Settings`
     handler_class    a `Handler`
@@ -4735,26 +5243,20 @@ class Server(Acceptor):
     loopback if the settings would have it serve everybody there.
     """
     request_queue_size = 1024
-    heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
+    heavy_loops = min(4, processors())      # threads for what carries much
 
     def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
                  bind_and_activate=True, listeners=()):
-        addresses = server_address
-        if addresses and isinstance(addresses[0], str):
-            addresses = [addresses]
-        socketserver.BaseServer.__init__(self, addresses, handler_class)
-        self.settings = prepared(settings or Settings())
-        self.max_clients = self.settings.max_clients or clients_possible()
-        self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
+        socketserver.BaseServer.__init__(self, checked_addresses(server_address), handler_class)
+        self._crew = Crew()
+        self.resolver = Resolver(self._crew)
+        self._configure(settings or Settings())
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
         self.failures = Failures()
         self.roster = Roster()
         self._thread = None             # that of start()
         self._serving = threading.RLock()
-        self._crew = Crew()
-        self.resolver = Resolver(self._crew)
-        self.resolver.is_strict = self.settings.rules is not None
         self._helpers = Helpers(self.heavy_loops)
         self.loop = Loop(self._crew, self._helpers.take, self.resolver)
         if bind_and_activate:
@@ -4766,14 +5268,10 @@ class Server(Acceptor):
                 raise
 
     def server_bind(self):
-        free_port = 0
-        for host, port in () if self.listeners else self.server_address:
-            self.listeners += bound_to_all(host, port or free_port)
-            if not port:
-                free_port = self.listeners[-1].getsockname()[1]
+        self.listeners = self.listeners or listening_sockets(self.server_address)
         for sock in self.listeners:
             sock.setblocking(False)
-            self.addresses.append(canonical(Address.of(sock.getsockname())))
+            self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
@@ -4827,7 +5325,7 @@ class Server(Acceptor):
         request.setblocking(False)
         address = Address.of(client_address)
         if ':' in address.host:         # it may be IPv4 on a socket for both
-            address = canonical(address)
+            address = Address(plain_ip(address.host), address.port)
         client = Client(self, address)
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
@@ -4841,34 +5339,40 @@ class Server(Acceptor):
         """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP
         address, for which it asked by `name`, if it did.
 
-        Only a rule on a network can allow what is local to the proxy.
+        Only a rule on a network inside of a local one can allow what is local to the proxy.
         """
         rule = self.judge(client, target, name)
-        if not (rule and rule.networks and is_in(target.host, rule.networks)
-                and target.host not in ZEROS):
-            authorize(client.address, client.command, target, self.addresses)
+        authorize(client.address, client.command, target, self.addresses, rule)
 
     def judge(self, client, target, name=None):
         """Raise Refused if the rules do not allow it; else the one that does, or None."""
-        if self.settings.rules is None:
-            return None
-        rule = first_rule(self.settings.rules, client, target, name)
-        if not rule.allow:
-            raise Refused(f'{rule.place} denies {target}')
-        return rule
+        rules = self.settings.rules
+        return None if rules is None else allowing(rules.first(client, target, name), target)
 
     def judge_name(self, client, target):
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
             is_final = bool(settings.upstream) and settings.upstream[-1].rdns
-            judge_name(settings.rules, client, target, is_final)
+            allowing(settings.rules.first_for_name(client, target, is_final), target)
 
-    def reconfigure(self, settings):
-        """Have other settings from now on: who is served goes on, datagrams are judged anew."""
-        self.settings = prepared(settings)
+    def _configure(self, settings):
+        self.settings = settings = prepared(settings)
+        self.max_clients = settings.max_clients or clients_possible()
+        clients = self.max_clients or 1 << 16
+        share = min(max(64, clients // 2), max(2, clients * 3 // 4))
+        self.max_handshakes = settings.max_handshakes or share
+        self.max_per_client = share     # for other hosts, unless the settings have a number
         self.resolver.is_strict = settings.rules is not None
         self.resolver.forget()
+
+    def reconfigure(self, settings):
+        """Have other settings from now on: who is served goes on, datagrams are judged anew.
+
+        Raises as the constructor does.
+        """
+        refuse_open_proxy(settings, self.addresses)
+        self._configure(settings)
         for loop in self.loops():
             for item in list(loop.items):
                 if isinstance(item, UdpRelay):
@@ -5704,6 +6208,7 @@ def tls_context(certificate, key=None, client_ca=None):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:                               # Python 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)       # since Python 3.7
     try:
         name = key or certificate
         context.load_cert_chain(certificate, key)
@@ -6074,6 +6579,9 @@ def host_and_port(text):
     host, colon, port = text.rpartition(':')
     if not colon or text.endswith(']'):
         host, port = text, None
+    if host == '*':
+        raise argparse.ArgumentTypeError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: '
+                                         f'for all of both families')
     if host.startswith('[') and host.endswith(']') and ':' in host:
         host = host[1:-1]
     elif not host or set(host) & set('[]:'):
@@ -6102,9 +6610,15 @@ def gssapi_levels(text):
 
 def ip_address(text):
     """argparse type: the text of an IP address."""
-    if ip_bytes(text) is None:
+    ip = plain_ip(text)
+    if ip is None:
         raise argparse.ArgumentTypeError(f'{text!r}: expected an IP address')
-    return text
+    return ip
+
+
+def source_address(text):
+    """argparse type: the text of an IP address; a link-local one may have a zone."""
+    return text if '%' in text and ip_bytes(text) else ip_address(text)
 
 
 def seconds(text):
@@ -6127,12 +6641,12 @@ def network(text):
     try:
         return parse_network(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{error}, expected 192.0.2.0/24 for example') from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def workers(text):
     """argparse type: a number of processes."""
-    number = os.cpu_count() or 1
+    number = min(1024, processors())
     if text != 'auto':
         number = int(text) if re.match('[0-9]+$', text) else 0
     if not 0 < number <= 1024 or number > 1 and not hasattr(os, 'fork'):
@@ -6164,13 +6678,14 @@ OPTIONS = [
     ('listening', [
         (('-b', '--bind'), dict(
             metavar='ADDRESS[:PORT]', type=host_and_port, action='append', default=[],
-            help='address or name to listen on, repeatable (default: 127.0.0.1)')),
+            help='address or name to listen on, :: for all of both families, repeatable '
+                 '(default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
             help='port where --bind has none, 0 for a free one (default: %(default)s)')),
         (('-w', '--workers'), dict(
             metavar='N', type=workers, default=1,
-            help='serve with so many processes, or auto: one for each processor '
+            help='serve with so many processes, or auto: one for each processor that it may use '
                  '(default: %(default)s)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
@@ -6227,18 +6742,22 @@ OPTIONS = [
                  '(default: as many as open files allow)')),
         (('--max-per-client',), dict(
             metavar='N', type=count, default=DEFAULTS.max_per_client,
-            help='connections at once from one address (default: any number)')),
+            help='connections at once from one IPv4 address or IPv6 /64, 0 for any number '
+                 '(default: any from this host, else half of --max-clients, or 64 if that is more, '
+                 'but at most three quarters)')),
         (('--max-handshakes',), dict(
             metavar='N', type=count, default=DEFAULTS.max_handshakes,
-            help='clients at once that have not yet said what they want; the oldest is closed for '
-                 'one more (default: half of --max-clients, at least 64)'))]),
+            help='clients at once that have not yet said what they want; for one more, the oldest '
+                 'of the address that has most is closed (default: half of --max-clients, or 64 if '
+                 'that is more, but at most three quarters)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
             help='what they may reach, see the README (default: all but what is local to the '
                  'proxy)')),
         (('--check',), dict(
-            action='store_true', help='check all options and files, not addresses, and end')),
+            action='store_true', help='check all options and files, not addresses, print all that '
+                                      'is wrong or a summary, and end')),
         (('--tor-extensions',), dict(
             action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
         (('--udp-strict',), dict(
@@ -6246,7 +6765,7 @@ OPTIONS = [
                                       '(default: from anywhere)'))]),
     ('addresses', [
         (('--source',), dict(
-            metavar='ADDRESS', type=ip_address, action='append', default=[],
+            metavar='ADDRESS', type=source_address, action='append', default=[],
             help='connect from this address, repeatable: one IPv4, one IPv6 '
                  '(default: as the system routes)')),
         (('--advertise',), dict(
@@ -6311,6 +6830,16 @@ def build_parser():
     return parser
 
 
+def hint(parser, unknown):
+    """A suggestion for an option that does not exist, or nothing."""
+    import difflib                      # here, because it is only needed to fail
+    word = unknown[0].partition('=')[0]
+    options = [flag for flag in parser._option_string_actions if flag.startswith('--')]
+    shortened = re.compile('.*'.join(map(re.escape, word)))
+    similar = [*filter(shortened.match, options), *difflib.get_close_matches(word, options, 2, 0.7)]
+    return f'; is {" or ".join(dict.fromkeys(similar))} meant?' if word[2:] and similar else ''
+
+
 def settings_from(args, environ):
     """The `Settings` of parsed arguments and the environment; ValueError if they contradict."""
     try:
@@ -6321,10 +6850,6 @@ def settings_from(args, environ):
     users = dict(pairs)
     if len(users) < len(pairs):
         raise ValueError('-u, SOCKS_USERS: a user is given twice')
-    if args.users_file:
-        users.update(read_users(args.users_file))
-        if not users:
-            raise FileError(f'{args.users_file}: there are no users, so nobody would be asked')
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
@@ -6337,11 +6862,31 @@ def settings_from(args, environ):
             os.environ['KRB5_KTNAME'] = args.keytab     # the library has no other way
     elif args.keytab or args.gssapi_nec or args.gssapi_level:
         raise ValueError('--gssapi-level, --gssapi-nec, --keytab: expected --gssapi')
-    rules = read_rules(args.rules_file) if args.rules_file else None
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
-    tls = tls_context(args.tls_cert, args.tls_key, args.tls_client_ca) if args.tls_cert else None
-    return Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
+    more_users, rules, tls = all_of(lambda read, path, *more: read(path, *more) if path else None, [
+        (read_users, args.users_file), (read_rules, args.rules_file),
+        (tls_context, args.tls_cert, args.tls_key, args.tls_client_ca)])
+    users.update(more_users or {})
+    settings = Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
+    for warning in warnings_about(settings):
+        log.warning('%s', warning)
+    return settings
+
+
+def warnings_about(settings):
+    """A warning for each rule that is probably a mistake."""
+    rules, names = settings.rules or (), {'-', *map(shown, map(name_text, settings.users))}
+    by_other_ways = (settings.gssapi or settings.ident
+                     or settings.tls and settings.tls.verify_mode)      # CERT_NONE is 0
+    for rule in rules if not by_other_ways else ():
+        for user in rule.users:
+            if user not in names:
+                yield f'{rule.place}: user {user} does not exist'
+    for rule, further in zip(rules, rules[1:]):
+        if not any(rule[1:-1]):         # no condition
+            yield f'{further.place}: never reached, {rule.place} matches everything'
+            break
 
 
 def raise_descriptor_limit(wanted=65536):
@@ -6458,7 +7003,9 @@ def program_runner(arguments, chain):
 def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown)}')
     try:
         set_up_logging(args, os.environ)
     except OSError as error:
@@ -6515,13 +7062,13 @@ def serve(args):
     try:
         settings = configure()
         if args.check:
-            refuse_open_proxy(prepared(settings), [
-                Address(host, port) for host, port in addresses_of(args) if ip_bytes(host)])
-            return 0
+            return check(settings, addresses_of(args))
         notifier = Notifier(os.environ)
         server = Server(addresses_of(args), settings, listeners=activated_sockets(os.environ))
     except (FileError, OSError) as error:
-        print(f'socks.py: {reason(error)}', file=sys.stderr)
+        faults = error.args if args.check and isinstance(error, FileError) else [reason(error)]
+        for fault in faults:
+            print(f'socks.py: {fault}', file=sys.stderr)
         return 1
     if args.users:
         log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
@@ -6533,6 +7080,17 @@ def serve(args):
         Supervisor(args.workers, server, configure, notifier, announce).run()
     log.info('stopped')
     return 0
+
+
+def check(settings, addresses):
+    """Raise the errors of a start, except those of binding the addresses, or print a summary."""
+    refuse_open_proxy(prepared(settings), [
+        Address(host, port) for host, port in addresses if ip_bytes(host)])
+    numbers = [(len(settings.users), 'user')]
+    if settings.rules is not None:
+        numbers.append((len(settings.rules), 'rule'))
+    summary = ', '.join(f'{number} {what}{"s" * (number != 1)}' for number, what in numbers)
+    return 0 if print_at_once(summary + ': ok') else 1
 
 
 def announce_addresses(addresses, to_stdout):

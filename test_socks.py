@@ -570,9 +570,16 @@ NO_NAMES = ['', '.', 'a..', 'a..b', '.a', '127.0.0.1..',
 
 LOCAL = ['127.0.0.1', '127.1.2.3', '0.0.0.0', '0.1.2.3', '169.254.169.254', '224.0.0.1',
          '255.255.255.255', '::', '::1', 'fe80::1', 'ff02::1', 'fd00:ec2::254', '::ffff:127.0.0.1',
-         '::127.0.0.1', '64:ff9b::7f00:1', '2002:7f00:1::', '2002:a9fe:a9fe::1']
+         '::127.0.0.1', '64:ff9b::7f00:1', '2002:7f00:1::', '2002:a9fe:a9fe::1',
+         '::ffff:0:127.0.0.1', '2001:db8::5efe:127.0.0.1', '2001:db8::200:5efe:169.254.1.1',
+         '2001:0:7f00:1::', '2001:0:102:304::80ff:fffe', '64:ff9b:1::7f00:1',
+         '64:ff9b:1:7f00:0:100::', '64:ff9b:1:7f:0:1::', '64:ff9b:1:0:7f:0:100:0',
+         'fec0::1', 'fd20:ce::254', '100.100.100.200', '192.0.0.192', '168.63.129.16',
+         '64:ff9b::6464:64c8']
 NOT_LOCAL = ['10.0.0.1', '192.168.1.1', '1.2.3.4', '128.0.0.1', '2001:db8::1', 'fd00::1',
-             '64:ff9b::102:304', '2002:102:304::1', '::ffff:1.2.3.4']
+             '64:ff9b::102:304', '2002:102:304::1', '::ffff:1.2.3.4', '64:ff9b:1::102:304',
+             '2001:db8::5efe:1.2.3.4', '2001:0:102:304::fefd:fcfb', '2001:db8::7f00:1',
+             '100.100.100.201', '192.0.0.1', '168.63.129.17', 'fd20:ce::253']
 
 
 class SocketsTest(Case):
@@ -672,14 +679,14 @@ class SocketsTest(Case):
             self.assertEqual(socks.shown(text), expected)
 
     def test_authenticated(self):
-        users = {b'bob': b'secret', b'eve': b''}
+        users = socks.Users({b'bob': b'secret', 'eve': ''})
         for name, password, expected in [
                 (b'bob', b'secret', True), (b'bob', b'secre', False), (b'bob', b'', False),
                 (b'', b'', False), (b'eve', b'', True), (b'carl', b'', False),
                 (b'carl', b'secret', False)]:
             with self.subTest(name=name, password=password):
                 given = Credentials(name, password)
-                self.assertEqual(socks.run(socks.authenticate(users, given)), expected)
+                self.assertEqual(socks.run(users.verify(given)), expected)
 
 
 # ----------------------------------------------------------------------------------- conversation
@@ -1802,6 +1809,54 @@ class LifecycleTest(Case):
                 with Peer(address) as peer:
                     self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
 
+    @unittest.skipUnless(socket.has_ipv6, 'no IPv6 here')
+    def test_all_addresses(self):
+        """`::` serves both families, as plain IPv4 where a client is, unless IPv4 is given beside.
+        """
+        if not socks.is_ours('::1'):
+            self.skipTest('no IPv6 here')
+        origin = self.origin(echo)
+        for addresses, hosts in (([('::', 0)], ['::', '0.0.0.0']),
+                                 ([('::', 0), ('0.0.0.0', 0)], ['::', '0.0.0.0']),
+                                 ([('0.0.0.0', 0), ('::', 0)], ['0.0.0.0', '::']),
+                                 ([('127.0.0.1', 0), ('::', 0)], ['127.0.0.1', '::']),
+                                 ([('::ffff:127.0.0.1', 0)], ['127.0.0.1'])):
+            with self.subTest(addresses), socks.Server(addresses, Settings(open=True)) as server:
+                self.assertEqual([address.host for address in server.addresses], hosts)
+                self.assertEqual(len({address.port for address in server.addresses}), 1)
+                server.start()
+                with Peer(('127.0.0.1', server.server_address.port)) as peer:
+                    reply = peer.connect('127.0.0.1', origin.port)
+                    self.assertEqual((reply.reply, reply.address.host), (0, '127.0.0.1'))
+                    self.assertEqual([client.address for client in server.clients],
+                                     [peer.sock.getsockname()])
+                with Peer(('127.0.0.1', server.server_address.port)) as peer:
+                    peer.ask(Greeting(b'\0'), Choice)
+                    address = peer.ask(Request(2, Address('127.0.0.1', 0)), Response).address
+                    self.assertEqual(address.host, '127.0.0.1')
+                if '::' in hosts:
+                    with Peer(('::1', server.server_address.port)) as peer:
+                        self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+
+    def test_addresses_that_cannot_be(self):
+        for address, message in (
+                (('127.0.0.1', '8801'), "port '8801': expected a number"),
+                (('127.0.0.1', 65536), 'port 65536: expected a number'),
+                (('127.0.0.1', True), 'port True: expected a number'),
+                ('127.0.0.1:0', r"address '127.0.0.1:0': expected \(host, port\)"),
+                ([('127.0.0.1',)], r"address \('127.0.0.1',\): expected \(host, port\)"),
+                (('*', 0), r"listen on '\*': expected 0.0.0.0 for all IPv4 addresses, :: for"),
+                (('', 0), "listen on '': expected 0.0.0.0 for all IPv4 addresses, :: for all")):
+            with self.subTest(address), self.assertRaisesRegex(ValueError, message):
+                socks.Server(address)
+
+    @unittest.skipUnless(hasattr(os, 'sched_setaffinity'), 'none here')
+    def test_processors_that_may_be_used(self):
+        before = os.sched_getaffinity(0)
+        self.addCleanup(os.sched_setaffinity, 0, before)
+        os.sched_setaffinity(0, {min(before)})
+        self.assertEqual(socks.workers('auto'), 1)
+
     def test_name(self):
         with socks.Server(('localhost', 0)) as server:
             self.assertIn(server.server_address.host, ('127.0.0.1', '::1'))
@@ -2058,6 +2113,73 @@ class Inside(Case):
         self.assertEqual(client.ask(Request(2, Address('1.2.3.4', 0)), Response),
                          Response(Reply.NETWORK_UNREACHABLE))
 
+    def link_local(self):
+        """One of ours, with its zone."""
+        host = 'fe80::1%lo'
+        with socket.socket(socket.AF_INET6) as sock:
+            try:
+                sock.bind(socket.getaddrinfo(host, 0)[0][4])
+            except OSError as error:
+                self.skipTest(f'{host}: {error}')
+        return host
+
+    def test_a_client_of_a_link_local_address(self):
+        """The listener has a zone, which goes into no reply; CONNECT, UDP, BIND and ident work."""
+        host = self.link_local()
+        rules = tuple(socks.parse_rule(line, 'rule') for line in (
+            'allow bind to fe80::/10 0.0.0.0/0', 'allow from fe80::/10 to 198.51.100.0/24'))
+        server = self.serve(host=host, open=True, rules=rules, ident=True)
+        self.assertEqual(server.server_address.host, host)
+        there = socket.getaddrinfo(host, server.server_address.port, 0, socket.SOCK_STREAM)[0][4]
+        origin = self.origin(echo, host='198.51.100.1')
+
+        def client():
+            sock = socket.socket(socket.AF_INET6)
+            sock.connect(there)
+            return self.enter(Peer(sock))
+
+        self.assertEqual(client().connect('198.51.100.1', origin.port).reply, 0)
+        for target in 'fe80::1', '0.0.0.0':
+            peer = client()
+            peer.ask(Greeting(b'\0'), Choice)
+            first = peer.ask(Request(2, Address(target, 0)), Response)
+            self.assertEqual((first.reply, first.address.host), (0, 'fe80::1'))
+            with socket.socket(socket.AF_INET6) as sock:
+                sock.connect((*first.address, 0, there[3]))
+                self.assertEqual(Response.unpack(peer.read).address,
+                                 ('fe80::1', sock.getsockname()[1]))
+        peer, target = client(), self.enter(Echo('198.51.100.1'))
+        peer.ask(Greeting(b'\0'), Choice)
+        relay = peer.ask(Request(3, socks.UNSPECIFIED), Response).address
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            sock.sendto(Datagram(target.address, b'x').pack(), (*relay, 0, there[3]))
+            self.assertEqual(Datagram.unpack(sock.recv(100)).payload, b'E:x')
+        peer = client()
+        request = Request4(1, Address('198.51.100.1', origin.port))
+        self.assertEqual(peer.ask(request, Response4).code, 0x5c)
+        eventually(lambda: any('ident: Connection refused' in line for line in self.lines))
+        self.assertEqual([line for line in self.lines if '%' in line], [])
+
+    def test_a_link_local_source(self):
+        host = self.link_local()
+        origin = self.enter(socket.socket(socket.AF_INET6))
+        origin.bind(socket.getaddrinfo(host, 0)[0][4])
+        origin.listen(1)
+        server = self.serve(source=(host,))
+        response = self.peer(server.server_address).connect('fe80::1', origin.getsockname()[1])
+        self.assertEqual((response.reply, response.address.host), (0, 'fe80::1'))
+        for refused in 'fe80::1%lo', 'fe80::1%1', '[fe80::1%lo]':
+            self.assertEqual(self.peer(server.server_address).connect(refused, 1).reply,
+                             Reply.GENERAL_FAILURE)
+
+    def test_no_such_zone(self):
+        self.link_local()
+        with self.assertRaisesRegex(OSError, r'on \[fe80::1%x\]:\d+: there is no interface x'):
+            socks.Server(('fe80::1%x', 0), Settings(open=True))
+        with self.assertRaisesRegex(OSError, 'connect from fe80::1%x: it is not ours'):
+            socks.Server(('127.0.0.1', 0), Settings(source=('fe80::1%x',)))
+
     def test_advertise(self):
         """The address that is told; and listened on, if it is ours."""
         for told in ('203.0.113.9', '198.51.100.2'):
@@ -2091,6 +2213,7 @@ class NamespaceTest(unittest.TestCase):
         """The tests of Inside, in a namespace where they can set routes."""
         script = ('ip link set lo up; ip address add 198.51.100.1/32 dev lo;'
                   'ip address add 198.51.100.2/32 dev lo; ip route add unreachable 203.0.113.0/24;'
+                  'ip address add fe80::1/64 dev lo nodad || true;'
                   'ip route add prohibit 192.0.2.0/24;'
                   'exec "$0" -m test_socks Inside')
         if run('unshare', '-rn', 'true').returncode:
@@ -3434,13 +3557,41 @@ JUDGED = [
     ('-', '192.0.2.1', 'CONNECT', '', '64:ff9b::c633:6407', 1, False),
 ]
 
+# What a rule allows, a target, and whether a client from elsewhere may reach it.
+OPENED = [
+    ('*', '127.0.0.1', False), ('0.0.0.0/0', '127.0.0.1', False), ('::/0', '::1', False),
+    ('10.0.0.0/8', '127.0.0.1', False), ('127.0.0.0/8', '127.0.0.1', True),
+    ('127.0.0.1', '127.0.0.1', True), ('::ffff:127.0.0.0/104', '127.0.0.1', True),
+    ('126.0.0.0/7', '127.0.0.1', False), ('169.254.169.254', '169.254.169.254', True),
+    ('100.64.0.0/10', '100.100.100.200', False), ('100.100.100.200', '100.100.100.200', True),
+    ('fd00::/8', 'fd00:ec2::254', False), ('fd00::/8', 'fd00::1', True),
+    ('64:ff9b::/96', '64:ff9b::7f00:1', False), ('64:ff9b::/96', '64:ff9b::102:304', True),
+    ('64:ff9b::7f00:0/104', '64:ff9b::7f00:1', True), ('2002::/16', '2002:7f00:1::', False),
+    ('127.0.0.0/8', '64:ff9b::7f00:1', False), ('2002:7f00::/24', '2002:7f00:1::', True),
+    ('64:ff9b:1::/48', '64:ff9b:1::7f00:1', False), ('10.0.0.0/8', '10.0.0.1', True),
+    ('64:ff9b:1::7f00:1', '64:ff9b:1::7f00:1', True), ('fe80::/16', 'fe80::1', True),
+    ('127.0.0.0/8 0.0.0.0/0', '127.0.0.1', True), ('0.0.0.0/0', '1.2.3.4', True),
+]
+
 WRONG_RULES = [
     ('permit to *', "f:1: 'permit', expected allow or deny"),
     ('\n\nallow', 'f:3: expected "to"'), ('allow to', 'f:1: expected "to"'),
     ('allow to 80', 'f:1: expected "to"'), ('allow * to x', r"f:1: '\*', expected connect, bind"),
     ('allow from x to *', "f:1: 'x', expected a network"),
     ('allow to 10.0.0.0/33', "f:1: '10.0.0.0/33', expected a network"),
-    ('allow to 10.0.0.1/8', "f:1: '10.0.0.1/8', expected a network"),
+    ('deny to 10.0.0.1/8', "f:1: '10.0.0.1/8', expected 10.0.0.0/8 for the network, or 10.0.0.1 f"),
+    ('deny from fd00::1/8 to *', "f:1: 'fd00::1/8', expected fd00::/8 for the network, or fd00::1"),
+    ('deny to fe80::1%lo', "f:1: 'fe80::1%lo', expected no zone"),
+    ('deny to fe80::%lo/64', "f:1: 'fe80::%lo/64', expected no zone"),
+    ('allow to * port 80', "f:1: 'port' is not expected here; ports are numbers, as in: to \\* 80"),
+    ('allow to a.example ports 80', "f:1: 'ports' is not expected here; ports are numbers"),
+    ('allow to 10.8.0.2:80', "f:1: '10.8.0.2:80', expected the port as the next word: 10.8.0.2 80"),
+    ('allow to [::1]:80', r"f:1: '\[::1\]:80', expected the port as the next word: \[::1\] 80"),
+    ('allow to a.example:80', "f:1: 'a.example:80', expected the port as the next word: a.exam"),
+    ("deny user 'Bob Smith to *", "f:1: 'Bob: expected one more ', and a space after it"),
+    ('deny user "Bob" to "*', 'f:1: "\\*: expected one more ", and a space after it'),
+    ("deny user 'a'b to *", "f:1: 'a'b: expected one more '"),
+    ('deny resolve to * 53', 'f:1: look-ups have no port, so this is for none'),
     ('allow to * 70000', "f:1: '70000', expected PORT or LOW-HIGH"),
     ('allow to * 5-4', "f:1: '5-4', expected PORT or LOW-HIGH"),
     ('allow to * x.example', 'f:1: expected "to"'), ('allow to a%b', 'f:1: host name a%b'),
@@ -3693,19 +3844,20 @@ class ResolverTest(FileCase):
 
 class RulesTest(FileCase):
 
+    def client(self, host='192.0.2.1', command='CONNECT', user='-'):
+        client = socks.Client(None, Address(host, 1))
+        client.command, client.user = socks.Command[command], user
+        return client
+
     def test_rules(self):
-        rules = self.rules(RULES)
+        rules = socks.Rules(self.rules(RULES))
         for user, host, command, name, address, port, expected in JUDGED:
-            client = socks.Client(None, Address(host, 1))
-            client.user, client.command = user, socks.Command[command]
+            client = self.client(host, command, user)
             with self.subTest(user=user, host=host, command=command, name=name, address=address):
-                allowed = False
-                with contextlib.suppress(socks.Refused):
-                    if name:
-                        socks.judge_name(rules, client, Address(name, port), False)
-                    allowed = socks.first_rule(rules, client, Address(address, port),
-                                               name or None).allow
-                self.assertEqual(allowed, expected)
+                rule = rules.first(client, Address(address, port), name or None)
+                if name and rule and rule.allow:
+                    rule = rules.first_for_name(client, Address(name, port), False)
+                self.assertEqual(bool(rule and rule.allow), expected)
 
     def test_wrong_rules(self):
         for text, message in WRONG_RULES:
@@ -3713,6 +3865,40 @@ class RulesTest(FileCase):
             with self.subTest(text), self.assertRaisesRegex(
                     socks.FileError, re.escape(path[:-1]) + message):
                 socks.read_rules(path)
+
+    def test_all_faults_are_found(self):
+        path = self.write('f', 'permit to *\nallow to *\nallow\n')
+        with self.assertRaises(socks.FileError) as caught:
+            socks.read_rules(path)
+        self.assertEqual([fault.partition(' ')[0] for fault in caught.exception.args],
+                         [f'{path}:1:', f'{path}:3:'])
+        self.assertIn("'permit', expected allow or deny (and 1 more, which --check shows)",
+                      str(caught.exception))
+
+    def test_quoted_names(self):
+        """Users may have spaces in their names, and names that are other words here."""
+        rules = self.rules("""deny user 'Bob Smith' "O'Brien X" O'Hara 'to' "" to 'a.example' # 'x
+                              deny user 'a #b' to *""")
+        self.assertEqual(rules[0].users, ("'Bob Smith'", '"O\'Brien X"', "O'Hara", 'to', "''"))
+        self.assertEqual((rules[0].names, rules[1].users), (('a.example',), ("'a #b'",)))
+        server = self.serve(users={'Bob Smith': 's', 'Bob': 's', b'\xff': b's'},
+                            rules=self.rules("deny user 'Bob Smith' to *\nallow to *"))
+        origin = self.origin(echo)
+        for name, reply in ((b'Bob Smith', 2), (b'Bob', 0)):
+            peer = self.peer(server.server_address)
+            peer.ask(Greeting(b'\2'), Choice)
+            self.assertEqual(peer.ask(Credentials(name, b's'), Verdict), Verdict(0))
+            self.assertEqual(peer.ask(Request(1, Address('127.0.0.1', origin.port)),
+                                      Response).reply, reply)
+
+    def test_names_that_are_not_text(self):
+        """Bytes in a file of rules are those of a user's name."""
+        path = self.write('f', '')
+        with open(path, 'wb') as file:
+            file.write(b'deny user b\xfcb to *\n')
+        client = self.client(user=socks.shown(socks.name_text(b'b\xfcb')))
+        rule = socks.Rules(socks.read_rules(path)).first(client, Address('1.2.3.4', 80))
+        self.assertFalse(rule.allow)
 
     def test_what_is_forbidden_is_not_looked_up(self):
         """Nor a name of which no rule speaks."""
@@ -3738,18 +3924,111 @@ class RulesTest(FileCase):
                 self.assertEqual(self.peer(server.server_address).connect(host, origin.port).reply,
                                  reply)
 
-    def test_only_a_rule_on_a_network_opens_what_is_local(self):
-        remote = socks.Client(None, Address('192.0.2.1', 1))
-        remote.command = socks.Command.CONNECT
-        for rules, allowed in (('allow to *', False), ('allow to 127.0.0.0/8', True),
-                               ('allow to 0.0.0.0/0', True), ('allow to 10.0.0.0/8', False)):
-            server = self.serve(rules=self.rules(rules))
-            with self.subTest(rules):
-                check = contextlib.suppress() if allowed else self.assertRaises(socks.Refused)
-                with check:
-                    server.authorize(remote, Address('127.0.0.1', 1))
+    def test_only_a_network_inside_of_a_local_one_opens_what_is_local(self):
+        remote = self.client()
+        for to, host, allowed in OPENED:
+            server = self.serve(rules=self.rules(f'allow to {to}'))
+            with self.subTest(to, host=host):
+                with contextlib.suppress() if allowed else self.assertRaises(socks.Refused):
+                    server.authorize(remote, Address(host, 1))
+        with self.assertRaises(socks.Refused):
+            server.authorize(remote, Address('0.0.0.0', 80))
+
+    def test_no_rule_opens_the_proxy_itself(self):
+        server = self.serve(rules=self.rules('allow to 127.0.0.0/8 ::/0 64:ff9b::7f00:0/104'))
+        port = server.server_address.port
+        for host in '127.0.0.1', '64:ff9b::7f00:1':
+            server.authorize(self.client(), Address(host, 1))
+            with self.subTest(host), self.assertRaisesRegex(socks.Refused, 'the proxy itself'):
+                server.authorize(self.client(), Address(host, port))
+
+    def test_bind_for_anybody(self):
+        """A remote client needs a rule that names the network of all."""
+        for text, host, allowed in (
+                ('allow bind to 0.0.0.0/0', '0.0.0.0', True), ('allow to *', '0.0.0.0', False),
+                ('allow bind to ::/0', '::', True), ('allow bind to ::/0', '0.0.0.0', True),
+                ('allow bind to 10.0.0.0/8', '0.0.0.0', False),
+                ('deny bind to 0.0.0.0/0\nallow to 0.0.0.0/0', '0.0.0.0', False)):
+            server = self.serve(rules=self.rules(text))
+            with self.subTest(text, host=host):
+                with contextlib.suppress() if allowed else self.assertRaises(socks.Refused):
+                    server.authorize(self.client(command='BIND'), Address(host, 0))
                 with self.assertRaises(socks.Refused):
-                    server.authorize(remote, Address('0.0.0.0', 80))
+                    server.authorize(self.client(), Address(host, 80))
+        with self.assertRaises(socks.Refused):
+            self.serve().authorize(self.client(command='BIND'), Address('0.0.0.0', 0))
+
+    def test_bind_for_anybody_but_some(self):
+        server = self.serve(rules=self.rules('deny to 127.0.0.2\nallow bind to 0.0.0.0/0'))
+        client = self.peer(server.server_address)
+        client.ask(Greeting(b'\0'), Choice)
+        address = client.ask(Request(2, Address('0.0.0.0', 0)), Response).address
+        with Peer(address, ('127.0.0.2', 0)) as denied:
+            self.assertEqual(denied.rest(), b'')
+        with Peer(address, ('127.0.0.3', 0)):
+            self.assertEqual(Response.unpack(client.read).address.host, '127.0.0.3')
+
+    def test_whether_anything_may_be_allowed(self):
+        for text, allowed in (
+                ('deny udp to *\nallow to *', False), ('allow connect to *', False), ('', False),
+                ('deny udp to 10.0.0.0/8\nallow udp to *', True), ('allow to .example', True),
+                ('allow user bob to *\ndeny to *', False), ('deny to * 53\nallow to *', True)):
+            with self.subTest(text):
+                self.assertEqual(socks.Rules(self.rules(text)).may_allow(
+                    self.client(), socks.Command.UDP_ASSOCIATE), allowed)
+
+    def test_order_of_many(self):
+        """Compiled rules judge as rules do one by one."""
+        source = random.Random(3)
+        pick = source.choice
+        lines = []
+        for _ in range(400):
+            to = pick(('*', '10.%d.0.0/16 .n%d.example' % (pick(range(9)), pick(range(9))),
+                       'n%d.example' % pick(range(9)), '10.%d.2.0/24' % pick(range(9))))
+            lines.append(' '.join((pick(('allow', 'deny')), pick(('', 'connect', 'udp bind')),
+                                   pick(('', 'user u%d' % pick(range(9)))),
+                                   pick(('', 'from 192.0.2.%d/31' % (2 * pick(range(9))))),
+                                   'to', to,
+                                   pick(('', '%d' % pick(range(9)), '4-8', '0-9999')))))
+        rules = self.rules('\n'.join(lines))
+        for start in range(0, 400, 20):
+            part = rules[start:start + 20]
+            compiled = socks.Rules(part)
+            for _ in range(100):
+                client = self.client('192.0.2.%d' % pick(range(18)),
+                                     pick(('CONNECT', 'BIND')), 'u%d' % pick(range(9)))
+                name = pick((None, 'n%d.example' % pick(range(9)), 'a.n2.example'))
+                target = Address('10.%d.%d.1' % (pick(range(9)), pick(range(4))), pick(range(9)))
+                hosts = socks.asked_hosts(target.host)
+                expected = [rule for rule in map(socks.Rule.compiled, part)
+                            if rule.concerns(client, target.port)
+                            and rule.is_for_host(hosts, name)]
+                self.assertEqual(compiled.first(client, target, name), next(iter(expected), None))
+
+    def test_many_rules_cost_little(self):
+        """A thousand of any kind; the time is that of one processor, and of the best of three."""
+        kinds = {
+            'networks': 'deny to 203.0.{}.{}/32', 'names': 'deny to .n{}-{}.example',
+            'users': 'allow user u{}-{} to *', 'clients': 'allow from 203.0.{}.{} to *',
+            'users and a network': 'allow user u{}-{} to 10.0.0.0/8',
+            'networks and a user': 'allow user bob to 203.0.{}.{}', 'ports': 'deny to * 1{}{}'}
+        for kind, text in kinds.items():
+            rules = socks.Rules(self.rules('\n'.join(
+                text.format(number // 200, number % 200) for number in range(1000))))
+            clients = [self.client(user='x')] * 500
+            targets = [Address(f'10.1.{n >> 8}.{n & 255}', 443) for n in range(500)]
+            names = [Address(f'host{n}.example.org', 443) for n in range(500)]
+            rules.first(clients[0], targets[0], 'a')            # now they are compiled
+            seconds = []
+            for _ in range(3):
+                start = time.thread_time() if hasattr(time, 'thread_time') else time.process_time()
+                for client, target, name in zip(clients, targets, names):
+                    rules.first_for_name(client, name, False)
+                    rules.first(client, target, name.host)
+                seconds.append((time.thread_time() if hasattr(time, 'thread_time')
+                                else time.process_time()) - start)
+            with self.subTest(kind):
+                self.assertLess(min(seconds) / 500, 50e-6)
 
     def test_lookups(self):
         """Those for Tor's programs are judged as well."""
@@ -3782,7 +4061,6 @@ class RulesTest(FileCase):
             sock.settimeout(PATIENCE)
             sock.sendto(b'x', target.address)
             self.assertEqual(sock.recv(10), b'E:x')
-        self.assertFalse(server.failures.too_many('127.0.0.1'))
 
     def test_datagrams_and_reload(self):
         """Each is judged, and judged anew after the rules have changed."""
@@ -3833,11 +4111,17 @@ class AccessTest(FileCase):
     def test_wrong_users_files(self):
         for text in ('bob', 'bob:', ':x', 'bob:scrypt:1000-8-1:00:' + '00' * 32,
                      'bob:pbkdf2:0:00:' + '00' * 32, 'bob:pbkdf2:1:00:00',
-                     'bob:a\nbob:b', 'b' * 256 + ':x', 'bob:scrypt:1:2',
+                     'bob:a\nbob:b', 'b' * 256 + ':x', 'bob:scrypt:1:2', 'bob:x\nbob\neve',
                      'bob:scrypt:1-2:00:00', 'bob:pbkdf2:x:00:00', 'bob:pbkdf2:1:0:00'):
             path = self.write('users', 'ann:x\n' + text)
             with self.subTest(text), self.assertRaisesRegex(socks.FileError, r'users:[23]: expect'):
                 socks.read_users(path)
+        with self.assertRaises(socks.FileError) as caught:
+            socks.read_users(self.write('users', 'bob\nann:x\nann:y\n'))
+        self.assertEqual([fault.partition(': ')[0][-7:] for fault in caught.exception.args],
+                         ['users:1', 'users:3'])
+        with self.assertRaisesRegex(socks.FileError, 'there are no users'):
+            socks.read_users(self.write('users', '# none\n'))
         path = self.write('users', 'bob:x\n')
         os.chmod(path, 0o644)
         with self.assertLogs('socks', 'WARNING') as logged:
@@ -3889,17 +4173,114 @@ class AccessTest(FileCase):
         self.assertFalse(self.log_in(server, b'bob', b'x'))
         self.assertGreaterEqual(time.monotonic() - started, socks.LOGIN_DELAY)
         for _ in range(socks.Failures.LIMIT):
-            server.failures.note('127.0.0.1')
+            server.failures.note('127.0.0.1', b'bob')
         self.assertFalse(self.log_in(server, b'bob', b'secret'))
         server.failures.WINDOW = 0
         self.assertTrue(self.log_in(server, b'bob', b'secret'))
-        for number in range(2 * socks.Failures.ROOM):       # it does not grow without end
-            server.failures.note(f'10.0.{number >> 8}.{number & 255}')
+        for number in range(socks.Failures.ROOM):           # it does not grow without end
+            server.failures.note(f'10.0.{number >> 8}.{number & 255}', b'bob')
         self.assertEqual(len(server.failures._since), socks.Failures.ROOM)
-        self.assertEqual(socks.client_key('2001:db8::1'), socks.client_key('2001:db8::2'))
+
+    def test_failures_of_one_user_do_not_lock_out_others(self):
+        """One warning tells of each that is locked out, even where only warnings are logged."""
+        server = self.serve(users={'bob': 'secret', 'ann': 's', 'b c': 's'})
+        for name in b'bob', b'b c':
+            guesses = [Background(self.log_in, server, name, b'x')
+                       for _ in range(socks.Failures.LIMIT)]
+            self.assertFalse(any(guess.result() for guess in guesses))
+        self.assertFalse(self.log_in(server, b'bob', b'secret'))
+        self.assertTrue(self.log_in(server, b'ann', b's'))
+        number = socks.Failures.CLIENT_LIMIT // 2
+        for _ in range(2):
+            for each in range(number):
+                server.failures.note('127.0.0.1', b'%d' % each)
+        self.assertFalse(self.log_in(server, b'ann', b's'))
+        self.assertEqual([line for line in self.lines if 'blocked' in line], [
+            f'127.0.0.1: blocked for 60 s after 30 wrong passwords of {user}'
+            for user in ('bob', "'b c'")])
+
+    def test_many_names_are_locked_out_at_last(self):
+        server = self.serve(users={'bob': 'secret'})
+        for number in range(socks.Failures.CLIENT_LIMIT - 1):
+            self.assertEqual(server.failures.note('127.0.0.1', b'%d' % number), [])
+        self.assertFalse(self.log_in(server, b'ann', b'x'))
+        self.assertFalse(self.log_in(server, b'bob', b'secret'))
+        self.assertEqual([line for line in self.lines if 'blocked' in line],
+                         ['127.0.0.1: blocked for 60 s after 300 wrong passwords'])
+
+    def test_a_failure_does_not_tell_who_has_a_hashed_password(self):
+        """Where one has, all failures wait for the sums."""
+        users = socks.Users({'ann': 's', 'bob': socks.Hashed('pbkdf2:1::' + '00' * 32)})
+        for name in b'ann', b'bob', b'eve':
+            conversation = users.verify(Credentials(name, b'x'))
+            with self.subTest(name):
+                self.assertTrue(next(conversation).is_costly)
+                conversation.close()
+        with self.assertRaises(StopIteration) as caught:
+            next(users.verify(Credentials(b'ann', b's')))
+        self.assertIs(caught.exception.value, True)
+
+    def test_credentials_are_judged_by_the_settings_of_now(self):
+        """Of clients that came before these changed, up to their request."""
+        old = Settings(users={'bob': 'old', 'ann': 's'})
+        new = Settings(users={'bob': 'new', 'ann': 's'})
+        origin = self.origin(echo)
+        bob, ann = Credentials(b'bob', b'old'), Credentials(b'ann', b's')
+        elsewhere = self.networks('192.0.2.0/24')
+        trust, foreign = self.networks('127.0.0.1/32'), Settings(clients=elsewhere)
+        for before, settings, steps, after, expected in (
+                (old, new, [], [bob], 1), (old, new, [], [Credentials(b'bob', b'new')], 0),
+                (old, new, [bob], [], 2), (old, new, [ann], [], 0), (old, new, [], [ann], 0),
+                (old, Settings(users={'ann': 's'}), [], [bob], 1),
+                (Settings(), old, [None], [], 2), (old, Settings(), [], [bob], 0),
+                (old._replace(trusted=trust), old, [None], [], 2), (Settings(), foreign, [], [], 2),
+                (old, old._replace(trusted=trust), [], [Credentials(b'x', b'x')], 0)):
+            server = self.serve(**before._asdict())
+            peer = self.peer(server.server_address)
+            plain = None in steps or not before.users
+            self.assertEqual(peer.ask(Greeting(b'\0' if plain else b'\2'), Choice),
+                             Choice(0 if plain else 2))
+            with self.subTest(before=before, settings=settings, after=after):
+                for step in filter(None, steps):
+                    self.assertEqual(peer.ask(step, Verdict), Verdict(0))
+                server.reconfigure(settings)
+                status = [peer.ask(step, Verdict).status for step in after]
+                if expected == 1:
+                    self.assertNotEqual(status, [0])
+                else:
+                    self.assertEqual(status, [0] * len(after))
+                    self.assertEqual(peer.ask(Request(1, Address('127.0.0.1', origin.port)),
+                                              Response).reply, expected)
+
+    def test_no_open_proxy_after_a_change(self):
+        with socks.Server(('0.0.0.0', 0), Settings(users=USERS)) as server:
+            with self.assertRaisesRegex(ValueError, 'everybody'):
+                server.reconfigure(Settings())
+            self.assertEqual(len(server.settings.users), len(USERS))
+            server.reconfigure(Settings(users=USERS, max_clients=7, max_handshakes=5))
+            self.assertEqual((server.max_clients, server.max_handshakes), (7, 5))
 
     def networks(self, *texts):
         return tuple(map(socks.network, texts))
+
+    def test_a_small_server_is_not_filled_by_one_host(self):
+        """Of few clients, too, some place is left."""
+        for number, share in ((2, 2), (50, 37), (100, 64), (1000, 500)):
+            with socks.Server(('127.0.0.1', 0), Settings(max_clients=number)) as server:
+                self.assertEqual((server.max_handshakes, server.max_per_client), (share, share))
+
+    def test_many_networks(self):
+        """Five thousand are compiled once, and looked up as quickly as one."""
+        networks = [socks.network(f'10.{number >> 8}.{number & 255}.0/24')
+                    for number in range(5000)] + [socks.network('2001:db8::/32')]
+        with socks.Server(('127.0.0.1', 0), Settings(clients=networks)) as server:
+            start, clients = time.process_time(), server.settings.clients
+            for number in range(5000):
+                self.assertTrue(clients.has(f'10.{number >> 8}.{number & 255}.7'))
+                self.assertFalse(clients.has(f'11.{number >> 8}.{number & 255}.7'))
+            self.assertLess(time.process_time() - start, 1)
+            self.assertTrue(clients.has('2001:db8::1'))
+            self.assertFalse(clients.has('2001:db9::1'))
 
     def test_networks(self):
         server = self.serve(clients=self.networks('127.0.0.2/32'))
@@ -3928,18 +4309,94 @@ class AccessTest(FileCase):
             self.assertEqual(third.rest(), b'')
             self.assertEqual(other.ask(Greeting(b'\0'), Choice), Choice(0))
         first.sock.close()
-        eventually(lambda: server.roster.hosts['127.0.0.1'] == 1)
+        eventually(lambda: server.roster.connections['127.0.0.1'] == 1)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
+
+    def balanced(self, server, host):
+        """A client that a load balancer announces."""
+        peer = self.peer(server.server_address)
+        target = '::1' if ':' in host else '127.0.0.1'
+        peer.send(socks.ProxyHeader(Address(host, 5), Address(target, 1080)).pack())
+        return peer
+
+    def test_one_client_is_a_network_of_ipv6(self):
+        """In the number of connections and of failures, and in its share of look-ups."""
+        server = self.serve(balancers=self.networks('127.0.0.0/8'), max_per_client=2,
+                            users={'bob': 's'})
+        clients = [self.balanced(server, f'2001:db8::{number}') for number in range(1, 4)]
+        clients.append(self.balanced(server, '2001:db8:0:1::1'))
+        for number in 0, 1, 3:
+            self.assertEqual(clients[number].ask(Greeting(b'\2'), Choice), Choice(2))
+        with contextlib.suppress(ConnectionResetError):
+            self.assertEqual(clients[2].rest(), b'')
+        self.assertEqual(clients[0].ask(Credentials(b'bob', b'x'), Verdict), Verdict(1))
+        key = socks.client_key('2001:db8::ffff')
+        self.assertEqual(server.failures._since[key, b'bob'][1], 1)
+        self.slow_names()
+        self.assertEqual(clients[1].ask(Credentials(b'bob', b's'), Verdict), Verdict(0))
+        clients[1].send(Request(1, Address('a.slow', 1)).pack())
+        eventually(lambda: key in server._crew._shares)
+
+    def test_connections_of_one_client_by_default(self):
+        """One from another host takes half of what there is; any from this host."""
+        server = self.serve(balancers=self.networks('127.0.0.1/32'), max_clients=128,
+                            max_handshakes=1000)
+        for host, limit in (('192.0.2.1', True), ('127.0.0.1', False)):
+            peers = []
+            for _ in range(65):
+                peers.append(self.balanced(server, host))
+                peers[-1].send(Greeting(b'\0').pack())
+            with self.subTest(host):
+                for peer in peers[:64]:
+                    self.assertEqual(peer.read(2), b'\5\0')
+                if limit:
+                    with contextlib.suppress(ConnectionResetError):
+                        self.assertEqual(peers[64].rest(), b'')
+                else:
+                    self.assertEqual(peers[64].read(2), b'\5\0')
+            for peer in peers:
+                peer.sock.close()
+            eventually(lambda: not server.clients)
+        self.assertEqual(server.roster.connections, {})
 
     def test_handshakes_make_room(self):
         server, origin = self.serve(max_handshakes=2), self.origin()
         near, far = self.tunnel(server, origin)         # is none any more
         silent = [self.peer(server.server_address) for _ in range(2)]
-        eventually(lambda: len(server.roster.negotiating) == 2)
+        eventually(lambda: server.roster.negotiating == 2)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
         self.assertEqual(silent[0].rest(), b'')
         near.send(b'x')
         self.assertEqual(far.read(1), b'x')
+
+    def test_who_has_most_handshakes_makes_room(self):
+        """However many an address begins, those of a hundred others go on."""
+        server = self.serve(max_handshakes=110)
+        others = [self.peer(server.server_address, (f'127.0.1.{number}', 0))
+                  for number in range(1, 101)]
+        eventually(lambda: server.roster.negotiating == 100)
+        flood = [self.peer(server.server_address, ('127.0.0.2', 0)) for _ in range(50)]
+        for peer in flood[:40]:
+            self.assertEqual(peer.rest(), b'')
+        for peer in others + flood[40:]:
+            self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
+            peer.sock.close()
+        eventually(lambda: not server.clients)
+        self.assertEqual((server.roster.negotiating, server.roster._tasks), (0, {}))
+
+    def test_handshakes_by_way_of_a_balancer(self):
+        """They count for the client that it announces."""
+        server = self.serve(max_handshakes=3, balancers=self.networks('127.0.0.0/8'))
+        one = self.balanced(server, '192.0.2.1')
+        self.assertEqual(one.ask(Greeting(b'\0'), Choice), Choice(0))
+        flood = [self.balanced(server, '192.0.2.2') for _ in range(2)]
+        for peer in flood:
+            self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
+        last = self.balanced(server, '192.0.2.3')
+        self.assertEqual(last.ask(Greeting(b'\0'), Choice), Choice(0))
+        self.assertEqual(flood[0].rest(), b'')
+        one.send(Request(9, Address('127.0.0.1', 1)).pack())
+        self.assertEqual(Response.unpack(one.read).reply, Reply.COMMAND_NOT_SUPPORTED)
 
     def test_ident(self):
         """5A, 5C and 5D by what the client's host says."""
@@ -3985,6 +4442,10 @@ PROXY_VECTORS = [
     ('too short', PROXY2 + '21110008 7f0000017f000001 050100', '', True),
     ('endless line', b'PROXY TCP4 '.hex() + '31*200', '', True),
     ('half a line', b'PROXY TCP4 127.0.0.1\r\n'.hex(), '', True),
+    ('nothing behind it', b'PROXY\r\n'.hex(), '', True),
+    ('only a family', b'PROXY TCP4\r\n'.hex(), '', True),
+    ('too much', b'PROXY TCP4 127.0.0.1 127.0.0.1 1 2 3\r\n'.hex(), '', True),
+    ('a zone', b'PROXY TCP6 fe80::1%lo ::1 1 2\r\n'.hex(), '', True),
     ('wrong address', b'PROXY TCP4 127.0.0.1 x 1 2\r\n'.hex(), '', True),
     ('wrong port', b'PROXY TCP4 127.0.0.1 127.0.0.1 x 2\r\n'.hex(), '', True),
     ('too large a port', b'PROXY TCP4 127.0.0.1 127.0.0.1 99999 2\r\n'.hex(), '', True),
@@ -4012,6 +4473,21 @@ class BalancerTest(VectorCase):
                                               Response).reply, Reply.NOT_ALLOWED)
         eventually(lambda: len(self.lines) == 2)
         self.assertIn('192.0.2.7:5 - SOCKS5 CONNECT', ''.join(self.lines))
+
+    def test_a_loopback_address_that_another_host_announces(self):
+        """It is that host's, and no client of this one."""
+        server = self.serve(balancers=tuple(map(socks.network, ('0.0.0.0/0',))))
+        header = socks.ProxyHeader(Address('127.0.0.1', 5), Address('127.0.0.1', 1080))
+        for peer, local in (('192.0.2.1', False), ('127.0.0.2', True)):
+            client = socks.Client(server, Address(peer, 7))
+            client.command = socks.Command.CONNECT
+            near, far = socket.socketpair()
+            with near, far:
+                socks.Handler(near, client, server).announced(header)
+            self.assertEqual(client.address, header.source if local else Address(peer, 7))
+            with self.subTest(peer):
+                with contextlib.suppress() if local else self.assertRaises(socks.Refused):
+                    server.authorize(client, Address('127.0.0.1', 1))
 
     def test_others_need_no_header(self):
         server = self.serve(balancers=tuple(map(socks.network, ('192.0.2.0/24',))))
@@ -4161,6 +4637,45 @@ class TlsTest(FileCase):
         context.load_cert_chain(self.write('cert', CERTIFICATE), self.write('key', KEY))
         self.connect(server, ('localhost', origin.port), context).close()
         eventually(lambda: any(' localhost SOCKS5 CONNECT' in line for line in self.lines))
+
+    def test_ident_beside_a_certificate(self):
+        """The host cannot change who the certificate says that it is."""
+        server, origin = self.serve(tls=self.context(True), ident=True), self.origin(echo)
+        self.addCleanup(setattr, socks, 'IDENT_PORT', socks.IDENT_PORT)
+        context = client_context()
+        context.load_cert_chain(self.write('cert', CERTIFICATE), self.write('key', KEY))
+        for userid, code in (b'alice', 0x5d), (b'localhost', 0x5a):
+            def tell(peer):
+                query = peer.sock.makefile('rb').readline().strip()
+                peer.send(query + b':USERID:UNIX:' + userid + b'\r\n')
+
+            with self.subTest(userid), Origin(tell) as ident, context.wrap_socket(
+                    socket.create_connection(server.server_address), False, True, True,
+                    'localhost') as sock, Peer(sock) as peer:
+                socks.IDENT_PORT = ident.port
+                request = Request4(1, Address('127.0.0.1', origin.port), userid)
+                self.assertEqual(peer.ask(request, Response4).code, code)
+        eventually(lambda: len(self.lines) == 2)
+        self.assertEqual([line.split()[1] for line in self.lines], ['localhost'] * 2)
+
+    @needs('openssl')
+    def test_a_certificate_with_two_names(self):
+        """It is not said which of them is the user."""
+        files = self.write('cert2', ''), self.write('key2', '')
+        done = run('openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2',
+                   '-subj', '/CN=bob/CN=eve', '-out', files[0], '-keyout', files[1])
+        self.assertEqual(done.returncode, 0, done.stderr)
+        tls = socks.tls_context(self.write('cert', CERTIFICATE), self.write('key', KEY), files[0])
+        server, context = self.serve(tls=tls), client_context()
+        context.load_cert_chain(*files)
+        with self.assertRaises((GENERAL, ConnectionError)):
+            self.connect(server, ('127.0.0.1', 1), context).recv(1)
+        eventually(lambda: self.lines)
+        self.assertIn('refused: a certificate with 2 common names, expected one', self.lines[0])
+
+    @unittest.skipUnless(hasattr(ssl, 'OP_NO_RENEGOTIATION'), 'since Python 3.7')
+    def test_no_renegotiation(self):
+        self.assertTrue(self.context().options & ssl.OP_NO_RENEGOTIATION)
 
     def test_udp_is_refused(self):
         """Unless it is allowed to be in the clear."""
@@ -5072,6 +5587,29 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 self.assertEqual(done.returncode, status, done.stderr)
                 self.assertIn(text, done.stderr)
                 self.assertEqual(done.stderr.count('socks.py: '), bool(status))
+                self.assertEqual(done.stdout, '' if status else '1 user, 1 rule: ok\n')
+
+    def test_check_shows_all(self):
+        """Every fault of every file; and what is hardly meant, of rules and users."""
+        rules, users = self.write('rules', 'nonsense\nallow\n'), self.write('users', 'bob\neve\n')
+        status, out, err = in_process('--check', '--rules', rules, '--users', users)
+        self.assertEqual((status, out), (1, ''))
+        self.assertEqual(re.findall(r'^socks.py: .*/(\w+:\d):', err, re.MULTILINE),
+                         ['users:1', 'users:2', 'rules:1', 'rules:2'])
+        for text, doubt in (
+                ('deny user bobb bob to .example\nallow to *', '1: user bobb does not exist'),
+                ('allow to *\ndeny to 10.0.0.0/8\ndeny to .example',
+                 '2: never reached, {}:1 matches everything')):
+            self.write('rules', text), self.write('users', 'bob:s\nann:s\n')
+            with self.subTest(text), self.assertLogs('socks', 'WARNING') as logged:
+                status, out, err = in_process('--check', '--rules', rules, '--users', users)
+                self.assertEqual((status, err), (0, ''))
+                self.assertRegex(out, '^2 users, [23] rules: ok\n$')
+            self.assertEqual([record.getMessage() for record in logged.records],
+                             [f'{rules}:{doubt}'.format(rules)])
+        self.write('rules', 'allow user alice to *')
+        status, out, err = in_process('--check', '--rules', rules, '--ident')
+        self.assertEqual((status, out, err), (0, '0 users, 1 rule: ok\n', ''))
 
     def test_hash_password(self):
         done = subprocess.run([sys.executable, os.path.join(HERE, 'socks.py'), '--hash-password'],
@@ -5138,6 +5676,10 @@ WRONG_USAGE = [
     (['-b', ''], r"-b/--bind: '': expected ADDRESS"),
     (['-b', 'a:b:c'], r"-b/--bind: 'a:b:c': expected ADDRESS"),
     (['-b', '[1.2.3.4]'], r"-b/--bind: '\[1.2.3.4\]': expected ADDRESS"),
+    (['-b', '*:1085'], r"-b/--bind: '\*:1085': expected 0.0.0.0 for all IPv4 addresses, :: for"),
+    (['-b', '*'], r"-b/--bind: '\*': expected 0.0.0.0 for all IPv4 addresses, :: for all"),
+    (['--advertise', 'fe80::1%lo'], r"--advertise: 'fe80::1%lo': expected an IP address"),
+    (['--source', '::1%lo'], r"--source: '::1%lo': expected an IP address"),
     (['-u', 'bob'], r'-u/--user: expected NAME:PASSWORD'),
     (['-u', ':secret'], r'-u/--user: expected NAME:PASSWORD'),
     (['-u', 'bob:'], r'-u/--user: expected NAME:PASSWORD, of 1 to 255 bytes each'),
@@ -5154,12 +5696,16 @@ WRONG_USAGE = [
     (['--max-clients', '1.5'], r"--max-clients: '1.5': expected a whole number"),
     (['-b', '0.0.0.0'], r'would serve everybody.*SOCKS_USERS.*--open'),
     (['-p', '²'], r"-p/--port: '²': expected a port"),
-    (['--frobnicate'], r'unrecognized arguments: --frobnicate'),
-    (['--from', '10.0.0.1/8'], r'--from: 10.0.0.1/8 has host bits set, expected 192.0.2.0/24'),
-    (['--trust', 'x'], r"--trust: 'x' does not appear to be .*, expected 192.0.2.0/24"),
-    (['--proxy-protocol', ''], r'--proxy-protocol: .* expected 192.0.2.0/24'),
+    (['--frobnicate'], r'unrecognized arguments: --frobnicate$'),
+    (['--prot', '1'], r'unrecognized arguments: --prot 1; is --proxy-protocol or --port or --prox'),
+    (['1080'], r'unrecognized arguments: 1080$'),
+    (['--from', '10.0.0.1/8'], r"--from: '10.0.0.1/8', expected 10.0.0.0/8 for the network, or 10"),
+    (['--trust', 'x'], r"--trust: 'x', expected a network, 192.0.2.0/24"),
+    (['--proxy-protocol', ''], r'--proxy-protocol: .* expected a network, 192.0.2.0/24'),
     (['-w', '0'], r"-w/--workers: '0': expected auto, or a number, 1 to 1024"),
     (['-w', 'x'], r"-w/--workers: 'x': expected auto, or a number, 1 to 1024"),
+    (['-x', 'localhost:1080'], r'-x/--proxy: proxy URL: scheme missing, expected socks5h://localh'),
+    (['-x', 'bob:x@h:1'], r'proxy URL: scheme missing, expected socks5h://HOST:PORT for example$'),
     (['-x', 'ftp://h'], r"-x/--proxy: proxy URL: scheme 'ftp', expected one of socks4,"),
     (['--connect', 'host'], r"--connect: 'host': expected HOST:PORT"),
     (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected one of them'),
@@ -5272,6 +5818,7 @@ class CommandLineTest(Case):
                 ('--tor-extensions', {'tor_extensions': True}),
                 ('--udp-strict', {'udp_strict': True}),
                 ('--source ::1 --source 127.0.0.1', {'source': ('::1', '127.0.0.1')}),
+                ('--source fe80::1%eth0', {'source': ('fe80::1%eth0',)}),
                 ('--advertise 192.0.2.1', {'advertise': ('192.0.2.1',)}),
                 ('--udp-ports 5-9', {'udp_ports': (5, 9)}),
                 ('--udp-ports 5', {'udp_ports': (5, 5)}),

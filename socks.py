@@ -52,11 +52,12 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from binascii import b2a_base64
 from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 try:
     from queue import SimpleQueue
@@ -271,7 +272,24 @@ def reader(data):
         if len(taken) < n:
             raise EOFError(f'{n} bytes expected, {len(taken)} left')
         return taken
+
+    def read_to(end, limit):
+        start = stream.tell()
+        found = data.find(end, start, start + limit)
+        return read(limit if found < 0 else found + len(end) - start)
+
+    read.to = read_to
     return read, stream.read
+
+
+def read_to(read, end, limit):
+    """The bytes up to and with `end`, or `limit` bytes without it."""
+    if hasattr(read, 'to'):             # one search, since what comes slowly is parsed often
+        return read.to(end, limit)
+    data = b''
+    while len(data) < limit and not data.endswith(end):
+        data += read(1)
+    return data
 
 
 def expect_version(name, got, wanted):
@@ -494,13 +512,10 @@ class Request4(NamedTuple):
     @staticmethod
     def _string(read, name, limit):
         """The bytes up to the next NUL."""
-        string = bytearray()
-        while len(string) <= limit:
-            byte = read(1)
-            if byte == b'\0':
-                return bytes(string)
-            string += byte
-        raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
+        string = read_to(read, b'\0', limit + 1)
+        if not string.endswith(b'\0'):
+            raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
+        return string[:-1]
 
 
 class Response4(NamedTuple):
@@ -609,12 +624,10 @@ class HttpStatus(NamedTuple):
 
 def text_line(read, limit, name):
     """The next line, without its end."""
-    line = bytearray()
-    while not line.endswith(b'\n'):
-        if len(line) >= limit:
-            raise ProtocolError(f'{name} of more than {limit} bytes')
-        line += read(1)
-    return bytes(line).rstrip(b'\r\n')
+    line = read_to(read, b'\n', limit)
+    if not line.endswith(b'\n'):
+        raise ProtocolError(f'{name} of more than {limit} bytes')
+    return line.rstrip(b'\r\n')
 
 
 def http_line(read):
@@ -705,6 +718,7 @@ BLOCKED = (BlockingIOError, InterruptedError)
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
 ATTEMPTS = 16                           # addresses of one name that are tried
+thread_time = getattr(time, 'thread_time', time.perf_counter)      # the former since Python 3.7
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
@@ -1045,12 +1059,15 @@ class Secure(Layer):
     It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
     end its direction and go on reading.
     """
+    QUICK = 0.001                       # seconds that a step of a handshake may take in a loop
+    costly = weakref.WeakSet()          # contexts of servers whose steps take longer: RSA keys
 
     def __init__(self, sock, context, **options):
         import ssl                      # here, because few need it and it is large
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
+        self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._ended = False             # the socket has said all
 
@@ -1058,16 +1075,16 @@ class Secure(Layer):
         """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
         """
         while True:
-            try:
-                self._tls.do_handshake()
-                done = True
-            except self._waits:
-                done = False
-            finally:                    # also what tells the peer of a failure
-                flushed = self.flush()
-            while not flushed:
+            if self._context in self.costly:
+                done, error = yield Call(self._advance, until, True)
+            else:
+                done, error = self._advance()
+            if error:
+                with contextlib.suppress(OSError):
+                    self.flush()        # the alert that tells the peer
+                raise error
+            while not self.flush():
                 yield from ready((), [self._sock], until)
-                flushed = self.flush()
             if done:
                 return
             yield from ready([self._sock], (), until)
@@ -1075,6 +1092,24 @@ class Secure(Layer):
                 self._feed(self.RECORD)
             if self._ended:
                 raise EOFError('Connection closed unexpectedly')
+
+    def _advance(self):
+        """Take one step of the handshake: whether it was the last, and the error if it failed.
+
+        Where it runs in another thread and is not waited for any longer, nothing else may touch
+        the layer; so it only returns.
+        """
+        done, failure, started = False, None, thread_time()
+        try:
+            self._tls.do_handshake()
+            done = True
+        except self._waits:
+            pass
+        except Exception as error:      # on Python 3.6 also ssl.CertificateError, a ValueError
+            failure = error
+        if self._tls.server_side and thread_time() - started > self.QUICK:
+            self.costly.add(self._context)
+        return done, failure
 
     def peer_certificate(self):
         """As SSLSocket.getpeercert() has it; empty without one."""
@@ -1603,6 +1638,7 @@ class Settings(NamedTuple):
     udp_ports           (lowest, highest) that clients send datagrams to; (0, 0): any
     udp_strict          pass on datagrams only from where the client has sent some
     tor_extensions      offer Tor's RESOLVE and RESOLVE_PTR
+    login_delay         until a wrong password is answered
     handshake_timeout   from accept to the whole request
     connect_timeout     for connecting to the target, all its addresses together
     bind_timeout        for the peer that BIND waits for
@@ -1631,6 +1667,7 @@ class Settings(NamedTuple):
     udp_ports: Tuple[int, int] = (0, 0)
     udp_strict: bool = False
     tor_extensions: bool = False
+    login_delay: float = 1.0
     handshake_timeout: float = 30.0
     connect_timeout: float = 30.0
     bind_timeout: float = 120.0
@@ -1957,9 +1994,14 @@ def read_users(path):
                 raise FileError(f'{place}: expected what --hash-password prints, by this Python '
                                 f'if it lacks scrypt') from None
         users[name] = password
+    warn_if_readable(path)
+    return users
+
+
+def warn_if_readable(path):
+    """Of a file with secrets, if others than its owner can read it."""
     if os.name == 'posix' and os.stat(path).st_mode & 0o077:
         log.warning('%s: others can read it', path)
-    return users
 
 
 def authenticate(users, credentials, until=None, is_hopeless=lambda: False):
@@ -2132,10 +2174,14 @@ class Loop:
         self._asleep = False
         self._stopping = False
         self.closed = False
-        self.waker = Waker()
-        self._poller = Poller()
         self._watched = {}              # items by descriptor
         self._stale = set()             # descriptors that may have changed hands since the poll
+        self._poller = Poller()
+        try:
+            self.waker = Waker()
+        except OSError:                 # no descriptors left
+            self._poller.close()
+            raise
         self.watch(self.waker, 0, READ, self)
 
     def call(self, item, function, *args):
@@ -3048,8 +3094,12 @@ class Proxy(NamedTuple):
     def __str__(self):
         kind = ''.join((TYPE_NAMES[self.type & ~LAYERS], '+TLS' if self.type & TLS else '',
                         '+GSSAPI' if self.type & GSSAPI else ''))
-        place = self.addr if self.is_path else Address(self.addr, self.sure_port)
-        return f'{kind} proxy {place}'
+        return f'{kind} proxy {self.place}'
+
+    @property
+    def place(self):
+        """Where it is, as text."""
+        return self.addr if self.is_path else str(Address(self.addr, self.sure_port))
 
     @property
     def is_path(self):
@@ -3522,7 +3572,6 @@ def reachable(bnd, chain, sock, until):
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
-LOGIN_DELAY = 1.0                       # seconds until a wrong password is answered
 PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
 IDENT_PORT = 113
 IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
@@ -3663,7 +3712,8 @@ class Login(socketserver.BaseRequestHandler):
         if not (self.needs_login and self.settings.users):
             return
         self.client.user = shown(name_text(credentials.username))
-        host, until = self.client.address.host, after(LOGIN_DELAY)
+        host = self.client.address.host
+        until = time.monotonic() + self.settings.login_delay
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(host):
             if (yield from authenticate(self.settings.users, credentials, self.stream.until,
@@ -4032,17 +4082,134 @@ class Handler(Negotiation):
         return allowed
 
 
+def listening_addresses(server_address):
+    """The list of (host, port) that a server is to listen on, of one or several of them."""
+    several = [server_address] if is_pair(server_address) else server_address
+    if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
+        several = [several]
+    for address in several:
+        if not (is_pair(address) and isinstance(address[0], str)
+                and type(address[1]) is int and 0 <= address[1] < 65536):
+            raise ValueError(f"server_address: {address!r}: expected (host, port), for example "
+                             f"('127.0.0.1', 1080), or a list of those")
+    return [tuple(address[:2]) for address in several]
+
+
+def is_pair(address):
+    return isinstance(address, (tuple, list)) and len(address) > 1 and isinstance(address[0], str)
+
+
+# What texts stand for in `Settings`, as on the command line.
+
+def as_networks(value):
+    return tuple(parse_network(str(item)) for item in several(value))
+
+
+def as_rules(value):
+    return None if value is None else tuple(
+        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
+        for number, item in enumerate(several(value), 1))
+
+
+def as_hosts(value):
+    hosts = tuple(str(item) for item in several(value))
+    for host in hosts:
+        if ip_bytes(host.partition('%')[0]) is None:
+            raise ValueError(f'{host!r}: expected an IP address')
+    if len(set(map(family_of, hosts))) < len(hosts):
+        raise ValueError('expected one address of a family')
+    return hosts
+
+
+def as_users(value):
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a mapping from names to passwords')
+    users = {encoded(name): encoded(password) for name, password in value.items()}
+    for name, password in users.items():
+        if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
+            raise ValueError('expected names and passwords as text or bytes')
+    return MappingProxyType(users)
+
+
+def as_chain(value):
+    if isinstance(value, tuple) and value and not isinstance(value[0], int):    # as a `Proxy` has
+        value = list(value)
+    if value and not isinstance(value, (str, tuple, list)):
+        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
+    return tuple(hops(value))
+
+
+def as_ports(value):
+    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
+    low, high = int(low), int(low if high == '' else high)
+    if not 0 <= low <= high < 65536 or high and not low:
+        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
+    return low, high
+
+
+def as_levels(value):
+    levels = several(value)
+    if not all(level in (0, 1, 2) for level in levels):
+        raise ValueError(f'{value!r}: expected levels of GssContext')
+    return levels
+
+
+def as_number(kind, value):
+    number = kind(value or 0)
+    if not 0 <= number < float('inf') or not isinstance(value, str) and number != (value or 0):
+        raise ValueError(f'{value!r}: expected 0 or more')
+    return number
+
+
+def as_context(value):
+    if value is not None and not hasattr(value, 'wrap_bio'):
+        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
+    return value
+
+
+def several(value):
+    """The items of a setting, a tuple; one text is one item."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f'{value!r}: expected a text, or a sequence')
+    return tuple(value)
+
+
+CONVERSIONS = {
+    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
+    'rules': as_rules, 'upstream': as_chain,
+    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
+    'udp_ports': as_ports}
+CONVERSIONS.update(
+    (name, functools.partial(as_number, kind)) for name, kind in Settings.__annotations__.items()
+    if kind in (int, float))
+
+
+def converted(settings):
+    """The settings, checked, with all values as they are documented; ValueError names the field
+    that is wrong."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
+    values = {}
+    for name, convert in CONVERSIONS.items():
+        try:
+            values[name] = convert(getattr(settings, name))
+        except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
+            raise ValueError(f'Settings.{name}: {error}') from None
+    return settings._replace(**values)
+
+
 def prepared(settings):
-    """The settings with users as bytes; OSError if `source` is not ours, or GSSAPI has no keys."""
+    """The settings, converted; OSError if `source` is not ours, or GSSAPI has no keys."""
+    settings = converted(settings)
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
     if settings.gssapi:
         with gss_library().keys():
             pass
-    users = {encoded(name): encoded(password)
-             for name, password in settings.users.items()}
-    return settings._replace(users=MappingProxyType(users))
+    return settings
 
 
 def clients_possible():
@@ -4168,22 +4335,33 @@ class Helpers:
             thread.join()
 
 
+class Listening:
+    """A server as an item of its own loop, which watches the listeners for it."""
+    client = due = None                 # `due`: the end of a pause
+
+    def __init__(self, server):
+        self.ready, self.expire = server._accept, server._expire
+
+    def close(self, outcome):
+        """The listeners are closed by server_close()."""
+
+
 class Acceptor(socketserver.ThreadingTCPServer):
-    """What accepts clients: in a loop, as the item that it watches the listeners for.
+    """What accepts clients, in a loop.
 
     So one thread does all that is quick, and no connection has to wait for another one to wake up.
     The subclass has listeners, loop, roster, settings, max_clients, loops() and clients.
     """
-    client = due = None                 # as an item of its loop; `due`: the end of a pause
     _accepting = _starving = _draining = False
 
     def _watch_listeners(self, accepting):
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self.listeners:
-                self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
+                self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
 
-    def ready(self, fd, _):
+    def _accept(self, fd, _):
+        """A listener is ready."""
         listener = next(sock for sock in self.listeners if sock.fileno() == fd)
         for _ in range(min(ACCEPT_BATCH, self._room())):
             try:
@@ -4223,11 +4401,11 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def _pause(self):
         """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
         self._watch_listeners(False)
-        self.loop.timers.set(self, self.loop.now + ACCEPT_PAUSE)
+        self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
 
-    def expire(self):
+    def _expire(self):
         """Accept again; or the time for draining has passed."""
-        self.loop.timers.set(self, None)
+        self.loop.timers.set(self._item, None)
         if self._draining:
             self.loop.stop()
         else:
@@ -4236,20 +4414,20 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def drain(self, seconds):
         """Accept no more clients, and have serve_forever() return when those that are served have
         ended, or after so many seconds."""
-        self.loop.call(self, self._drain, seconds)
+        self.loop.call(self._item, self._drain, seconds)
 
     def _drain(self, seconds):
         self._watch_listeners(False)
         self._draining = True
         for sock in self.listeners:
             sock.close()
-        self.loop.timers.set(self, self.loop.now + seconds)
+        self.loop.timers.set(self._item, self.loop.now + seconds)
         self._go_on()
 
     def _go_on(self):
         """There is room again; or the last client may have ended."""
         if not self._draining:
-            self.expire()
+            self._expire()
         elif not self.clients:
             self.loop.stop()
 
@@ -4257,7 +4435,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         """A client is served no more; called in the thread of any loop."""
         self.roster.remove(client, up, down)
         if not self._accepting:
-            self.loop.call(self, self._go_on)
+            self.loop.call(self._item, self._go_on)
 
     def admit(self, client):
         """Raise Refused unless `client` may use the server at all."""
@@ -4266,9 +4444,6 @@ class Acceptor(socketserver.ThreadingTCPServer):
             raise Refused('not from the networks served')
         if settings.max_per_client:
             self.roster.count(client, settings.max_per_client)
-
-    def close(self, outcome):
-        """As an item of its loop; the listeners are closed by server_close()."""
 
 
 class Server(Acceptor):
@@ -4281,10 +4456,13 @@ class Server(Acceptor):
     handler_class    a `Handler`
 
     To run it: serve_forever(), which returns after shutdown() from another thread or from a signal
-    handler; or start(), which runs it in the background until it is closed::
+    handler; or start(), which runs it in the background until stop(), or to the end of a `with`::
 
         with Server(('127.0.0.1', 0)).start() as server:
             print(server.server_address)
+
+    After shutdown() the listeners stay open, for another serve_forever(): clients that connect wait
+    in the queue.  stop(), which is server_close(), closes them and everything else.
 
     To decide more: override verify_request() for who may connect, authorize() for where they may
     go, or a do_COMMAND method of the handler.
@@ -4297,11 +4475,8 @@ class Server(Acceptor):
 
     def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
                  bind_and_activate=True, listeners=()):
-        addresses = server_address
-        if addresses and isinstance(addresses[0], str):
-            addresses = [addresses]
-        socketserver.BaseServer.__init__(self, addresses, handler_class)
-        self.settings = prepared(settings or Settings())
+        socketserver.BaseServer.__init__(self, listening_addresses(server_address), handler_class)
+        self.settings = prepared(Settings() if settings is None else settings)
         self.max_clients = self.settings.max_clients or clients_possible()
         self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
         self.listeners = [*listeners]   # sockets
@@ -4313,6 +4488,7 @@ class Server(Acceptor):
         self._crew = Crew()
         self._helpers = Helpers(self.heavy_loops)
         self._costly_crew = Crew(2)
+        self._item = Listening(self)
         self.loop = Loop(self._crew, self._helpers.take, self._costly_crew)
         if bind_and_activate:
             try:
@@ -4328,6 +4504,8 @@ class Server(Acceptor):
             self.listeners += bound_to_all(host, port or free_port)
             if not port:
                 free_port = self.listeners[-1].getsockname()[1]
+        if not self.listeners:
+            raise ValueError('server_address: expected at least one address')
         for sock in self.listeners:
             sock.setblocking(False)
             self.addresses.append(canonical(Address.of(sock.getsockname())))
@@ -4368,7 +4546,7 @@ class Server(Acceptor):
             thread.join()
 
     def server_close(self):
-        """Stop serving, close every connection, end every thread."""
+        """Stop serving, close every listener and connection, end every thread."""
         self.shutdown()
         for sock in self.listeners:
             sock.close()
@@ -4377,6 +4555,8 @@ class Server(Acceptor):
         self._helpers.stop()
         for loop in self.loops():
             loop.close()
+
+    stop = server_close                 # the end of what start() began
 
     # One client
 
@@ -5324,6 +5504,47 @@ class Notifier:
         self.tell('WATCHDOG=1')
         self._loop.timers.set(self, time.monotonic() + self.interval)
 
+    def close(self, outcome):
+        """Nothing to give back."""
+
+
+class Pulse(Notifier):
+    """A worker's: the time of its last sign of life, where its supervisor sees it."""
+
+    def __init__(self, memory, place, interval):
+        self._memory, self.place, self.interval = memory, place, interval
+        self.tell()
+
+    def tell(self, *_):
+        struct.pack_into('d', self._memory, 8 * self.place, time.monotonic())
+
+    def silence(self):
+        """Seconds since then."""
+        return time.monotonic() - struct.unpack_from('d', self._memory, 8 * self.place)[0]
+
+
+def has_terminal():
+    """Whether this process has a controlling terminal that is still there."""
+    try:
+        with open('/dev/tty', 'rb', 0) as terminal:
+            os.tcgetpgrp(terminal.fileno())
+        return True
+    except OSError:
+        return False
+
+
+class Terminal:
+    """That from which this process was started, if it should end with it; nohup and setsid say
+    that it should not."""
+
+    def __init__(self):
+        self._matters = (hasattr(signal, 'SIGHUP') and has_terminal()
+                         and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+
+    def is_gone(self):
+        """Whether it was closed, so that HUP is a request to end, not to reload."""
+        return self._matters and not has_terminal()
+
 
 class Lifeline:
     """As an item of a loop: has a server stop when the process at the other end is gone."""
@@ -5351,6 +5572,7 @@ class Service:
         self._notifier = notifier
         self._announce = announce
         self._stopping = False
+        self._terminal = Terminal()
 
     def run(self, lifeline=None):
         """Serve; `lifeline` is a descriptor that is readable when it is time to end."""
@@ -5381,8 +5603,10 @@ class Service:
         self._notifier.tell('STOPPING=1')
         self.server.drain(seconds)
 
-    def reload(self, *_):
-        self.server.loop.call(self.server, self._reload)
+    def reload(self, number, _):
+        if self._terminal.is_gone():
+            return self.stop(number, _)
+        self.server.loop.call(self._notifier, self._reload)
 
     def _reload(self):
         self._notifier.tell_reloading()
@@ -5395,7 +5619,7 @@ class Service:
         self._notifier.tell('READY=1')
 
     def show(self, *_):
-        self.server.loop.call(self.server, self._show)
+        self.server.loop.call(self._notifier, self._show)
 
     def _show(self):
         print(table(self.server), file=sys.stderr, flush=True)
@@ -5430,7 +5654,10 @@ class Supervisor:
         self._notifier = notifier
         self._announce = announce
         server.server_close()
-        self._started = {}              # by pid: when
+        self._started = {}              # by pid: when, and its `Pulse`
+        self._memory = mmap.mmap(-1, 8 * size)          # shared with the workers
+        self._looked = time.monotonic()
+        self._terminal = Terminal()
         self._due = 0.0                 # when the next one may be started
         self._pause = 0.1               # seconds until one that died early is replaced
         self._stopping = False
@@ -5457,10 +5684,13 @@ class Supervisor:
             signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
             self._take(signal.sigwait(self._signals))
             self._reap()
+            self._end_frozen()
             self._start_missing()
         self._notifier.tell('STOPPING=1')
 
     def _take(self, number):
+        if number == signal.SIGHUP and self._terminal.is_gone():
+            number = signal.SIGTERM
         if number in (signal.SIGINT, signal.SIGTERM):
             self._stopping = True
             for sock in self._listeners:
@@ -5475,7 +5705,7 @@ class Supervisor:
                 os.kill(pid, number)    # it is not reaped yet, so this is still its number
 
     def _reap(self):
-        for pid, started in list(self._started.items()):
+        for pid, (started, _) in list(self._started.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 del self._started[pid]
@@ -5483,21 +5713,44 @@ class Supervisor:
                 if not self._stopping:
                     log.error('worker %d ended with status %#x', pid, status)
                 if now - started < LONG_LIFE:
-                    self._due = now + self._pause
-                    self._pause = min(BACK_OFF, 2 * self._pause)
+                    self._back_off()
                 else:
                     self._pause = 0.1
+
+    def _back_off(self):
+        """Start the next one only after a pause, which grows."""
+        self._due = time.monotonic() + self._pause
+        self._pause = min(BACK_OFF, 2 * self._pause)
+
+    def _end_frozen(self):
+        """Kill workers that gave no sign of life for as long as systemd would wait for ours."""
+        now, patience = time.monotonic(), 2 * self._notifier.interval
+        were_stopped, self._looked = now - self._looked > patience, now     # all of us, that is
+        for pid, (_, pulse) in self._started.items() if patience else ():
+            if were_stopped:
+                pulse.tell()
+            elif pulse.silence() > patience:
+                log.error('worker %d does not answer', pid)
+                os.kill(pid, signal.SIGKILL)
+                pulse.tell()            # it is a while until it has ended
 
     def _start_missing(self):
         while len(self._started) < self._size and not self._stopping:
             if time.monotonic() < self._due:
                 return
-            pid = os.fork()
+            taken = {pulse.place for _, pulse in self._started.values()}
+            pulse = Pulse(self._memory, min(set(range(self._size)) - taken),
+                          self._notifier.interval / 2)
+            try:
+                pid = os.fork()
+            except OSError as error:    # no process, no memory: there may be again
+                log.error('cannot start a worker: %s', reason(error))
+                return self._back_off()
             if not pid:
-                self._be_worker()
-            self._started[pid] = time.monotonic()
+                self._be_worker(pulse)
+            self._started[pid] = time.monotonic(), pulse
 
-    def _be_worker(self):
+    def _be_worker(self, pulse):
         status = 1
         try:
             os.close(self._held)
@@ -5505,7 +5758,7 @@ class Supervisor:
             if settings.max_clients:
                 settings = settings._replace(max_clients=-(-settings.max_clients // self._size))
             server = Server((), settings, listeners=self._listeners)
-            Service(server, self._configure, Notifier({}), lambda: None).run(self._lifeline)
+            Service(server, self._configure, pulse, lambda: None).run(self._lifeline)
             status = 0
         except Exception:
             log.exception('this is a bug')
@@ -5593,12 +5846,13 @@ examples:
 
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
-  ALL_PROXY, NO_PROXY                   for a client: -x where none is given, and what to reach
-                                        without it
+  SOCKS_PROXY                           -x where none is given: URLs, separated by white space
+  ALL_PROXY, NO_PROXY                   the same for a client, and what to reach without it
 
 signals:
   TERM                                  stop, after --drain; a second one, or INT: at once
-  HUP                                   read users, rules and certificates anew; new log file
+  HUP                                   read users, rules, certificates and proxies anew; new log
+                                        file; when the terminal is gone, as TERM
   USR1                                  print whom we serve
 
 exit status:
@@ -5830,7 +6084,11 @@ OPTIONS = [
             help='send CONNECT through this proxy, repeatable: a chain, first hop first; '
                  'SCHEME://[USER:PASSWORD@]HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, '
                  'socks4, http, https, also with +tls, +gssapi or +unix (default: none; for '
-                 'the next three, that in ALL_PROXY)')),
+                 '--connect, --resolve and --run, that in ALL_PROXY); others on this machine can '
+                 'see a password, see SOCKS_PROXY below')),
+        (('--proxy-file',), dict(
+            metavar='FILE', help='read them from a file, one a line (default: those in '
+                                 'SOCKS_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
             help='do not serve: join stdin and stdout to a connection')),
@@ -5896,7 +6154,8 @@ def settings_from(args, environ):
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
     tls = tls_context(args.tls_cert, args.tls_key, args.tls_client_ca) if args.tls_cert else None
-    return Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
+    return Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls,
+                           upstream=tuple(chain_from(args, environ))))
 
 
 def raise_descriptor_limit(wanted=65536):
@@ -5923,6 +6182,26 @@ def set_up_logging(args, environ):
     logging.basicConfig(level=level, handlers=[handler])
 
 
+def chain_from(args, environ):
+    """The proxies for CONNECT: those of -x, or of the file, or of SOCKS_PROXY."""
+    if args.upstream and args.proxy_file:
+        raise ValueError('-x, --proxy-file: expected one of them')
+    urls = [('SOCKS_PROXY', url) for url in environ.get('SOCKS_PROXY', '').split()]
+    if args.proxy_file:
+        urls = [(place, line.decode('utf-8', 'replace'))
+                for place, line in read_lines(args.proxy_file)]
+        warn_if_readable(args.proxy_file)
+        if not urls:
+            raise FileError(f'{args.proxy_file}: there are no proxies')
+    chain = [*args.upstream]
+    for place, url in () if chain else urls:
+        try:
+            chain.append(parse_proxy_url(url))
+        except (ValueError, GeneralProxyError) as error:
+            raise (FileError if args.proxy_file else ValueError)(f'{place}: {error}') from None
+    return hops(chain)
+
+
 def environment_hops(host=None):
     """The chain that the environment has for `host`; ValueError if it is wrong."""
     try:
@@ -5938,7 +6217,7 @@ def client_command(args):
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
-    chain = args.upstream or environment_hops(args.connect and host)
+    chain = chain_from(args, os.environ) or environment_hops(args.connect and host)
     until = after(args.connect_timeout)
     try:
         if args.resolve:
@@ -6027,7 +6306,7 @@ def main(argv=None):
     try:
         if args.run is None:
             return client_command(args) if tasks else serve(args)
-        program = program_runner(args.run, args.upstream or environment_hops())
+        program = program_runner(args.run, chain_from(args, os.environ) or environment_hops())
     except ValueError as error:
         parser.error(str(error))
     program()
@@ -6037,12 +6316,18 @@ def main(argv=None):
 def print_hash():
     """Read a password, and print its hash for a file of users."""
     password = b''
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    try:
         if sys.stdin and sys.stdin.isatty():
             from getpass import getpass
             password = os.fsencode(getpass('Password: '))
+            if password and os.fsencode(getpass('Again: ')) != password:
+                print('socks.py: the passwords differ', file=sys.stderr)
+                return 1
         elif sys.stdin:
             password = sys.stdin.buffer.readline().rstrip(b'\r\n')
+    except (EOFError, KeyboardInterrupt):       # somebody thought better of it
+        print(file=sys.stderr)
+        return 1
     if not 0 < len(password) < 256:
         print('socks.py: expected a password of 1 to 255 bytes', file=sys.stderr)
         return 1
@@ -6078,10 +6363,9 @@ def serve(args):
     except (FileError, OSError) as error:
         print(f'socks.py: {reason(error)}', file=sys.stderr)
         return 1
-    if args.users:
-        log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
+    warn_of_shown_passwords(args)
     announce = functools.partial(announce_addresses, server.addresses,
-                                 0 in (port for _, port in addresses_of(args)))
+                                 0 in (port for _, port in addresses_of(args)), settings.upstream)
     if args.workers == 1:
         Service(server, configure, notifier, announce).run()
     else:
@@ -6090,11 +6374,20 @@ def serve(args):
     return 0
 
 
-def announce_addresses(addresses, to_stdout):
+def warn_of_shown_passwords(args):
+    if args.users:
+        log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
+    if any(proxy.password for proxy in args.upstream):
+        log.warning('-x shows passwords to all users of this machine, SOCKS_PROXY does not')
+
+
+def announce_addresses(addresses, to_stdout, chain):
     for address in addresses:
         if to_stdout:
             print_at_once(f'listening on {address}')
         log.info('listening on %s', address)
+    if chain:
+        log.info('through %s', ', then '.join(proxy.place for proxy in chain))
 
 
 def addresses_of(args):

@@ -13,6 +13,8 @@ import concurrent.futures
 import contextlib
 import errno
 import faulthandler
+import functools
+import gc
 import hashlib
 import http.client
 import http.server
@@ -73,6 +75,46 @@ def eventually(condition):
 def ready(reading, writing, seconds):
     """Those of the sockets that are ready within so many seconds."""
     return socks.poll(reading, writing, time.monotonic() + seconds)
+
+
+def takes_connections(host):
+    """Whether one can listen on an address, and connect to it."""
+    try:
+        with socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET) as sock:
+            sock.bind((host, 0))
+            sock.listen(1)
+            with socket.create_connection(sock.getsockname()[:2], PATIENCE):
+                return True
+    except OSError:
+        return False
+
+
+HAS_IPV6 = takes_connections('::1')
+needs_ipv6 = unittest.skipUnless(HAS_IPV6, 'there is no IPv6 here')
+
+
+def with_ipv6(vectors):
+    """Those of the vectors that are possible here: without IPv6, the ones whose names lack it."""
+    return [vector for vector in vectors if HAS_IPV6 or 'IPv6' not in vector[0]]
+
+
+# What the system says of `localhost` differs: 127.0.0.1, ::1 before it, or one of them.  In this
+# process it is 127.0.0.1, but where a test says otherwise.
+system_getaddrinfo = socket.getaddrinfo
+
+
+def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0, localhost=('127.0.0.1',)):
+    name = host.decode('latin-1') if isinstance(host, (bytes, bytearray)) else host
+    if not isinstance(name, str) or name.lower().rstrip('.') != 'localhost':
+        return system_getaddrinfo(host, port, family, type, proto, flags)
+    found = []
+    for ip in localhost:
+        if family in (0, socket.AF_INET6 if ':' in ip else socket.AF_INET):
+            found += system_getaddrinfo(ip, port, family, type, proto,
+                                        flags & ~socket.AI_ADDRCONFIG)
+    if not found:
+        raise socket.gaierror(socket.EAI_NONAME, 'localhost has no such address')
+    return found
 
 
 def resolve(address):
@@ -204,6 +246,7 @@ class Origin(socketserver.ThreadingTCPServer):
         self.function = function
         self.peers = []
         self.threads = []
+        self.errors = []
         super().__init__((host, port), None)
         self.port = self.server_address[1]
         self.threads.append(threading.Thread(target=self.serve_forever, args=(0.01,)))
@@ -219,6 +262,10 @@ class Origin(socketserver.ThreadingTCPServer):
         with contextlib.suppress(OSError, EOFError):
             self.function(next(peer for peer in self.peers if peer.sock is request))
 
+    def handle_error(self, request, client_address):
+        """A check in the function failed; the test fails at its end."""
+        self.errors.append(sys.exc_info()[1])
+
     def __exit__(self, *exc_info):
         self.shutdown()
         self.server_close()
@@ -229,13 +276,76 @@ class Origin(socketserver.ThreadingTCPServer):
             thread.join(PATIENCE)
         for peer in self.peers:
             peer.sock.close()
+        for error in self.errors:
+            raise error
+
+
+class Watch:
+    """Steps of loops, that is calls on behalf of one item, that took more than LIMIT seconds of
+    their thread's CPU time: what one client can ask for must not keep the others waiting.
+
+    The time that is lost to the garbage of all other tests does not count.
+    """
+    LIMIT = 0.02
+    # The checks of -X dev, a JIT's warming up: all of it is slower there.
+    SLOWNESS = 5 if getattr(sys.flags, 'dev_mode', 0) or sys.implementation.name != 'cpython' else 1
+
+    def __init__(self):
+        self.slow = []                  # texts
+        self.garbage = threading.local()
+
+    def install(self):
+        """Watch all loops of socks, from now on; without a clock for it, before Python 3.7, none.
+        """
+        if hasattr(time, 'thread_time'):
+            gc.callbacks.append(self.collect)
+            for item in vars(socks).values():
+                if isinstance(item, type) and 'ready' in vars(item):
+                    item.ready = self.watched(item.ready)
+            socks.Loop.attempt = self.watched(socks.Loop.attempt)
+
+    def collect(self, phase, _):
+        now = time.thread_time()
+        if phase == 'start':
+            self.garbage.since = now
+        else:
+            since = getattr(self.garbage, 'since', now)
+            self.garbage.seconds = getattr(self.garbage, 'seconds', 0) + now - since
+
+    def cost(self):
+        return time.thread_time() - getattr(self.garbage, 'seconds', 0)
+
+    def watched(self, step):
+        @functools.wraps(step)
+        def watched(self_, *args):
+            before = self.cost()
+            try:
+                return step(self_, *args)
+            finally:
+                cost = self.cost() - before
+                if cost > self.LIMIT * self.SLOWNESS:
+                    self.slow.append(f'{1000 * cost:.0f} ms of CPU time in a loop: '
+                                     f'{step.__qualname__} of {self_} with {args}')
+        return watched
+
+    def check(self):
+        """Fail if there was any since the last time."""
+        slow, self.slow = self.slow, []
+        if slow:
+            raise AssertionError('\n'.join(slow))
+
+
+watch = Watch()
 
 
 class Case(unittest.TestCase):
     """A test that leaves no thread and no descriptor behind, and meets no bug in a loop."""
 
+    line_handler = None                 # of serve()
+
     def setUp(self):
         before = threading.active_count(), descriptors()
+        self.addCleanup(watch.check)
         self.addCleanup(self.check_leaks, before)
         self.bugs = logging.Handler(logging.ERROR)
         self.bugs.records = []
@@ -268,11 +378,14 @@ class Case(unittest.TestCase):
     def serve(self, handler_class=socks.Handler, server_class=socks.Server, host='127.0.0.1',
               **settings):
         """A running server; its log lines come to self.lines."""
-        self.lines = []
-        handler = logging.Handler()
-        handler.emit = lambda record: self.lines.append(record.getMessage())
+        self.lines = lines = []
+        if self.line_handler:           # of another server of this test: its lines come here, too
+            socks.log.removeHandler(self.line_handler)
+        self.line_handler = handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())
         socks.log.addHandler(handler)
         self.addCleanup(socks.log.removeHandler, handler)
+        settings.setdefault('login_delay', 0.1)     # else a wrong password takes a second
         return self.enter(server_class((host, 0), Settings(**settings), handler_class).start())
 
     def origin(self, *args, **kwargs):
@@ -325,11 +438,14 @@ def setUpModule():
     faulthandler.dump_traceback_later(300, exit=True)
     logging.raiseExceptions = True
     socks.log.setLevel(logging.INFO)
-    socks.LOGIN_DELAY = 0.1             # else the tests of wrong passwords take a second each
+    socket.getaddrinfo = socks._orig_getaddrinfo = getaddrinfo
+    watch.install()
 
 
 def tearDownModule():
     faulthandler.cancel_dump_traceback_later()
+    socket.getaddrinfo = system_getaddrinfo
+    watch.check()
 
 
 # ------------------------------------------------------------------------------------ wire format
@@ -916,21 +1032,30 @@ class Background(threading.Thread):
     def __init__(self, function, *args):
         super().__init__()
         self.call = function, args
+        self.error = None
         self.start()
 
     def run(self):
         function, args = self.call
-        self.value = function(*args)
+        try:
+            self.value = function(*args)
+        except BaseException as error:
+            self.error = error
 
     def result(self):
+        """What the function returned, or raises what it raised."""
         self.join(60)
+        if self.error:
+            raise self.error
         return self.value
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, kind, error, traceback):
         self.join(60)
+        if not error:
+            self.result()
 
 
 class RelayTest(Case):
@@ -3526,7 +3651,7 @@ class AccessTest(FileCase):
         server = self.serve(users={'bob': 'secret'})
         started = time.monotonic()
         self.assertFalse(self.log_in(server, b'bob', b'x'))
-        self.assertGreaterEqual(time.monotonic() - started, socks.LOGIN_DELAY)
+        self.assertGreaterEqual(time.monotonic() - started, server.settings.login_delay)
         for _ in range(socks.Failures.LIMIT):
             server.failures.note('127.0.0.1')
         self.assertFalse(self.log_in(server, b'bob', b'secret'))

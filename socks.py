@@ -162,6 +162,10 @@ class ProxyError(OSError):
         kind, args, state = super().__reduce__()
         return kind, args, dict(state, errno=self.errno)
 
+    def __setstate__(self, state):
+        for name, value in state.items():       # PyPy's own does not set errno
+            setattr(self, name, value)
+
 
 class ProxyConnectionError(ProxyError):
     """The proxy itself cannot be reached."""
@@ -1067,6 +1071,7 @@ class Secure(Layer):
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
+        self._error = ssl.SSLError
         self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._ended = False             # the socket has said all
@@ -1107,6 +1112,7 @@ class Secure(Layer):
             pass
         except Exception as error:      # on Python 3.6 also ssl.CertificateError, a ValueError
             failure = error
+            self._forget_error()
         if self._tls.server_side and thread_time() - started > self.QUICK:
             self.costly.add(self._context)
         return done, failure
@@ -1147,22 +1153,47 @@ class Secure(Layer):
                         break
         except self._closed:
             pass
+        except self._error:
+            self._forget_error()
+            raise
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
         return count
 
     def _seal(self, data):
-        return self._tls.write(data)
+        try:
+            return self._tls.write(data)
+        except self._error:
+            self._forget_error()
+            raise
+
+    def _unwrap(self):
+        """Say that our direction has ended; the peer need not answer."""
+        try:
+            self._tls.unwrap()
+        except self._waits:
+            pass
+        except self._error:
+            self._forget_error()
+            raise
+
+    def _forget_error(self):
+        """PyPy leaves the error in OpenSSL's queue of this thread, where it would be found after
+        the next call, of any connection.  To make an object clears that."""
+        if sys.implementation.name == 'pypy':
+            import ssl
+            is_server = self._tls.server_side
+            self._context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), is_server,
+                                   None if is_server else 'x')
 
     def shutdown(self, how):
-        with contextlib.suppress(self._waits):
-            self._tls.unwrap()
+        self._unwrap()
         super().shutdown(how)
 
     def close(self):
         """Close the socket, and tell the peer that this was no accident, if it can be told."""
         with contextlib.suppress(OSError):
-            self._tls.unwrap()
+            self._unwrap()
         super().close()
 
 
@@ -1904,12 +1935,13 @@ def read_lines(path):
     """(place, line) of the lines of a file that are neither empty nor comments, bytes."""
     try:
         with open(path, 'rb') as file:
-            for number, line in enumerate(file, 1):
-                line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
-                if line and not line.startswith(b'#'):
-                    yield f'{path}:{number}', line
+            lines = file.readlines()
     except OSError as error:
         raise FileError(f'{path}: {reason(error)}') from None
+    for number, line in enumerate(lines, 1):
+        line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
+        if line and not line.startswith(b'#'):
+            yield f'{path}:{number}', line
 
 
 def read_rules(path):
@@ -5440,6 +5472,8 @@ def tls_context(certificate, key=None, client_ca=None):
     else:                               # Python 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     try:
+        for name in filter(None, (certificate, key, client_ca)):        # ssl would not say which
+            open(name, 'rb').close()
         name = key or certificate
         context.load_cert_chain(certificate, key)
         if client_ca:

@@ -232,11 +232,12 @@ def unused_port():
             return port
 
 
-def children(pid):
-    """The processes that it has started, by number."""
+def children(pid, text=''):
+    """The processes that it has started and whose command lines contain `text`, by number."""
     if not os.path.exists('/proc/self'):
         raise unittest.SkipTest('there is no /proc')
-    return [int(number) for number in run('ps', '-o', 'pid=', '--ppid', str(pid)).stdout.split()]
+    lines = run('ps', '-o', 'pid=,args=', '--ppid', str(pid)).stdout.splitlines()
+    return [int(line.split()[0]) for line in lines if text in line]
 
 
 def listens(port):
@@ -398,7 +399,8 @@ class Case(unittest.TestCase):
         socks.log.addHandler(handler)
         self.addCleanup(socks.log.removeHandler, handler)
         settings.setdefault('login_delay', 0.1)     # else a wrong password takes a second
-        return self.enter(server_class((possible(host), 0), Settings(**settings), handler_class).start())
+        server = server_class((possible(host), 0), Settings(**settings), handler_class)
+        return self.enter(server.start())
 
     def origin(self, *args, **kwargs):
         return self.enter(Origin(*args, **kwargs))
@@ -4834,7 +4836,6 @@ class ServiceTest(FileCase):
                        and first[0] not in children(program.process.pid))
             self.assertEqual(program.stop(), 0)
 
-    @unittest.skipUnless(hasattr(os, 'openpty'), 'no terminals on this system')
     def test_terminal_that_is_closed(self):
         """Its HUP ends the server; one from somebody else reloads, as all do under nohup."""
         for arguments in (), ('-w', '2'):
@@ -4870,9 +4871,7 @@ class ServiceTest(FileCase):
         command = 'trap "" CHLD; sleep 0.3 & exec "$0" "$@"'
         with Program('-w', '2', prefix=('sh', '-c', command)) as program:
             def workers():
-                done = run('ps', '-o', 'pid=,args=', '--ppid', str(program.process.pid))
-                return [int(line.split()[0]) for line in done.stdout.splitlines()
-                        if 'socks.py' in line]
+                return children(program.process.pid, 'socks.py')
 
             eventually(lambda: len(workers()) == 2)
             time.sleep(0.5)             # until the other child has ended
@@ -4955,7 +4954,6 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 self.assertIn(text, done.stderr)
                 self.assertEqual(done.stderr.count('socks.py: '), bool(status))
 
-    @unittest.skipUnless(hasattr(os, 'openpty'), 'no terminals on this system')
     def test_hash_password_on_a_terminal(self):
         """It is asked for twice; Ctrl-C is no error."""
         for answers, status, text in (
@@ -5037,7 +5035,10 @@ class Terminal:
     """A terminal for one program, which is started by `prefix`."""
 
     def __init__(self):
-        self.master, self.slave = os.openpty()
+        try:
+            self.master, self.slave = os.openpty()
+        except (AttributeError, OSError):       # Windows, a folder /dev that lacks it
+            raise unittest.SkipTest('there are no terminals here') from None
         self.prefix = (sys.executable, '-c', 'import os, sys; os.setsid(); os.close(os.open('
                        'sys.argv[1], os.O_RDWR)); os.execvp(sys.argv[2], sys.argv[2:])',
                        os.ttyname(self.slave))
@@ -5536,13 +5537,16 @@ class ForeignTest(Case):
 
     # ssh, in front of us and behind us
 
+    def account(self):
+        """The passwd entry of this user."""
+        try:
+            return pwd.getpwuid(os.getuid())
+        except KeyError:
+            return self.skipTest('this user has no passwd entry')
+
     def sshd(self):
         """The beginning of an ssh command for a server that runs until the end of the test."""
-        try:
-            shell = pwd.getpwuid(os.getuid()).pw_shell
-        except KeyError:
-            self.skipTest('this user has no passwd entry')
-        if os.path.basename(shell) in ('nologin', 'false'):
+        if os.path.basename(self.account().pw_shell) in ('nologin', 'false'):
             self.skipTest('this user cannot log in')
         folder = self.enter(tempfile.TemporaryDirectory())
         key = os.path.join(folder, 'key')
@@ -5590,6 +5594,7 @@ class ForeignTest(Case):
             self.assertEqual(Peer(sock).rest()[-6:], b'hello\n')
 
     def dante(self):
+        self.account()                  # danted asks for it
         folder, port = self.enter(tempfile.TemporaryDirectory()), unused_port()
         path = os.path.join(folder, 'danted.conf')
         with open(path, 'w') as file:
@@ -6196,7 +6201,7 @@ class BenchTest(unittest.TestCase):
             ours.idle = 200
             figures = {'direct': direct.run(), 'socks.py': ours.run()}
         keys = {key for key, *_ in FIGURES}
-        if sys.platform == 'linux':
+        if os.path.exists('/proc/self/stat'):
             self.assertEqual(set(figures['socks.py']), keys)
         self.assertLessEqual({'gbit_1', 'gbit_8', 'p50_1', 'trips_64', 'conns_64', 'udp_16'},
                              set(figures['direct']))

@@ -4858,7 +4858,7 @@ class ServiceTest(FileCase):
                 eventually(lambda: 'INFO reloaded' in program.so_far())
                 terminal.close()        # the system sends HUP then
                 self.assertEqual(program.process.wait(PATIENCE), 0)
-        with Terminal() as terminal, Program(prefix=('nohup', *terminal.prefix)) as program:
+        with Terminal() as terminal, Program(prefix=(*terminal.prefix, 'nohup')) as program:
             terminal.close()
             program.process.send_signal(signal.SIGHUP)
             eventually(lambda: 'INFO reloaded' in program.so_far())
@@ -4976,10 +4976,13 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                     [*terminal.prefix, sys.executable, os.path.join(HERE, 'socks.py'),
                      '--hash-password'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                     stdin=terminal.slave, universal_newlines=True) as process:
-                for prompt, answer in zip(('Password: ', 'Again: '), answers):
-                    terminal.expect(prompt)
-                    terminal.write(answer)
-                out, err = process.communicate(timeout=PATIENCE)
+                try:
+                    for prompt, answer in zip(('Password: ', 'Again: '), answers):
+                        terminal.expect(prompt)
+                        terminal.write(answer)
+                    out, err = process.communicate(timeout=PATIENCE)
+                finally:
+                    process.kill()
                 self.assertEqual(process.returncode, status)
                 self.assertEqual(bool(out), not status)
                 self.assertIn(text, err)
@@ -5052,9 +5055,12 @@ class Terminal:
             self.master, self.slave = os.openpty()
         except (AttributeError, OSError):       # Windows, a folder /dev that lacks it
             raise unittest.SkipTest('there are no terminals here') from None
-        self.prefix = (sys.executable, '-c', 'import os, sys; os.setsid(); os.close(os.open('
-                       'sys.argv[1], os.O_RDWR)); os.execvp(sys.argv[2], sys.argv[2:])',
-                       os.ttyname(self.slave))
+        script = (
+            'import os, sys, signal; os.setsid(); os.close(os.open(sys.argv[1], os.O_RDWR));'
+            'signal.signal(signal.SIGINT, signal.SIG_DFL);'     # a shell's & has them ignored
+            'signal.signal(signal.SIGHUP, signal.SIG_DFL);'     # and so has nohup
+            'os.execvp(sys.argv[2], sys.argv[2:])')
+        self.prefix = (sys.executable, '-c', script, os.ttyname(self.slave))
 
     def __enter__(self):
         return self

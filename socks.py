@@ -1649,6 +1649,9 @@ def bound_in(host, ports):
 class Settings(NamedTuple):
     """Everything that can be set, with its default.  Times are in seconds; 0 means no limit.
 
+    A server also takes the texts that the command line does: for networks, rules, proxies,
+    addresses, ports and numbers; ValueError names the field that is wrong.
+
     users               name to password, bytes or text, or to `Hashed`; without users nobody is
                         asked
     open                serve strangers: listen beyond loopback although there are no users
@@ -4160,6 +4163,8 @@ def as_users(value):
     for name, password in users.items():
         if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
             raise ValueError('expected names and passwords as text or bytes')
+        if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
+            raise ValueError(f'{shown(name_text(name))}: expected at most 255 bytes each')
     return MappingProxyType(users)
 
 
@@ -4187,10 +4192,12 @@ def as_levels(value):
 
 
 def as_number(kind, value):
-    number = kind(value or 0)
-    if not 0 <= number < float('inf') or not isinstance(value, str) and number != (value or 0):
-        raise ValueError(f'{value!r}: expected 0 or more')
-    return number
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = kind(value or 0)
+        if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
+            return number
+    raise ValueError(f'{value!r}: expected a number, 0 or more'
+                     if kind is float else f'{value!r}: expected a whole number, 0 or more')
 
 
 def as_context(value):
@@ -4499,8 +4506,8 @@ class Server(Acceptor):
     To decide more: override verify_request() for who may connect, authorize() for where they may
     go, or a do_COMMAND method of the handler.
 
-    Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
-    loopback if the settings would have it serve everybody there.
+    Raises OSError for an address that cannot be listened on, and ValueError for settings that are
+    wrong, or an address beyond loopback if the settings would have it serve everybody there.
     """
     request_queue_size = 1024
     heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much

@@ -932,15 +932,18 @@ class ConversationTest(VectorCase):
         self.check(NO_AUTHENTICATION, self.serve(connect_timeout=0.3))
 
     def test_vectors_with_users(self):
-        self.check(BOB, self.serve(users=USERS))
+        self.check(BOB, self.serve(users=USERS, login_delay=0.02))
 
     def test_silence_ends_the_handshake(self):
         """N-16, N-21: one deadline for all of it, however slowly the client goes on."""
         server = self.serve(handshake_timeout=0.3)
-        for start in ('', '0509 00', '050100', '050100050100'):
-            with self.subTest(start), Peer(server.server_address) as peer:
-                started = time.monotonic()
-                peer.send(hexed(start))
+        started = time.monotonic()
+        peers = [(start, self.peer(server.server_address))
+                 for start in ('', '0509 00', '050100', '050100050100')]
+        for start, peer in peers:
+            peer.send(hexed(start))
+        for start, peer in peers:
+            with self.subTest(start):
                 self.assertEqual(peer.rest(), b'\5\0' if '050100' in start else b'')
                 self.assertLess(time.monotonic() - started, 3)
         with Peer(server.server_address) as peer, self.assertRaises((OSError, EOFError)):
@@ -980,6 +983,8 @@ class ConversationTest(VectorCase):
 
     def test_flood_after_refusal(self):
         """A client that goes on sending is cut off, and slows nobody meanwhile."""
+        self.addCleanup(setattr, socks, 'LINGER', socks.LINGER)
+        socks.LINGER = 0.3
         server = self.serve()
         flood = self.peer(server.server_address)
         flood.send(hexed('050101'))
@@ -4655,6 +4660,7 @@ class UpstreamTest(Case):
             with self.subTest(url), Peer(server.server_address) as peer:
                 name = ('example.org', 80) if 'http' in url else ('127.0.0.1', refused)
                 self.assertNotEqual(peer.connect(*name).reply, 0)
+                peer.sock.close()
                 eventually(lambda: any(expected in line for line in self.lines))
 
     def test_what_cannot_be_passed_on(self):

@@ -464,6 +464,10 @@ def setUpModule():
     logging.raiseExceptions = True
     socks.log.setLevel(logging.INFO)
     socket.getaddrinfo = socks._orig_getaddrinfo = getaddrinfo
+    for name in list(os.environ):       # what programs would obey
+        if name.lower().endswith('_proxy') or name in ('SOCKS_USERS', 'NOTIFY_SOCKET',
+                                                       'WATCHDOG_USEC', 'JOURNAL_STREAM'):
+            del os.environ[name]
     watch.install()
 
 
@@ -1374,6 +1378,26 @@ class TimersTest(unittest.TestCase):
         loop.run()
         loop.close()
         self.assertLess(time.monotonic() - began, PATIENCE / 2)
+
+
+class WatchTest(unittest.TestCase):
+
+    @unittest.skipUnless(hasattr(time, 'thread_time'), 'no clock of a thread before Python 3.7')
+    def test_slow_step(self):
+        """One that keeps a loop busy is found, with what it was."""
+        def burn():
+            end = time.thread_time() + 2 * watch.LIMIT * watch.SLOWNESS
+            while time.thread_time() < end:
+                pass
+
+        loop = socks.Loop()
+        self.addCleanup(loop.close)
+        loop.attempt(loop, time.sleep, watch.LIMIT * watch.SLOWNESS * 2)   # no CPU time
+        watch.check()
+        loop.attempt(loop, burn)
+        with self.assertRaisesRegex(AssertionError, r'ms of CPU time in a loop: .*burn'):
+            watch.check()
+        watch.check()
 
 
 class OneLoop(socks.Server):

@@ -53,10 +53,11 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 from binascii import b2a_base64
 from collections import Counter, deque
 from types import MappingProxyType
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 try:
     import resource
@@ -156,6 +157,10 @@ class ProxyError(OSError):
     def __reduce__(self):
         kind, args, state = super().__reduce__()
         return kind, args, dict(state, errno=self.errno)
+
+    def __setstate__(self, state):
+        for name, value in state.items():       # PyPy's own does not set errno
+            setattr(self, name, value)
 
 
 class ProxyConnectionError(ProxyError):
@@ -273,7 +278,24 @@ def reader(data):
         if len(taken) < n:
             raise EOFError(f'{n} bytes expected, {len(taken)} left')
         return taken
+
+    def read_to(end, limit):
+        start = stream.tell()
+        found = data.find(end, start, start + limit)
+        return read(limit if found < 0 else found + len(end) - start)
+
+    read.to = read_to
     return read, stream.read
+
+
+def read_to(read, end, limit):
+    """The bytes up to and with `end`, or `limit` bytes without it."""
+    if hasattr(read, 'to'):             # one search, since what comes slowly is parsed often
+        return read.to(end, limit)
+    data = b''
+    while len(data) < limit and not data.endswith(end):
+        data += read(1)
+    return data
 
 
 def expect_version(name, got, wanted):
@@ -518,13 +540,10 @@ class Request4(NamedTuple):
     @staticmethod
     def _string(read, name, limit):
         """The bytes up to the next NUL, at most `limit`."""
-        string = bytearray()
-        while len(string) <= limit:
-            byte = read(1)
-            if byte == b'\0':
-                return bytes(string)
-            string += byte
-        raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
+        string = read_to(read, b'\0', limit + 1)
+        if not string.endswith(b'\0'):
+            raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
+        return string[:-1]
 
 
 class Response4(NamedTuple):
@@ -633,12 +652,10 @@ class HttpStatus(NamedTuple):
 
 def text_line(read, limit, name):
     """The next line, without its end."""
-    line = bytearray()
-    while not line.endswith(b'\n'):
-        if len(line) >= limit:
-            raise ProtocolError(f'{name} of more than {limit} bytes')
-        line += read(1)
-    return bytes(line).rstrip(b'\r\n')
+    line = read_to(read, b'\n', limit)
+    if not line.endswith(b'\n'):
+        raise ProtocolError(f'{name} of more than {limit} bytes')
+    return line.rstrip(b'\r\n')
 
 
 def http_line(read):
@@ -730,6 +747,7 @@ BLOCKED = (BlockingIOError, InterruptedError)
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
 ATTEMPTS = 16                           # addresses of one name that are tried
+thread_time = getattr(time, 'thread_time', time.perf_counter)      # the former since Python 3.7
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
@@ -1170,12 +1188,16 @@ class Secure(Layer):
     It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
     end its direction and go on reading.
     """
+    QUICK = 0.001                       # seconds that a step of a handshake may take in a loop
+    costly = weakref.WeakSet()          # contexts of servers whose steps take longer: RSA keys
 
     def __init__(self, sock, context, **options):
         import ssl                      # here, because few need it and it is large
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
+        self._error = ssl.SSLError
+        self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._ended = False             # the socket has said all
 
@@ -1183,16 +1205,16 @@ class Secure(Layer):
         """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
         """
         while True:
-            try:
-                self._tls.do_handshake()
-                done = True
-            except self._waits:
-                done = False
-            finally:                    # also what tells the peer of a failure
-                flushed = self.flush()
-            while not flushed:
+            if self._context in self.costly:
+                done, error = yield Call(self._advance, until, True)
+            else:
+                done, error = self._advance()
+            if error:
+                with contextlib.suppress(OSError):
+                    self.flush()        # the alert that tells the peer
+                raise error
+            while not self.flush():
                 yield from ready((), [self._sock], until)
-                flushed = self.flush()
             if done:
                 return
             yield from ready([self._sock], (), until)
@@ -1200,6 +1222,25 @@ class Secure(Layer):
                 self._feed(self.RECORD)
             if self._ended:
                 raise EOFError('Connection closed unexpectedly')
+
+    def _advance(self):
+        """Take one step of the handshake: whether it was the last, and the error if it failed.
+
+        Where it runs in another thread and is not waited for any longer, nothing else may touch
+        the layer; so it only returns.
+        """
+        done, failure, started = False, None, thread_time()
+        try:
+            self._tls.do_handshake()
+            done = True
+        except self._waits:
+            pass
+        except Exception as error:      # on Python 3.6 also ssl.CertificateError, a ValueError
+            failure = error
+            self._forget_error()
+        if self._tls.server_side and thread_time() - started > self.QUICK:
+            self.costly.add(self._context)
+        return done, failure
 
     def peer_certificate(self):
         """As SSLSocket.getpeercert() has it; empty without one."""
@@ -1237,22 +1278,47 @@ class Secure(Layer):
                         break
         except self._closed:
             pass
+        except self._error:
+            self._forget_error()
+            raise
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
         return count
 
     def _seal(self, data):
-        return self._tls.write(data)
+        try:
+            return self._tls.write(data)
+        except self._error:
+            self._forget_error()
+            raise
+
+    def _unwrap(self):
+        """Say that our direction has ended; the peer need not answer."""
+        try:
+            self._tls.unwrap()
+        except self._waits:
+            pass
+        except self._error:
+            self._forget_error()
+            raise
+
+    def _forget_error(self):
+        """PyPy leaves the error in OpenSSL's queue of this thread, where it would be found after
+        the next call, of any connection.  To make an object clears that."""
+        if sys.implementation.name == 'pypy':
+            import ssl
+            is_server = self._tls.server_side
+            self._context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), is_server,
+                                   None if is_server else 'x')
 
     def shutdown(self, how):
-        with contextlib.suppress(self._waits):
-            self._tls.unwrap()
+        self._unwrap()
         super().shutdown(how)
 
     def close(self):
         """Close the socket, and tell the peer that this was no accident, if it can be told."""
         with contextlib.suppress(OSError):
-            self._tls.unwrap()
+            self._unwrap()
         super().close()
 
 
@@ -1708,6 +1774,9 @@ def bound_in(host, ports):
 class Settings(NamedTuple):
     """Everything that can be set, with its default.  Times are in seconds; 0 means no limit.
 
+    A server also takes the texts that the command line does: for networks, rules, proxies,
+    addresses, ports and numbers; ValueError names the field that is wrong.
+
     users               name to password, bytes or text, or to `Hashed`; without users nobody is
                         asked
     open                serve strangers: listen beyond loopback although there are no users
@@ -1728,6 +1797,7 @@ class Settings(NamedTuple):
     udp_ports           (lowest, highest) that clients send datagrams to; (0, 0): any
     udp_strict          pass on datagrams only from where the client has sent some
     tor_extensions      offer Tor's RESOLVE and RESOLVE_PTR
+    login_delay         until a wrong password is answered
     handshake_timeout   from accept to the whole request
     connect_timeout     for connecting to the target, all its addresses together
     bind_timeout        for the peer that BIND waits for
@@ -1759,6 +1829,7 @@ class Settings(NamedTuple):
     udp_ports: Tuple[int, int] = (0, 0)
     udp_strict: bool = False
     tor_extensions: bool = False
+    login_delay: float = 1.0
     handshake_timeout: float = 30.0
     connect_timeout: float = 30.0
     bind_timeout: float = 120.0
@@ -2245,12 +2316,13 @@ def read_lines(path):
     """(place, line) of the lines of a file that are neither empty nor comments, bytes."""
     try:
         with open(path, 'rb') as file:
-            for number, line in enumerate(file, 1):
-                line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
-                if line and not line.startswith(b'#'):
-                    yield f'{path}:{number}', line
+            lines = file.readlines()
     except OSError as error:
         raise FileError(f'{path}: {reason(error)}') from None
+    for number, line in enumerate(lines, 1):
+        line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
+        if line and not line.startswith(b'#'):
+            yield f'{path}:{number}', line
 
 
 def read_rules(path):
@@ -2352,9 +2424,14 @@ def read_users(path):
     all_of(add, read_lines(path))
     if not users:
         raise FileError(f'{path}: there are no users, so nobody would be asked')
+    warn_if_readable(path)
+    return users
+
+
+def warn_if_readable(path):
+    """Of a file with secrets, if others than its owner can read it."""
     if os.name == 'posix' and os.stat(path).st_mode & 0o077:
         log.warning('%s: others can read it', path)
-    return users
 
 
 class Users(dict):
@@ -2552,10 +2629,14 @@ class Loop:
         self._asleep = False
         self._stopping = False
         self.closed = False
-        self.waker = Waker()
-        self._poller = Poller()
         self._watched = {}              # items by descriptor
         self._stale = set()             # descriptors that may have changed hands since the poll
+        self._poller = Poller()
+        try:
+            self.waker = Waker()
+        except OSError:                 # no descriptors left
+            self._poller.close()
+            raise
         self.watch(self.waker, 0, READ, self)
 
     def call(self, item, function, *args):
@@ -3803,8 +3884,12 @@ class Proxy(NamedTuple):
     def __str__(self):
         kind = ''.join((TYPE_NAMES[self.type & ~LAYERS], '+TLS' if self.type & TLS else '',
                         '+GSSAPI' if self.type & GSSAPI else ''))
-        place = self.addr if self.is_path else Address(self.addr, self.sure_port)
-        return f'{kind} proxy {place}'
+        return f'{kind} proxy {self.place}'
+
+    @property
+    def place(self):
+        """Where it is, as text."""
+        return self.addr if self.is_path else str(Address(self.addr, self.sure_port))
 
     @property
     def is_path(self):
@@ -4279,7 +4364,6 @@ def reachable(bnd, chain, sock, until):
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
-LOGIN_DELAY = 1.0                       # seconds until a wrong password is answered
 PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
 IDENT_PORT = 113
 IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
@@ -4437,7 +4521,8 @@ class Login(socketserver.BaseRequestHandler):
         """
         if not self.needs_login:
             return
-        client, username, until = self.client, credentials.username, after(LOGIN_DELAY)
+        client, username = self.client, credentials.username
+        until = time.monotonic() + self.settings.login_delay
         client.user = shown(name_text(username))
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(client.key, username):
@@ -4888,9 +4973,133 @@ class Handler(Negotiation):
         return allowed
 
 
+def listening_addresses(server_address):
+    """The list of (host, port) that a server is to listen on, of one or several of them."""
+    several = [server_address] if is_pair(server_address) else server_address
+    if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
+        several = [several]
+    for address in several:
+        if not (is_pair(address) and isinstance(address[0], str)
+                and type(address[1]) is int and 0 <= address[1] < 65536):
+            raise ValueError(f"server_address: {address!r}: expected (host, port), for example "
+                             f"('127.0.0.1', 1080), or a list of those")
+    return [tuple(address[:2]) for address in several]
+
+
+def is_pair(address):
+    return isinstance(address, (tuple, list)) and len(address) > 1 and isinstance(address[0], str)
+
+
+# What texts stand for in `Settings`, as on the command line.
+
+def as_networks(value):
+    return tuple(parse_network(str(item)) for item in several(value))
+
+
+def as_rules(value):
+    return None if value is None else tuple(
+        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
+        for number, item in enumerate(several(value), 1))
+
+
+def as_hosts(value):
+    hosts = tuple(str(item) for item in several(value))
+    for host in hosts:
+        if ip_bytes(host.partition('%')[0]) is None:
+            raise ValueError(f'{host!r}: expected an IP address')
+    if len(set(map(family_of, hosts))) < len(hosts):
+        raise ValueError('expected one address of a family')
+    return hosts
+
+
+def as_users(value):
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a mapping from names to passwords')
+    users = {encoded(name): encoded(password) for name, password in value.items()}
+    for name, password in users.items():
+        if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
+            raise ValueError('expected names and passwords as text or bytes')
+        if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
+            raise ValueError(f'{shown(name_text(name))}: expected at most 255 bytes each')
+    return MappingProxyType(users)
+
+
+def as_chain(value):
+    if isinstance(value, tuple) and value and not isinstance(value[0], int):    # as a `Proxy` has
+        value = list(value)
+    if value and not isinstance(value, (str, tuple, list)):
+        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
+    return tuple(hops(value))
+
+
+def as_ports(value):
+    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
+    low, high = int(low), int(low if high == '' else high)
+    if not 0 <= low <= high < 65536 or high and not low:
+        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
+    return low, high
+
+
+def as_levels(value):
+    levels = several(value)
+    if not all(level in (0, 1, 2) for level in levels):
+        raise ValueError(f'{value!r}: expected levels of GssContext')
+    return levels
+
+
+def as_number(kind, value):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = kind(value or 0)
+        if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
+            return number
+    raise ValueError(f'{value!r}: expected a number, 0 or more'
+                     if kind is float else f'{value!r}: expected a whole number, 0 or more')
+
+
+def as_context(value):
+    if value is not None and not hasattr(value, 'wrap_bio'):
+        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
+    return value
+
+
+def several(value):
+    """The items of a setting, a tuple; one text is one item."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f'{value!r}: expected a text, or a sequence')
+    return tuple(value)
+
+
+CONVERSIONS = {
+    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
+    'rules': as_rules, 'upstream': as_chain,
+    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
+    'udp_ports': as_ports}
+CONVERSIONS.update(
+    (name, functools.partial(as_number, kind)) for name, kind in Settings.__annotations__.items()
+    if kind in (int, float))
+CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
+
+
+def converted(settings):
+    """The settings, checked, with all values as they are documented; ValueError names the field
+    that is wrong."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
+    values = {}
+    for name, convert in CONVERSIONS.items():
+        try:
+            values[name] = convert(getattr(settings, name))
+        except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
+            raise ValueError(f'Settings.{name}: {error}') from None
+    return settings._replace(**values)
+
+
 def prepared(settings):
-    """The settings with users as bytes, networks and rules compiled; OSError if `source` is not
-    ours, or GSSAPI has no keys."""
+    """The settings, converted, with networks and rules compiled; OSError if `source` is not ours,
+    or GSSAPI has no keys."""
+    settings = converted(settings)
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
@@ -4916,20 +5125,6 @@ def clients_possible():
         return (512 - DESCRIPTORS_KEPT) // 2
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
-
-
-def checked_addresses(addresses):
-    """A list of (host, port); ValueError unless `addresses` is one, or a single pair."""
-    if isinstance(addresses, str) or addresses and isinstance(addresses[0], str):
-        addresses = [addresses]
-    for address in addresses:
-        if not (isinstance(address, (tuple, list)) and len(address) > 1
-                and isinstance(address[0], str)):
-            raise ValueError(f'server address {address!r}: expected (host, port)')
-        port = address[1]
-        if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
-            raise ValueError(f'server port {port!r}: expected a number, 0 to 65535')
-    return [Address(*address[:2]) for address in addresses]
 
 
 def addresses_to_bind(addresses):
@@ -5109,22 +5304,33 @@ class Helpers:
             thread.join()
 
 
+class Listening:
+    """A server as an item of its own loop, which watches the listeners for it."""
+    client = due = None                 # `due`: the end of a pause
+
+    def __init__(self, server):
+        self.ready, self.expire = server._accept, server._expire
+
+    def close(self, outcome):
+        """The listeners are closed by server_close()."""
+
+
 class Acceptor(socketserver.ThreadingTCPServer):
-    """What accepts clients: in a loop, as the item that it watches the listeners for.
+    """What accepts clients, in a loop.
 
     So one thread does all that is quick, and no connection has to wait for another one to wake up.
     The subclass has listeners, loop, roster, settings, max_clients, loops() and clients.
     """
-    client = due = None                 # as an item of its loop; `due`: the end of a pause
     _accepting = _starving = _draining = False
 
     def _watch_listeners(self, accepting):
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self.listeners:
-                self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
+                self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
 
-    def ready(self, fd, _):
+    def _accept(self, fd, _):
+        """A listener is ready."""
         listener = next(sock for sock in self.listeners if sock.fileno() == fd)
         for _ in range(min(ACCEPT_BATCH, self._room())):
             try:
@@ -5164,11 +5370,11 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def _pause(self):
         """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
         self._watch_listeners(False)
-        self.loop.timers.set(self, self.loop.now + ACCEPT_PAUSE)
+        self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
 
-    def expire(self):
+    def _expire(self):
         """Accept again; or the time for draining has passed."""
-        self.loop.timers.set(self, None)
+        self.loop.timers.set(self._item, None)
         if self._draining:
             self.loop.stop()
         else:
@@ -5177,20 +5383,20 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def drain(self, seconds):
         """Accept no more clients, and have serve_forever() return when those that are served have
         ended, or after so many seconds."""
-        self.loop.call(self, self._drain, seconds)
+        self.loop.call(self._item, self._drain, seconds)
 
     def _drain(self, seconds):
         self._watch_listeners(False)
         self._draining = True
         for sock in self.listeners:
             sock.close()
-        self.loop.timers.set(self, self.loop.now + seconds)
+        self.loop.timers.set(self._item, self.loop.now + seconds)
         self._go_on()
 
     def _go_on(self):
         """There is room again; or the last client may have ended."""
         if not self._draining:
-            self.expire()
+            self._expire()
         elif not self.clients:
             self.loop.stop()
 
@@ -5198,7 +5404,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         """A client is served no more; called in the thread of any loop."""
         self.roster.remove(client, up, down)
         if not self._accepting:
-            self.loop.call(self, self._go_on)
+            self.loop.call(self._item, self._go_on)
 
     def admit(self, client):
         """Raise Refused unless `client` may use the server at all."""
@@ -5217,9 +5423,6 @@ class Acceptor(socketserver.ThreadingTCPServer):
         if clients and not clients.has(client.address.host):
             raise Refused('not from the networks served')
 
-    def close(self, outcome):
-        """As an item of its loop; the listeners are closed by server_close()."""
-
 
 class Server(Acceptor):
     """A SOCKS server on one or several addresses.
@@ -5231,26 +5434,29 @@ class Server(Acceptor):
     handler_class    a `Handler`
 
     To run it: serve_forever(), which returns after shutdown() from another thread or from a signal
-    handler; or start(), which runs it in the background until it is closed::
+    handler; or start(), which runs it in the background until stop(), or to the end of a `with`::
 
         with Server(('127.0.0.1', 0)).start() as server:
             print(server.server_address)
 
+    After shutdown() the listeners stay open, for another serve_forever(): clients that connect wait
+    in the queue.  stop(), which is server_close(), closes them and everything else.
+
     To decide more: override verify_request() for who may connect, authorize() for where they may
     go, or a do_COMMAND method of the handler.
 
-    Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
-    loopback if the settings would have it serve everybody there.
+    Raises OSError for an address that cannot be listened on, and ValueError for settings that are
+    wrong, or an address beyond loopback if the settings would have it serve everybody there.
     """
     request_queue_size = 1024
     heavy_loops = min(4, processors())      # threads for what carries much
 
     def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
                  bind_and_activate=True, listeners=()):
-        socketserver.BaseServer.__init__(self, checked_addresses(server_address), handler_class)
+        socketserver.BaseServer.__init__(self, listening_addresses(server_address), handler_class)
         self._crew = Crew()
         self.resolver = Resolver(self._crew)
-        self._configure(settings or Settings())
+        self._configure(Settings() if settings is None else settings)
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
         self.failures = Failures()
@@ -5258,6 +5464,7 @@ class Server(Acceptor):
         self._thread = None             # that of start()
         self._serving = threading.RLock()
         self._helpers = Helpers(self.heavy_loops)
+        self._item = Listening(self)
         self.loop = Loop(self._crew, self._helpers.take, self.resolver)
         if bind_and_activate:
             try:
@@ -5269,6 +5476,8 @@ class Server(Acceptor):
 
     def server_bind(self):
         self.listeners = self.listeners or listening_sockets(self.server_address)
+        if not self.listeners:
+            raise ValueError('server_address: expected at least one address')
         for sock in self.listeners:
             sock.setblocking(False)
             self.addresses.append(local_address(sock))
@@ -5309,7 +5518,7 @@ class Server(Acceptor):
             thread.join()
 
     def server_close(self):
-        """Stop serving, close every connection, end every thread."""
+        """Stop serving, close every listener and connection, end every thread."""
         self.shutdown()
         for sock in self.listeners:
             sock.close()
@@ -5317,6 +5526,8 @@ class Server(Acceptor):
         self._helpers.stop()
         for loop in self.loops():
             loop.close()
+
+    stop = server_close                 # the end of what start() began
 
     # One client
 
@@ -6210,6 +6421,8 @@ def tls_context(certificate, key=None, client_ca=None):
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)       # since Python 3.7
     try:
+        for name in filter(None, (certificate, key, client_ca)):        # ssl would not say which
+            open(name, 'rb').close()
         name = key or certificate
         context.load_cert_chain(certificate, key)
         if client_ca:
@@ -6274,6 +6487,47 @@ class Notifier:
         self.tell('WATCHDOG=1')
         self._loop.timers.set(self, time.monotonic() + self.interval)
 
+    def close(self, outcome):
+        """Nothing to give back."""
+
+
+class Pulse(Notifier):
+    """A worker's: the time of its last sign of life, where its supervisor sees it."""
+
+    def __init__(self, memory, place, interval):
+        self._memory, self.place, self.interval = memory, place, interval
+        self.tell()
+
+    def tell(self, *_):
+        struct.pack_into('d', self._memory, 8 * self.place, time.monotonic())
+
+    def silence(self):
+        """Seconds since then."""
+        return time.monotonic() - struct.unpack_from('d', self._memory, 8 * self.place)[0]
+
+
+def has_terminal():
+    """Whether this process has a controlling terminal that is still there."""
+    try:
+        with open('/dev/tty', 'rb', 0) as terminal:
+            os.tcgetpgrp(terminal.fileno())
+        return True
+    except OSError:
+        return False
+
+
+class Terminal:
+    """That from which this process was started, if it should end with it; nohup and setsid say
+    that it should not."""
+
+    def __init__(self):
+        self._matters = (hasattr(signal, 'SIGHUP') and has_terminal()
+                         and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+
+    def is_gone(self):
+        """Whether it was closed, so that HUP is a request to end, not to reload."""
+        return self._matters and not has_terminal()
+
 
 class Lifeline:
     """As an item of a loop: has a server stop when the process at the other end is gone."""
@@ -6301,6 +6555,7 @@ class Service:
         self._notifier = notifier
         self._announce = announce
         self._stopping = False
+        self._terminal = Terminal()
 
     def run(self, lifeline=None):
         """Serve; `lifeline` is a descriptor that is readable when it is time to end."""
@@ -6331,8 +6586,10 @@ class Service:
         self._notifier.tell('STOPPING=1')
         self.server.drain(seconds)
 
-    def reload(self, *_):
-        self.server.loop.call(self.server, self._reload)
+    def reload(self, number, _):
+        if self._terminal.is_gone():
+            return self.stop(number, _)
+        self.server.loop.call(self._notifier, self._reload)
 
     def _reload(self):
         self._notifier.tell_reloading()
@@ -6345,7 +6602,7 @@ class Service:
         self._notifier.tell('READY=1')
 
     def show(self, *_):
-        self.server.loop.call(self.server, self._show)
+        self.server.loop.call(self._notifier, self._show)
 
     def _show(self):
         print(table(self.server), file=sys.stderr, flush=True)
@@ -6380,7 +6637,10 @@ class Supervisor:
         self._notifier = notifier
         self._announce = announce
         server.server_close()
-        self._started = {}              # by pid: when
+        self._started = {}              # by pid: when, and its `Pulse`
+        self._memory = mmap.mmap(-1, 8 * size)          # shared with the workers
+        self._looked = time.monotonic()
+        self._terminal = Terminal()
         self._due = 0.0                 # when the next one may be started
         self._pause = 0.1               # seconds until one that died early is replaced
         self._stopping = False
@@ -6407,10 +6667,13 @@ class Supervisor:
             signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
             self._take(signal.sigwait(self._signals))
             self._reap()
+            self._end_frozen()
             self._start_missing()
         self._notifier.tell('STOPPING=1')
 
     def _take(self, number):
+        if number == signal.SIGHUP and self._terminal.is_gone():
+            number = signal.SIGTERM
         if number in (signal.SIGINT, signal.SIGTERM):
             self._stopping = True
             for sock in self._listeners:
@@ -6425,7 +6688,7 @@ class Supervisor:
                 os.kill(pid, number)    # it is not reaped yet, so this is still its number
 
     def _reap(self):
-        for pid, started in list(self._started.items()):
+        for pid, (started, _) in list(self._started.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 del self._started[pid]
@@ -6433,21 +6696,44 @@ class Supervisor:
                 if not self._stopping:
                     log.error('worker %d ended with status %#x', pid, status)
                 if now - started < LONG_LIFE:
-                    self._due = now + self._pause
-                    self._pause = min(BACK_OFF, 2 * self._pause)
+                    self._back_off()
                 else:
                     self._pause = 0.1
+
+    def _back_off(self):
+        """Start the next one only after a pause, which grows."""
+        self._due = time.monotonic() + self._pause
+        self._pause = min(BACK_OFF, 2 * self._pause)
+
+    def _end_frozen(self):
+        """Kill workers that gave no sign of life for as long as systemd would wait for ours."""
+        now, patience = time.monotonic(), 2 * self._notifier.interval
+        were_stopped, self._looked = now - self._looked > patience, now     # all of us, that is
+        for pid, (_, pulse) in self._started.items() if patience else ():
+            if were_stopped:
+                pulse.tell()
+            elif pulse.silence() > patience:
+                log.error('worker %d does not answer', pid)
+                os.kill(pid, signal.SIGKILL)
+                pulse.tell()            # it is a while until it has ended
 
     def _start_missing(self):
         while len(self._started) < self._size and not self._stopping:
             if time.monotonic() < self._due:
                 return
-            pid = os.fork()
+            taken = {pulse.place for _, pulse in self._started.values()}
+            pulse = Pulse(self._memory, min(set(range(self._size)) - taken),
+                          self._notifier.interval / 2)
+            try:
+                pid = os.fork()
+            except OSError as error:    # no process, no memory: there may be again
+                log.error('cannot start a worker: %s', reason(error))
+                return self._back_off()
             if not pid:
-                self._be_worker()
-            self._started[pid] = time.monotonic()
+                self._be_worker(pulse)
+            self._started[pid] = time.monotonic(), pulse
 
-    def _be_worker(self):
+    def _be_worker(self, pulse):
         status = 1
         try:
             os.close(self._held)
@@ -6455,7 +6741,7 @@ class Supervisor:
             if settings.max_clients:
                 settings = settings._replace(max_clients=-(-settings.max_clients // self._size))
             server = Server((), settings, listeners=self._listeners)
-            Service(server, self._configure, Notifier({}), lambda: None).run(self._lifeline)
+            Service(server, self._configure, pulse, lambda: None).run(self._lifeline)
             status = 0
         except Exception:
             log.exception('this is a bug')
@@ -6543,12 +6829,13 @@ examples:
 
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
-  ALL_PROXY, NO_PROXY                   for a client: -x where none is given, and what to reach
-                                        without it
+  SOCKS_PROXY                           -x where none is given: URLs, separated by white space
+  ALL_PROXY, NO_PROXY                   the same for a client, and what to reach without it
 
 signals:
   TERM                                  stop, after --drain; a second one, or INT: at once
-  HUP                                   read users, rules and certificates anew; new log file
+  HUP                                   read users, rules, certificates and proxies anew; new log
+                                        file; when the terminal is gone, as TERM
   USR1                                  print whom we serve
 
 exit status:
@@ -6794,7 +7081,11 @@ OPTIONS = [
             help='send CONNECT through this proxy, repeatable: a chain, first hop first; '
                  'SCHEME://[USER:PASSWORD@]HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, '
                  'socks4, http, https, also with +tls, +gssapi or +unix (default: none; for '
-                 'the next three, that in ALL_PROXY)')),
+                 '--connect, --resolve and --run, that in ALL_PROXY); others on this machine can '
+                 'see a password, see SOCKS_PROXY below')),
+        (('--proxy-file',), dict(
+            metavar='FILE', help='read them from a file, one a line (default: those in '
+                                 'SOCKS_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
             help='do not serve: join stdin and stdout to a connection')),
@@ -6868,7 +7159,8 @@ def settings_from(args, environ):
         (read_users, args.users_file), (read_rules, args.rules_file),
         (tls_context, args.tls_cert, args.tls_key, args.tls_client_ca)])
     users.update(more_users or {})
-    settings = Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
+    settings = Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls,
+                               upstream=tuple(chain_from(args, environ))))
     for warning in warnings_about(settings):
         log.warning('%s', warning)
     return settings
@@ -6913,6 +7205,26 @@ def set_up_logging(args, environ):
     logging.basicConfig(level=level, handlers=[handler])
 
 
+def chain_from(args, environ):
+    """The proxies for CONNECT: those of -x, or of the file, or of SOCKS_PROXY."""
+    if args.upstream and args.proxy_file:
+        raise ValueError('-x, --proxy-file: expected one of them')
+    urls = [('SOCKS_PROXY', url) for url in environ.get('SOCKS_PROXY', '').split()]
+    if args.proxy_file:
+        urls = [(place, line.decode('utf-8', 'replace'))
+                for place, line in read_lines(args.proxy_file)]
+        warn_if_readable(args.proxy_file)
+        if not urls:
+            raise FileError(f'{args.proxy_file}: there are no proxies')
+    chain = [*args.upstream]
+    for place, url in () if chain else urls:
+        try:
+            chain.append(parse_proxy_url(url))
+        except (ValueError, GeneralProxyError) as error:
+            raise (FileError if args.proxy_file else ValueError)(f'{place}: {error}') from None
+    return hops(chain)
+
+
 def environment_hops(host=None):
     """The chain that the environment has for `host`; ValueError if it is wrong."""
     try:
@@ -6928,7 +7240,7 @@ def client_command(args):
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
-    chain = args.upstream or environment_hops(args.connect and host)
+    chain = chain_from(args, os.environ) or environment_hops(args.connect and host)
     until = after(args.connect_timeout)
     try:
         if args.resolve:
@@ -7019,7 +7331,7 @@ def main(argv=None):
     try:
         if args.run is None:
             return client_command(args) if tasks else serve(args)
-        program = program_runner(args.run, args.upstream or environment_hops())
+        program = program_runner(args.run, chain_from(args, os.environ) or environment_hops())
     except ValueError as error:
         parser.error(str(error))
     program()
@@ -7029,12 +7341,18 @@ def main(argv=None):
 def print_hash():
     """Read a password, and print its hash for a file of users."""
     password = b''
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    try:
         if sys.stdin and sys.stdin.isatty():
             from getpass import getpass
             password = os.fsencode(getpass('Password: '))
+            if password and os.fsencode(getpass('Again: ')) != password:
+                print('socks.py: the passwords differ', file=sys.stderr)
+                return 1
         elif sys.stdin:
             password = sys.stdin.buffer.readline().rstrip(b'\r\n')
+    except (EOFError, KeyboardInterrupt):       # somebody thought better of it
+        print(file=sys.stderr)
+        return 1
     if not 0 < len(password) < 256:
         print('socks.py: expected a password of 1 to 255 bytes', file=sys.stderr)
         return 1
@@ -7070,10 +7388,9 @@ def serve(args):
         for fault in faults:
             print(f'socks.py: {fault}', file=sys.stderr)
         return 1
-    if args.users:
-        log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
+    warn_of_shown_passwords(args)
     announce = functools.partial(announce_addresses, server.addresses,
-                                 0 in (port for _, port in addresses_of(args)))
+                                 0 in (port for _, port in addresses_of(args)), settings.upstream)
     if args.workers == 1:
         Service(server, configure, notifier, announce).run()
     else:
@@ -7093,11 +7410,20 @@ def check(settings, addresses):
     return 0 if print_at_once(summary + ': ok') else 1
 
 
-def announce_addresses(addresses, to_stdout):
+def warn_of_shown_passwords(args):
+    if args.users:
+        log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
+    if any(proxy.password for proxy in args.upstream):
+        log.warning('-x shows passwords to all users of this machine, SOCKS_PROXY does not')
+
+
+def announce_addresses(addresses, to_stdout, chain):
     for address in addresses:
         if to_stdout:
             print_at_once(f'listening on {address}')
         log.info('listening on %s', address)
+    if chain:
+        log.info('through %s', ', then '.join(proxy.place for proxy in chain))
 
 
 def addresses_of(args):

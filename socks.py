@@ -407,6 +407,9 @@ class Credentials(NamedTuple):
         return b''.join((bytes((1, len(self.username))), self.username,
                          bytes((len(self.password),)), self.password))
 
+    def __repr__(self):
+        return '<Credentials>'          # either may be a password, typed in the wrong place
+
     @classmethod
     def unpack(cls, read):
         version, length = read(2)
@@ -582,6 +585,10 @@ class HttpConnect(NamedTuple):
     address: Address
     credentials: bytes = b''            # NAME:PASSWORD (RFC 7617), if any
 
+    def __repr__(self):
+        secret = ' with credentials' if self.credentials else ''
+        return f'<HttpConnect {self.address}{secret}>'
+
     def pack(self):
         host = (self.address.host if ip_bytes(self.address.host)
                 else name_bytes(self.address.host).decode())
@@ -756,9 +763,21 @@ def canonical(address):
     return Address(name.decode(), port)
 
 
+is_word = re.compile('[!-~]+').fullmatch
+is_plain = re.compile('[ -~]*').fullmatch
+
+
 def shown(text):
-    """`text` from a stranger, fit for one word of a log line."""
-    return text if text and text.isprintable() and ' ' not in text else ascii(text)
+    """Untrusted text, escaped to stay one word of a log line, in ASCII.
+
+    Beyond ASCII there are letters that look like spaces, or like others.
+    """
+    return text if is_word(text) else ascii(text)
+
+
+def printable(text):
+    """Untrusted text, escaped to stay one line, in ASCII; it does nothing to a terminal."""
+    return text if is_plain(text) else text.encode('unicode_escape').decode('ascii')
 
 
 # What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
@@ -876,6 +895,14 @@ class Stream:
         self.surplus = b''
         self._asked = False             # what comes next answers us, so it is not there yet
 
+    @staticmethod
+    def lost(error):
+        """What to raise for an error of the socket: the peer is gone, as it is at an end.
+
+        Else it could not be told from an error on the way to the target.
+        """
+        return EOFError(reason(error))
+
     def _receive(self, flags=0):
         """Conversation: the bytes that come next."""
         while True:
@@ -886,6 +913,8 @@ class Stream:
                 break
             except BLOCKED:
                 self._asked = True
+            except OSError as error:
+                raise self.lost(error) from None
         self._asked = False
         if not data:
             raise EOFError(self.GONE)
@@ -927,11 +956,15 @@ class Stream:
             found = yield from ready([*sockets, *own], (), until)
             if self.waits not in found:
                 return
-            with contextlib.suppress(*BLOCKED):         # it may be a part of a layer's message
+            try:
                 data = self.sock.recv(self.SIZE)
-                if not data:
-                    raise EOFError(self.GONE)
-                self.surplus += data
+            except BLOCKED:             # it may be a part of a layer's message
+                continue
+            except OSError as error:
+                raise self.lost(error) from None
+            if not data:
+                raise EOFError(self.GONE)
+            self.surplus += data
 
     def write(self, message):
         """Conversation: send all of a message."""
@@ -941,6 +974,8 @@ class Stream:
                 data = data[self.sock.send(data):]
             except BLOCKED:
                 yield from ready((), [self.waits], self.until)
+            except OSError as error:
+                raise self.lost(error) from None
         self._asked = True
 
     def linger(self, until):
@@ -965,6 +1000,10 @@ class ExactStream(Stream):
     """
     GONE = 'Connection closed unexpectedly'
 
+    @staticmethod
+    def lost(error):
+        return error
+
     def read(self, unpack):
         while True:
             seen = yield from self.look()
@@ -986,28 +1025,65 @@ class Layer:
     After recv_into() nothing decrypted is left behind, so the socket's readiness tells all, and
     send() counts only what the socket took whole.  The subclass has recv_into() and _seal(data),
     which adds what stands for the first bytes of `data` to _cipher, and tells how many.
+
+    Theory of operation.  Three things may wait for the socket, and its owner must know which:
+
+    - The ciphertext of a send().  Some of it cannot be taken back, so send() raises
+      BlockingIOError until all of it is out, and the caller, who still holds the plaintext and
+      waits until the socket is writable, comes again with the same bytes; `_plain` is how many.
+    - What the protocol says of its own accord (an answer to a change of keys).  It goes out with
+      the next send or read.  Whoever asks for ever more of it and reads nothing is cut off at
+      LARGEST.
+    - The end.  After shutdown() nobody calls send() again, so `unsent` says that there is still
+      something to do: flush() when the socket is writable.
+
+    An error of the socket ends all three: what is held is dropped, and `unsent` is false.  What is
+    held counts in `held` of the loop that carries the layer.
     """
     RECORD = 1 << 15                    # more than the bytes of one record
+    LARGEST = 1 << 19                   # bytes that are held for the socket
 
     def __init__(self, sock):
         self._sock = sock
         self._cipher = b''              # made, but not taken by the socket
         self._plain = 0                 # bytes that it stands for
         self._ending = False            # our direction is to end when the socket took all
+        self._loop = None               # the loop in which it counts
+        self._counted = 0               # bytes
         self.fileno = sock.fileno
-        self.getsockopt = sock.getsockopt
+        self.getsockopt, self.setsockopt = sock.getsockopt, sock.setsockopt
         self.getsockname = sock.getsockname
+
+    def count_in(self, loop):
+        """Have what is held count in `loop`, or with None in no loop."""
+        if isinstance(self._sock, Layer):
+            self._sock.count_in(loop)
+        if self._loop:
+            self._loop.held -= self._counted
+        self._loop, self._counted = loop, 0
+        self._count()
+
+    def _count(self):
+        if self._loop:
+            self._loop.held += len(self._cipher) - self._counted
+            self._counted = len(self._cipher)
 
     def flush(self):
         """Whether the socket took all that there is for it."""
-        with contextlib.suppress(*BLOCKED):
-            while self._cipher:
-                self._cipher = self._cipher[self._sock.send(self._cipher):]
-        if self._ending and not self._cipher:
-            self._ending = False
-            self._sock.shutdown(socket.SHUT_WR)
-        elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
-            self._sock.flush()
+        try:
+            with contextlib.suppress(*BLOCKED):
+                while self._cipher:
+                    self._cipher = self._cipher[self._sock.send(self._cipher):]
+            if self._ending and not self._cipher:
+                self._ending = False
+                self._sock.shutdown(socket.SHUT_WR)
+            elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
+                self._sock.flush()
+        except OSError:
+            self._cipher, self._ending = b'', False
+            raise
+        finally:
+            self._count()
         return not self._cipher
 
     @property
@@ -1102,6 +1178,9 @@ class Secure(Layer):
                 except self._waits:
                     with contextlib.suppress(OSError):      # who takes no more may have said more
                         self.flush()
+                    if len(self._cipher) > self.LARGEST:
+                        raise OSError(errno.ENOBUFS, 'TLS: it asks for answers and reads none'
+                                      ) from None
                     if count:
                         return count
                     if fed:
@@ -2214,7 +2293,7 @@ class Loop:
         """An exception came out of `item`."""
         log.exception('%s: this is a bug', item.client and item.client.address)
         with contextlib.suppress(Exception):
-            item.close('failed')
+            item.close('failed: this is a bug')
 
     def ready(self, *_):
         """The waker is; the loop watches it as an item does its sockets."""
@@ -2437,15 +2516,52 @@ class Relay:
     def expire(self):
         """Close what is idle; come back when it may be."""
         patience = self.client and self.patience
-        if patience and self.moved + patience <= time.monotonic():
-            self.close('idle')
+        if patience and self.moved + patience <= time.monotonic() and not self.goes_on():
+            self.close(self.outcome_of_silence)
         elif patience:
             self.loop.timers.set(self, self.moved + patience)
+
+    outcome_of_silence = 'idle'
+
+    def goes_on(self):
+        """Whether something has moved after all, that the relay itself does not see."""
+        return False
 
     def leave(self):
         """Belong to no loop."""
         self.loop.timers.set(self, None)
         self.loop.items.pop(self, None)
+
+
+def seconds_since_sent(sock):
+    """How long ago the system sent data on a TCP socket; infinity where it does not tell."""
+    with contextlib.suppress(OSError):
+        if sys.platform == 'linux':
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+            return struct.unpack_from('=I', info, 44)[0] / 1000         # tcpi_last_data_sent, ms
+    return float('inf')
+
+
+# Of a half-closed connection: seconds until a silent peer is asked whether it lives, and between
+# questions.
+PROBES = [(getattr(socket, name), seconds) for name, seconds in (
+    ('TCP_KEEPIDLE', 30), ('TCP_KEEPALIVE', 30), ('TCP_KEEPINTVL', 15)) if hasattr(socket, name)]
+
+
+class Spill:
+    """In the place of a sink that takes no more, for what its source may still say."""
+
+    def __init__(self):
+        self._room = 4096               # bytes
+
+    def send(self, data):
+        self._room -= len(data)
+        if self._room < 0:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        return len(data)
+
+    def shutdown(self, _):
+        """As of a socket."""
 
 
 class Pipe:
@@ -2454,6 +2570,18 @@ class Pipe:
     hungry    waits for the source; holds nothing
     loaded    holds what the sink did not take, and waits for it; reads nothing meanwhile
     done      the source has ended, or the sink is gone
+
+    Theory of operation.  A tunnel has two sockets and two pipes, each the other's `twin`: the
+    source of one is the sink of the other.  So an event of a socket concerns both, and only the
+    pipe whose source it is watches it: for reading on its own behalf while it is hungry, for
+    writing on behalf of its twin while that is loaded.
+
+    A pipe ends in one of two ways.  end(): the source has said all, which is passed on; the twin
+    goes on.  lose(): the sink takes no more.  That alone is no fault.  A side that has ended has
+    often closed its socket, and refuses what the other still says to take its leave, as TLS does.
+    So the pipe reads on for a while, into a `Spill`, and if then its source ends too, both have
+    ended and the tunnel is done.  It is a fault if the source does not end (GRACE), has much more
+    to say, or if the sink's side had not ended before; then the tunnel ends by RST both ways.
     """
     # One read takes `size` bytes at most: more while the source fills it, because few large system
     # calls are what makes it fast; little at first and after the sink did not take all, and when
@@ -2501,7 +2629,7 @@ class Pipe:
         except BLOCKED:
             return
         except OSError as error:
-            return tunnel.close(reason(error), reset=True)
+            return tunnel.close(tunnel.fault_of(self.source, error))
         if not count:
             return self.end()
         tunnel.moved = loop.now
@@ -2538,8 +2666,10 @@ class Pipe:
                 return self.lose(error)
             self.tunnel.watch()
         elif getattr(self.sink, 'unsent', False):
-            with contextlib.suppress(OSError):
+            try:
                 self.sink.flush()
+            except OSError as error:
+                return self.lose(error)
             self.tunnel.watch()
 
     def keep(self, load):
@@ -2549,20 +2679,34 @@ class Pipe:
     def end(self):
         """The source has said all: tell the sink; the other direction goes on (half-close)."""
         self.done = True
-        if not self.twin.done:                  # else the tunnel's close says it
+        tunnel, twin = self.tunnel, self.twin
+        if not twin.done:                       # else the tunnel's close says it
+            tunnel.moved = tunnel.loop.now
             try:
                 self.sink.shutdown(socket.SHUT_WR)
+                for option, value in PROBES:    # each may be dead, and nothing would tell
+                    self.source.setsockopt(socket.IPPROTO_TCP, option, value)
+                    twin.source.setsockopt(socket.IPPROTO_TCP, option, value)
             except OSError:                     # gone, as the twin will notice
                 pass
-            self.tunnel.expire()                # it may have to end in time now
-        self.tunnel.watch()
+            tunnel.expire()                     # it may have to end in time now
+        tunnel.watch()
 
     def lose(self, error):
-        """The sink is gone.  What it sent before that is still to be read: the twin goes on."""
-        self.done = True
+        """The sink takes no more, see above; the twin goes on, to read what it sent before."""
+        tunnel = self.tunnel
         self.keep(b'')
-        self.tunnel.error = error
-        self.tunnel.watch()
+        fault = tunnel.fault_of(self.twin.source, error)
+        if isinstance(self.sink, Spill):
+            self.done, tunnel.fault = True, tunnel.lost
+        else:
+            # EPIPE: the end of the sink's side is there, if not read yet.
+            if not (self.twin.done or isinstance(error, BrokenPipeError)):
+                tunnel.fault = fault
+            self.sink, tunnel.lost = Spill(), fault
+            tunnel.moved = tunnel.loop.now
+            tunnel.expire()
+        tunnel.watch()
 
     def watch(self):
         """Have the loop watch the source for what this pipe and its twin wait for there."""
@@ -2580,21 +2724,42 @@ class Pipe:
 class Tunnel(Relay):
     """Two sockets, joined; owns both from its making on.
 
-    Ends when both directions are done, when a side resets (which is passed on as a reset), when
-    nothing has moved for too long, or with its loop.
+    Ends when both directions are done; and by RST both ways when a side resets, when nothing has
+    moved for too long, or with its loop, so that what was cut does not look complete.
     """
-    __slots__ = ('up', 'down', 'error')
+    GRACE = 0.5                         # seconds, see `Pipe`
+
+    __slots__ = ('up', 'down', 'lost', 'fault')
 
     def __init__(self, client, near, far, surplus=b''):
         super().__init__(client)
         self.up = Pipe(self, near, far, surplus)
         self.down = Pipe(self, far, near)
         self.up.twin, self.down.twin = self.down, self.up
-        self.error = None               # what took one side away
+        self.lost = None                # why one side takes no more
+        self.fault = None               # the same, if that is a fault
 
     @property
     def patience(self):
+        if self.lost and (self.up.done or self.down.done):
+            return self.GRACE
         return self.client.idle_timeout or self.up.done and self.client.linger
+
+    @property
+    def outcome_of_silence(self):
+        return self.lost or 'idle'
+
+    def goes_on(self):
+        """Whether one side took something of late that it was sent before."""
+        if not self.lost:
+            self.moved = max(self.moved, time.monotonic() - min(
+                seconds_since_sent(self.up.source), seconds_since_sent(self.down.source)))
+        return self.moved + self.patience > time.monotonic()
+
+    def fault_of(self, sock, error):
+        """The outcome for an error of one of the two sockets."""
+        side = 'client' if sock is self.up.source else 'target'
+        return f'{side}: {printable(reason(error))}'
 
     @property
     def traffic(self):
@@ -2605,6 +2770,9 @@ class Tunnel(Relay):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
         self.begin(loop)
         loop.held += len(self.up.load) + len(self.down.load)
+        for sock in (self.up.source, self.down.source):
+            if isinstance(sock, Layer):
+                sock.count_in(loop)
         loop.watch(self.up.source, near_events, near_events, self.up)
         self.up.events = near_events
         self.up.watch()
@@ -2624,29 +2792,29 @@ class Tunnel(Relay):
             if pipe.events:
                 self.loop.watch(pipe.source, pipe.events, 0, pipe)
                 pipe.events = 0
+            if isinstance(pipe.source, Layer):
+                pipe.source.count_in(None)
         self.loop.held -= len(self.up.load) + len(self.down.load)
 
     def watch(self):
-        if not (self.up.done and self.down.done):
+        if self.up.done and self.down.done:
+            self.close(self.fault or 'done')
+        else:
             self.up.watch()
             self.down.watch()
-        elif self.error:
-            self.close(reason(self.error), reset=True)
-        else:
-            self.close('done')
 
-    def close(self, outcome, reset=False):
-        """Close both sockets, by RST if asked to; only the first call counts."""
+    def close(self, outcome):
+        """Close both sockets, by RST unless all is done; only the first call counts."""
         client, self.client = self.client, None
         if not client:
             return
         self.leave()
         for pipe in (self.up, self.down):
             pipe.done, pipe.load = True, b''
-            if reset:
-                abort(pipe.source)
-            else:
+            if outcome == 'done':
                 pipe.source.close()
+            else:
+                abort(pipe.source)
         client.end(outcome, self.up.count, self.down.count)
 
 
@@ -2850,7 +3018,7 @@ class UdpRelay(Relay):
         except BLOCKED:
             return
         except OSError as error:
-            return self.close(reason(error))
+            return self.close(f'client: {reason(error)}')
         self.close('done')
 
     # From the client
@@ -3590,12 +3758,16 @@ class Client:
         return self.server.settings.idle_timeout
 
     def end(self, outcome, up=0, down=0):
-        """Write the client's line, if there is an outcome.
+        """Write the client's line; it is served no more.
 
         up and down are the bytes that came from the client and from the target.
         """
         self.server.client_ended(self, up, down)
-        if outcome and log.isEnabledFor(logging.INFO):
+        self.report(outcome, up, down)
+
+    def report(self, outcome, up=0, down=0):
+        """Write the client's line, with the time that it took up to here."""
+        if log.isEnabledFor(logging.INFO):
             log.info(self.line(outcome, up, down))
 
     def line(self, outcome, up, down):
@@ -3618,7 +3790,6 @@ class Login(socketserver.BaseRequestHandler):
         self.reached = None             # where, if a load balancer says so
         self.is_known = False           # and needs no password
         self.answer_form = None         # (reply, bound address) -> the message that says so now
-        self.outcome = None             # the end of the client's log line; None: no line
 
     def secure(self):
         """Go on inside of TLS; a client that shows a certificate is known by its name."""
@@ -3751,7 +3922,7 @@ class Negotiation(Login):
             relay = yield from self.handle()
         finally:
             if relay is None:
-                self.client.end(self.outcome)
+                self.server.client_ended(self.client, 0, 0)
         return relay
 
     def handle(self):
@@ -3763,14 +3934,14 @@ class Negotiation(Login):
             return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
             if self.answer_form or self.client.protocol != '-':
-                self.outcome = f'no request: {reason(error)}'
+                self.client.report(f'no request: {printable(reason(error))}')
             return None
         try:
             return (yield from self.command(request))
         except OSError as error:                # on the way to the target
             return (yield from self.refuse(error))
-        except EOFError as error:
-            self.outcome = reason(error)
+        except EOFError as error:               # the client's connection again
+            self.client.report(f'client: {printable(reason(error))}')
             return None
 
     def answer(self, reply, address=UNSPECIFIED):
@@ -3779,11 +3950,10 @@ class Negotiation(Login):
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
         is_ours = isinstance(error, ProxyError) and not error.socket_err        # not a proxy's
-        outcome = f'{"refused" if is_ours else "failed"}: {reason(error)}'
-        self.outcome = outcome if outcome.isprintable() else ascii(outcome)
+        self.client.report(f'{"refused" if is_ours else "failed"}: {printable(reason(error))}')
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.answer_form:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 yield from self.answer(reply_for(error), address)
                 yield from self.stream.linger(after(LINGER))
 
@@ -3989,8 +4159,8 @@ class Handler(Negotiation):
 
     def tell(self, address):
         """Answer with an address, which is all that was asked for."""
-        self.outcome = f'done, {address.host}'
         yield from self.answer(Reply.SUCCEEDED, address)
+        self.client.report(f'done, {address.host}')
         yield from self.stream.linger(after(LINGER))
 
     def own_address(self, peers=ZEROS):

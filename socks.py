@@ -1575,16 +1575,17 @@ def way_out(hosts, source):
     raise error
 
 
-def dial(addresses, until=None, source=()):
+def dial(addresses, until=None, source=(), note=None):
     """Conversation: a non-blocking socket connected to the first address to answer (RFC 8305 5).
 
     An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
-    the error that says most is raised, or the last one of those that say as much.
+    the error that says most is raised, or the last one of those that say as much.  note(text,
+    *args) is told of each attempt.
     """
-    racing, errors = [], []
+    racing, errors = {}, []
     try:
         winner = yield from race(deque(interleave(addresses)[:ATTEMPTS]), racing, errors, until,
-                                 source)
+                                 source, note)
     except socket.timeout as error:
         errors.append(error)
         winner = None
@@ -1596,29 +1597,36 @@ def dial(addresses, until=None, source=()):
     raise min(reversed(errors), key=lambda error: TELLING.get(reply_for(error), len(TELLING)))
 
 
-def race(waiting, racing, errors, until, source):
+def race(waiting, racing, errors, until, source, note):
     """Conversation: the first socket to be connected; None if none is.
 
-    Takes addresses from `waiting`; `racing` has the sockets that are under way, `errors` what
-    became of others.
+    Takes addresses from `waiting`; `racing` has the sockets that are under way and their addresses,
+    `errors` what became of others.
     """
     while waiting or racing:
         if waiting:
+            address = waiting.popleft()
+            if note:
+                note('dialling %s', address)
             try:
-                sock, connected = start_connect(waiting.popleft(), source)
+                sock, connected = start_connect(address, source)
             except OSError as error:
+                if note:
+                    note('%s: %s', address, reason(error))
                 errors.append(error)
                 continue
             if connected:
                 return sock
-            racing.append(sock)
-        for sock in (yield from ready((), racing, until, ATTEMPT_DELAY if waiting else None)):
-            racing.remove(sock)
+            racing[sock] = address
+        for sock in (yield from ready((), list(racing), until, ATTEMPT_DELAY if waiting else None)):
+            address = racing.pop(sock)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if not error:
                 return sock
             sock.close()
             errors.append(OSError(error, os.strerror(error)))
+            if note:
+                note('%s: %s', address, os.strerror(error))
     return None
 
 
@@ -3398,7 +3406,7 @@ def answer_http(stream):
             if not 200 <= code < 300 and code not in INTERIM:
                 note = ('; it may be that this proxy makes no tunnels (CONNECT)'
                         if code in (400, 403, 405) else '')
-                raise HTTPError(f'{code}: {phrase}{note}')
+                raise HTTPError(f'{code}: {printable(phrase)}{note}')
         elif not (yield from stream.read(http_line)):
             if code not in INTERIM:
                 return UNSPECIFIED
@@ -3710,7 +3718,7 @@ Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy.\r
 """
 
 
-METHOD_NAMES = {Method.NO_AUTHENTICATION: '00', Method.GSSAPI: '01, GSSAPI,',
+METHOD_NAMES = {Method.NO_AUTHENTICATION: '00, no authentication', Method.GSSAPI: '01, GSSAPI',
                 Method.USERNAME_PASSWORD: '02, a password'}
 
 
@@ -3790,6 +3798,11 @@ class Login(socketserver.BaseRequestHandler):
         self.reached = None             # where, if a load balancer says so
         self.is_known = False           # and needs no password
         self.answer_form = None         # (reply, bound address) -> the message that says so now
+        self.is_verbose = log.isEnabledFor(logging.DEBUG)       # else note() is not worth its call
+
+    def note(self, text, *args):
+        """Log a step."""
+        log.debug('%s: ' + text, self.client.address, *args)
 
     def secure(self):
         """Go on inside of TLS; a client that shows a certificate is known by its name."""
@@ -3823,8 +3836,9 @@ class Login(socketserver.BaseRequestHandler):
         for method in methods:
             if method in offered:
                 return method
-        raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
-                      + ' or '.join(METHOD_NAMES[method] for method in methods))
+        names = [METHOD_NAMES[method] for method in methods]
+        raise Refused(f'the client offered {", ".join("no " + name[4:] for name in names)}; methods '
+                      f'offered: {offered.hex() or "none"}, expected {" or ".join(names)}')
 
     def authenticate(self, credentials):
         """Raise Refused, but not at once, unless the credentials are right.
@@ -3833,16 +3847,18 @@ class Login(socketserver.BaseRequestHandler):
         """
         if not (self.needs_login and self.settings.users):
             return
-        self.client.user = shown(name_text(credentials.username))
         host, until = self.client.address.host, after(LOGIN_DELAY)
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(host):
             if (yield from authenticate(self.settings.users, credentials, self.stream.until,
                                         functools.partial(failures.too_many, host))):
+                self.client.user = shown(name_text(credentials.username))
                 return
             failures.note(host)
             why = 'wrong user name or password'
         yield Wait((), (), until)
+        if credentials.username in self.settings.users:     # any other may be a password
+            self.client.user = shown(name_text(credentials.username))
         raise Refused(why)
 
     def protect(self):
@@ -4001,6 +4017,9 @@ class Negotiation(Login):
         self.answer_form = lambda *_: Choice(Method.NO_ACCEPTABLE)
         greeting = yield from self.stream.read(Greeting.unpack)
         method = self.choose(greeting.methods)
+        if self.is_verbose:
+            self.note('SOCKS5, methods offered: %s, chosen: %s', greeting.methods.hex(),
+                      METHOD_NAMES[method])
         yield from self.stream.write(Choice(method))
         if method == Method.GSSAPI:
             yield from self.protect()
@@ -4031,7 +4050,9 @@ class Handler(Negotiation):
                                 reply=Reply.COMMAND_NOT_SUPPORTED)
         self.client.command = command
         self.client.target = shown(str(request.address))
-        log.debug('%s: %s', self.client.address, request)
+        if self.is_verbose:
+            self.note('%s %s %s, user %s', self.client.protocol, command.name, self.client.target,
+                      self.client.user)
         return method(request)
 
     def offered(self, command, is_socks4):
@@ -4053,9 +4074,8 @@ class Handler(Negotiation):
         if self.settings.upstream:
             return (yield from self.connect_through(request.address, until))
         addresses = yield from self.destinations(request.address, until)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
-        target = yield from dial(addresses, until, self.settings.source)
+        target = yield from dial(addresses, until, self.settings.source,
+                                 self.note if self.is_verbose else None)
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def join(self, target, bnd):
@@ -4072,8 +4092,12 @@ class Handler(Negotiation):
         settings, address = self.settings, self.permitted(address)
         if ip_bytes(address.host) is not None:
             self.server.authorize(self.client, address)
+        if self.is_verbose:
+            self.note('through %s', ', then '.join(map(str, settings.upstream)))
         target, bnd = yield from reach(
             settings.upstream, destination(address, settings.upstream), until, settings.source)
+        if self.is_verbose:
+            self.note('the last proxy connects from %s', shown(str(bnd)))
         if ip_bytes(bnd.host) is None:
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
@@ -4190,11 +4214,16 @@ class Handler(Negotiation):
         """The IP addresses behind `address` that this client may reach; at least one."""
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
-        for candidate in (yield from resolve(wanted, until)):
+        found = yield from resolve(wanted, until)
+        if name and self.is_verbose:
+            self.note('%s is %s', name, ', '.join(address.host for address in found))
+        for candidate in found:
             try:
                 self.server.authorize(self.client, candidate, name)
             except Refused as error:
                 refusal = error
+                if self.is_verbose:
+                    self.note('not allowed: %s', reason(error))
             else:
                 allowed.append(candidate)
         if not allowed:
@@ -4319,7 +4348,7 @@ class Helpers:
             with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
                 self._start()
         if self._threads and tunnel.client and tunnel.loop not in self._threads:
-            log.debug('%s: carries much', tunnel.client.address)
+            log.debug('%s: heavy traffic, goes on in another thread', tunnel.client.address)
             tunnel.move(min(self.loops, key=lambda loop: len(loop.items)))
 
     def _start(self):
@@ -4346,6 +4375,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
     """
     client = due = None                 # as an item of its loop; `due`: the end of a pause
     _accepting = _starving = _draining = False
+    _warned = float('-inf')             # when it was last that the server is full
 
     def _watch_listeners(self, accepting):
         if accepting != self._accepting:
@@ -4355,7 +4385,10 @@ class Acceptor(socketserver.ThreadingTCPServer):
 
     def ready(self, fd, _):
         listener = next(sock for sock in self.listeners if sock.fileno() == fd)
-        for _ in range(min(ACCEPT_BATCH, self._room())):
+        room = self._room()
+        if room <= 0:
+            self._warn()
+        for _ in range(min(ACCEPT_BATCH, room)):
             try:
                 request, client_address = listener.accept()
             except BLOCKED:
@@ -4385,6 +4418,13 @@ class Acceptor(socketserver.ThreadingTCPServer):
             log.warning('cannot accept clients: %s', reason(error))
         self._starving = True
 
+    def _warn(self):
+        """Say that clients wait, but once a minute is enough."""
+        if self.loop.now - self._warned >= 60:
+            self._warned = self.loop.now
+            log.warning('%d clients are served, more have to wait (--max-clients)',
+                        self.max_clients)
+
     def _room(self):
         """For how many more clients."""
         return self.max_clients - sum(
@@ -4413,6 +4453,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         self._draining = True
         for sock in self.listeners:
             sock.close()
+        log.info('draining %d clients, up to %g s', len(self.clients), seconds)
         self.loop.timers.set(self, self.loop.now + seconds)
         self._go_on()
 
@@ -6121,7 +6162,7 @@ def client_command(args):
     except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
         return 1
     except OSError as error:
-        print(f'socks.py: {Address(host, port) if port else host}: {reason(error)}',
+        print(printable(f'socks.py: {Address(host, port) if port else host}: {reason(error)}'),
               file=sys.stderr)
         return 1
     return 0

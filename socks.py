@@ -3744,6 +3744,10 @@ class Line(NamedTuple):
     def __str__(self):
         return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self
 
+    def entries(self):
+        """For JSON, a list of one object."""
+        return [dict(self._asdict(), client=str(self.client), seconds=round(self.seconds, 3))]
+
 
 class Client:
     """What is known of one client, from accept to the log line at its end."""
@@ -5597,7 +5601,6 @@ class Service:
 
     def _reload(self):
         self._notifier.tell_reloading()
-        reopen_log()
         try:
             self.server.reconfigure(self._configure())
             log.info('reloaded')
@@ -5609,21 +5612,47 @@ class Service:
         self.server.loop.call(self.server, self._show)
 
     def _show(self):
-        print(table(self.server), file=sys.stderr, flush=True)
+        """In a thread, because many clients make a long table."""
+        threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
+
+    def _log_table(self):
+        record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
+        log.handle(record)              # whatever the level is: it was asked for
 
 
-def table(server):
-    """All that is served now, a line each, and what was before."""
-    items = [item for loop in server.loops() for item in list(loop.items) if item.client]
-    lines = [item.client.line('', *item.traffic) for item in items if item.client]
-    rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
-    rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
-             for line in sorted(lines, key=lambda line: -line.seconds)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    roster = server.roster
-    return '\n'.join([f'process {os.getpid()}: {len(lines)} clients now, {roster.ended} before, '
-                      f'with {roster.up} bytes up and {roster.down} down'] + [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows])
+class Table(NamedTuple):
+    """All that a server serves now, a `Line` each, and what it did before."""
+    limit: int                          # of clients at once; 0: none
+    lines: Sequence[Line]
+    ended: int
+    up: int
+    down: int
+
+    @classmethod
+    def of(cls, server):
+        items = [item for loop in server.loops() for item in list(loop.items) if item.client]
+        pairs = [(item, item.client) for item in items]
+        lines = [client.line('open', *item.traffic) for item, client in pairs if client]
+        roster = server.roster
+        return cls(server.settings.max_clients, sorted(lines, key=lambda line: -line.seconds),
+                   roster.ended, roster.up, roster.down)
+
+    def __str__(self):
+        number = f'{len(self.lines)} of {self.limit}' if self.limit else len(self.lines)
+        rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
+        rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
+                 for line in self.lines]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return '\n'.join([f'process {os.getpid()}: {number} clients now, {self.ended} before, '
+                          f'with {self.up} bytes up and {self.down} down'] + [
+            '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in rows])
+
+    def entries(self):
+        """For JSON: an object about the process, and one for each client."""
+        about = dict(process=os.getpid(), clients=len(self.lines), limit=self.limit,
+                     before=self.ended, up=self.up, down=self.down)
+        return [about] + [entry for line in self.lines for entry in line.entries()]
 
 
 class Supervisor:
@@ -5678,7 +5707,6 @@ class Supervisor:
                 sock.close()
         elif number == signal.SIGHUP:
             # For workers to come; those that there are say what is wrong with the new settings.
-            reopen_log()
             with contextlib.suppress(ValueError, OSError):
                 self._settings = self._configure()
         if number not in (signal.SIGCHLD, signal.SIGALRM):
@@ -5725,69 +5753,204 @@ class Supervisor:
             os._exit(status)
 
 
-class LogFile(logging.FileHandler):
-    """A file to append to; that it cannot be written to, for a time, is no reason to stop."""
-    is_moved = False                    # so the next line begins a new one
+class LogWriter(logging.Handler):
+    """Writes the log to a file, or to stderr, in a thread of its own, so that logging never waits.
 
-    def emit(self, record):
+    What comes while the thread is at work, or pauses, goes out together.  What the file does not
+    take is queued, LIMIT lines at most; the number of those lost beyond is one line, as soon as it
+    takes more.  After an error, which stderr is told once, the same is tried again.  A file that
+    was moved away is begun anew.
+    """
+    LIMIT = 10000                       # lines
+    CHUNK = getattr(select, 'PIPE_BUF', 512)    # bytes that others' lines never come between
+    PAUSE = 0.05                        # seconds between two rounds of writing
+    RETRY = 1.0                         # seconds from an error to the next try
+    PATIENCE = 1.0                      # seconds for what is still queued at the end
+
+    def __init__(self, path=None):
+        """`path` names a file, None stands for stderr; OSError if it cannot be opened."""
+        super().__init__()
+        self._path = path
+        self._file = None
+        self._process = None            # that the thread is in
+        self._error = None              # the one that was told last
+        self._hurry = self._ended = False
+        self._lines = deque()
         try:
-            if self.is_moved:
-                old, self.stream = self.stream, self._open()
-                self.is_moved = False
-                old.close()
-        except OSError:
-            self.handleError(record)
-        super().emit(record)
+            self._open()
+        except OSError as error:
+            if error.errno != errno.ENXIO:      # a fifo that has no reader yet
+                raise
 
-    def handleError(self, record):
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif sys.stderr:
-            with contextlib.suppress(OSError):
-                print(f'socks.py: {self.baseFilename}: {reason(error)}: {self.format(record)}',
-                      file=sys.stderr, flush=True)
+    def handle(self, record):
+        """Queue the record.  There is no lock that whoever writes could hold."""
+        if self._process != os.getpid():
+            self._begin()
+        if len(self._lines) < self.LIMIT:
+            self._lines.append(self.format(record).encode('ascii', 'backslashreplace') + b'\n')
+        else:
+            self._lost += 1
+        if self._is_idle:
+            self._is_idle = False
+            with contextlib.suppress(RuntimeError):     # another thread has done it just now
+                self._wake.release()
+
+    def _begin(self):
+        """Have a thread in this process; what a fork has got in the queue is its parent's."""
+        with self.lock:
+            if self._process == os.getpid():            # another thread came first
+                return
+            if self._process:
+                self._lines.clear()
+            self._process, self._lost, self._is_idle = None, 0, False
+            self._wake = threading.Lock()               # held while there is nothing to do
+            self._wake.acquire()
+            self._thread = threading.Thread(target=self._work, name='socks-log', daemon=True)
+            with contextlib.suppress(RuntimeError), signals_blocked():  # no thread: the next time
+                self._thread.start()
+                self._process = os.getpid()
+
+    def _work(self):
+        told = 0
+        while not self._ended:
+            self._is_idle = True        # before the look at the queue: handle() may come between
+            if not self._lines:
+                self._wake.acquire()
+            self._is_idle = False
+            while self._lines:
+                self._write(self._chunk())
+            lost = self._lost - told
+            if lost:
+                told += lost
+                record = log.makeRecord(log.name, logging.WARNING, '', 0,
+                                        '%d lines of the log were lost here', (lost,), None)
+                self._write(self.format(record).encode() + b'\n')
+            if not self._hurry:
+                time.sleep(self.PAUSE)
+
+    def _chunk(self):
+        """The next lines, as many as a pipe takes in one piece."""
+        lines = [self._lines.popleft()]
+        room = self.CHUNK - len(lines[0])
+        while self._lines and len(self._lines[0]) <= room:
+            lines.append(self._lines.popleft())
+            room -= len(lines[-1])
+        return b''.join(lines)
+
+    def _write(self, data):
+        while data:
+            try:
+                self._open()
+                count = self._file.write(data)
+                if count:
+                    data, self._error = data[count:], None
+                else:                   # whoever shares it has made it non-blocking, or it is a fifo
+                    poll((), [self._file], after(self.RETRY))
+            except OSError as error:
+                self._tell(error)
+                time.sleep(self.RETRY)
+
+    def _open(self):
+        """Open the file if that is not done, or if it was moved."""
+        if self._path is None:
+            self._file = self._file or open(sys.stderr.fileno(), 'wb', 0, closefd=False)
+            return
+        if self._file:
+            there = os.fstat(self._file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(there, os.stat(self._path)):
+                    return
+        file = open(self._path, 'ab', 0, opener=lambda path, flags: os.open(
+            path, flags | getattr(os, 'O_NONBLOCK', 0), 0o666))
+        old, self._file = self._file, file
+        if old:
+            old.close()
+
+    def _tell(self, error):
+        if error.errno != self._error and self._path and sys.stderr:
+            self._error = error.errno
+            with contextlib.suppress(OSError, ValueError):
+                if os.name != 'posix' or poll((), [sys.stderr], time.monotonic()):
+                    print(f'socks.py: {self._path}: {reason(error)}: lines of the log have to wait',
+                          file=sys.stderr, flush=True)
+
+    def flush(self):
+        """Wait until all is written, but PATIENCE seconds at most: there may be no reader."""
+        if self._process == os.getpid() and not self._hurry:
+            self._hurry = True
+            until = after(self.PATIENCE)
+            while (self._lines or not self._is_idle) and time.monotonic() < until:
+                time.sleep(0.005)
+
+    def close(self):
+        self.flush()
+        if self._process == os.getpid() and self._is_idle:
+            self._ended = True
+            with contextlib.suppress(RuntimeError):
+                self._wake.release()
+            self._thread.join()
+        if self._file and (self._ended or not self._process):
+            self._file.close()
+        super().close()
 
 
-def reopen_log():
-    """Go on in a new file, in case that the log's was moved away."""
-    for handler in logging.getLogger().handlers:
-        handler.is_moved = True         # means something to a `LogFile`
+@contextlib.contextmanager
+def signals_blocked():
+    """What starts a thread that must take no signal, as it has this from who starts it."""
+    if not hasattr(signal, 'pthread_sigmask'):          # Windows
+        yield
+        return
+    signals = getattr(signal, 'valid_signals', lambda: range(1, signal.NSIG))     # Python 3.8
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TextFormatter(logging.Formatter):
-    """A record as one line of text: time, unless whoever reads it has one, level, message."""
+    """A record as a line of text: time, unless whoever reads it has one, level, message.
+
+    A table has several; those of a traceback are indented, so that none can be taken for another
+    record.
+    """
 
     def __init__(self, has_time):
         super().__init__()
         self._has_time = has_time
-        self._second = self._text = None
+        self._second = None, ''         # one, and its text, which is made once
 
-    def formatMessage(self, record):
-        line = f'{record.levelname} {record.message}'
-        if not self._has_time:
-            return line
-        second = int(record.created)
-        if second != self._second:              # its text is made once
-            self._second = second
-            self._text = time.strftime(self.default_time_format, time.localtime(second))
-        return '%s,%03d %s' % (self._text, record.msecs, line)
+    def format(self, record):
+        head = f'{record.levelname} '
+        if self._has_time:
+            second, text = self._second
+            if second != int(record.created):
+                second = int(record.created)
+                text = time.strftime(self.default_time_format, time.localtime(second))
+                self._second = second, text
+            head = '%s,%03d %s' % (text, record.msecs, head)
+        message = record.getMessage()
+        lines = message.split('\n') if isinstance(record.msg, Table) else [printable(message)]
+        lines = [head + line for line in lines]
+        if record.exc_info:
+            trace = self.formatException(record.exc_info)
+            lines += ['  ' + printable(line) for line in trace.splitlines()]
+        return '\n'.join(lines)
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; a client's `Line` with its fields."""
+    """A record as a line of JSON, a client's `Line` with its fields; a `Table` as several."""
 
     def format(self, record):
         import json
-        entry = {'time': round(record.created, 3), 'level': record.levelname}
-        if isinstance(record.msg, Line):
-            entry.update(record.msg._asdict(), client=str(record.msg.client),
-                         seconds=round(record.msg.seconds, 3))
+        about = {'time': round(record.created, 3), 'level': record.levelname}
+        if isinstance(record.msg, (Line, Table)):
+            entries = record.msg.entries()
         else:
-            entry['message'] = record.getMessage()
+            entries = [{'message': record.getMessage()}]
         if record.exc_info:
-            entry['traceback'] = self.formatException(record.exc_info)
-        return json.dumps(entry)
+            about['traceback'] = self.formatException(record.exc_info)
+        return '\n'.join(json.dumps(dict(about, **entry)) for entry in entries)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -6121,12 +6284,14 @@ def raise_descriptor_limit(wanted=65536):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def set_up_logging(args, environ):
+def set_up_logging(args, environ, serves):
     """OSError if the log file cannot be opened."""
+    handler = logging.StreamHandler()
     if args.log_file and not args.check:
-        handler = LogFile(args.log_file, encoding='utf-8')
-    else:
-        handler = logging.StreamHandler()
+        handler = LogWriter(args.log_file)
+    elif serves:
+        with contextlib.suppress(OSError, AttributeError):      # stderr is closed, or replaced
+            handler = LogWriter()
     is_journal = 'JOURNAL_STREAM' in environ and not args.log_file      # which has a time
     handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
                          TextFormatter(has_time=not is_journal))
@@ -6225,14 +6390,14 @@ def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     try:
-        set_up_logging(args, os.environ)
+        set_up_logging(args, os.environ, not (tasks or args.check))
     except OSError as error:
         print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
         return 1
     if args.hash_password:
         return print_hash()
-    tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     if len(tasks) + args.check > 1:
         parser.error('--check, --connect, --resolve, --run: expected one of them')
     try:

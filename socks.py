@@ -1129,6 +1129,7 @@ class Secure(Layer):
         self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._ended = False             # the socket has said all
+        self._failure = None            # it took no more while it was read
 
     def handshake(self, until):
         """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
@@ -1176,8 +1177,10 @@ class Secure(Layer):
                         break
                     count += more
                 except self._waits:
-                    with contextlib.suppress(OSError):      # who takes no more may have said more
+                    try:
                         self.flush()
+                    except OSError as error:    # who takes no more may have said more
+                        self._failure = self._failure or error
                     if len(self._cipher) > self.LARGEST:
                         raise OSError(errno.ENOBUFS, 'TLS: it asks for answers and reads none'
                                       ) from None
@@ -1188,6 +1191,8 @@ class Secure(Layer):
                     self._feed(min(size, len(buffer) - self.RECORD))
                     fed = True
                     if self._ended:     # TLS was not told, which concerns this direction only
+                        if isinstance(self._failure, ConnectionResetError):
+                            raise self._failure from None       # that was told once, and is no end
                         break
         except self._closed:
             pass
@@ -3718,8 +3723,8 @@ Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy.\r
 """
 
 
-METHOD_NAMES = {Method.NO_AUTHENTICATION: '00, no authentication', Method.GSSAPI: '01, GSSAPI',
-                Method.USERNAME_PASSWORD: '02, a password'}
+METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
+                Method.GSSAPI: 'GSSAPI', Method.USERNAME_PASSWORD: 'password'}
 
 
 class HttpPage(NamedTuple):
@@ -3840,9 +3845,10 @@ class Login(socketserver.BaseRequestHandler):
         for method in methods:
             if method in offered:
                 return method
-        names = [METHOD_NAMES[method] for method in methods]
-        raise Refused(f'the client offered {", ".join("no " + name[4:] for name in names)}; methods '
-                      f'offered: {offered.hex() or "none"}, expected {" or ".join(names)}')
+        missing = ' and '.join(f'no {METHOD_NAMES[method]}' for method in methods)
+        expected = ' or '.join(f'{method:02x}' for method in methods)
+        raise Refused(f'the client offered {missing}; methods offered: {offered.hex() or "none"}, '
+                      f'expected {expected}')
 
     def authenticate(self, credentials):
         """Raise Refused, but not at once, unless the credentials are right.
@@ -4022,8 +4028,8 @@ class Negotiation(Login):
         greeting = yield from self.stream.read(Greeting.unpack)
         method = self.choose(greeting.methods)
         if self.is_verbose:
-            self.note('SOCKS5, methods offered: %s, chosen: %s', greeting.methods.hex(),
-                      METHOD_NAMES[method])
+            self.note('SOCKS5, methods offered: %s, chosen: %02x, %s', greeting.methods.hex(),
+                      method, METHOD_NAMES[method])
         yield from self.stream.write(Choice(method))
         if method == Method.GSSAPI:
             yield from self.protect()

@@ -5850,7 +5850,7 @@ class LogWriter(logging.Handler):
                 count = self._file.write(data)
                 if count:
                     data, self._error = data[count:], None
-                else:                   # whoever shares it has made it non-blocking, or it is a fifo
+                else:                   # it is non-blocking: a fifo, or whoever shares it did so
                     poll((), [self._file], after(self.RETRY))
             except OSError as error:
                 self._tell(error)
@@ -5978,8 +5978,8 @@ environment:
 
 signals:
   TERM                                  stop, after --drain; a second one, or INT: at once
-  HUP                                   read users, rules and certificates anew; new log file
-  USR1                                  print whom we serve
+  HUP                                   read users, rules and certificates anew
+  USR1                                  log a table of the clients that are served
 
 exit status:
   0 stopped by a signal, 1 cannot start, 2 wrong usage; of --run, that of the program
@@ -6225,8 +6225,9 @@ OPTIONS = [
         (('-v', '--verbose'), dict(action='store_true', help='log every step')),
         (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
         (('--log-file',), dict(
-            metavar='FILE', help='append to a file; after it is moved, HUP begins another '
-                                 '(default: stderr)')),
+            metavar='FILE',
+            help='append to a file, or write to a fifo; a file that is moved away is begun anew '
+                 '(default: stderr)')),
         (('--log-format',), dict(
             choices=('text', 'json'), default='text', help='(default: %(default)s)')),
         (('-V', '--version'), dict(action='version', version=f'socks.py {__version__}'))]),

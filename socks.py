@@ -453,6 +453,9 @@ class Credentials(NamedTuple):
         return b''.join((bytes((1, len(self.username))), self.username,
                          bytes((len(self.password),)), self.password))
 
+    def __repr__(self):
+        return '<Credentials>'          # either may be a password, typed in the wrong place
+
     @classmethod
     def unpack(cls, read):
         version, length = read(2)
@@ -624,6 +627,10 @@ class HttpConnect(NamedTuple):
     """A request for a tunnel to an HTTP proxy (RFC 9110 section 9.3.6)."""
     address: Address
     credentials: bytes = b''            # NAME:PASSWORD (RFC 7617), if any
+
+    def __repr__(self):
+        secret = ' with credentials' if self.credentials else ''
+        return f'<HttpConnect {self.address}{secret}>'
 
     def pack(self):
         host = (self.address.host if ip_bytes(self.address.host)
@@ -863,9 +870,21 @@ def absolute(address):
     return Address(host + '.', port) if is_name and address.host.endswith(FULL_STOPS) else plain
 
 
+is_word = re.compile('[!-~]+').fullmatch
+is_plain = re.compile('[ -~]*').fullmatch
+
+
 def shown(text):
-    """`text` from a stranger, fit for one word of a log line."""
-    return text if text and text.isprintable() and ' ' not in text else ascii(text)
+    """Untrusted text, escaped to stay one word of a log line, in ASCII.
+
+    Beyond ASCII there are letters that look like spaces, or like others.
+    """
+    return text if is_word(text) else ascii(text)
+
+
+def printable(text):
+    """Untrusted text, escaped to stay one line, in ASCII; it does nothing to a terminal."""
+    return text if is_plain(text) else text.encode('unicode_escape').decode('ascii')
 
 
 # What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
@@ -1019,6 +1038,14 @@ class Stream:
         self.surplus = b''
         self._asked = False             # what comes next answers us, so it is not there yet
 
+    @staticmethod
+    def lost(error):
+        """What to raise for an error of the socket: the peer is gone, as it is at an end.
+
+        Else it could not be told from an error on the way to the target.
+        """
+        return EOFError(reason(error))
+
     def _receive(self, flags=0):
         """Conversation: the bytes that come next."""
         while True:
@@ -1029,6 +1056,8 @@ class Stream:
                 break
             except BLOCKED:
                 self._asked = True
+            except OSError as error:
+                raise self.lost(error) from None
         self._asked = False
         if not data:
             raise EOFError(self.GONE)
@@ -1070,11 +1099,15 @@ class Stream:
             found = yield from ready([*sockets, *own], (), until)
             if self.waits not in found:
                 return
-            with contextlib.suppress(*BLOCKED):         # it may be a part of a layer's message
+            try:
                 data = self.sock.recv(self.SIZE)
-                if not data:
-                    raise EOFError(self.GONE)
-                self.surplus += data
+            except BLOCKED:             # it may be a part of a layer's message
+                continue
+            except OSError as error:
+                raise self.lost(error) from None
+            if not data:
+                raise EOFError(self.GONE)
+            self.surplus += data
 
     def write(self, message):
         """Conversation: send all of a message."""
@@ -1084,6 +1117,8 @@ class Stream:
                 data = data[self.sock.send(data):]
             except BLOCKED:
                 yield from ready((), [self.waits], self.until)
+            except OSError as error:
+                raise self.lost(error) from None
         self._asked = True
 
     def linger(self, until):
@@ -1108,6 +1143,10 @@ class ExactStream(Stream):
     """
     GONE = 'Connection closed unexpectedly'
 
+    @staticmethod
+    def lost(error):
+        return error
+
     def read(self, unpack):
         while True:
             seen = yield from self.look()
@@ -1129,28 +1168,65 @@ class Layer:
     After recv_into() nothing decrypted is left behind, so the socket's readiness tells all, and
     send() counts only what the socket took whole.  The subclass has recv_into() and _seal(data),
     which adds what stands for the first bytes of `data` to _cipher, and tells how many.
+
+    Theory of operation.  Three things may wait for the socket, and its owner must know which:
+
+    - The ciphertext of a send().  Some of it cannot be taken back, so send() raises
+      BlockingIOError until all of it is out, and the caller, who still holds the plaintext and
+      waits until the socket is writable, comes again with the same bytes; `_plain` is how many.
+    - What the protocol says of its own accord (an answer to a change of keys).  It goes out with
+      the next send or read.  Whoever asks for ever more of it and reads nothing is cut off at
+      LARGEST.
+    - The end.  After shutdown() nobody calls send() again, so `unsent` says that there is still
+      something to do: flush() when the socket is writable.
+
+    An error of the socket ends all three: what is held is dropped, and `unsent` is false.  What is
+    held counts in `held` of the loop that carries the layer.
     """
     RECORD = 1 << 15                    # more than the bytes of one record
+    LARGEST = 1 << 19                   # bytes that are held for the socket
 
     def __init__(self, sock):
         self._sock = sock
         self._cipher = b''              # made, but not taken by the socket
         self._plain = 0                 # bytes that it stands for
         self._ending = False            # our direction is to end when the socket took all
+        self._loop = None               # the loop in which it counts
+        self._counted = 0               # bytes
         self.fileno = sock.fileno
-        self.getsockopt = sock.getsockopt
+        self.getsockopt, self.setsockopt = sock.getsockopt, sock.setsockopt
         self.getsockname = sock.getsockname
+
+    def count_in(self, loop):
+        """Have what is held count in `loop`, or with None in no loop."""
+        if isinstance(self._sock, Layer):
+            self._sock.count_in(loop)
+        if self._loop:
+            self._loop.held -= self._counted
+        self._loop, self._counted = loop, 0
+        self._count()
+
+    def _count(self):
+        if self._loop:
+            self._loop.held += len(self._cipher) - self._counted
+            self._counted = len(self._cipher)
 
     def flush(self):
         """Whether the socket took all that there is for it."""
-        with contextlib.suppress(*BLOCKED):
-            while self._cipher:
-                self._cipher = self._cipher[self._sock.send(self._cipher):]
-        if self._ending and not self._cipher:
-            self._ending = False
-            self._sock.shutdown(socket.SHUT_WR)
-        elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
-            self._sock.flush()
+        try:
+            with contextlib.suppress(*BLOCKED):
+                while self._cipher:
+                    self._cipher = self._cipher[self._sock.send(self._cipher):]
+            if self._ending and not self._cipher:
+                self._ending = False
+                self._sock.shutdown(socket.SHUT_WR)
+            elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
+                self._sock.flush()
+        except OSError:
+            self._cipher, self._ending = b'', False
+            raise
+        finally:
+            self._count()
         return not self._cipher
 
     @property
@@ -1200,6 +1276,7 @@ class Secure(Layer):
         self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._ended = False             # the socket has said all
+        self._failure = None            # it took no more while it was read
 
     def handshake(self, until):
         """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
@@ -1266,8 +1343,13 @@ class Secure(Layer):
                         break
                     count += more
                 except self._waits:
-                    with contextlib.suppress(OSError):      # who takes no more may have said more
+                    try:
                         self.flush()
+                    except OSError as error:    # who takes no more may have said more
+                        self._failure = self._failure or error
+                    if len(self._cipher) > self.LARGEST:
+                        raise OSError(errno.ENOBUFS, 'TLS: it asks for answers and reads none'
+                                      ) from None
                     if count:
                         return count
                     if fed:
@@ -1275,6 +1357,8 @@ class Secure(Layer):
                     self._feed(min(size, len(buffer) - self.RECORD))
                     fed = True
                     if self._ended:     # TLS was not told, which concerns this direction only
+                        if isinstance(self._failure, ConnectionResetError):
+                            raise self._failure from None       # that was told once, and is no end
                         break
         except self._closed:
             pass
@@ -1687,16 +1771,17 @@ def way_out(hosts, source):
     raise error
 
 
-def dial(addresses, until=None, source=()):
+def dial(addresses, until=None, source=(), note=None):
     """Conversation: a non-blocking socket connected to the first address to answer (RFC 8305 5).
 
     An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
-    the error that says most is raised, or the last one of those that say as much.
+    the error that says most is raised, or the last one of those that say as much.  note(text,
+    *args) is told of each attempt.
     """
-    racing, errors = [], []
+    racing, errors = {}, []
     try:
         winner = yield from race(deque(interleave(addresses)[:ATTEMPTS]), racing, errors, until,
-                                 source)
+                                 source, note)
     except socket.timeout as error:
         errors.append(error)
         winner = None
@@ -1708,29 +1793,36 @@ def dial(addresses, until=None, source=()):
     raise min(reversed(errors), key=lambda error: TELLING.get(reply_for(error), len(TELLING)))
 
 
-def race(waiting, racing, errors, until, source):
+def race(waiting, racing, errors, until, source, note):
     """Conversation: the first socket to be connected; None if none is.
 
-    Takes addresses from `waiting`; `racing` has the sockets that are under way, `errors` what
-    became of others.
+    Takes addresses from `waiting`; `racing` has the sockets that are under way and their addresses,
+    `errors` what became of others.
     """
     while waiting or racing:
         if waiting:
+            address = waiting.popleft()
+            if note:
+                note('dialling %s', address)
             try:
-                sock, connected = start_connect(waiting.popleft(), source)
+                sock, connected = start_connect(address, source)
             except OSError as error:
+                if note:
+                    note('%s: %s', address, reason(error))
                 errors.append(error)
                 continue
             if connected:
                 return sock
-            racing.append(sock)
-        for sock in (yield from ready((), racing, until, ATTEMPT_DELAY if waiting else None)):
-            racing.remove(sock)
+            racing[sock] = address
+        for sock in (yield from ready((), list(racing), until, ATTEMPT_DELAY if waiting else None)):
+            address = racing.pop(sock)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if not error:
                 return sock
             sock.close()
             errors.append(OSError(error, os.strerror(error)))
+            if note:
+                note('%s: %s', address, os.strerror(error))
     return None
 
 
@@ -2715,7 +2807,7 @@ class Loop:
         """An exception came out of `item`."""
         log.exception('%s: this is a bug', item.client and item.client.address)
         with contextlib.suppress(Exception):
-            item.close('failed')
+            item.close('failed: this is a bug')
 
     def ready(self, *_):
         """The waker is; the loop watches it as an item does its sockets."""
@@ -3273,15 +3365,52 @@ class Relay:
     def expire(self):
         """Close what is idle; come back when it may be."""
         patience = self.client and self.patience
-        if patience and self.moved + patience <= time.monotonic():
-            self.close('idle')
+        if patience and self.moved + patience <= time.monotonic() and not self.goes_on():
+            self.close(self.outcome_of_silence)
         elif patience:
             self.loop.timers.set(self, self.moved + patience)
+
+    outcome_of_silence = 'idle'
+
+    def goes_on(self):
+        """Whether something has moved after all, that the relay itself does not see."""
+        return False
 
     def leave(self):
         """Belong to no loop."""
         self.loop.timers.set(self, None)
         self.loop.items.pop(self, None)
+
+
+def seconds_since_sent(sock):
+    """How long ago the system sent data on a TCP socket; infinity where it does not tell."""
+    with contextlib.suppress(OSError):
+        if sys.platform == 'linux':
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+            return struct.unpack_from('=I', info, 44)[0] / 1000         # tcpi_last_data_sent, ms
+    return float('inf')
+
+
+# Of a half-closed connection: seconds until a silent peer is asked whether it lives, and between
+# questions.
+PROBES = [(getattr(socket, name), seconds) for name, seconds in (
+    ('TCP_KEEPIDLE', 30), ('TCP_KEEPALIVE', 30), ('TCP_KEEPINTVL', 15)) if hasattr(socket, name)]
+
+
+class Spill:
+    """In the place of a sink that takes no more, for what its source may still say."""
+
+    def __init__(self):
+        self._room = 4096               # bytes
+
+    def send(self, data):
+        self._room -= len(data)
+        if self._room < 0:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        return len(data)
+
+    def shutdown(self, _):
+        """As of a socket."""
 
 
 class Pipe:
@@ -3290,6 +3419,18 @@ class Pipe:
     hungry    waits for the source; holds nothing
     loaded    holds what the sink did not take, and waits for it; reads nothing meanwhile
     done      the source has ended, or the sink is gone
+
+    Theory of operation.  A tunnel has two sockets and two pipes, each the other's `twin`: the
+    source of one is the sink of the other.  So an event of a socket concerns both, and only the
+    pipe whose source it is watches it: for reading on its own behalf while it is hungry, for
+    writing on behalf of its twin while that is loaded.
+
+    A pipe ends in one of two ways.  end(): the source has said all, which is passed on; the twin
+    goes on.  lose(): the sink takes no more.  That alone is no fault.  A side that has ended has
+    often closed its socket, and refuses what the other still says to take its leave, as TLS does.
+    So the pipe reads on for a while, into a `Spill`, and if then its source ends too, both have
+    ended and the tunnel is done.  It is a fault if the source does not end (GRACE), has much more
+    to say, or if the sink's side had not ended before; then the tunnel ends by RST both ways.
     """
     # One read takes `size` bytes at most: more while the source fills it, because few large system
     # calls are what makes it fast; little at first and after the sink did not take all, and when
@@ -3337,7 +3478,7 @@ class Pipe:
         except BLOCKED:
             return
         except OSError as error:
-            return tunnel.close(reason(error), reset=True)
+            return tunnel.close(tunnel.fault_of(self.source, error))
         if not count:
             return self.end()
         tunnel.moved = loop.now
@@ -3374,8 +3515,10 @@ class Pipe:
                 return self.lose(error)
             self.tunnel.watch()
         elif getattr(self.sink, 'unsent', False):
-            with contextlib.suppress(OSError):
+            try:
                 self.sink.flush()
+            except OSError as error:
+                return self.lose(error)
             self.tunnel.watch()
 
     def keep(self, load):
@@ -3385,20 +3528,34 @@ class Pipe:
     def end(self):
         """The source has said all: tell the sink; the other direction goes on (half-close)."""
         self.done = True
-        if not self.twin.done:                  # else the tunnel's close says it
+        tunnel, twin = self.tunnel, self.twin
+        if not twin.done:                       # else the tunnel's close says it
+            tunnel.moved = tunnel.loop.now
             try:
                 self.sink.shutdown(socket.SHUT_WR)
+                for option, value in PROBES:    # each may be dead, and nothing would tell
+                    self.source.setsockopt(socket.IPPROTO_TCP, option, value)
+                    twin.source.setsockopt(socket.IPPROTO_TCP, option, value)
             except OSError:                     # gone, as the twin will notice
                 pass
-            self.tunnel.expire()                # it may have to end in time now
-        self.tunnel.watch()
+            tunnel.expire()                     # it may have to end in time now
+        tunnel.watch()
 
     def lose(self, error):
-        """The sink is gone.  What it sent before that is still to be read: the twin goes on."""
-        self.done = True
+        """The sink takes no more, see above; the twin goes on, to read what it sent before."""
+        tunnel = self.tunnel
         self.keep(b'')
-        self.tunnel.error = error
-        self.tunnel.watch()
+        fault = tunnel.fault_of(self.twin.source, error)
+        if isinstance(self.sink, Spill):
+            self.done, tunnel.fault = True, tunnel.lost
+        else:
+            # EPIPE: the end of the sink's side is there, if not read yet.
+            if not (self.twin.done or isinstance(error, BrokenPipeError)):
+                tunnel.fault = fault
+            self.sink, tunnel.lost = Spill(), fault
+            tunnel.moved = tunnel.loop.now
+            tunnel.expire()
+        tunnel.watch()
 
     def watch(self):
         """Have the loop watch the source for what this pipe and its twin wait for there."""
@@ -3416,21 +3573,42 @@ class Pipe:
 class Tunnel(Relay):
     """Two sockets, joined; owns both from its making on.
 
-    Ends when both directions are done, when a side resets (which is passed on as a reset), when
-    nothing has moved for too long, or with its loop.
+    Ends when both directions are done; and by RST both ways when a side resets, when nothing has
+    moved for too long, or with its loop, so that what was cut does not look complete.
     """
-    __slots__ = ('up', 'down', 'error')
+    GRACE = 0.5                         # seconds, see `Pipe`
+
+    __slots__ = ('up', 'down', 'lost', 'fault')
 
     def __init__(self, client, near, far, surplus=b''):
         super().__init__(client)
         self.up = Pipe(self, near, far, surplus)
         self.down = Pipe(self, far, near)
         self.up.twin, self.down.twin = self.down, self.up
-        self.error = None               # what took one side away
+        self.lost = None                # why one side takes no more
+        self.fault = None               # the same, if that is a fault
 
     @property
     def patience(self):
+        if self.lost and (self.up.done or self.down.done):
+            return self.GRACE
         return self.client.idle_timeout or self.up.done and self.client.linger
+
+    @property
+    def outcome_of_silence(self):
+        return self.lost or 'idle'
+
+    def goes_on(self):
+        """Whether one side took something of late that it was sent before."""
+        if not self.lost:
+            self.moved = max(self.moved, time.monotonic() - min(
+                seconds_since_sent(self.up.source), seconds_since_sent(self.down.source)))
+        return self.moved + self.patience > time.monotonic()
+
+    def fault_of(self, sock, error):
+        """The outcome for an error of one of the two sockets."""
+        side = 'client' if sock is self.up.source else 'target'
+        return f'{side}: {printable(reason(error))}'
 
     @property
     def traffic(self):
@@ -3441,6 +3619,9 @@ class Tunnel(Relay):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
         self.begin(loop)
         loop.held += len(self.up.load) + len(self.down.load)
+        for sock in (self.up.source, self.down.source):
+            if isinstance(sock, Layer):
+                sock.count_in(loop)
         loop.watch(self.up.source, near_events, near_events, self.up)
         self.up.events = near_events
         self.up.watch()
@@ -3460,29 +3641,29 @@ class Tunnel(Relay):
             if pipe.events:
                 self.loop.watch(pipe.source, pipe.events, 0, pipe)
                 pipe.events = 0
+            if isinstance(pipe.source, Layer):
+                pipe.source.count_in(None)
         self.loop.held -= len(self.up.load) + len(self.down.load)
 
     def watch(self):
-        if not (self.up.done and self.down.done):
+        if self.up.done and self.down.done:
+            self.close(self.fault or 'done')
+        else:
             self.up.watch()
             self.down.watch()
-        elif self.error:
-            self.close(reason(self.error), reset=True)
-        else:
-            self.close('done')
 
-    def close(self, outcome, reset=False):
-        """Close both sockets, by RST if asked to; only the first call counts."""
+    def close(self, outcome):
+        """Close both sockets, by RST unless all is done; only the first call counts."""
         client, self.client = self.client, None
         if not client:
             return
         self.leave()
         for pipe in (self.up, self.down):
             pipe.done, pipe.load = True, b''
-            if reset:
-                abort(pipe.source)
-            else:
+            if outcome == 'done':
                 pipe.source.close()
+            else:
+                abort(pipe.source)
         client.end(outcome, self.up.count, self.down.count)
 
 
@@ -3686,7 +3867,7 @@ class UdpRelay(Relay):
         except BLOCKED:
             return
         except OSError as error:
-            return self.close(reason(error))
+            return self.close(f'client: {reason(error)}')
         self.close('done')
 
     # From the client
@@ -4073,7 +4254,7 @@ def answer_http(stream):
             if not 200 <= code < 300 and code not in INTERIM:
                 note = ('; it may be that this proxy makes no tunnels (CONNECT)'
                         if code in (400, 403, 405) else '')
-                raise HTTPError(f'{code}: {phrase}{note}')
+                raise HTTPError(f'{code}: {printable(phrase)}{note}')
         elif not (yield from stream.read(http_line)):
             if code not in INTERIM:
                 return UNSPECIFIED
@@ -4384,8 +4565,8 @@ Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy.\r
 """
 
 
-METHOD_NAMES = {Method.NO_AUTHENTICATION: '00', Method.GSSAPI: '01, GSSAPI,',
-                Method.USERNAME_PASSWORD: '02, a password'}
+METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
+                Method.GSSAPI: 'GSSAPI', Method.USERNAME_PASSWORD: 'password'}
 
 
 class HttpPage(NamedTuple):
@@ -4411,6 +4592,10 @@ class Line(NamedTuple):
     def __str__(self):
         return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self[:-1]
 
+    def entries(self):
+        """For JSON, a list of one object."""
+        return [dict(self._asdict(), client=str(self.client), seconds=round(self.seconds, 3))]
+
 
 class Client:
     """What is known of one client, from accept to the log line at its end."""
@@ -4435,12 +4620,16 @@ class Client:
         return self.server.settings.idle_timeout
 
     def end(self, outcome, up=0, down=0):
-        """Write the client's line, if there is an outcome.
+        """Write the client's line; it is served no more.
 
         up and down are the bytes that came from the client and from the target.
         """
         self.server.client_ended(self, up, down)
-        if outcome and log.isEnabledFor(logging.INFO):
+        self.report(outcome, up, down)
+
+    def report(self, outcome, up=0, down=0):
+        """Write the client's line, with the time that it took up to here."""
+        if log.isEnabledFor(logging.INFO):
             log.info(self.line(outcome, up, down))
 
     def line(self, outcome, up, down):
@@ -4465,7 +4654,11 @@ class Login(socketserver.BaseRequestHandler):
         self.is_known = False           # it has shown who it is
         self.login = None               # by a password: (user name, password), see `Users`
         self.answer_form = None         # (reply, bound address) -> the message that says so now
-        self.outcome = None             # the end of the client's log line; None: no line
+        self.is_verbose = log.isEnabledFor(logging.DEBUG)       # else note() is not worth its call
+
+    def note(self, text, *args):
+        """Log a step."""
+        log.debug('%s: ' + text, self.client.address, *args)
 
     def secure(self):
         """Go on inside of TLS; a client that shows a certificate is known by its name."""
@@ -4511,8 +4704,10 @@ class Login(socketserver.BaseRequestHandler):
         for method in methods:
             if method in offered:
                 return method
-        raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
-                      + ' or '.join(METHOD_NAMES[method] for method in methods))
+        missing = ' and '.join(f'no {METHOD_NAMES[method]}' for method in methods)
+        expected = ' or '.join(f'{method:02x}' for method in methods)
+        raise Refused(f'the client offered {missing}; methods offered: {offered.hex() or "none"}, '
+                      f'expected {expected}')
 
     def authenticate(self, credentials):
         """Raise Refused, but not at once, unless the credentials are right.
@@ -4523,19 +4718,22 @@ class Login(socketserver.BaseRequestHandler):
             return
         client, username = self.client, credentials.username
         until = time.monotonic() + self.settings.login_delay
-        client.user = shown(name_text(username))
+        # The name of a user that does not exist is not logged: it may be a password.
+        name = shown(name_text(username)) if username in self.server.settings.users else '-'
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(client.key, username):
             if (yield from self.verify(credentials)):
+                client.user = name
                 self.is_known = True
                 self.login = username, self.server.settings.users[username]
                 return
             why = 'wrong user name or password'
             for user, number in failures.note(client.key, username):
-                whose = '' if user is None else f' of {client.user}'
+                whose = '' if user is None else f' of {name}'
                 log.warning('%s: blocked for %d s after %d wrong passwords%s', client.address.host,
                             failures.WINDOW, number, whose)
         yield Wait((), (), until)
+        client.user = name
         raise Refused(why)
 
     def verify(self, credentials):
@@ -4635,7 +4833,7 @@ class Negotiation(Login):
             relay = yield from self.handle()
         finally:
             if relay is None:
-                self.client.end(self.outcome)
+                self.server.client_ended(self.client, 0, 0)
         return relay
 
     def handle(self):
@@ -4649,14 +4847,14 @@ class Negotiation(Login):
             return (yield from self.refuse(error))
         except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
             if self.answer_form or self.client.protocol != '-':
-                self.outcome = f'no request: {reason(error)}'
+                self.client.report(f'no request: {printable(reason(error))}')
             return None
         try:
             return (yield from self.command(request))
         except OSError as error:                # on the way to the target
             return (yield from self.refuse(error))
-        except EOFError as error:
-            self.outcome = reason(error)
+        except EOFError as error:               # the client's connection again
+            self.client.report(f'client: {printable(reason(error))}')
             return None
 
     def answer(self, reply, address=UNSPECIFIED):
@@ -4665,11 +4863,10 @@ class Negotiation(Login):
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
         is_ours = isinstance(error, ProxyError) and not error.socket_err        # not a proxy's
-        outcome = f'{"refused" if is_ours else "failed"}: {reason(error)}'
-        self.outcome = outcome if outcome.isprintable() else ascii(outcome)
+        self.client.report(f'{"refused" if is_ours else "failed"}: {printable(reason(error))}')
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.answer_form:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 yield from self.answer(reply_for(error), address)
                 yield from self.stream.linger(after(LINGER))
 
@@ -4728,6 +4925,9 @@ class Negotiation(Login):
         self.answer_form = lambda *_: Choice(Method.NO_ACCEPTABLE)
         greeting = yield from self.stream.read(Greeting.unpack)
         method = self.choose(greeting.methods)
+        if self.is_verbose:
+            self.note('SOCKS5, methods offered: %s, chosen: %02x, %s', greeting.methods.hex(),
+                      method, METHOD_NAMES[method])
         yield from self.stream.write(Choice(method))
         if method == Method.GSSAPI:
             yield from self.protect()
@@ -4758,7 +4958,9 @@ class Handler(Negotiation):
                                 reply=Reply.COMMAND_NOT_SUPPORTED)
         self.client.command = command
         self.client.target = shown(str(request.address))
-        log.debug('%s: %s', self.client.address, request)
+        if self.is_verbose:
+            self.note('%s %s %s, user %s', self.client.protocol, command.name, self.client.target,
+                      self.client.user)
         return method(request)
 
     def offered(self, command, is_socks4):
@@ -4780,16 +4982,13 @@ class Handler(Negotiation):
         if self.settings.upstream:
             return (yield from self.connect_through(request.address, until))
         addresses = yield from self.destinations(request.address, until)
-        is_verbose = log.isEnabledFor(logging.DEBUG)
-        if is_verbose:
-            log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
-        target = yield from dial(addresses, until, self.settings.source)
+        target = yield from dial(addresses, until, self.settings.source,
+                                 self.note if self.is_verbose else None)
         self.client.target_address = None
         if addresses[0] != request.address:
             self.client.target_address = Address.of(target.getpeername())
-        if is_verbose:
-            log.debug('%s: connected to %s', self.client.address,
-                      self.client.target_address or addresses[0])
+        if self.is_verbose:
+            self.note('connected to %s', self.client.target_address or addresses[0])
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def join(self, target, bnd):
@@ -4812,6 +5011,8 @@ class Handler(Negotiation):
             addresses = [self.passed_on(address)]
         else:
             addresses = yield from self.destinations(address, until)
+        if self.is_verbose:
+            self.note('through %s', ', then '.join(map(str, chain)))
         for place, wanted in enumerate(addresses, 1):
             try:
                 target, bnd = yield from reach(
@@ -4822,6 +5023,8 @@ class Handler(Negotiation):
                     raise
         if ip_bytes(wanted.host) is not None:
             self.client.target_address = None if wanted == address else wanted
+        if self.is_verbose:
+            self.note('the last proxy connects from %s', shown(str(bnd)))
         if ip_bytes(bnd.host) is None:
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
@@ -4925,8 +5128,8 @@ class Handler(Negotiation):
 
     def tell(self, address):
         """Answer with an address, which is all that was asked for."""
-        self.outcome = f'done, {address.host}'
         yield from self.answer(Reply.SUCCEEDED, address)
+        self.client.report(f'done, {address.host}')
         yield from self.stream.linger(after(LINGER))
 
     def own_address(self, peers=ZEROS):
@@ -4960,12 +5163,16 @@ class Handler(Negotiation):
         """
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
-        judge = judge or self.server.authorize
-        for candidate in (yield from resolve(address, until)):
+        judge, found = judge or self.server.authorize, (yield from resolve(address, until))
+        if name and self.is_verbose:
+            self.note('%s is %s', name, ', '.join(address.host for address in found))
+        for candidate in found:
             try:
                 judge(self.client, candidate, name)
             except Refused as error:
                 refusal = error
+                if self.is_verbose:
+                    self.note('not allowed: %s', reason(error))
             else:
                 allowed.append(candidate)
         if not allowed:
@@ -5285,7 +5492,7 @@ class Helpers:
             with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
                 self._start()
         if self._threads and tunnel.client and tunnel.loop not in self._threads:
-            log.debug('%s: carries much', tunnel.client.address)
+            log.debug('%s: heavy traffic, goes on in another thread', tunnel.client.address)
             tunnel.move(min(self.loops, key=lambda loop: len(loop.items)))
 
     def _start(self):
@@ -5322,6 +5529,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
     The subclass has listeners, loop, roster, settings, max_clients, loops() and clients.
     """
     _accepting = _starving = _draining = False
+    _warned = float('-inf')             # when it was last that the server is full
 
     def _watch_listeners(self, accepting):
         if accepting != self._accepting:
@@ -5332,7 +5540,10 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def _accept(self, fd, _):
         """A listener is ready."""
         listener = next(sock for sock in self.listeners if sock.fileno() == fd)
-        for _ in range(min(ACCEPT_BATCH, self._room())):
+        room = self._room()
+        if room <= 0:
+            self._warn()
+        for _ in range(min(ACCEPT_BATCH, room)):
             try:
                 request, client_address = listener.accept()
             except BLOCKED:
@@ -5362,6 +5573,13 @@ class Acceptor(socketserver.ThreadingTCPServer):
             log.warning('cannot accept clients: %s', reason(error))
         self._starving = True
 
+    def _warn(self):
+        """Say that clients wait, but once a minute is enough."""
+        if self.loop.now - self._warned >= 60:
+            self._warned = self.loop.now
+            log.warning('%d clients are served, more have to wait (--max-clients)',
+                        self.max_clients)
+
     def _room(self):
         """For how many more clients."""
         return self.max_clients - sum(
@@ -5390,6 +5608,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         self._draining = True
         for sock in self.listeners:
             sock.close()
+        log.info('draining %d clients, up to %g s', len(self.clients), seconds)
         self.loop.timers.set(self._item, self.loop.now + seconds)
         self._go_on()
 
@@ -6593,7 +6812,6 @@ class Service:
 
     def _reload(self):
         self._notifier.tell_reloading()
-        reopen_log()
         try:
             self.server.reconfigure(self._configure())
             log.info('reloaded')
@@ -6605,21 +6823,47 @@ class Service:
         self.server.loop.call(self._notifier, self._show)
 
     def _show(self):
-        print(table(self.server), file=sys.stderr, flush=True)
+        """In a thread, because many clients make a long table."""
+        threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
+
+    def _log_table(self):
+        record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
+        log.handle(record)              # whatever the level is: it was asked for
 
 
-def table(server):
-    """All that is served now, a line each, and what was before."""
-    items = [item for loop in server.loops() for item in list(loop.items) if item.client]
-    lines = [item.client.line('', *item.traffic) for item in items if item.client]
-    rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
-    rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
-             for line in sorted(lines, key=lambda line: -line.seconds)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    roster = server.roster
-    return '\n'.join([f'process {os.getpid()}: {len(lines)} clients now, {roster.ended} before, '
-                      f'with {roster.up} bytes up and {roster.down} down'] + [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows])
+class Table(NamedTuple):
+    """All that a server serves now, a `Line` each, and what it did before."""
+    limit: int                          # of clients at once; 0: none
+    lines: Sequence[Line]
+    ended: int
+    up: int
+    down: int
+
+    @classmethod
+    def of(cls, server):
+        items = [item for loop in server.loops() for item in list(loop.items) if item.client]
+        pairs = [(item, item.client) for item in items]
+        lines = [client.line('open', *item.traffic) for item, client in pairs if client]
+        roster = server.roster
+        return cls(server.settings.max_clients, sorted(lines, key=lambda line: -line.seconds),
+                   roster.ended, roster.up, roster.down)
+
+    def __str__(self):
+        number = f'{len(self.lines)} of {self.limit}' if self.limit else len(self.lines)
+        rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
+        rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
+                 for line in self.lines]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return '\n'.join([f'process {os.getpid()}: {number} clients now, {self.ended} before, '
+                          f'with {self.up} bytes up and {self.down} down'] + [
+            '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in rows])
+
+    def entries(self):
+        """For JSON: an object about the process, and one for each client."""
+        about = dict(process=os.getpid(), clients=len(self.lines), limit=self.limit,
+                     before=self.ended, up=self.up, down=self.down)
+        return [about] + [entry for line in self.lines for entry in line.entries()]
 
 
 class Supervisor:
@@ -6680,7 +6924,6 @@ class Supervisor:
                 sock.close()
         elif number == signal.SIGHUP:
             # For workers to come; those that there are say what is wrong with the new settings.
-            reopen_log()
             with contextlib.suppress(ValueError, OSError):
                 self._settings = self._configure()
         if number not in (signal.SIGCHLD, signal.SIGALRM):
@@ -6750,69 +6993,204 @@ class Supervisor:
             os._exit(status)
 
 
-class LogFile(logging.FileHandler):
-    """A file to append to; that it cannot be written to, for a time, is no reason to stop."""
-    is_moved = False                    # so the next line begins a new one
+class LogWriter(logging.Handler):
+    """Writes the log to a file, or to stderr, in a thread of its own, so that logging never waits.
 
-    def emit(self, record):
+    What comes while the thread is at work, or pauses, goes out together.  What the file does not
+    take is queued, LIMIT lines at most; the number of those lost beyond is one line, as soon as it
+    takes more.  After an error, which stderr is told once, the same is tried again.  A file that
+    was moved away is begun anew.
+    """
+    LIMIT = 10000                       # lines
+    CHUNK = getattr(select, 'PIPE_BUF', 512)    # bytes that others' lines never come between
+    PAUSE = 0.05                        # seconds between two rounds of writing
+    RETRY = 1.0                         # seconds from an error to the next try
+    PATIENCE = 1.0                      # seconds for what is still queued at the end
+
+    def __init__(self, path=None):
+        """`path` names a file, None stands for stderr; OSError if it cannot be opened."""
+        super().__init__()
+        self._path = path
+        self._file = None
+        self._process = None            # that the thread is in
+        self._error = None              # the one that was told last
+        self._hurry = self._ended = False
+        self._lines = deque()
         try:
-            if self.is_moved:
-                old, self.stream = self.stream, self._open()
-                self.is_moved = False
-                old.close()
-        except OSError:
-            self.handleError(record)
-        super().emit(record)
+            self._open()
+        except OSError as error:
+            if error.errno != errno.ENXIO:      # a fifo that has no reader yet
+                raise
 
-    def handleError(self, record):
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif sys.stderr:
-            with contextlib.suppress(OSError):
-                print(f'socks.py: {self.baseFilename}: {reason(error)}: {self.format(record)}',
-                      file=sys.stderr, flush=True)
+    def handle(self, record):
+        """Queue the record.  There is no lock that whoever writes could hold."""
+        if self._process != os.getpid():
+            self._begin()
+        if len(self._lines) < self.LIMIT:
+            self._lines.append(self.format(record).encode('ascii', 'backslashreplace') + b'\n')
+        else:
+            self._lost += 1
+        if self._is_idle:
+            self._is_idle = False
+            with contextlib.suppress(RuntimeError):     # another thread has done it just now
+                self._wake.release()
+
+    def _begin(self):
+        """Have a thread in this process; what a fork has got in the queue is its parent's."""
+        with self.lock:
+            if self._process == os.getpid():            # another thread came first
+                return
+            if self._process:
+                self._lines.clear()
+            self._process, self._lost, self._is_idle = None, 0, False
+            self._wake = threading.Lock()               # held while there is nothing to do
+            self._wake.acquire()
+            self._thread = threading.Thread(target=self._work, name='socks-log', daemon=True)
+            with contextlib.suppress(RuntimeError), signals_blocked():  # no thread: the next time
+                self._thread.start()
+                self._process = os.getpid()
+
+    def _work(self):
+        told = 0
+        while not self._ended:
+            self._is_idle = True        # before the look at the queue: handle() may come between
+            if not self._lines:
+                self._wake.acquire()
+            self._is_idle = False
+            while self._lines:
+                self._write(self._chunk())
+            lost = self._lost - told
+            if lost:
+                told += lost
+                record = log.makeRecord(log.name, logging.WARNING, '', 0,
+                                        '%d lines of the log were lost here', (lost,), None)
+                self._write(self.format(record).encode() + b'\n')
+            if not self._hurry:
+                time.sleep(self.PAUSE)
+
+    def _chunk(self):
+        """The next lines, as many as a pipe takes in one piece."""
+        lines = [self._lines.popleft()]
+        room = self.CHUNK - len(lines[0])
+        while self._lines and len(self._lines[0]) <= room:
+            lines.append(self._lines.popleft())
+            room -= len(lines[-1])
+        return b''.join(lines)
+
+    def _write(self, data):
+        while data:
+            try:
+                self._open()
+                count = self._file.write(data)
+                if count:
+                    data, self._error = data[count:], None
+                else:                   # it is non-blocking: a fifo, or whoever shares it did so
+                    poll((), [self._file], after(self.RETRY))
+            except OSError as error:
+                self._tell(error)
+                time.sleep(self.RETRY)
+
+    def _open(self):
+        """Open the file if that is not done, or if it was moved."""
+        if self._path is None:
+            self._file = self._file or open(sys.stderr.fileno(), 'wb', 0, closefd=False)
+            return
+        if self._file:
+            there = os.fstat(self._file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(there, os.stat(self._path)):
+                    return
+        file = open(self._path, 'ab', 0, opener=lambda path, flags: os.open(
+            path, flags | getattr(os, 'O_NONBLOCK', 0), 0o666))
+        old, self._file = self._file, file
+        if old:
+            old.close()
+
+    def _tell(self, error):
+        if error.errno != self._error and self._path and sys.stderr:
+            self._error = error.errno
+            with contextlib.suppress(OSError, ValueError):
+                if os.name != 'posix' or poll((), [sys.stderr], time.monotonic()):
+                    print(f'socks.py: {self._path}: {reason(error)}: lines of the log have to wait',
+                          file=sys.stderr, flush=True)
+
+    def flush(self):
+        """Wait until all is written, but PATIENCE seconds at most: there may be no reader."""
+        if self._process == os.getpid() and not self._hurry:
+            self._hurry = True
+            until = after(self.PATIENCE)
+            while (self._lines or not self._is_idle) and time.monotonic() < until:
+                time.sleep(0.005)
+
+    def close(self):
+        self.flush()
+        if self._process == os.getpid() and self._is_idle:
+            self._ended = True
+            with contextlib.suppress(RuntimeError):
+                self._wake.release()
+            self._thread.join()
+        if self._file and (self._ended or not self._process):
+            self._file.close()
+        super().close()
 
 
-def reopen_log():
-    """Go on in a new file, in case that the log's was moved away."""
-    for handler in logging.getLogger().handlers:
-        handler.is_moved = True         # means something to a `LogFile`
+@contextlib.contextmanager
+def signals_blocked():
+    """What starts a thread that must take no signal, as it has this from who starts it."""
+    if not hasattr(signal, 'pthread_sigmask'):          # Windows
+        yield
+        return
+    signals = getattr(signal, 'valid_signals', lambda: range(1, signal.NSIG))     # Python 3.8
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TextFormatter(logging.Formatter):
-    """A record as one line of text: time, unless whoever reads it has one, level, message."""
+    """A record as a line of text: time, unless whoever reads it has one, level, message.
+
+    A table has several; those of a traceback are indented, so that none can be taken for another
+    record.
+    """
 
     def __init__(self, has_time):
         super().__init__()
         self._has_time = has_time
-        self._second = self._text = None
+        self._second = None, ''         # one, and its text, which is made once
 
-    def formatMessage(self, record):
-        line = f'{record.levelname} {record.message}'
-        if not self._has_time:
-            return line
-        second = int(record.created)
-        if second != self._second:              # its text is made once
-            self._second = second
-            self._text = time.strftime(self.default_time_format, time.localtime(second))
-        return '%s,%03d %s' % (self._text, record.msecs, line)
+    def format(self, record):
+        head = f'{record.levelname} '
+        if self._has_time:
+            second, text = self._second
+            if second != int(record.created):
+                second = int(record.created)
+                text = time.strftime(self.default_time_format, time.localtime(second))
+                self._second = second, text
+            head = '%s,%03d %s' % (text, record.msecs, head)
+        message = record.getMessage()
+        lines = message.split('\n') if isinstance(record.msg, Table) else [printable(message)]
+        lines = [head + line for line in lines]
+        if record.exc_info:
+            trace = self.formatException(record.exc_info)
+            lines += ['  ' + printable(line) for line in trace.splitlines()]
+        return '\n'.join(lines)
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; a client's `Line` with its fields."""
+    """A record as a line of JSON, a client's `Line` with its fields; a `Table` as several."""
 
     def format(self, record):
         import json
-        entry = {'time': round(record.created, 3), 'level': record.levelname}
-        if isinstance(record.msg, Line):
-            entry.update(record.msg._asdict(), client=str(record.msg.client),
-                         seconds=round(record.msg.seconds, 3))
+        about = {'time': round(record.created, 3), 'level': record.levelname}
+        if isinstance(record.msg, (Line, Table)):
+            entries = record.msg.entries()
         else:
-            entry['message'] = record.getMessage()
+            entries = [{'message': record.getMessage()}]
         if record.exc_info:
-            entry['traceback'] = self.formatException(record.exc_info)
-        return json.dumps(entry)
+            about['traceback'] = self.formatException(record.exc_info)
+        return '\n'.join(json.dumps(dict(about, **entry)) for entry in entries)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -6834,9 +7212,9 @@ environment:
 
 signals:
   TERM                                  stop, after --drain; a second one, or INT: at once
-  HUP                                   read users, rules, certificates and proxies anew; new log
-                                        file; when the terminal is gone, as TERM
-  USR1                                  print whom we serve
+  HUP                                   read users, rules, certificates and proxies anew; when the
+                                        terminal is gone, as TERM
+  USR1                                  log a table of the clients that are served
 
 exit status:
   0 stopped by a signal, 1 cannot start, 2 wrong usage; of --run, that of the program
@@ -7100,8 +7478,9 @@ OPTIONS = [
         (('-v', '--verbose'), dict(action='store_true', help='log every step')),
         (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
         (('--log-file',), dict(
-            metavar='FILE', help='append to a file; after it is moved, HUP begins another '
-                                 '(default: stderr)')),
+            metavar='FILE',
+            help='append to a file, or write to a fifo; a file that is moved away is begun anew '
+                 '(default: stderr)')),
         (('--log-format',), dict(
             choices=('text', 'json'), default='text', help='(default: %(default)s)')),
         (('-V', '--version'), dict(action='version', version=f'socks.py {__version__}'))]),
@@ -7192,12 +7571,14 @@ def raise_descriptor_limit(wanted=65536):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def set_up_logging(args, environ):
+def set_up_logging(args, environ, serves):
     """OSError if the log file cannot be opened."""
+    handler = logging.StreamHandler()
     if args.log_file and not args.check:
-        handler = LogFile(args.log_file, encoding='utf-8')
-    else:
-        handler = logging.StreamHandler()
+        handler = LogWriter(args.log_file)
+    elif serves:
+        with contextlib.suppress(OSError, AttributeError):      # stderr is closed, or replaced
+            handler = LogWriter()
     is_journal = 'JOURNAL_STREAM' in environ and not args.log_file      # which has a time
     handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
                          TextFormatter(has_time=not is_journal))
@@ -7253,7 +7634,7 @@ def client_command(args):
     except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
         return 1
     except OSError as error:
-        print(f'socks.py: {Address(host, port) if port else host}: {reason(error)}',
+        print(printable(f'socks.py: {Address(host, port) if port else host}: {reason(error)}'),
               file=sys.stderr)
         return 1
     return 0
@@ -7318,14 +7699,14 @@ def main(argv=None):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown)}')
+    tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     try:
-        set_up_logging(args, os.environ)
+        set_up_logging(args, os.environ, not (tasks or args.check))
     except OSError as error:
         print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
         return 1
     if args.hash_password:
         return print_hash()
-    tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     if len(tasks) + args.check > 1:
         parser.error('--check, --connect, --resolve, --run: expected one of them')
     try:

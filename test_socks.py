@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import concurrent.futures
 import contextlib
+import ctypes.util
 import errno
 import faulthandler
 import functools
@@ -633,6 +634,12 @@ def trickle(data):
 
 class WireTest(unittest.TestCase):
 
+    def test_no_secret_in_repr(self):
+        for message in (Credentials(b'hunter1', b'hunter2'), socks.HttpConnect(
+                Address('example.org', 80), b'hunter1:hunter2')):
+            for text in repr(message), str(message), '%s %r' % (message, [message]):
+                self.assertNotIn('hunter', text)
+
     def test_messages(self):
         for name, message, data in MESSAGES:
             data = hexed(data)
@@ -824,7 +831,7 @@ class SocketsTest(Case):
         self.assertEqual([host for host in NOT_LOCAL if socks.is_local(host)], [])
 
     def test_shown(self):
-        for text, expected in [('bob', 'bob'), ('用户', '用户'), ('a b', "'a b'"), ('', "''"),
+        for text, expected in [('bob', 'bob'), ('用户', r"'\u7528\u6237'"), ('a b', "'a b'"), ('', "''"),
                                ('a\nb', r"'a\nb'"), ('\x1b[2J', r"'\x1b[2J'"),
                                ('\udcff', r"'\udcff'")]:
             self.assertEqual(socks.shown(text), expected)
@@ -1164,6 +1171,66 @@ class ConversationTest(VectorCase):
             self.assertTrue(line.isprintable(), line)
             self.assertNotIn('hunter2', line)
 
+    def test_log_is_ascii(self):
+        """Beyond it there are letters that look like spaces."""
+        server = self.serve()
+        for name in '\u2800', '\u3164', 'a\u00a0done,', 'b\x1b[2J', '\udcff':
+            with self.subTest(ascii(name)), Peer(server.server_address) as peer:
+                name = name.encode('utf-8', 'surrogateescape')
+                peer.send(hexed('050100 05010003') + bytes((len(name),)) + name + b'\0\1')
+                peer.rest()
+                line = eventually(lambda: self.lines and self.lines.pop())
+                self.assertRegex(line, '^[ -~]+$')
+
+    def test_user_of_a_failed_login(self):
+        """It is a password that was typed in the wrong place, unless there is such a user."""
+        server = self.serve(users=USERS)
+        for user, expected in (b'hunter2', ' - SOCKS5 '), (b'bob', ' bob SOCKS5 '):
+            with self.subTest(user), Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\2'), Choice)
+                self.assertEqual(peer.ask(Credentials(user, b'wrong'), Verdict).status, 1)
+                self.assertIn(expected, eventually(lambda: self.lines and self.lines.pop()))
+
+    def test_line_of_who_is_refused(self):
+        """It is there before the client has ended the connection, and does not count that time."""
+        server = self.serve()
+        peer = self.peer(server.server_address)
+        self.assertEqual(peer.connect('127.0.0.1', self.refused_port()).reply, 5)
+        line = eventually(lambda: self.lines)[0]
+        self.assertTrue(server.clients)
+        self.assertRegex(line, r'failed: Connection refused, 0 bytes up, 0 down, 0\.\d+ s$')
+        peer.finish()
+        eventually(lambda: not server.clients)
+        self.assertEqual(len(self.lines), 1)
+
+    def test_steps(self):
+        """-v: what was offered and chosen, found and tried, in words."""
+        socks.log.setLevel(logging.DEBUG)
+        self.addCleanup(socks.log.setLevel, logging.INFO)
+        server, refused = self.serve(), self.refused_port()
+        upstream = tuple(socks.hops(f'socks5h://{server.server_address}'))
+        for server in server, self.serve(upstream=upstream):
+            lines = self.lines
+            with Peer(server.server_address) as peer:
+                peer.connect('localhost', refused)
+                peer.finish()
+                peer.rest()
+        text = '\n'.join(lines)
+        self.assertNotIn('Address(', text)
+        for step in ('SOCKS5, methods offered: 00, chosen: 00, access without .*',
+                     f'SOCKS5 CONNECT localhost:{refused}, user -', r'localhost is [0-9a-f.:, ]+',
+                     rf'dialling \S+:{refused}', rf'\S+:{refused}: Connection refused'):
+            self.assertRegex(text, rf'(?m)^127\.0\.0\.1:\d+: {step}$')
+        self.assertIn(f': through {upstream[0]}', '\n'.join(self.lines))
+
+    def test_methods_in_words(self):
+        server = self.serve(users=USERS)
+        with Peer(server.server_address) as peer:
+            peer.send(hexed('05020001'))
+            peer.rest()
+        self.assertIn('refused: the client offered no password; methods offered: 0001, expected 02',
+                      eventually(lambda: self.lines)[0])
+
 
 # ------------------------------------------------------------------------------------------- relay
 
@@ -1268,7 +1335,8 @@ class RelayTest(Case):
             with self.assertRaises(ConnectionResetError):
                 pair[1 - index].read(1)
         eventually(lambda: len(self.lines) == 2)
-        self.assertIn('Connection reset by peer', self.lines[0])
+        self.assertIn(': client: Connection reset by peer, ', self.lines[0])
+        self.assertIn(': target: Connection reset by peer, ', self.lines[1])
 
     @unittest.skipUnless(socks.ERRORS, 'only epoll tells of it')
     def test_reset_of_a_side_that_has_ended(self):
@@ -1283,6 +1351,91 @@ class RelayTest(Case):
             self.assertEqual(eventually(lambda: pair[1 - index].sock.getsockopt(
                 socket.SOL_SOCKET, socket.SO_ERROR)), errno.EPIPE)
             eventually(lambda: not server.clients)
+
+    def carried(self, server):
+        """The only tunnel of the server."""
+        def found():
+            items = [item for loop in server.loops() for item in list(loop.items)]
+            return items and isinstance(items[0], socks.Tunnel) and items[0]
+        return eventually(found)
+
+    def refusing(self, server, index):
+        """Both sides of a tunnel of which one has closed and has just refused some bytes."""
+        pair = self.tunnel(server, self.held)
+        pair[index].sock.close()
+        self.assertEqual(pair[1 - index].rest(), b'')
+        pair[1 - index].send(b'goodbye')
+        if socks.ERRORS:
+            eventually(lambda: self.carried(server).lost)
+        return pair[1 - index]
+
+    def test_leave_taken_of_who_has_closed(self):
+        """As TLS does, whoever closes first: nothing is missing."""
+        server = self.serve()
+        for index in (0, 1):
+            peer = self.refusing(server, index)
+            peer.finish()
+            self.assertIn(': done, ', eventually(lambda: self.lines and self.lines.pop()))
+
+    @unittest.skipUnless(socks.ERRORS, 'only epoll tells of it')
+    def test_much_for_who_has_closed(self):
+        """What is missing is that side's fault, and the other one learns of it."""
+        server = self.serve()
+        for index, side in (0, 'client'), (1, 'target'):
+            with self.subTest(side), self.refusing(server, index) as peer:
+                with self.assertRaises(ConnectionError):
+                    while True:
+                        peer.send(b'x' * 1000)
+                self.assertIn(f': {side}: Broken pipe, ',
+                              eventually(lambda: self.lines and self.lines.pop()))
+
+    @unittest.skipUnless(socks.ERRORS, 'only epoll tells of it')
+    def test_silence_after_a_refusal(self):
+        server = self.serve()
+        for index, side in (0, 'client'), (1, 'target'):
+            with self.subTest(side), self.refusing(server, index):
+                self.assertIn(f': {side}: Broken pipe, ',
+                              eventually(lambda: self.lines and self.lines.pop()))
+
+    @unittest.skipUnless(hasattr(socket, 'TCP_KEEPIDLE'), 'the system has no such option')
+    def test_a_half_closed_side_is_looked_for(self):
+        server = self.serve()
+        for index in (0, 1):
+            pair = self.tunnel(server, self.held)
+            tunnel = self.carried(server)
+            before = [pipe.source.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+                      for pipe in (tunnel.up, tunnel.down)]
+            pair[index].finish()
+            pair[1 - index].rest()
+            for pipe, idle in zip((tunnel.up, tunnel.down), before):
+                self.assertGreater(idle, 30)
+                self.assertTrue(pipe.source.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+                eventually(lambda: (
+                    pipe.source.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                    pipe.source.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)) == (30, 15))
+            pair[1 - index].finish()
+            eventually(lambda: not server.clients)
+
+    @unittest.skipUnless(sys.platform == 'linux', 'only Linux tells what was taken')
+    def test_slow_reader_is_not_idle(self):
+        """While the system still sends what the client was sent long ago."""
+        server = self.serve(idle_timeout=0.4)
+        near = self.peer(server.server_address)
+        near.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.assertEqual(near.connect('127.0.0.1', self.held.port).reply, 0)
+        far = self.enter(eventually(lambda: self.held.peers and self.held.peers.pop()))
+        tunnel = self.carried(server)
+        far.send(b'x' * 100000)
+        eventually(lambda: tunnel.down.count == 100000)
+        started, count = time.monotonic(), 0
+        while count < 100000:
+            self.assertTrue(near.sock.recv(1500))
+            count += 1500
+            time.sleep(0.02)
+        self.assertGreater(time.monotonic() - started, 1)
+        with self.assertRaises(ConnectionResetError):       # it is now
+            near.rest()
+        self.assertIn(': idle, 0 bytes up, 100000 down', eventually(lambda: self.lines)[0])
 
     def test_answer_of_a_target_that_resets(self):
         """A target that refuses an upload, says why and resets: the client still reads why."""
@@ -1360,7 +1513,8 @@ class RelayTest(Case):
         while not ready([idle.sock], [], 0.02):
             far.send(b'x')
             busy.read(1)
-        self.assertEqual(idle.rest(), b'')
+        with self.assertRaises(ConnectionResetError):
+            idle.rest()
         self.assertGreater(time.monotonic() - started, 0.3)
         eventually(lambda: self.lines)
         self.assertIn(': idle, ', self.lines[0])
@@ -1381,8 +1535,10 @@ class RelayTest(Case):
         started = time.monotonic()
         server.server_close()
         self.assertLess(time.monotonic() - started, 1)
-        for peer in (near, far, talking):
-            self.assertEqual(peer.rest(), b'')
+        for peer in (near, far):        # which must not take it for the end of what was sent
+            with self.assertRaises(ConnectionResetError):
+                peer.rest()
+        self.assertEqual(talking.rest(), b'')
         self.assertEqual(dialling.read(2), b'\5\1')
         self.assertFalse(server.clients)
 
@@ -1622,7 +1778,7 @@ class BindTest(Case):
         client.finish()
         self.assertEqual(client.rest(), b'')
         eventually(lambda: self.lines)
-        self.assertIn('BIND 127.0.0.1:0: the client left', self.lines[0])
+        self.assertIn('BIND 127.0.0.1:0: client: the client left', self.lines[0])
         with self.assertRaises(ConnectionRefusedError):
             self.peer(address)
 
@@ -3746,6 +3902,15 @@ class DropInTest(ClientCase):
 class ToolTest(Case):
     """The command line as a client."""
 
+    def test_what_a_proxy_says_is_printable(self):
+        for answer in ('HTTP/1.1 403 \x1b[2Jno\r', 'HTTP/1.1 403 \x9b2J'):
+            scripted = self.enter(Scripted([HEAD, (answer + '\n\n').encode('latin-1').hex()]))
+            with self.subTest(answer):
+                status, out, err = self.tool('-x', f'http://127.0.0.1:{scripted.port}',
+                                             '--connect', 'example.org:80')
+                self.assertEqual((status, out), (1, ''))
+                self.assertRegex(err, r'^socks.py: [ -~]*403: [ -~]*\n$')
+
     def tool(self, *arguments, data='', **environment):
         """Exit status, stdout and stderr."""
         done = subprocess.run(
@@ -4801,6 +4966,72 @@ class BalancerTest(VectorCase):
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
 
 
+class UpdatingClient:
+    """A TLS client that asks for new keys, which Python's cannot: OpenSSL itself, in memory."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        names = [ctypes.util.find_library(name) for name in ('ssl', 'crypto')]
+        if not all(names):
+            raise unittest.SkipTest('OpenSSL is not where it can be found')
+        self.ssl, self.crypto = map(ctypes.CDLL, names)
+        if not hasattr(self.ssl, 'SSL_key_update'):
+            raise unittest.SkipTest('OpenSSL is older than TLS 1.3')
+        self.context = self.call(self.ssl.SSL_CTX_new, self.call(self.ssl.TLS_client_method))
+        self.session = self.call(self.ssl.SSL_new, self.context)
+        self.incoming, self.outgoing = [
+            self.call(self.crypto.BIO_new, self.call(self.crypto.BIO_s_mem)) for _ in range(2)]
+        self.ssl.SSL_set_bio(self.session, self.incoming, self.outgoing)
+        self.ssl.SSL_set_connect_state(self.session)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.ssl.SSL_free(self.session)
+        self.ssl.SSL_CTX_free(self.context)
+
+    @staticmethod
+    def call(function, *args):
+        """The pointer that a function returns."""
+        function.restype = ctypes.c_void_p
+        return ctypes.c_void_p(function(*args))
+
+    def output(self):
+        buffer = ctypes.create_string_buffer(1 << 18)
+        count = self.crypto.BIO_read(self.outgoing, buffer, len(buffer))
+        return buffer.raw[:max(0, count)]
+
+    def receive(self):
+        self.sock.sendall(self.output())
+        data = self.sock.recv(65536)
+        if not data:
+            raise EOFError
+        self.crypto.BIO_write(self.incoming, data, len(data))
+
+    def handshake(self):
+        while self.ssl.SSL_do_handshake(self.session) != 1:
+            self.receive()
+
+    def write(self, data):
+        self.ssl.SSL_write(self.session, data, len(data))
+        self.sock.sendall(self.output())
+
+    def read(self, count):
+        """So many bytes, that come together."""
+        buffer = ctypes.create_string_buffer(count)
+        while self.ssl.SSL_read(self.session, buffer, count) != count:
+            self.receive()
+        return buffer.raw
+
+    def updates(self, count):
+        """The bytes of so many requests for new keys."""
+        for _ in range(count):
+            self.ssl.SSL_key_update(self.session, 1)
+            self.ssl.SSL_do_handshake(self.session)
+        return self.output()
+
+
 class TlsTest(FileCase):
     """SOCKS inside of TLS."""
 
@@ -4843,6 +5074,98 @@ class TlsTest(FileCase):
         far.reset()
         with self.assertRaises(ConnectionResetError):
             sock.recv(1)
+
+    def test_what_is_cut(self):
+        """A stop in the middle of a transfer is no end, as close_notify would have it."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        sock = self.connect(server, ('127.0.0.1', origin.port))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        far.send(b'half of it')
+        self.assertEqual(sock.recv(10), b'half of it')
+        server.server_close()
+        for peer in Peer(sock), far:
+            with self.assertRaises(ConnectionResetError):
+                peer.rest()
+        self.assertIn(': server closed, ', self.lines[0])
+
+    def test_a_layer_whose_socket_fails(self):
+        """It drops what it holds, so that nobody waits for it."""
+        near, client = [self.enter(sock) for sock in socket.socketpair()]
+        near.setblocking(False)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        layer = socks.Secure(near, self.context(), server_side=True)
+        with Background(lambda: client_context().wrap_socket(
+                client, server_hostname='localhost')) as wrapping:
+            socks.run(layer.handshake(socks.after(PATIENCE)))
+            client = wrapping.result()
+        loop = socks.Loop()
+        self.addCleanup(loop.close)
+        layer.count_in(loop)
+        with self.assertRaises(BlockingIOError):
+            while True:
+                layer.send(b'x' * 10000)
+        layer.shutdown(socket.SHUT_WR)
+        self.assertTrue(layer.unsent)
+        self.assertGreater(loop.held, 0)
+        client.close()
+        with self.assertRaises(OSError):
+            layer.flush()
+        self.assertFalse(layer.unsent)
+        self.assertEqual(loop.held, 0)
+
+    def test_a_layer_that_cannot_say_its_end(self):
+        """The client reads nothing, the target reads nothing and has ended, the client resets: the
+        loop waits for the target."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        sock = self.enter(socket.create_connection(server.server_address))
+        client = self.enter(UpdatingClient(sock))
+        far, tunnel = self.flooded(server, origin, client, 500)
+        far.finish()
+        eventually(lambda: tunnel.down.done)
+        self.assertTrue(tunnel.up.source.unsent)
+        sock.settimeout(0.3)
+        with self.assertRaises(socket.timeout):
+            for _ in range(10000):
+                client.write(bytes(16000))
+        Peer(sock).reset()
+        eventually(lambda: not tunnel.up.events & socks.WRITE)      # else it would be told for ever
+        with contextlib.suppress(ConnectionError):
+            far.rest()
+        self.assertIn(': client: ', eventually(lambda: self.lines)[0])
+
+    def test_endless_changes_of_keys(self):
+        """Who has the server answer them and does not read is cut off, and they count."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        sock = self.enter(socket.create_connection(server.server_address))
+        client = self.enter(UpdatingClient(sock))
+        _, tunnel = self.flooded(server, origin, client, 500)
+        self.assertTrue(tunnel.loop.held)
+        tunnel.up.source.LARGEST = 30000                # sooner than usually
+        with self.assertRaises(ConnectionError):
+            for _ in range(100):
+                sock.sendall(client.updates(500))
+        self.assertIn(': client: TLS: ', eventually(lambda: self.lines)[0])
+        self.assertEqual(tunnel.loop.held, 0)
+
+    def flooded(self, server, origin, client, number):
+        """The target's side and the tunnel of a client that asks for so many new keys and takes
+        none."""
+        client.handshake()
+        client.write(hexed('050100'))
+        self.assertEqual(client.read(2), hexed('0500'))
+        client.write(Request(1, Address('127.0.0.1', origin.port)).pack())
+        self.assertEqual(client.read(10)[1], 0)
+        far = eventually(lambda: origin.peers and origin.peers[0])
+
+        def found():
+            items = [item for loop in server.loops() for item in list(loop.items)]
+            return isinstance(items[0], socks.Tunnel) and items[0]
+        tunnel = eventually(found)
+        tunnel.up.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for _ in range(200):
+            if not tunnel.loop.held:
+                client.sock.sendall(client.updates(number))
+        return far, tunnel
 
     def test_bind_and_a_part_of_a_record(self):
         """What has come of the client's next message does not hide the peer."""
@@ -5640,7 +5963,7 @@ class UpstreamTest(Case):
         for url, expected in (
                 (f'socks5h://{last.server_address}', 'failed: Socket error: 0x05: Connection ref'),
                 (f'socks5h://127.0.0.1:{refused}', 'failed: Error connecting to SOCKS5 proxy'),
-                (f'http://127.0.0.1:{scripted.port}', r"'failed: Socket error: 403: \x1b[2Jno\r")):
+                (f'http://127.0.0.1:{scripted.port}', r"failed: Socket error: 403: \x1b[2Jno\r")):
             server = self.serve(upstream=tuple(socks.hops(url)))
             with self.subTest(url), Peer(server.server_address) as peer:
                 name = ('example.org', 80) if 'http' in url else ('127.0.0.1', refused)
@@ -5754,6 +6077,156 @@ class ServiceTest(FileCase):
             eventually(lambda: 'CONNECT' in open_text(log))
             self.assertEqual(program.stop(), 0)
         self.assertNotIn('Traceback', program.log)
+
+    def test_a_log_that_nobody_reads(self):
+        """It stops neither clients nor signals, with and without workers; what fits comes later."""
+        for options in ((), ('-w', '2')):
+            reading, writing = os.pipe()
+            self.addCleanup(os.close, reading)
+            os.set_blocking(writing, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writing, b'.' * 4096)
+            os.set_blocking(writing, True)
+            origin = self.origin(echo)
+            with self.subTest(options), self.enter(subprocess.Popen(
+                    [sys.executable, os.path.join(HERE, 'socks.py'), '-p', '0', '-v', *options],
+                    stdout=subprocess.PIPE, stderr=writing)) as process:
+                self.addCleanup(process.kill)
+                os.close(writing)
+                address = '127.0.0.1', int(process.stdout.readline().rpartition(b':')[2])
+                for _ in range(5):
+                    process.send_signal(signal.SIGUSR1)
+                    with Peer(address) as peer:
+                        self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+                        peer.send(b'hello')
+                        self.assertEqual(peer.read(5), b'hello')
+                if not options:
+                    os.set_blocking(reading, False)
+                    text = b''
+
+                    def reads_all():
+                        nonlocal text
+                        with contextlib.suppress(BlockingIOError):
+                            text += os.read(reading, 1 << 20)
+                        return text.count(b': done, 5 bytes up') == 5
+                    eventually(reads_all)
+                process.send_signal(signal.SIGTERM)
+                self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_log_writer(self):
+        """What is too much is lost and counted, and the rest is whole and in order."""
+        path = os.path.join(os.path.dirname(self.write('x', '')), 'fifo')
+        os.mkfifo(path)
+        writer = socks.LogWriter(path)
+        self.addCleanup(writer.close)
+        writer.RETRY, writer.PAUSE, writer.LIMIT = 0.01, 0.001, 40
+        writer.setFormatter(socks.TextFormatter(has_time=False))
+
+        def write(number):
+            writer.handle(logging.makeLogRecord(dict(
+                msg='line %d ' + 'x' * 2000, args=(number,), levelname='INFO')))
+
+        with contextlib.redirect_stderr(io.StringIO()):         # it says that nobody reads
+            for number in range(300):
+                write(number)
+            with open(path, 'rb', 0) as reading:
+                lines = []
+                while not lines or b'were lost' not in lines[-1]:
+                    lines.append(reading.readline())
+                write(300)
+                last = reading.readline()
+        *lines, lost = [line.decode() for line in lines]
+        self.assertEqual(lines, [f'INFO line {number} ' + 'x' * 2000 + '\n'
+                                 for number in range(len(lines))])
+        self.assertEqual(lost, f'WARNING {300 - len(lines)} lines of the log were lost here\n')
+        self.assertGreaterEqual(len(lines), 40)
+        self.assertTrue(last.startswith(b'INFO line 300 '))
+
+    def test_log_writer_ends_in_time(self):
+        path = os.path.join(os.path.dirname(self.write('x', '')), 'fifo')
+        os.mkfifo(path)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 'rb', 0) as reading:
+            writer = socks.LogWriter(path)
+            writer.PATIENCE, writer.RETRY = 0.1, 0.05
+            writer.setFormatter(socks.TextFormatter(has_time=False))
+            for _ in range(1000):
+                writer.handle(logging.makeLogRecord(dict(msg='x' * 1000, levelname='INFO')))
+            started = time.monotonic()
+            writer.flush()
+            self.assertLess(time.monotonic() - started, 5)
+            list(iter(lambda: reading.read(1 << 16), None))
+            eventually(lambda: reading.read(1 << 16) is None and writer._is_idle)
+            writer.close()
+
+    def test_a_full_disk(self):
+        """It is told once, on stderr."""
+        writer = socks.LogWriter('/dev/full')
+        writer.RETRY, writer.PATIENCE = 0.01, 0.1
+        writer.setFormatter(socks.TextFormatter(has_time=False))
+        errors = self.enter(tempfile.TemporaryFile('w+'))
+        with contextlib.redirect_stderr(errors):
+            for _ in range(2):
+                writer.handle(logging.makeLogRecord(dict(msg='x', levelname='INFO')))
+                writer.flush()
+            eventually(lambda: os.fstat(errors.fileno()).st_size)
+            path, writer._path = writer._path, os.devnull       # there is room again
+            eventually(lambda: writer._is_idle)
+            writer.close()
+        errors.seek(0)
+        self.assertEqual(errors.read(), 'socks.py: /dev/full: No space left on device: lines of '
+                                        'the log have to wait\n')
+
+    def test_moved_log(self):
+        """The next line begins a new file; no signal is needed."""
+        path = self.write('log', '')
+        writer = socks.LogWriter(path)
+        self.addCleanup(writer.close)
+        writer.setFormatter(socks.TextFormatter(has_time=False))
+        for name in 'first', 'second':
+            writer.handle(logging.makeLogRecord(dict(msg=name, levelname='INFO')))
+            eventually(lambda: open_text(path) == f'INFO {name}\n')
+            os.rename(path, path + '.' + name)
+
+    def test_traceback_makes_no_record(self):
+        """Whatever an exception's text is."""
+        try:
+            raise ValueError('a\n2026-01-01 00:00:00,000 INFO forged\x1b[2J\r')
+        except ValueError:
+            record = logging.makeLogRecord(dict(msg='b\nc', levelname='ERROR',
+                                                exc_info=sys.exc_info()))
+        first, *rest = socks.TextFormatter(has_time=False).format(record).split('\n')
+        self.assertEqual(first, 'ERROR b\\nc')
+        for line in rest:
+            self.assertRegex(line, '^  [ -~]*$')
+
+    def test_table_in_json(self):
+        origin, log = self.origin(), os.path.join(os.path.dirname(self.write('x', '')), 'log')
+        with Program('--log-file', log, '--log-format', 'json', '-q',
+                     '--max-clients', '2') as program:
+            tunnels = [self.tunnel_through(program, origin) for _ in range(2)]
+            tunnels[0][0].send(b'12345')
+            tunnels[0][1].read(5)
+            program.process.send_signal(signal.SIGUSR1)
+            eventually(lambda: open_text(log).count('\n') == 3)
+        about, *clients = map(json.loads, open_text(log).splitlines())
+        self.assertEqual((about['clients'], about['limit'], about['before']), (2, 2, 0))
+        self.assertEqual([(entry['command'], entry['outcome'], entry['down'])
+                          for entry in clients], [('CONNECT', 'open', 0)] * 2)
+        self.assertEqual({entry['up'] for entry in clients}, {0, 5})
+        self.assertEqual(program.log, '')
+
+    def test_full_server_and_drain_are_logged(self):
+        with Program('--max-clients', '1', '--drain', '20') as program, \
+                Peer(program.address) as peer, Peer(program.address):
+            peer.ask(Greeting(b'\0'), Choice)
+            text = 'WARNING 1 clients are served, more have to wait (--max-clients)'
+            eventually(lambda: text in program.so_far())
+            program.process.send_signal(signal.SIGUSR1)
+            eventually(lambda: ': 1 of 1 clients now, ' in program.so_far())
+            program.process.send_signal(signal.SIGTERM)
+            eventually(lambda: 'INFO draining 1 clients, up to 20 s' in program.so_far())
+        self.assertEqual(program.log.count('more have to wait'), 1)
 
     def test_table(self):
         origin = self.origin()

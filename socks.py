@@ -2272,8 +2272,6 @@ def allowing(rule, target):
 RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
                  'udp': (Command.UDP_ASSOCIATE,),
                  'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
-
-
 RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names'}
 
 
@@ -2312,7 +2310,7 @@ def split_rule(text):
 
 def parse_conditions(words):
     """The fields of a `Rule` by name; ValueError says what is wrong."""
-    parts = {'commands': (), 'users': (), 'clients': (), 'names': (), 'networks': (), 'ports': ()}
+    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': []}
     section, is_for_all = 'commands', False
     for word, is_quoted in words:
         hosts = is_for_all or parts['names'] or parts['networks']
@@ -2326,13 +2324,13 @@ def parse_conditions(words):
             raise ValueError(f'{word!r} is not expected here; ports are numbers, as in: to * 80')
         else:
             kind, values = RULE_WORDS[section](word)
-            parts[kind] += tuple(values)
+            parts[kind] += values
     if section != 'names' or is_for_all == bool(parts['names'] or parts['networks']):
         raise ValueError('expected "to", then networks and names, or *')
     if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
             and parts['ports'] and all(low for low, _ in parts['ports'])):
         raise ValueError('look-ups have no port, so this is for none; expected no ports')
-    return parts
+    return {name: tuple(values) for name, values in parts.items()}
 
 
 def parse_command(word):

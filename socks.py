@@ -1558,6 +1558,11 @@ def bound(address, kind=socket.SOCK_STREAM):
         if kind == socket.SOCK_STREAM:  # accepted sockets inherit these two
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def keep_urgent(sock):
+    """Leave urgent data of TCP in the stream; by default, its last byte is taken out."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
         sock.bind(address)
         return sock
     except OSError as error:
@@ -1573,6 +1578,7 @@ def bound_in(host, ports):
         try:
             return bound(Address(host, port), socket.SOCK_DGRAM)
         except OSError as error:
+            keep_urgent(sock)
             if error.errno != errno.EADDRINUSE:
                 raise
     raise OSError(errno.EADDRINUSE, f'no UDP port is free of {lowest} to {highest}')
@@ -3703,6 +3709,7 @@ class Login(socketserver.BaseRequestHandler):
 
     def agree(self, context):
         """On the level that the client wants, if it may, or else on the best one."""
+    keep_urgent(sock)
         token = yield from self.stream.read(
             functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
         is_nec = self.settings.gssapi_nec and len(token) == 1
@@ -3742,6 +3749,7 @@ class Login(socketserver.BaseRequestHandler):
 class Negotiation(Login):
     """What is said with one client, up to its relay or its refusal; all of it conversations.
 
+    keep_urgent(sock)
     converse: negotiate, then command(request) of the subclass, whose result is the relay.
     """
 
@@ -4291,6 +4299,7 @@ class Server(Acceptor):
 
     Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
     loopback if the settings would have it serve everybody there.
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     """
     request_queue_size = 1024
     heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
@@ -4741,6 +4750,7 @@ class _BaseSocket(_Descriptor):
         self._peeked = (message, data) if stays else (None, b'')
         return data
 
+            keep_urgent(sock)           # accepted sockets inherit it
     def _is_from_peer(self, address):
         """Whether connect() lets it in; of a name that the proxy resolved only the port counts."""
         host, port = (self.proxy_peername or ('', 0))[:2]

@@ -994,6 +994,21 @@ class RelayTest(Case):
             self.assertEqual(pair[1 - index].rest(), b'')
             self.assertTrue(server.clients)
             pair[index].reset()
+    def test_urgent_data(self):
+        """It stays in the stream, both ways, of telnet's Synch for example."""
+        server = self.serve()
+        client = self.peer(server.server_address)
+        client.ask(Greeting(b'\0'), Choice)
+        listening = client.ask(Request(2, Address('127.0.0.1', 0)), Response).address
+        for near, far in (self.tunnel(server, self.held), (client, self.peer(listening))):
+            if near is client:
+                self.assertEqual(Response.unpack(near.read).reply, 0)
+            for one, other in ((near, far), (far, near)):
+                one.send(b'before')
+                one.sock.send(hexed('fff4fff2'), socket.MSG_OOB)
+                one.send(b'after')
+                self.assertEqual(other.read(15), b'before' + hexed('fff4fff2') + b'after')
+
             self.assertEqual(eventually(lambda: pair[1 - index].sock.getsockopt(
                 socket.SOL_SOCKET, socket.SO_ERROR)), errno.EPIPE)
             eventually(lambda: not server.clients)

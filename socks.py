@@ -2230,7 +2230,8 @@ class Loop:
 class Task:
     """A conversation in a loop, and the client's socket, which it owns.
 
-    The conversation's result is a relay, which takes the socket over, or None.
+    The conversation's result is a relay, which takes the socket over, or None.  If the client
+    resets its connection, EOFError is raised in the conversation, whatever that waits for.
     """
     __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation', '_wish',
                  '_call')
@@ -2257,9 +2258,12 @@ class Task:
         found = [sock for sock in (*self._wish.reading, *self._wish.writing) if sock.fileno() == fd]
         if found:
             self._step(self._conversation.send, found)
-        elif self._conversation and self._sock.fileno() == fd:      # not now; _watch() looks again
-            self.loop.watch(self._sock, self._events, 0, self)
-            self._events = 0
+        elif self._conversation and self._sock.fileno() == fd:
+            error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                self._step(self._conversation.throw, EOFError(f'client: {os.strerror(error)}'))
+            else:                       # it says something, or ends its direction: not now
+                self._watch_own(ERRORS)
 
     def expire(self):
         if self._call:
@@ -2426,6 +2430,8 @@ class Relay:
 
     `moved` is when something last did, in the loop's time; after `patience` seconds without, the
     relay ends.
+        if ERRORS and not self._events and self._conversation and self._sock:
+            self._watch_own(ERRORS)     # a reset ends the conversation
     """
     __slots__ = ('client', 'loop', 'due', 'moved')
 
@@ -2458,6 +2464,10 @@ class Pipe:
     """One direction of a `Tunnel`: what `source` sends goes to `sink`.
 
     hungry    waits for the source; holds nothing
+    def _watch_own(self, wanted):
+        self.loop.watch(self._sock, self._events, wanted, self)
+        self._events = wanted
+
     loaded    holds what the sink did not take, and waits for it; reads nothing meanwhile
     done      the source has ended, or the sink is gone
     """
@@ -2473,6 +2483,35 @@ class Pipe:
         self.tunnel = tunnel
         self.source = source
         self.sink = sink
+class Errand(Task):
+    """A conversation on behalf of a relay, in the relay's loop; `relay.errands` has those that are
+    under way.  It has no socket of its own, and its result means nothing."""
+    __slots__ = ('_relay',)
+
+    def __init__(self, relay, conversation):
+        super().__init__(relay.client, None, conversation)
+        self._relay = relay
+
+    def start(self, loop):
+        self.loop = loop
+        self._relay.errands.add(self)
+        self._step(self._conversation.send, None)
+
+    def close(self, outcome):
+        self._relay.close(outcome)
+
+    def cancel(self):
+        self._unwatch()
+        self._call = None
+        self._conversation.close()
+        self._end(None)
+
+    def _end(self, _):
+        self._conversation = None
+        self.loop.timers.set(self, None)
+        self._relay.errands.discard(self)
+
+
         self.twin = None                # the other direction
         self.load = load
         self.done = False

@@ -302,6 +302,26 @@ class Case(unittest.TestCase):
         socket.getaddrinfo = getaddrinfo
         return event
 
+    def scripted_names(self, hosts_of):
+        """Have names under .test stand for the IP addresses hosts_of(name)."""
+        look_up = socket.getaddrinfo
+
+        def getaddrinfo(host, port, *args, **options):
+            name = host.decode() if isinstance(host, bytes) else host
+            if not str(name).endswith('.test'):
+                return look_up(host, port, *args, **options)
+            return [(socks.family_of(ip), socket.SOCK_STREAM, 6, '',
+                     (ip, port, 0, 0) if ':' in ip else (ip, port)) for ip in hosts_of(name)]
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', look_up)
+        socket.getaddrinfo = getaddrinfo
+
+    def change(self, thing, **values):
+        """Give attributes of a class or module other values up to the end of the test."""
+        for name, value in values.items():
+            self.addCleanup(setattr, thing, name, getattr(thing, name))
+            setattr(thing, name, value)
+
     def refused_port(self):
         """A port that nobody listens on and nobody else can take."""
         sock = self.enter(socket.socket())
@@ -2025,6 +2045,47 @@ HEAD = b'CONNECT example.org:80 HTTP/1.1\r\nHost: example.org:80\r\n'.hex()
 
 
 def crlf(text):
+    @unittest.skipUnless(socks.ERRORS, 'this system does not tell of resets')
+    def test_reset_ends_what_is_under_way(self):
+        """Connecting, a look-up, a BIND, the delay of a wrong password."""
+        self.slow_names()
+        self.change(socks, LOGIN_DELAY=60)
+        server, silent = self.serve(), self.silent_port()
+        with_users = self.serve(users={'bob': 'secret'})
+        files = descriptors()
+        for name, message in (('connecting', Request(1, Address('127.0.0.1', silent))),
+                              ('look-up', Request(1, Address('name.slow', 80))),
+                              ('BIND', Request(2, Address('127.0.0.1', 0))),
+                              ('login', Credentials(b'bob', b'wrong'))):
+            for early in (b'', b'GET /'):
+                with self.subTest(name, early=early):
+                    serving = with_users if name == 'login' else server
+                    peer = self.peer(serving.server_address)
+                    peer.ask(Greeting(b'\2' if name == 'login' else b'\0'), Choice)
+                    peer.send(message.pack())
+                    client = eventually(lambda: serving.clients)[0]
+                    eventually(lambda: client.user != '-' or client.command)
+                    if early:
+                        peer.send(early)
+                    if name == 'BIND':
+                        self.assertEqual(Response.unpack(peer.read).reply, 0)
+                    del self.lines[:]
+                    peer.reset()
+                    eventually(lambda: not serving.clients and self.lines)
+                    self.assertRegex(self.lines[0], 'Connection reset by peer|Broken pipe')
+        self.assertLessEqual(descriptors(), files)
+
+    def test_half_close_ends_nothing(self):
+        """A client may end its direction while its look-up takes time."""
+        event, server = self.slow_names(), self.serve()
+        peer = self.peer(server.server_address)
+        peer.ask(Greeting(b'\0'), Choice)
+        peer.send(Request(1, Address('name.slow', 80)).pack())
+        peer.finish()
+        eventually(lambda: [client for client in server.clients if client.command])
+        event.set()
+        self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
+
     return text.replace('\n', '\r\n').encode().hex()
 
 

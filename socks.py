@@ -2931,6 +2931,7 @@ class Routes:
         self._queues = {}                       # header: payloads that wait for its look-up
         self._count = self._size = 0            # of these: how many, and bytes with their headers
         self._waiting = deque()                 # headers of names to look up
+        self._under_way = 0                     # conversations that do so
 
     def follow(self, header, datagram):
         """Send the payload of `datagram` now, or when the way is found."""
@@ -2995,13 +2996,15 @@ class Routes:
 
     def _look_up(self, header):
         self._waiting.append(header)
-        if len(self.relay.errands) < self.LOOKUPS:
+        if self._under_way < self.LOOKUPS:
             Errand(self.relay, self._look_ups()).start(self.relay.loop)
 
     def _look_ups(self):
         """Conversation: look up all names that wait, one after the other."""
+        self._under_way += 1
         while self._waiting:
             yield from self._find(self._waiting.popleft())
+        self._under_way -= 1
 
     def _find(self, header):
         """Conversation: look a name up, and send what waits for that."""
@@ -3032,6 +3035,14 @@ class Routes:
         for payload in payloads:
             if not self.relay.send(target.route, payload) and target.spare:
                 self._try(target, payload)
+        if target.spare and payloads and len(self.relay.errands) < 4 * self.LOOKUPS:
+            Errand(self.relay, self._repeat(target, payloads[-1])).start(self.relay.loop)
+
+    def _repeat(self, target, payload):
+        """Conversation: send it to the other family too if nothing has come back by then."""
+        yield Wait((), (), after(self.TRIAL))
+        if target.spare:
+            self._try(target, payload)
 
     def _fail(self, header, error, payloads):
         self.known.forget(header)
@@ -6260,7 +6271,8 @@ OPTIONS = [
             ('connect', 'for connecting to the target'),
             ('bind', 'for the peer that a BIND waits for'),
             ('idle', 'for a connection through which nothing moves'),
-            ('udp', 'for an association without datagrams'))] + [
+            ('udp', 'for an association without datagrams, four times that where only targets '
+                    'send'))] + [
         (('--drain',), dict(
             metavar='SECONDS', type=seconds, default=DEFAULTS.drain_timeout, dest='drain_timeout',
             help='for clients to end after TERM (default: %(default)g)'))]),

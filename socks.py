@@ -3288,7 +3288,6 @@ class UdpRelay(Relay):
 
     def disown(self):
         """The next port that the client uses counts; answers go to the last one until then."""
-        self.owner = None
         if self.connected:              # which only a new socket can undo everywhere
             address = Address.of(self.near.getsockname())
             self.loop.watch(self.near, READ, 0, self)
@@ -3299,6 +3298,7 @@ class UdpRelay(Relay):
                 return self.close(reason(error))
             self.loop.watch(self.near, 0, READ, self)
             self.connected = False
+        self.owner = None
         self.expire()
 
     def take(self, header, payload):

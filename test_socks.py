@@ -4072,6 +4072,17 @@ class TlsTest(FileCase):
         with self.assertRaises(ConnectionResetError):
             sock.recv(1)
 
+    def test_urgent_data(self):
+        """It stays in the stream of a program that is in front of TLS."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        near = Peer(self.connect(server, ('127.0.0.1', origin.port)))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        for one, other in ((near, far), (far, near)):
+            one.send(b'before')
+            one.sock.send(b'!!', socket.MSG_OOB)
+            one.send(b'after')
+            self.assertEqual(other.read(13), b'before!!after')
+
     def test_bind_and_a_part_of_a_record(self):
         """What has come of the client's next message does not hide the peer."""
         server = self.serve(tls=self.context())

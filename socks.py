@@ -194,6 +194,10 @@ Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4
 _ProxyError = ProxyError                # names before PySocks 1.5, which old programs use
 
 
+class ClientReset(Exception):
+    """The client reset its connection: what its conversation waits for is in vain."""
+
+
 class FileError(ValueError):
     """A file of ours has something wrong in it, or is not there; the text says which and what."""
 
@@ -2361,7 +2365,7 @@ class Task:
     """A conversation in a loop, and the client's socket, which it owns.
 
     The conversation's result is a relay, which takes the socket over, or None.  If the client
-    resets its connection, EOFError is raised in the conversation, whatever that waits for.
+    resets its connection, ClientReset is raised in the conversation, whatever that waits for.
     """
     __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation', '_wish',
                  '_call')
@@ -2391,7 +2395,7 @@ class Task:
         elif self._conversation and self._sock.fileno() == fd:
             error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
-                self._step(self._conversation.throw, EOFError(f'client: {os.strerror(error)}'))
+                self._step(self._conversation.throw, ClientReset(f'client: {os.strerror(error)}'))
             else:                       # it says something, or ends its direction: not now
                 self._watch_own(ERRORS)
 
@@ -4184,7 +4188,8 @@ class Negotiation(Login):
             self.server.roster.negotiating.pop(self.client, None)
         except ProxyError as error:
             return (yield from self.refuse(error))
-        except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
+        # The client's own connection: nobody to answer.
+        except (OSError, EOFError, ClientReset) as error:
             if self.answer_form or self.client.protocol != '-':
                 self.outcome = f'no request: {reason(error)}'
             return None
@@ -4192,7 +4197,7 @@ class Negotiation(Login):
             return (yield from self.command(request))
         except OSError as error:                # on the way to the target
             return (yield from self.refuse(error))
-        except EOFError as error:
+        except (EOFError, ClientReset) as error:
             self.outcome = reason(error)
             return None
 

@@ -195,6 +195,10 @@ Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4
 _ProxyError = ProxyError                # names before PySocks 1.5, which old programs use
 
 
+class ClientReset(Exception):
+    """The client reset its connection: what its conversation waits for is in vain."""
+
+
 class FileError(ValueError):
     """A file has errors, or cannot be read.  `args` has a text for each error, which says where and
     what it is; str() gives the first one."""
@@ -759,7 +763,10 @@ LONGEST = 86400.0                       # seconds; systems bound how long one ma
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
 LOOPBACK6 = bytes(15) + b'\1'
+RECEIVE_BUFFER = 1 << 22                # bytes, for bursts of datagrams
+SO_RCVBUFFORCE = 33                     # Linux: beyond the system's limit, for root
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
+NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
 LOOPBACK_NAME = re.compile(             # RFC 6761 section 6.3, and what tables of hosts have
     r'(.*\.)?(localhost[46]?|ip6-localhost|ip6-loopback)(\.localdomain[46]?)?$')
@@ -970,11 +977,23 @@ def ready(reading, writing, until, pause=None):
     return found
 
 
+def need_descriptor():
+    """Raise OSError if no further file can be opened."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+
+
 def look_up(host, port, family=0):
     """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
     one that hands names through."""
     try:
         found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+    except socket.gaierror:             # also what resolvers say who cannot open their files
+        need_descriptor()
+        raise
     except UnicodeError:
         raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
     if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None
@@ -1826,6 +1845,11 @@ def race(waiting, racing, errors, until, source, note):
     return None
 
 
+def keep_urgent(sock):
+    """Leave urgent data of TCP in the stream; by default, its last byte is taken out."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
 def bound(address, kind=socket.SOCK_STREAM):
     """A non-blocking socket bound to `address`, an IP address; a TCP one ready for listen()."""
     family = family_of(address.host)
@@ -1838,9 +1862,10 @@ def bound(address, kind=socket.SOCK_STREAM):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:   # systems differ in their default
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if kind == socket.SOCK_STREAM:  # accepted sockets inherit these two
+        if kind == socket.SOCK_STREAM:  # accepted sockets inherit these
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            keep_urgent(sock)
         sock.bind(socket_address(address))
         return sock
     except OSError as error:
@@ -1848,17 +1873,112 @@ def bound(address, kind=socket.SOCK_STREAM):
         raise OSError(error.errno, f'cannot listen on {address}: {error.strerror}') from None
 
 
-def bound_in(host, ports):
-    """A UDP socket bound to `host` and a port of (lowest, highest); OSError if none is free."""
-    lowest, highest = ports
-    first = lowest + int.from_bytes(os.urandom(4), 'big') % (highest - lowest + 1)
-    for port in itertools.chain(range(first, highest + 1), range(lowest, first)):
+def bound_udp(address):
+    """A UDP socket bound to `address`, with a receive buffer as large as the system allows."""
+    sock = bound(address, socket.SOCK_DGRAM)
+    options = [socket.SO_RCVBUF]
+    if sys.platform == 'linux':
+        options.insert(0, SO_RCVBUFFORCE)
+    size = RECEIVE_BUFFER
+    while options and size > sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF):
         try:
-            return bound(Address(host, port), socket.SOCK_DGRAM)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-    raise OSError(errno.EADDRINUSE, f'no UDP port is free of {lowest} to {highest}')
+            sock.setsockopt(socket.SOL_SOCKET, options[0], size)
+            break
+        except PermissionError:         # not root
+            del options[0]
+        except OSError:                 # BSD: larger than the limit
+            size //= 2
+    return sock
+
+
+class FreePorts:
+    """A set of ports, at first those from `lowest` to `highest`.
+
+    It takes a random one in constant time, and needs memory only for those taken: it is an array to
+    shuffle of which just the places are stored that are not as they were.
+    """
+
+    def __init__(self, lowest, highest):
+        self.lowest = lowest
+        self.size = self.count = highest - lowest + 1
+        self._changed = {}              # port by place
+
+    def take(self):
+        place = int.from_bytes(os.urandom(4), 'big') % self.count
+        self.count -= 1
+        last = self._changed.pop(self.count, self.lowest + self.count)
+        if place == self.count:
+            return last
+        port = self._changed.get(place, self.lowest + place)
+        self._changed[place] = last
+        return port
+
+    def put(self, port):
+        self._changed[self.count] = port
+        self.count += 1
+
+
+class UdpPorts:
+    """Binds UDP sockets to random ports of a range.
+
+    It knows the ports that it gave out and tries none of these, so that it finds a free one at
+    once, however large the range is.  One client gets half of a range at most.
+    """
+    ATTEMPTS = 64                       # ports tried at a time; other programs may have them
+
+    def __init__(self):
+        self._ranges = {}               # by (host, ports): (free ports, Counter of owners)
+        self._lock = threading.Lock()   # for the threads of all loops
+
+    def bind(self, host, ports, owner):
+        """(a socket, a function to call when it is closed); OSError if no port is free.
+
+        `ports` is (lowest, highest); (0, 0): any.  `owner` is the key of a client, or None for one
+        that may have all.
+        """
+        if not ports[1]:
+            return bound_udp(Address(host, 0)), lambda: None
+        key = host, ports
+        with self._lock:
+            free, owners = self._ranges.setdefault(key, (FreePorts(*ports), Counter()))
+            try:
+                if owner is not None and owners[owner] >= max(1, free.size // 2):
+                    raise OSError(errno.EADDRINUSE, 'this client has half of the UDP ports')
+                sock, port = self._bind(host, free)
+                owners[owner] += 1
+            finally:
+                self._tidy(key)
+        return sock, functools.partial(self._give_back, key, port, owner)
+
+    def _bind(self, host, free):
+        tried = []
+        try:
+            while free.count and len(tried) < self.ATTEMPTS:
+                tried.append(free.take())
+                try:
+                    return bound_udp(Address(host, tried[-1])), tried.pop()
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+        finally:
+            for port in tried:
+                free.put(port)
+        raise OSError(errno.EADDRINUSE,
+                      f'no UDP port is free of {free.lowest} to {free.lowest + free.size - 1}')
+
+    def _give_back(self, key, port, owner):
+        with self._lock:
+            free, owners = self._ranges[key]
+            free.put(port)
+            owners[owner] -= 1
+            if not owners[owner]:
+                del owners[owner]
+            self._tidy(key)
+
+    def _tidy(self, key):
+        free, _ = self._ranges[key]
+        if free.count == free.size:
+            del self._ranges[key]
 
 
 # ----------------------------------------------------------------------------------------- access
@@ -1894,7 +2014,7 @@ class Settings(NamedTuple):
     connect_timeout     for connecting to the target, all its addresses together
     bind_timeout        for the peer that BIND waits for
     idle_timeout        for a tunnel through which nothing moves
-    udp_timeout         for an association without datagrams
+    udp_timeout         for an association without datagrams; four times as long while targets send
     drain_timeout       for clients that are served when the server is to stop
     max_clients         clients at once; further ones wait in the listen queue
     max_per_client      connections at once from one client, an IPv4 address or an IPv6 /64;
@@ -2139,6 +2259,14 @@ class Rule(NamedTuple):
     def is_for_all_hosts(self):
         return not (self.names or self.networks)
 
+    @property
+    def denied_versions(self):
+        """The versions of IP all of whose addresses and ports it denies."""
+        if self.allow or self.ports:
+            return set()
+        return {4, 6} if self.is_for_all_hosts else {
+            network.version for network in self.networks if not network.prefixlen}
+
     def is_for_client(self, client):
         return ((not self.users or client.user in self.users)
                 and (not self.clients or self.clients.has(client.address.host)))
@@ -2199,8 +2327,7 @@ class Rules(tuple):
                 openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports), number)
         # Of those for the same clients and ports, one is enough for a name to be looked up.
         self._openers = openers.values()
-        self._general = [rule for rule in self
-                         if rule.allow or rule.is_for_all_hosts and not rule.ports]
+        self._general = [rule for rule in self if rule.allow or rule.denied_versions]
 
     def _conditions(self, rule):
         """Lists of (kind, key).  The rule matches only if of each list at least one is met."""
@@ -2254,9 +2381,14 @@ class Rules(tuple):
 
     def may_allow(self, client, command):
         """Whether there may be a target for which the client may use the command."""
+        denied = set()
         for rule in self._general:
             if (not rule.commands or command in rule.commands) and rule.is_for_client(client):
-                return rule.allow
+                if rule.allow:
+                    return True
+                denied |= rule.denied_versions
+                if len(denied) == 2:
+                    return False
         return False
 
 
@@ -2702,6 +2834,7 @@ class Loop:
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
     ROUND = 256                         # events at a time
+    ROUND_TIME = 0.001                  # seconds that datagrams may take of a round
     client = None                       # as an item of itself, for its waker
 
     def __init__(self, crew=None, relieve=None, resolver=None):
@@ -2711,6 +2844,7 @@ class Loop:
         self.items = {}                 # as a set, which would take twice the room
         self.timers = Timers()
         self.now = time.monotonic()     # as of this round of events
+        self.share = self.ROUND_TIME    # of one of the sockets that are ready
         # Other than a bytearray's, its memory is only taken as far as it is written to.
         private = {'flags': mmap.MAP_PRIVATE} if os.name == 'posix' else {}
         self.buffer = memoryview(mmap.mmap(-1, self.BUFFER, **private))
@@ -2763,6 +2897,7 @@ class Loop:
             found = poll(0 if inbox else timers.pause(monotonic()), self.ROUND)
             self._asleep = False
             self.now = monotonic()
+            self.share = self.ROUND_TIME / (len(found) or 1)
             for fd, events in found:
                 if fd in stale:
                     continue
@@ -2815,7 +2950,8 @@ class Loop:
 class Task:
     """A conversation in a loop, and the client's socket, which it owns.
 
-    The conversation's result is a relay, which takes the socket over, or None.
+    The conversation's result is a relay, which takes the socket over, or None.  If the client
+    resets its connection, ClientReset is raised in the conversation, whatever that waits for.
     """
     __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation', '_wish',
                  '_call')
@@ -2843,9 +2979,12 @@ class Task:
         found = [sock for sock in (*self._wish.reading, *self._wish.writing) if sock.fileno() == fd]
         if found:
             self._step(self._conversation.send, found)
-        elif self._conversation and self._sock.fileno() == fd:      # not now; _watch() looks again
-            self.loop.watch(self._sock, self._events, 0, self)
-            self._events = 0
+        elif self._conversation and self._sock.fileno() == fd:
+            error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                self._step(self._conversation.throw, ClientReset(os.strerror(error)))
+            else:                       # it says something, or ends its direction: not now
+                self._watch_own(ERRORS)
 
     def expire(self):
         if self._call:
@@ -2875,12 +3014,14 @@ class Task:
         if isinstance(wish, Wait):
             self._wish = wish
             self._watch()
-            return
-        self._call = wish
-        try:
-            self._delegate(wish)
-        except RuntimeError as error:               # no thread to be had
-            self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
+        else:
+            self._call = wish
+            try:
+                self._delegate(wish)
+            except RuntimeError as error:           # no thread to be had
+                return self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
+        if ERRORS and not self._events and self._conversation and self._sock:
+            self._watch_own(ERRORS)     # a reset ends the conversation
 
     def _delegate(self, call):
         """Have other threads do what blocks; RuntimeError if they cannot."""
@@ -2931,6 +3072,10 @@ class Task:
                     self.loop.watch(sock, self._events, wanted, self)
                     self._events = wanted
 
+    def _watch_own(self, wanted):
+        self.loop.watch(self._sock, self._events, wanted, self)
+        self._events = wanted
+
     def _unwatch(self):
         while self._others:
             self.loop.watch(self._others.pop(), READ, 0, self)
@@ -2944,6 +3089,35 @@ class Task:
         else:
             self.loop.watch(self._sock, self._events, 0, self)
             self._sock.close()
+
+
+class Errand(Task):
+    """A conversation on behalf of a relay, in the relay's loop; `relay.errands` has those that are
+    under way.  It has no socket of its own, and its result means nothing."""
+    __slots__ = ('_relay',)
+
+    def __init__(self, relay, conversation):
+        super().__init__(relay.client, None, conversation)
+        self._relay = relay
+
+    def start(self, loop):
+        self.loop = loop
+        self._relay.errands.add(self)
+        self._step(self._conversation.send, None)
+
+    def close(self, outcome):
+        self._relay.close(outcome)
+
+    def cancel(self):
+        self._unwatch()
+        self._call = None
+        self._conversation.close()
+        self._end(None)
+
+    def _end(self, _):
+        self._conversation = None
+        self.loop.timers.set(self, None)
+        self._relay.errands.discard(self)
 
 
 class Share:
@@ -3700,112 +3874,261 @@ class Reassembly:
         return None
 
 
+class Latest(dict):
+    """What was remembered last: at most `limit` items, and at most ROOM bytes of keys."""
+    ROOM = 1 << 16
+
+    def __init__(self, limit):
+        super().__init__()
+        self._limit = limit
+        self._size = 0                  # bytes of keys
+
+    def remember(self, key, value):
+        """Have `value` for `key`, as the latest; what was remembered first makes room."""
+        self.forget(key)
+        self._size += len(key)
+        while len(self) >= self._limit or self and self._size > self.ROOM:
+            self.forget(next(iter(self)))
+        self[key] = value
+
+    def forget(self, key):
+        if key in self:
+            self._size -= len(key)
+            del self[key]
+
+    def clear(self):
+        super().clear()
+        self._size = 0
+
+
+class Target:
+    """Where the datagrams go that have the same header.
+
+    route    the socket that sends them, and the IP address
+    until    the time from which Routes.follow() has to see them; never for an IP address
+    found    when the name was looked up
+    spare    an IP address of the other family, as long as nothing has come back; or None
+    """
+    __slots__ = ('route', 'until', 'found', 'spare')
+
+    def __init__(self, route, until=float('inf'), found=0.0, spare=None):
+        self.route = route
+        self.until = until
+        self.found = found
+        self.spare = spare
+
+
 class Routes:
     """Which way one client's datagrams go, and from whom answers may come.
 
-    The bytes of a header are the key to its route, so that a target is unpacked, resolved and
-    judged once, and the address of a sender is the key to the header of its answers.  `relay` is
-    the `UdpRelay` that sends.
+    The bytes of a header are the key to its target, so that this is unpacked, looked up and judged
+    once, and the address of a sender is the key to the header of its answers.  `relay` is the
+    `UdpRelay` that sends.
+
+    A name is looked up again while it is used.  If it has addresses of both families, and nothing
+    comes back from the first one, the other one gets datagrams too, until one of them answers.
     """
     LIMIT = 1024                        # targets, and senders, that are known at a time
-    LOOKUPS = 8                         # at a time
-    QUEUE = 64                          # datagrams that wait for them
+    LOOKUPS = 16                        # at a time
+    QUEUE, ROOM = 512, 1 << 18          # datagrams that wait for them, and bytes of these
+    PATIENCE = 10.0                     # seconds that they wait for one
     RETRY = 5.0                         # seconds until a failed look-up is tried again
+    REFRESH = Resolver.MEMORY + 1       # seconds until a name is looked up again
+    TRIAL = 1.0                         # seconds until the other family is tried, and tried again
 
     def __init__(self, relay):
         self.relay = relay
-        self.known = {}                 # header: (socket, address) of the target
-        self.headers = {}               # address of a sender: header
-        self._queues = {}               # header: payloads that wait for its look-up
-        self._failed = {}               # header: when to try again
+        self.known = Latest(self.LIMIT)         # header: `Target`
+        self.headers = Latest(self.LIMIT)       # address of a sender: header, b'' before it answers
+        self._failed = Latest(self.LIMIT)       # header: when to try again
+        self._on_trial = Latest(self.LIMIT)     # address of a sender: `Target` with a spare
+        self._queues = {}                       # header: payloads that wait for its look-up
+        self._count = self._size = 0            # of these: how many, and bytes with their headers
+        self._waiting = deque()                 # headers of names to look up
+        self._under_way = 0                     # conversations that do so
 
     def follow(self, header, datagram):
         """Send the payload of `datagram` now, or when the way is found."""
-        if header in self.known:
-            self.relay.send(self.known[header], datagram.payload)
+        target = self.known.get(header)
+        if target:
+            self.relay.send(target.route, datagram.payload)
+            if self.relay.loop.now >= target.until:
+                self._review(header, target, datagram.payload)
         elif header in self._queues:
             self._queue(header, datagram.payload)
         elif self._failed.get(header, 0) > self.relay.loop.now:
             self.relay.drop('its target failed a moment ago')
         else:
-            self._find(header, datagram)
+            self._meet(header, datagram)
 
-    def _find(self, header, datagram):
+    def _meet(self, header, datagram):
+        """A target that is not known."""
         try:
             address = canonical(datagram.address)
             self.relay.client.server.judge_name(self.relay.client, address)
         except ProxyError as error:
             return self.relay.drop(error)
-        literal = ip_bytes(address.host) is not None
-        if not literal and len(self._queues) >= self.LOOKUPS:
-            return self.relay.drop('too many names are looked up')
-        self._queues[header] = []
-        self._queue(header, datagram.payload)
-        if literal:
-            return self._found(header, [address], None)
-        try:
-            self.relay.loop.crew.run(self.relay.client.key, self._look_up, header, address)
-        except RuntimeError:            # no thread to be had
-            self._found(header, [], None)
+        if ip_bytes(address.host) is not None:
+            self._found(header, [address], None, [datagram.payload])
+        elif self._queue(header, datagram.payload):
+            self._look_up(header)
 
     def _queue(self, header, payload):
-        if sum(map(len, self._queues.values())) < self.QUEUE:
-            self._queues[header].append(payload)
-        else:
-            self.relay.drop('too many wait for look-ups')
+        """Whether there is room for it."""
+        size = len(header) + len(payload)
+        if self._count >= self.QUEUE or self._size + size > self.ROOM:
+            return self.relay.drop('too many wait for look-ups')
+        self._queues.setdefault(header, []).append(payload)
+        self._count += 1
+        self._size += size
+        return True
 
-    def _look_up(self, header, address):
-        """In a thread of the crew."""
-        addresses = []
-        if self.relay.client:           # it is still waited for
-            with contextlib.suppress(OSError):
-                addresses = run(resolve(address))
-        self.relay.loop.call(self.relay, self._found, header, addresses, address.host)
+    def _review(self, header, target, payload):
+        """Try the other family, or see whether the name has another address by now."""
+        now = self.relay.loop.now
+        target.until = target.found + self.REFRESH
+        if now >= target.until:
+            target.found = now
+            target.until = now + self.REFRESH
+            self._look_up(header)
+        if target.spare:
+            target.until = min(target.until, now + self.TRIAL)
+            self._try(target, payload)
 
-    def _found(self, header, addresses, name):
-        """Send what waits to the first address that may be reached and can be, and remember it."""
-        payloads = self._queues.pop(header)
-        client, why = self.relay.client, 'its name was not found'
-        for address in addresses if client else ():
-            try:
-                client.server.authorize(client, address, name)
-                route = self.relay.far_socket(address.host), address
-            except OSError as error:
-                why = reason(error)
-                continue
-            self._learn(header, route)
-            for payload in payloads:
-                self.relay.send(route, payload)
+    def _try(self, target, payload):
+        """Send to the spare address too."""
+        with contextlib.suppress(OSError):
+            route = self.relay.far_socket(target.spare.host), target.spare
+            self._expect(route, target)
+            self.relay.send(route, payload)
+
+    def _expect(self, route, target):
+        """The first answer from there settles which of its addresses the target has."""
+        _, address = route
+        self.headers.remember(address, b'')
+        self._on_trial.remember(address, target)
+
+    def _look_up(self, header):
+        self._waiting.append(header)
+        if self._under_way < self.LOOKUPS:
+            Errand(self.relay, self._look_ups()).start(self.relay.loop)
+
+    def _look_ups(self):
+        """Conversation: look up all names that wait, one after the other."""
+        self._under_way += 1
+        while self._waiting:
+            yield from self._find(self._waiting.popleft())
+        self._under_way -= 1
+
+    def _find(self, header):
+        """Conversation: look a name up, and send what waits for that."""
+        address = Address.unpack(reader(header[3:])[0])
+        addresses, why = [], None
+        try:
+            addresses = yield from resolve(address, after(self.PATIENCE))
+        except OSError as error:
+            why = error
+        payloads = self._queues.pop(header, ())
+        self._count -= len(payloads)
+        self._size -= sum(len(header) + len(payload) for payload in payloads)
+        self._found(header, addresses, canonical(address).host, payloads, why)
+
+    def _found(self, header, addresses, name, payloads, why=None):
+        """Remember the way to one of the addresses of a target, and send the payloads there.
+
+        `name` is what was looked up, or None; `why` is the error if that failed.  A target that is
+        known already stays as it is if that still is right, or was not found this time.
+        """
+        try:
+            target = self._target(header, addresses, name)
+        except OSError as error:
+            why = why or error
+            if isinstance(why, Refused) or header not in self.known:
+                self._fail(header, why, payloads)
             return
-        if client:                      # else it ended meanwhile
-            for _ in payloads:
-                self.relay.drop(why)
-            if len(self._failed) >= self.LIMIT:
-                self._failed.clear()
-            self._failed[header] = self.relay.loop.now + self.RETRY
+        for payload in payloads:
+            if not self.relay.send(target.route, payload) and target.spare:
+                self._try(target, payload)
+        if target.spare and payloads and len(self.relay.errands) < 4 * self.LOOKUPS:
+            Errand(self.relay, self._repeat(target, payloads[-1])).start(self.relay.loop)
 
-    def _learn(self, header, route):
-        self._remember(self.known, header, route)
-        self._remember(self.headers, tuple(route[1]), Datagram(route[1], b'').pack())
+    def _repeat(self, target, payload):
+        """Conversation: send it to the other family too if nothing has come back by then."""
+        yield Wait((), (), after(self.TRIAL))
+        if target.spare:
+            self._try(target, payload)
 
-    def _remember(self, known, key, value):
-        """As the latest one; what was learned first is forgotten when there are too many."""
-        known.pop(key, None)
-        if len(known) >= self.LIMIT:
-            del known[next(iter(known))]
-        known[key] = value
+    def _fail(self, header, error, payloads):
+        self.known.forget(header)
+        self._failed.remember(header, self.relay.loop.now + self.RETRY)
+        if error.errno in NO_ROOM:
+            self.relay.client.server.starve(error)
+        for _ in payloads:
+            self.relay.drop(reason(error))
+
+    def _target(self, header, addresses, name):
+        """The target with the first address of each family that may be reached; OSError if none.
+
+        One that is known already keeps its address if it still is one of these.
+        """
+        client, known, allowed = self.relay.client, self.known.get(header), {}
+        error = OSError(errno.EHOSTUNREACH, 'no address was found')
+        if known and known.route[1] in addresses:
+            addresses = [known.route[1], *addresses]    # name servers may change their order
+        for address in addresses:
+            family = family_of(address.host)
+            try:
+                if family not in allowed:
+                    client.server.authorize(client, address, name)
+                    allowed[family] = address
+            except OSError as caught:
+                error = caught
+        possible = list(allowed.values())
+        if known and known.route[1] in possible[:1]:
+            return known
+        while possible:
+            try:
+                address = possible.pop(0)
+                route = self.relay.far_socket(address.host), address
+                return self._learn(header, route, name, possible)
+            except OSError as caught:
+                error = caught
+        raise error
+
+    def _learn(self, header, route, name, spares):
+        """The new target for a header."""
+        self.relay.note_target(name, route[1], header not in self.known)
+        target = Target(route)
+        self.known.remember(header, target)
+        if name:
+            target.found = self.relay.loop.now
+            target.until = target.found + (self.TRIAL if spares else self.REFRESH)
+        if spares:
+            target.spare, = spares
+            self._expect(route, target)
+        else:
+            answers = Datagram(route[1], b'').pack()
+            self.headers.remember(route[1], header if header == answers else answers)
+        return target
 
     def forget(self):
         """Judge all targets anew."""
-        for known in (self.known, self.headers, self._failed):
+        for known in (self.known, self.headers, self._failed, self._on_trial):
             known.clear()
 
-    def meet(self, source):
-        """The header for a sender to whom the client did not send, if that is allowed."""
-        if self.relay.client.server.settings.udp_strict:
+    def header_for(self, source, sock):
+        """The header for the answers of `source`, of which the first one came to `sock`; None if
+        they are not to be passed on."""
+        if source not in self.headers and self.relay.client.server.settings.udp_strict:
             return None
-        self._remember(self.headers, source, Datagram(Address.of(source), b'').pack())
-        return self.headers[source]
+        target = self._on_trial.get(source)
+        if target:
+            self._on_trial.forget(source)
+            target.route = sock, Address(*source)
+            target.spare, target.until = None, target.found + self.REFRESH
+        header = Datagram(Address.of(source), b'').pack()
+        self.headers.remember(source, header)
+        return header
 
 
 class UdpRelay(Relay):
@@ -3814,26 +4137,39 @@ class UdpRelay(Relay):
     control    the client's TCP connection, whose end is the relay's
     near       the UDP socket for the client
     hint       the address that the client says it will send from, as far as it knows
+    is_here    whether the client is on this host
+    release    a function to call at the end, when `near` is closed
 
-    Datagrams count only from the client's IP address, and from the port that it announced; but if
-    it did not, or not with this address, so that the port may be another on the way here, from
-    that which is used first, until the announced one is.  Once that is settled, `near` is
-    connected and the system keeps strangers away.  A datagram that goes wrong is never answered.
+    Datagrams count only from the client's IP address, and from the port that it announced.  Until
+    one comes from there, the port counts that is used first.  Once that is settled, `near` is
+    connected and the system keeps strangers away.  A port that was not announced may change on the
+    way here (NAT): after SILENCE seconds without a datagram, the next port that is used counts; but
+    not for a client on this host, where another port is another program.  A datagram that goes
+    wrong is never answered.
+
+    What targets send does not tell whether the client is still there.  If nothing else moves, it
+    keeps the relay for ONE_WAY times the idle time (compare RFC 4787 section 4.3).
     """
-    BATCH = 64                          # datagrams before others get their turn
-    ROOM = 22                           # bytes of the longest header of an answer
+    SILENCE = 20.0
+    ONE_WAY = 4
+    HEADER = 22                         # bytes of the longest header of an answer
 
-    def __init__(self, client, control, near, hint):
+    def __init__(self, client, control, near, hint, is_here=True, release=None):
         super().__init__(client)
         self.control = control
-        self.near = near
+        self.near = self.protected(near)
         self.hint = hint
+        self.is_here = is_here
+        self.release = release
         self.owner = None               # the client's UDP address, once it sent
-        self.connected = False
+        self.answer_to = None           # the same, also while another one may take its place
+        self.connected = self.is_settled = False
         self.far = {}                   # family: the socket that targets see
         self.routes = Routes(self)
+        self.errands = set()            # `Errand`s under way
         self.reassembly = Reassembly()
-        self.up = self.down = self.dropped = 0
+        self.targets = self.sent = self.answers = self.dropped = 0
+        self.up = self.down = 0
 
     @property
     def patience(self):
@@ -3844,8 +4180,16 @@ class UdpRelay(Relay):
         """Bytes of payload from the client, and from targets."""
         return self.up, self.down
 
+    def protected(self, near):
+        """`near`, with its datagrams protected as the control connection is."""
+        if isinstance(self.control, Protected):
+            return ProtectedDatagrams(near, self.control.context)
+        return near
+
     def start(self, loop, control_events=0):
+        self.heard = loop.now           # when the client sent last
         self.begin(loop)
+        self.client.server.roster.associations += 1
         loop.watch(self.control, control_events, READ, self)
         loop.watch(self.near, 0, READ, self)
 
@@ -3868,28 +4212,54 @@ class UdpRelay(Relay):
             return self.close(f'client: {reason(error)}')
         self.close('done')
 
+    def expire(self):
+        """Close what is idle; have another port of the client take over from a silent one."""
+        if not self.client:
+            return
+        now, times = self.loop.now, []
+        if self.owner and not self.is_settled:
+            if now >= self.heard + self.SILENCE:
+                return self.disown()
+            times.append(self.heard + self.SILENCE)
+        if self.patience:
+            times.append(min(max(self.heard, self.moved) + self.patience,
+                             self.heard + self.ONE_WAY * self.patience))
+            if now >= times[-1]:
+                return self.close('idle')
+        self.loop.timers.set(self, min(times, default=None))
+
     # From the client
 
     def from_client(self):
-        buffer, known = self.loop.buffer, self.routes.known
-        for _ in range(self.BATCH):
+        loop, known, reassembly = self.loop, self.routes.known, self.reassembly
+        receive, buffer, now = self.near.recvfrom_into, loop.buffer, loop.now
+        monotonic = time.monotonic
+        end_of_turn = monotonic() + loop.share
+        while monotonic() < end_of_turn:
             try:
-                count, source = self.near.recvfrom_into(buffer)
+                count, source = receive(buffer)
             except BLOCKED:
                 return
             except OSError:             # of an earlier send
                 continue
-            end = self.header_end(buffer, count)
+            # An address of IPv4 is what most have.
+            end = 10 if count >= 10 and buffer[3] == 1 else self.header_end(buffer, count)
             if end > count or source != self.owner and not self.admit(source):
                 self.drop('malformed, or not the client:', source)
                 continue
-            self.moved = self.loop.now
+            self.heard = now
             header = bytes(buffer[:end])
-            route = known.get(header)
-            if route and not self.reassembly.position:
-                self.send(route, buffer[end:count])
-            else:
+            target = known.get(header)
+            if not target or now >= target.until or reassembly.position:
                 self.take(header, bytes(buffer[end:count]))
+                continue
+            sock, address = target.route
+            try:                        # as send() does; a call less for most datagrams
+                sock.sendto(buffer[end:count], address)
+                self.sent += 1
+                self.up += count - end
+            except OSError as error:
+                self.drop(reason(error))
 
     @staticmethod
     def header_end(data, count):
@@ -3909,17 +4279,44 @@ class UdpRelay(Relay):
         if Address.of(source).host != self.client.address.host:
             return False
         announced = source[1] == self.hint.port
-        if not announced and (self.owner or self.hint.host == self.client.address.host):
-            return False
-        self.owner = source
+        if self.owner:
+            if not announced:
+                return False
+            self.close_far()            # what another program asked for, it does not get
+        self.owner = self.answer_to = source
+        self.is_settled = announced or self.is_here
         if announced or not self.hint.port:
             with contextlib.suppress(OSError):
                 self.near.connect(source)
                 self.connected = True
+        self.heard = self.loop.now
+        self.expire()                   # which looks for its silence
         return True
 
+    def close_far(self):
+        self.routes.forget()
+        while self.far:
+            _, sock = self.far.popitem()
+            self.loop.watch(sock, READ, 0, self)
+            sock.close()
+
+    def disown(self):
+        """The next port that the client uses counts; answers go to the last one until then."""
+        if self.connected:              # which only a new socket can undo everywhere
+            address = Address.of(self.near.getsockname())
+            self.loop.watch(self.near, READ, 0, self)
+            self.near.close()
+            try:
+                self.near = self.protected(bound_udp(address))
+            except OSError as error:
+                return self.close(reason(error))
+            self.loop.watch(self.near, 0, READ, self)
+            self.connected = False
+        self.owner = None
+        self.expire()
+
     def take(self, header, payload):
-        """A datagram that is a fragment, or whose route is not known."""
+        """A datagram that is a fragment, or whose route is not known or due for review."""
         datagram = self.reassembly.add(
             Datagram(Address.unpack(reader(header[3:])[0]), payload, header[2]), self.loop.now)
         if datagram:
@@ -3930,45 +4327,59 @@ class UdpRelay(Relay):
         family = family_of(host)
         if family not in self.far:
             source = source_of(family, self.client.server.settings.source)
-            sock = self.far[family] = bound(Address(source, 0), socket.SOCK_DGRAM)
+            sock = self.far[family] = bound_udp(Address(source, 0))
             self.loop.watch(sock, 0, READ, self)
         return self.far[family]
 
+    def note_target(self, name, address, is_new):
+        self.targets += is_new
+        self.client.target = f'{self.targets} targets'
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: datagrams to %s%s', self.client.address, f'{name}, ' if name else '',
+                      address)
+
     def send(self, route, payload):
+        """Whether the system takes it."""
         sock, address = route
         try:
             sock.sendto(payload, address)
-            self.up += len(payload)
         except OSError as error:
-            self.drop(reason(error))
+            return self.drop(reason(error))
+        self.sent += 1
+        self.up += len(payload)
+        return True
 
     # To the client.  The header of an answer goes into the room before it, so that nothing is
     # copied.
 
     def from_target(self, sock):
-        buffer, headers = self.loop.buffer, self.routes.headers
-        for _ in range(self.BATCH):
+        loop, headers, room = self.loop, self.routes.headers, self.HEADER
+        buffer, now, monotonic = loop.buffer, loop.now, time.monotonic
+        payload = buffer[room:]
+        end_of_turn = monotonic() + loop.share
+        while monotonic() < end_of_turn:
             try:
-                count, source = sock.recvfrom_into(buffer[self.ROOM:])
+                count, source = sock.recvfrom_into(payload)
             except BLOCKED:
                 return
             except OSError:             # of an earlier send
                 continue
-            header = headers.get(source[:2]) or self.routes.meet(source[:2])
+            header = headers.get(source[:2]) or self.routes.header_for(source[:2], sock)
             if not header:
                 self.drop('nothing was sent to', source)
                 continue
-            self.moved = self.loop.now
-            start = self.ROOM - len(header)
-            buffer[start:self.ROOM] = header
-            self.answer(buffer[start:self.ROOM + count], count)
+            self.moved = now
+            start = room - len(header)
+            buffer[start:room] = header
+            self.answer(buffer[start:room + count], count)
 
     def answer(self, datagram, count):
         try:
             if self.connected:
                 self.near.send(datagram)
             else:
-                self.near.sendto(datagram, self.owner)
+                self.near.sendto(datagram, self.answer_to)
+            self.answers += 1
             self.down += count
         except OSError as error:        # too large with its header, or nobody listens any more
             self.drop(reason(error))
@@ -3982,9 +4393,18 @@ class UdpRelay(Relay):
         client, self.client = self.client, None
         if client:
             self.leave()
-            for sock in (self.control, self.near, *self.far.values()):
-                self.loop.watch(sock, READ, 0, self)
-                sock.close()
+            for errand in list(self.errands):
+                errand.cancel()
+            self.close_far()
+            for sock in self.control, self.near:
+                if sock.fileno() >= 0:
+                    self.loop.watch(sock, READ, 0, self)
+                    sock.close()
+            if self.release:
+                self.release()
+            client.server.roster.associations -= 1
+            client.target = (f'{self.targets} targets, {self.sent} datagrams up, '
+                             f'{self.answers} down')
             if self.dropped:
                 outcome = f'{outcome}, {self.dropped} datagrams dropped'
             client.end(outcome, self.up, self.down)
@@ -4328,6 +4748,7 @@ def secured(sock, proxy, context, until):
     context = context or usual_context(
         *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
     name = 'localhost' if proxy.is_path else proxy.addr
+    keep_urgent(sock)
     tls = Secure(sock.dup(), context, server_hostname=name)
     try:
         yield from tls.handshake(until)
@@ -4367,6 +4788,7 @@ def protected(sock, proxy, in_sequence, until):
         context = yield from initiate(stream, proxy, in_sequence)
     except GssError as error:
         raise SOCKS5AuthError(error.strerror) from None
+    keep_urgent(sock)
     layer = Protected(sock.dup(), context)
     try:
         return in_front(layer, context)
@@ -4548,7 +4970,7 @@ IDENT_PORT = 113
 IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
 ACCEPT_BATCH = 8                        # at a time: other clients, and workers, have their turn
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
-NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+STARVING_PAUSE = 60.0                   # seconds between warnings of that
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
@@ -4843,7 +5265,8 @@ class Negotiation(Login):
             self.server.roster.negotiated(self.client)
         except ProxyError as error:
             return (yield from self.refuse(error))
-        except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
+        # The client's own connection: nobody to answer.
+        except (OSError, EOFError, ClientReset) as error:
             if self.answer_form or self.client.protocol != '-':
                 self.client.report(f'no request: {printable(reason(error))}')
             return None
@@ -4851,7 +5274,7 @@ class Negotiation(Login):
             return (yield from self.command(request))
         except OSError as error:                # on the way to the target
             return (yield from self.refuse(error))
-        except EOFError as error:               # the client's connection again
+        except (EOFError, ClientReset) as error:        # the client's connection again
             self.client.report(f'client: {printable(reason(error))}')
             return None
 
@@ -4862,6 +5285,9 @@ class Negotiation(Login):
         """Tell the client why not, in the form that it expects at this point."""
         is_ours = isinstance(error, ProxyError) and not error.socket_err        # not a proxy's
         self.client.report(f'{"refused" if is_ours else "failed"}: {printable(reason(error))}')
+        cause = getattr(error, 'socket_err', None) or error
+        if getattr(cause, 'errno', None) in NO_ROOM:
+            self.server.starve(cause)
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.answer_form:
             with contextlib.suppress(OSError, EOFError):
@@ -4992,6 +5418,7 @@ class Handler(Negotiation):
     def join(self, target, bnd):
         """Answer, and join the client to the socket `target`."""
         try:
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             yield from self.answer(Reply.SUCCEEDED, bnd)
             return Tunnel(self.client, self.connection, target, self.stream.surplus)
         except BaseException:
@@ -5084,15 +5511,20 @@ class Handler(Negotiation):
 
     def do_UDP_ASSOCIATE(self, request):
         """Relay datagrams; DST may be where the client will send from, or anything."""
-        host, told = self.own_address()
-        near = bound_in(host, self.settings.udp_ports)
-        if isinstance(self.connection, Protected):
-            near = ProtectedDatagrams(near, self.connection.context)
+        client, host = self.client, self.client.address.host
+        client.target = '-'
+        self.server.judge_association(client)
+        own, told = self.own_address()
+        is_here = is_loopback(host) or is_ours(host)
+        near, release = self.server.udp_ports.bind(
+            own, self.settings.udp_ports, None if is_here else client_key(host))
         try:
             yield from self.answer(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
-            return UdpRelay(self.client, self.connection, near, self.hint(request.address))
+            return UdpRelay(client, self.connection, near, self.hint(request.address), is_here,
+                            release)
         except BaseException:
             near.close()
+            release()
             raise
 
     def hint(self, address):
@@ -5405,6 +5837,7 @@ def refuse_open_proxy(settings, addresses):
 class Roster:
     """Whom a server serves, and what it did for others before.
 
+    associations  how many there are
     connections   by client (see client_key), if they are limited
     ended         clients before, who sent `up` bytes and got `down`
 
@@ -5414,7 +5847,7 @@ class Roster:
 
     def __init__(self):
         self.connections = {}
-        self.ended = self.up = self.down = 0
+        self.ended = self.up = self.down = self.associations = 0
         self.negotiating = 0            # clients that have not made their request yet
         self._tasks = {}                # theirs, by key: {client: task}, in the order they came
         self._keys = [{}]               # by how many tasks they have: the keys, as a set in order
@@ -5524,10 +5957,10 @@ class Acceptor(socketserver.ThreadingTCPServer):
     """What accepts clients, in a loop.
 
     So one thread does all that is quick, and no connection has to wait for another one to wake up.
-    The subclass has listeners, loop, roster, settings, max_clients, loops() and clients.
+    The subclass has listeners, loop, roster, settings, max_clients, places, loops() and clients.
     """
-    _accepting = _starving = _draining = False
-    _warned = float('-inf')             # when it was last that the server is full
+    _accepting = _draining = False
+    _starved = _warned = float('-inf')  # when it was last logged that something is used up
 
     def _watch_listeners(self, accepting):
         if accepting != self._accepting:
@@ -5548,10 +5981,9 @@ class Acceptor(socketserver.ThreadingTCPServer):
                 return
             except OSError as error:
                 if error.errno in NO_ROOM:
-                    self._starve(error)
+                    self.starve(error)
                     return self._pause()
                 continue                # that client has left already
-            self._starving = False
             self._receive(request, client_address)
         if self._room() <= 0:
             self._pause()
@@ -5566,10 +5998,12 @@ class Acceptor(socketserver.ThreadingTCPServer):
             self.handle_error(request, client_address)
             self.shutdown_request(request)
 
-    def _starve(self, error):
-        if not self._starving:          # one line is enough until it is over
-            log.warning('cannot accept clients: %s', reason(error))
-        self._starving = True
+    def starve(self, error):
+        """Warn, but not all the time, that descriptors or memory are used up."""
+        now = time.monotonic()
+        if now >= self._starved + STARVING_PAUSE:
+            self._starved = now
+            log.warning('cannot accept clients, or not serve them: %s', reason(error))
 
     def _warn(self):
         """Say that clients wait, but once a minute is enough."""
@@ -5579,9 +6013,13 @@ class Acceptor(socketserver.ThreadingTCPServer):
                         self.max_clients)
 
     def _room(self):
-        """For how many more clients."""
-        return self.max_clients - sum(
-            len(loop.items) for loop in self.loops()) if self.max_clients else ACCEPT_BATCH
+        """For how many more clients.
+
+        By descriptors, an association counts as two, since it may take four.
+        """
+        clients = sum(len(loop.items) for loop in self.loops())
+        room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
+        return min(room, self.places - clients - self.roster.associations) if self.places else room
 
     def _pause(self):
         """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
@@ -5673,6 +6111,7 @@ class Server(Acceptor):
         socketserver.BaseServer.__init__(self, listening_addresses(server_address), handler_class)
         self._crew = Crew()
         self.resolver = Resolver(self._crew)
+        self.udp_ports = UdpPorts()
         self._configure(Settings() if settings is None else settings)
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
@@ -5697,6 +6136,7 @@ class Server(Acceptor):
             raise ValueError('server_address: expected at least one address')
         for sock in self.listeners:
             sock.setblocking(False)
+            keep_urgent(sock)           # accepted sockets inherit it
             self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
@@ -5786,13 +6226,24 @@ class Server(Acceptor):
 
     def _configure(self, settings):
         self.settings = settings = prepared(settings)
-        self.max_clients = settings.max_clients or clients_possible()
+        self.places = clients_possible()
+        self.max_clients = settings.max_clients or self.places
         clients = self.max_clients or 1 << 16
         share = min(max(64, clients // 2), max(2, clients * 3 // 4))
         self.max_handshakes = settings.max_handshakes or share
         self.max_per_client = share     # for other hosts, unless the settings have a number
         self.resolver.is_strict = settings.rules is not None
         self.resolver.forget()
+
+    def judge_association(self, client):
+        """Raise Refused if no rule can allow a datagram of `client`, OSError if there are no
+        descriptors for it."""
+        rules = self.settings.rules
+        if rules is not None and not rules.may_allow(client, Command.UDP_ASSOCIATE):
+            raise Refused('no rule allows a datagram')
+        served = sum(len(loop.items) for loop in self.loops())
+        if self.places and served + self.roster.associations >= self.places:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def reconfigure(self, settings):
         """Have other settings from now on: who is served goes on, datagrams are judged anew.
@@ -7447,7 +7898,8 @@ OPTIONS = [
             ('connect', 'for connecting to the target'),
             ('bind', 'for the peer that a BIND waits for'),
             ('idle', 'for a connection through which nothing moves'),
-            ('udp', 'for an association without datagrams'))] + [
+            ('udp', 'for an association without datagrams, four times that where only targets '
+                    'send'))] + [
         (('--drain',), dict(
             metavar='SECONDS', type=seconds, default=DEFAULTS.drain_timeout, dest='drain_timeout',
             help='for clients to end after TERM (default: %(default)g)'))]),

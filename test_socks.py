@@ -478,6 +478,25 @@ class Case(unittest.TestCase):
         self.addCleanup(setattr, socket, 'getaddrinfo', look_up)
         socket.getaddrinfo = getaddrinfo
         return asked
+    def scripted_names(self, hosts_of):
+        """Have names under .test stand for the IP addresses hosts_of(name)."""
+        look_up = socket.getaddrinfo
+
+        def getaddrinfo(host, port, *args, **options):
+            name = host.decode() if isinstance(host, bytes) else host
+            if not str(name).endswith('.test'):
+                return look_up(host, port, *args, **options)
+            return [(socks.family_of(ip), socket.SOCK_STREAM, 6, '',
+                     (ip, port, 0, 0) if ':' in ip else (ip, port)) for ip in hosts_of(name)]
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', look_up)
+        socket.getaddrinfo = getaddrinfo
+
+    def change(self, thing, **values):
+        """Give attributes of a class or module other values up to the end of the test."""
+        for name, value in values.items():
+            self.addCleanup(setattr, thing, name, getattr(thing, name))
+            setattr(thing, name, value)
 
     def refused_port(self):
         """A port that nobody listens on and nobody else can take."""
@@ -741,6 +760,17 @@ NOT_LOCAL = ['10.0.0.1', '192.168.1.1', '1.2.3.4', '128.0.0.1', '2001:db8::1', '
 
 
 class SocketsTest(Case):
+
+    @unittest.skipIf(resource is None, 'there is no limit of open files')
+    def test_look_up_without_descriptors(self):
+        """It fails for that, and not because there were no such name."""
+        script = ('import resource, socks, sys, time, encodings.idna\n'
+                  'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n'
+                  'try: print(socks.look_up("nowhere.example", 1))\n'
+                  'except OSError as error: print(error.errno)')
+        done = subprocess.run([sys.executable, '-c', script], cwd=HERE, timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(done.stdout.decode(), f'{errno.EMFILE}\n', done.stderr)
 
     def test_canonical(self):
         for host, expected in CANONICAL:
@@ -1316,6 +1346,21 @@ class RelayTest(Case):
         eventually(lambda: self.lines)
         self.assertIn('done, 10 bytes up, 18 down', self.lines[0])
 
+    def test_urgent_data(self):
+        """It stays in the stream, both ways, of telnet's Synch for example."""
+        server = self.serve()
+        client = self.peer(server.server_address)
+        client.ask(Greeting(b'\0'), Choice)
+        listening = client.ask(Request(2, Address('127.0.0.1', 0)), Response).address
+        for near, far in (self.tunnel(server, self.held), (client, self.peer(listening))):
+            if near is client:
+                self.assertEqual(Response.unpack(near.read).reply, 0)
+            for one, other in ((near, far), (far, near)):
+                one.send(b'before')
+                one.sock.send(hexed('fff4fff2'), socket.MSG_OOB)
+                one.send(b'after')
+                self.assertEqual(other.read(15), b'before' + hexed('fff4fff2') + b'after')
+
     def test_half_close_by_the_target(self):
         near, far = self.tunnel(self.serve(), self.held)
         far.send(b'bye')
@@ -1807,9 +1852,9 @@ class BindTest(Case):
 class Echo:
     """A UDP target that answers each datagram with `prefix` before it."""
 
-    def __init__(self, host='127.0.0.1', prefix=b'E:'):
+    def __init__(self, host='127.0.0.1', prefix=b'E:', port=0):
         self.sock = socket.socket(socks.family_of(possible(host)), socket.SOCK_DGRAM)
-        self.sock.bind((host, 0))
+        self.sock.bind((host, port))
         self.address = Address(*self.sock.getsockname()[:2])
         self.prefix = prefix
         self.seen, self.senders = [], []
@@ -1932,7 +1977,7 @@ class UdpTest(Case):
         server, echo = self.serve(), self.echo()
         for hint in (Address('0.0.0.0', 0), 'own', Address('0', 50000), Address('::', 0),
                      Address('127.0.0.1', 0),
-                     Address('8.8.8.8', 53), Address('nowhere.invalid', 9)):
+                     echo.address, Address('8.8.8.8', 53), Address('nowhere.invalid', 9)):
             with self.subTest(hint), Associate(server, hint) as client:
                 self.assertEqual(client.response.reply, 0)
                 self.assertEqual(client.relay.host, '127.0.0.1')
@@ -1975,6 +2020,78 @@ class UdpTest(Case):
         eventually(lambda: self.lines)
         self.assertIn('UDP_ASSOCIATE', self.lines[0])
         self.assertIn('done, 1 bytes up, 3 down', self.lines[0])
+
+    def relay_in(self, server):
+        """Its only association."""
+        return eventually(lambda: [item for item in list(server.loop.items)
+                                   if isinstance(item, socks.UdpRelay)])[0]
+
+    def test_another_port_of_the_client(self):
+        """It takes over when the first one is silent, unless the client is on this host."""
+        class Elsewhere(socks.Handler):
+            def do_UDP_ASSOCIATE(self, request):
+                relay = yield from super().do_UDP_ASSOCIATE(request)
+                relay.is_here = False
+                return relay
+
+        self.change(socks.UdpRelay, SILENCE=0.05)
+        echo = self.echo()
+        data = Datagram(echo.address, b'x').pack()
+        for handler in (socks.Handler, Elsewhere):
+            for hint in (Address('0.0.0.0', 0), 'own', echo.address):
+                server = self.serve(handler)
+                client = self.associate(server, hint)
+                client.ask(data)
+                relay = self.relay_in(server)
+                first = self.enter(client.sock)
+                client.sock = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                client.sock.bind(('127.0.0.1', 0))
+                client.sock.settimeout(PATIENCE)
+                if handler is socks.Handler or hint == 'own':
+                    time.sleep(0.15)
+                    client.send(data)
+                    self.assertTrue(client.nothing_comes(0.05))
+                    continue
+                eventually(lambda: not relay.owner)
+                self.assertEqual(client.ask(data)[-3:], b'E:x')
+                client.send(data, first)
+                self.assertEqual(client.ask(data)[-3:], b'E:x')
+                self.assertEqual(relay.sent, 3)
+                eventually(lambda: not relay.owner)
+                self.assertEqual(client.ask(data)[-3:], b'E:x')         # the same one again
+
+    def test_targets_alone(self):
+        """They keep an association for longer than a silence, not for ever."""
+        client = self.associate(self.serve(udp_timeout=0.2))
+        target = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        target.bind(('127.0.0.1', 0))
+        target.settimeout(PATIENCE)
+        client.send(Datagram(Address(*target.getsockname()), b'subscribe').pack())
+        started, (_, relay) = time.monotonic(), target.recvfrom(100)
+        while not self.lines:
+            self.assertLess(time.monotonic(), started + PATIENCE)
+            target.sendto(b'news', relay)
+            time.sleep(0.01)
+        self.assertGreater(time.monotonic(), started + 0.4)
+        self.assertIn(': idle, ', self.lines[0])
+
+    def test_log_line(self):
+        """How many targets and datagrams, and at DEBUG each target; not what the client said of
+        itself."""
+        echoes = [self.echo(), self.echo()]
+        self.addCleanup(socks.log.setLevel, socks.log.level)
+        socks.log.setLevel(logging.DEBUG)
+        with Associate(self.serve(), Address('198.51.100.7', 5)) as client:
+            for echo in echoes * 2:
+                client.ask(Datagram(echo.address, b'x').pack())
+            client.ask(Datagram(Address('localhost', echoes[0].address.port), b'x').pack())
+        line = eventually(lambda: [line for line in self.lines if ' bytes up' in line])[0]
+        self.assertIn(' UDP_ASSOCIATE 3 targets, 5 datagrams up, 5 down: done, 5 bytes up, 15 down',
+                      line)
+        steps = [line.partition(': datagrams to ')[2] for line in self.lines
+                 if ': datagrams to ' in line]
+        self.assertEqual(steps, [*(str(echo.address) for echo in echoes),
+                                 f'localhost, {echoes[0].address}'])
 
     def test_idle(self):
         client = self.associate(self.serve(udp_timeout=0.2))
@@ -2038,13 +2155,227 @@ class UdpTest(Case):
             client.send(Datagram(Address('%d.slow' % number, 9), b'').pack())
         self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
         crew = [thread for thread in threading.enumerate() if thread.name == 'socks-crew']
-        self.assertLessEqual(len(crew), socks.Routes.LOOKUPS)
+        self.assertLessEqual(len(crew), 2 * socks.Routes.LOOKUPS)     # for each family one
         client.control.finish()
         eventually(lambda: self.lines)
         event.set()
         with Peer(server.server_address) as peer:
             peer.connect('localhost', 1)
         self.assertEqual([line for line in self.lines if 'bug' in line], [])
+
+    def test_many_names_at_once(self):
+        """All are looked up, a few at a time; beyond hundreds they are dropped."""
+        event = threading.Event()
+        self.addCleanup(event.set)
+        self.scripted_names(lambda name: event.wait(PATIENCE) and ['127.0.0.1'])
+        echo = self.echo()
+        for number, answered in ((400, 400), (700, socks.Routes.QUEUE)):
+            event.clear()
+            server = self.serve()
+            client = self.associate(server)
+            relay = self.relay_in(server)
+            routes = relay.routes
+            for each in range(number):
+                name = Address(f'n{each}.test', echo.address.port)
+                client.send(Datagram(name, b'%d' % each).pack())
+                if each % 50 == 49:     # what the system drops tests nothing
+                    eventually(lambda: routes._count + relay.dropped > each)
+            self.assertEqual(routes._count, answered)
+            self.assertEqual(routes._under_way, routes.LOOKUPS)
+            event.set()
+            eventually(lambda: relay.targets == answered)
+            self.assertEqual((routes._count, routes._size, routes._queues), (0, 0, {}))
+            eventually(lambda: not relay.errands)
+            self.assertEqual(relay.sent, answered)
+
+    def test_waiting_bytes(self):
+        """They are bounded as well."""
+        event = self.slow_names()
+        server = self.serve()
+        client = self.associate(server)
+        relay = self.relay_in(server)
+        for number in range(8):
+            client.send(Datagram(Address(f'{number}.slow', 9), bytes(60000)).pack())
+            eventually(lambda: relay.routes._count + relay.dropped > number)
+        self.assertLessEqual(relay.routes._size, relay.routes.ROOM)
+        self.assertGreater(relay.routes._count, 2)
+        event.set()
+
+    def test_memory(self):
+        """Names are remembered as far as there is room for them."""
+        latest = socks.Latest(5)
+        for number in range(10):
+            latest.remember(bytes([number]), number)
+        latest.remember(bytes([7]), 'again')
+        self.assertEqual(list(latest.values()), [5, 6, 8, 9, 'again'])
+        latest = socks.Latest(1024)
+        for number in range(1024):
+            latest.remember(bytes(260) + bytes([number % 256, number // 256]), number)
+        self.assertLessEqual(sum(map(len, latest)), latest.ROOM)
+        self.assertIn(1023, latest.values())
+        latest.clear()
+        latest.remember(b'x', 1)
+        self.assertEqual(latest, {b'x': 1})
+
+    def test_name_that_changes(self):
+        """It is looked up again; the old address serves until the new one is there."""
+        self.change(socks.Routes, REFRESH=0.05)
+        self.change(socks.Resolver, MEMORY=0.04)
+        old = self.echo('127.0.0.1', b'old:')
+        new = self.enter(Echo('127.0.0.2', b'new:', old.address.port))
+        hosts, event, asked = ['127.0.0.1'], threading.Event(), []
+        self.addCleanup(event.set)
+
+        def hosts_of(name):
+            asked.append(name)
+            if len(asked) > 1:
+                event.wait(PATIENCE)
+            return hosts
+
+        self.scripted_names(hosts_of)
+        client = self.associate(self.serve())
+        data = Datagram(Address('changes.test', old.address.port), b'x').pack()
+        self.assertEqual(client.ask(data)[-5:], b'old:x')
+        eventually(lambda: client.ask(data) and len(asked) > 1)
+        self.assertEqual(client.ask(data)[-5:], b'old:x')
+        hosts[:] = ['127.0.0.2']
+        event.set()
+        eventually(lambda: client.ask(data)[-5:] == b'new:x')
+        hosts[:] = ['127.0.0.1', '127.0.0.2']           # in another order
+        before = len(asked)
+        eventually(lambda: client.ask(data) and len(asked) > before + 1)
+        self.assertEqual(client.ask(data)[-5:], b'new:x')
+        hosts[:] = []                   # it is not found any more
+        before = len(asked)
+        eventually(lambda: client.ask(data) and len(asked) > before + 1)
+        self.assertEqual(client.ask(data)[-5:], b'new:x')
+        self.assertEqual(new.seen[-1], b'x')
+
+    def needs_ipv6(self):
+        try:
+            socks.bound(Address('::1', 0), socket.SOCK_DGRAM).close()
+        except OSError as error:
+            self.skipTest(str(error))
+
+    def test_name_of_both_families(self):
+        """While nothing comes back from one, the other gets datagrams too; what answers is kept."""
+        self.needs_ipv6()
+        # Within this host IPv6 comes first.
+        for name, alive, dead, trial in (('alive.test', '::1', '127.0.0.1', 60),
+                                         ('dead.test', '127.0.0.1', '::1', 0.05)):
+            self.scripted_names(lambda name: [alive, dead])
+            echo = self.echo(alive)
+            silent = self.enter(socket.socket(socks.family_of(dead), socket.SOCK_DGRAM))
+            silent.bind((dead, echo.address.port))
+            client = self.associate(self.serve(udp_strict=True))
+            with self.subTest(name, alive=alive):
+                self.change(socks.Routes, TRIAL=trial)
+                data = Datagram(Address(name, echo.address.port), b'x').pack()
+                client.send(data)
+                while client.nothing_comes(0.02 if name[0] == 'd' else PATIENCE):
+                    client.send(data)
+                while not client.nothing_comes(0.1):
+                    pass
+                received = 0
+                while ready([silent], [], 0):
+                    received += len(silent.recv(100))
+                self.assertEqual(bool(received), name[0] == 'd')
+                time.sleep(0.1)         # twice TRIAL
+                for _ in range(3):
+                    self.assertEqual(client.ask(data)[-3:], b'E:x')
+                self.assertFalse(ready([silent], [], 0))
+
+    def test_first_datagram_to_both_families(self):
+        """Also if the client does not send another one."""
+        self.needs_ipv6()
+        self.change(socks.Routes, TRIAL=0.05)
+        self.scripted_names(lambda name: ['::1', '127.0.0.1'])
+        echo = self.echo()
+        silent = self.enter(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        silent.bind(('::1', echo.address.port))
+        client = self.associate(self.serve())
+        answer = client.ask(Datagram(Address('both.test', echo.address.port), b'once').pack())
+        self.assertEqual(Datagram.unpack(answer), Datagram(echo.address, b'E:once'))
+
+    def test_new_targets_take_turns(self):
+        """The time that it takes to judge them does not make others wait: each in a round of its
+        own."""
+        rounds = []
+
+        class Slow(socks.Server):
+            def authorize(self, client, target, name=None):
+                end = time.monotonic() + 0.002
+                while time.monotonic() < end:
+                    pass
+                rounds.append(self.loop.now)
+
+        server = self.serve(server_class=Slow)
+        client = self.associate(server)
+        for port in range(1, 61):
+            client.send(Datagram(Address('127.0.0.1', port), b'').pack())
+        eventually(lambda: len(rounds) == 60)
+        self.assertEqual(len(set(rounds)), 60)
+
+    def test_receive_buffers(self):
+        """As large as the system lets them be."""
+        plain = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with contextlib.suppress(OSError):
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        wanted = plain.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        server, echo = self.serve(), self.echo()
+        client = self.associate(server)
+        client.ask(Datagram(echo.address, b'x').pack())
+        relay = self.relay_in(server)
+        for sock in (relay.near, *relay.far.values()):
+            self.assertGreaterEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), wanted)
+
+    def test_no_rule_allows_it(self):
+        """Then there is no association; one rule for some target is enough."""
+        for rules, reply in ((['deny udp to *', 'allow to *'], 2), (['allow connect to *'], 2),
+                             (['deny to 0.0.0.0/0', 'deny to ::/0', 'allow to *'], 2),
+                             (['allow udp from 192.0.2.0/24 to *'], 2), ([], 2),
+                             (['deny udp to * 1-1023', 'allow udp to * 53'], 0),
+                             (['deny to 0.0.0.0/0', 'allow udp to *'], 0),
+                             (['deny to .example.org', 'allow udp to .example.net'], 0)):
+            with self.subTest(rules):
+                rules = tuple(socks.parse_rule(rule, 'here') for rule in rules)
+                with Associate(self.serve(rules=rules)) as client:
+                    self.assertEqual(client.response.reply, reply)
+
+    def test_shared_ports(self):
+        """A client from elsewhere takes half of a range at most, and none is lost."""
+        free = socks.FreePorts(100, 1099)
+        for _ in range(2):
+            taken = [free.take() for _ in range(1000)]
+            self.assertEqual(sorted(taken), list(range(100, 1100)))
+            self.assertNotEqual(taken, sorted(taken))
+            for port in taken:
+                free.put(port)
+        ports = socks.UdpPorts()
+        first = unused_port()
+        wanted = first, first + 3
+        held = [ports.bind('127.0.0.1', wanted, None)]
+        held += [ports.bind('127.0.0.1', wanted, 'a') for _ in range(2)]
+        with self.assertRaisesRegex(OSError, 'half'):
+            ports.bind('127.0.0.1', wanted, 'a')
+        held.append(ports.bind('127.0.0.1', wanted, 'b'))
+        self.assertEqual({sock.getsockname()[1] for sock, _ in held}, set(range(first, first + 4)))
+        with self.assertRaisesRegex(OSError, 'no UDP port is free of'):
+            ports.bind('127.0.0.1', wanted, 'c')
+        for sock, release in held:
+            sock.close()
+            release()
+        self.assertEqual(ports._ranges, {})
+
+    def test_ports_are_given_back(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(('127.0.0.1', 0))
+            port = sock.getsockname()[1]
+        server = self.serve(udp_ports=(port, port))
+        for _ in range(3):
+            with Associate(server) as client:
+                self.assertEqual(client.relay.port, port)
+            eventually(lambda: not server.clients)
 
     def test_port_range(self):
         """Full, it is a refusal and a line in the log."""
@@ -2370,11 +2701,54 @@ class LifecycleTest(Case):
         first, second = [self.peer(server.server_address) for _ in range(2)]
         for peer in (first, second):
             peer.ask(Greeting(b'\0'), Choice)
+        self.assertEqual(second.ask(Request(3, Address('0.0.0.0', 0)), Response).reply, 0)
         third = self.peer(server.server_address)
         third.send(Greeting(b'\0').pack())
         self.assertFalse(ready([third.sock], [], 0.3))
         first.sock.close()
         self.assertEqual(third.read(2), b'\5\0')
+
+    @unittest.skipUnless(socks.ERRORS, 'this system does not tell of resets')
+    def test_reset_ends_what_is_under_way(self):
+        """Connecting, a look-up, a BIND, the delay of a wrong password."""
+        self.slow_names()
+        server, silent = self.serve(), self.silent_port()
+        with_users = self.serve(users={'bob': 'secret'}, login_delay=60)
+        held = self.origin()            # a proxy that says nothing
+        chained = self.serve(upstream=(socks.parse_proxy_url(f'socks5h://127.0.0.1:{held.port}'),))
+        for name, message in (('connecting', Request(1, Address('127.0.0.1', silent))),
+                              ('chain', Request(1, Address('192.0.2.1', 80))),
+                              ('look-up', Request(1, Address('name.slow', 80))),
+                              ('BIND', Request(2, Address('127.0.0.1', 0))),
+                              ('login', Credentials(b'bob', b'wrong'))):
+            for early in (b'', b'GET /'):
+                with self.subTest(name, early=early):
+                    serving = {'login': with_users, 'chain': chained}.get(name, server)
+                    peer = self.peer(serving.server_address)
+                    peer.ask(Greeting(b'\2' if name == 'login' else b'\0'), Choice)
+                    peer.send(message.pack())
+                    client = eventually(lambda: serving.clients)[0]
+                    eventually(lambda: client.command or serving.failures._since)
+                    if early:
+                        peer.send(early)
+                    if name == 'BIND':
+                        self.assertEqual(Response.unpack(peer.read).reply, 0)
+                    del self.lines[:]
+                    peer.reset()
+                    eventually(lambda: not serving.clients and self.lines)
+                    self.assertRegex(self.lines[0], 'Connection reset by peer|Broken pipe')
+                    self.assertNotIn('unexpectedly', self.lines[0])
+
+    def test_half_close_ends_nothing(self):
+        """A client may end its direction while its look-up takes time."""
+        event, server = self.slow_names(), self.serve()
+        peer = self.peer(server.server_address)
+        peer.ask(Greeting(b'\0'), Choice)
+        peer.send(Request(1, Address('name.slow', 80)).pack())
+        peer.finish()
+        eventually(lambda: [client for client in server.clients if client.command])
+        event.set()
+        self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
 
     def test_half_open_handshakes(self):
         """300 of them do not slow a normal client."""
@@ -5173,6 +5547,16 @@ class TlsTest(FileCase):
             if not tunnel.loop.held:
                 client.sock.sendall(client.updates(number))
         return far, tunnel
+    def test_urgent_data(self):
+        """It stays in the stream of a program that is in front of TLS."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        near = Peer(self.connect(server, ('127.0.0.1', origin.port)))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        for one, other in ((near, far), (far, near)):
+            one.send(b'before')
+            one.sock.send(b'!!', socket.MSG_OOB)
+            one.send(b'after')
+            self.assertEqual(other.read(13), b'before!!after')
 
     def test_bind_and_a_part_of_a_record(self):
         """What has come of the client's next message does not hide the peer."""
@@ -6831,6 +7215,25 @@ class CommandLineTest(Case):
                     self.assertEqual(tunnel.read(5), b'alive')
                 eventually(lambda: self.serves(program, origin))
             self.assertLess(program.log.count('cannot accept clients'), 20)
+
+    @unittest.skipIf(resource is None, 'there is no limit of open files')
+    def test_descriptors_of_associations(self):
+        """Each counts as two clients; when there is no room, that is reply 1 and one warning."""
+        with self.origin(echo) as origin, Program(
+                prefix=('sh', '-c', 'ulimit -n 64; exec "$0" "$@"')) as program:
+            server = argparse.Namespace(server_address=Address(*program.address))
+            with contextlib.ExitStack() as stack, Echo() as target:
+                stack.enter_context(Peer(program.address))
+                for _ in range(7):
+                    client = stack.enter_context(Associate(server))
+                    client.ask(Datagram(target.address, b'x').pack())
+                for _ in range(2):      # there is room for one more client
+                    with Associate(server) as client:
+                        self.assertEqual(client.response.reply, Reply.GENERAL_FAILURE)
+                    with Peer(program.address) as peer:
+                        self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
+        self.assertEqual(program.log.count('failed: Too many open files'), 2, program.log)
+        self.assertEqual(program.log.count('WARNING'), 1, program.log)
 
     def serves(self, program, origin):
         with Peer(program.address) as peer:

@@ -1284,6 +1284,10 @@ class Secure(Layer):
     end its direction and go on reading.
     """
     QUICK = 0.001                       # seconds that a step of a handshake may take in a loop
+    UNASKED = 1 << 12                   # bytes of answers to a peer that sends no data meanwhile
+    # Bytes for TLS at a time, if the last ones had no data, or had some: one KiB may ask for new
+    # keys forty times, which takes over a millisecond.
+    CAREFUL, FAST = 1 << 10, 1 << 14
     costly = weakref.WeakSet()          # contexts of servers whose steps take longer: RSA keys
 
     def __init__(self, sock, context, **options):
@@ -1294,6 +1298,9 @@ class Secure(Layer):
         self._error = ssl.SSLError
         self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
+        self._fresh = b''               # from the socket, for TLS
+        self._has_data = False          # the last bytes for TLS had some
+        self._unasked = 0               # bytes of answers since there was data
         self._ended = False             # the socket has said all
         self._failure = None            # it took no more while it was read
 
@@ -1315,7 +1322,9 @@ class Secure(Layer):
                 return
             yield from ready([self._sock], (), until)
             with contextlib.suppress(*BLOCKED):
-                self._feed(self.RECORD)
+                self._feed(4 * self.CAREFUL)
+                self._incoming.write(self._fresh)
+                self._fresh = b''
             if self._ended:
                 raise EOFError('Connection closed unexpectedly')
 
@@ -1347,9 +1356,24 @@ class Secure(Layer):
         return super().flush()
 
     def _feed(self, size):
-        data = self._sock.recv(size)
-        self._incoming.write(data)
-        self._ended = not data
+        self._fresh = self._sock.recv(size)
+        self._ended = not self._fresh
+
+    def _digest(self):
+        """Give TLS the next bytes."""
+        size = self.FAST if self._has_data else self.CAREFUL
+        self._incoming.write(self._fresh[:size])
+        self._fresh, self._has_data = memoryview(self._fresh)[size:], False
+
+    def _answer(self):
+        """Send what the protocol has to say of its own accord; OSError if that has no end."""
+        self._unasked += self._outgoing.pending
+        try:
+            self.flush()
+        except OSError as error:        # who takes no more may have said more
+            self._failure = self._failure or error
+        if self._unasked > self.UNASKED or len(self._cipher) > self.LARGEST:
+            raise OSError(errno.ENOBUFS, 'TLS: it asks for answers without end')
 
     def recv_into(self, buffer, size):
         """Read what the socket has, but of `size` bytes; `buffer` has room for a RECORD more."""
@@ -1360,15 +1384,12 @@ class Secure(Layer):
                     more = self._tls.read(len(buffer) - count, buffer[count:])
                     if not more:
                         break
-                    count += more
+                    count, self._has_data, self._unasked = count + more, True, 0
                 except self._waits:
-                    try:
-                        self.flush()
-                    except OSError as error:    # who takes no more may have said more
-                        self._failure = self._failure or error
-                    if len(self._cipher) > self.LARGEST:
-                        raise OSError(errno.ENOBUFS, 'TLS: it asks for answers and reads none'
-                                      ) from None
+                    self._answer()
+                    if self._fresh:
+                        self._digest()
+                        continue
                     if count:
                         return count
                     if fed:

@@ -5500,7 +5500,7 @@ class TlsTest(FileCase):
         server, origin = self.serve(tls=self.context()), self.origin()
         sock = self.enter(socket.create_connection(server.server_address))
         client = self.enter(UpdatingClient(sock))
-        far, tunnel = self.flooded(server, origin, client, 500)
+        far, tunnel = self.flooded(server, origin, client)
         far.finish()
         eventually(lambda: tunnel.down.done)
         self.assertTrue(tunnel.up.source.unsent)
@@ -5519,18 +5519,39 @@ class TlsTest(FileCase):
         server, origin = self.serve(tls=self.context()), self.origin()
         sock = self.enter(socket.create_connection(server.server_address))
         client = self.enter(UpdatingClient(sock))
-        _, tunnel = self.flooded(server, origin, client, 500)
+        _, tunnel = self.flooded(server, origin, client)
         self.assertTrue(tunnel.loop.held)
-        tunnel.up.source.LARGEST = 30000                # sooner than usually
+        tunnel.up.source.LARGEST = 100                  # sooner than usually
         with self.assertRaises(ConnectionError):
-            for _ in range(100):
-                sock.sendall(client.updates(500))
+            while True:
+                sock.sendall(client.updates(1))
         self.assertIn(': client: TLS: ', eventually(lambda: self.lines)[0])
         self.assertEqual(tunnel.loop.held, 0)
 
-    def flooded(self, server, origin, client, number):
-        """The target's side and the tunnel of a client that asks for so many new keys and takes
-        none."""
+    def test_changes_of_keys_without_data(self):
+        """Many are cut off, also if the client reads the answers; with data between them they are
+        answered."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        for number, lasts in ((10, True), (1000, False)):
+            sock = self.enter(socket.create_connection(server.server_address))
+            client = self.enter(UpdatingClient(sock))
+            client.handshake()
+            client.write(hexed('050100'))
+            self.assertEqual(client.read(2), hexed('0500'))
+            client.write(Request(1, Address('127.0.0.1', origin.port)).pack())
+            self.assertEqual(client.read(10)[1], 0)
+            far = self.enter(eventually(lambda: origin.peers and origin.peers.pop()))
+            with self.subTest(number), contextlib.suppress(ConnectionError):
+                for _ in range(30):
+                    sock.sendall(client.updates(number))
+                    client.write(b'data')
+                    self.assertEqual(far.read(4), b'data')
+                self.assertTrue(lasts)
+        self.assertIn(': client: TLS: it asks for', eventually(lambda: self.lines)[0])
+
+    def flooded(self, server, origin, client):
+        """The target's side and the tunnel of a client that asks for new keys and takes none, until
+        the server holds some."""
         client.handshake()
         client.write(hexed('050100'))
         self.assertEqual(client.read(2), hexed('0500'))
@@ -5543,9 +5564,10 @@ class TlsTest(FileCase):
             return isinstance(items[0], socks.Tunnel) and items[0]
         tunnel = eventually(found)
         tunnel.up.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        for _ in range(200):
-            if not tunnel.loop.held:
-                client.sock.sendall(client.updates(number))
+        tunnel.up.source.UNASKED = float('inf')
+        for _ in range(2000):
+            if tunnel.loop.held < 1 << 14:
+                client.sock.sendall(client.updates(50))
         return far, tunnel
     def test_urgent_data(self):
         """It stays in the stream of a program that is in front of TLS."""

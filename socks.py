@@ -2875,10 +2875,13 @@ class Latest(dict):
 
     def remember(self, key, value):
         """Have `value` for `key`, as the latest; what was remembered first makes room."""
-        self.forget(key)
+        if key in self:
+            self.forget(key)
         self._size += len(key)
         while len(self) >= self._limit or self and self._size > self.ROOM:
-            self.forget(next(iter(self)))
+            oldest = next(iter(self))
+            self._size -= len(oldest)
+            del self[oldest]
         self[key] = value
 
     def forget(self, key):

@@ -4749,7 +4749,7 @@ class Server(Acceptor):
             addresses = [addresses]
         socketserver.BaseServer.__init__(self, addresses, handler_class)
         self.settings = prepared(settings or Settings())
-        self.places = clients_possible()
+        self.places = clients_possible()        # clients that there are descriptors for
         self.max_clients = self.settings.max_clients or self.places
         self.udp_ports = UdpPorts()
         self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)

@@ -3906,10 +3906,13 @@ class Latest(dict):
 
     def remember(self, key, value):
         """Have `value` for `key`, as the latest; what was remembered first makes room."""
-        self.forget(key)
+        if key in self:
+            self.forget(key)
         self._size += len(key)
         while len(self) >= self._limit or self and self._size > self.ROOM:
-            self.forget(next(iter(self)))
+            oldest = next(iter(self))
+            self._size -= len(oldest)
+            del self[oldest]
         self[key] = value
 
     def forget(self, key):
@@ -6247,7 +6250,7 @@ class Server(Acceptor):
 
     def _configure(self, settings):
         self.settings = settings = prepared(settings)
-        self.places = clients_possible()
+        self.places = clients_possible()        # clients that there are descriptors for
         self.max_clients = settings.max_clients or self.places
         clients = self.max_clients or 1 << 16
         share = min(max(64, clients // 2), max(2, clients * 3 // 4))

@@ -2733,8 +2733,6 @@ class Resolver:
         self._look_up(query, owner, name, families[0])
 
     def _look_up(self, query, owner, name, family):
-        if query.answered:              # while this waited for a thread
-            return
         with self._lock:
             self._busy[family] += 1
         hosts, failure = self._outcome(name, family)

@@ -740,15 +740,19 @@ def idna_bytes(host):
     They agree on letters, marks and digits that both map in the same way (RFC 5892 section 2,
     UTS #46).  The others lead to different hosts, or have no form in IDNA 2008.
     """
-    name = name_bytes(host)
-    if name != host.encode():           # it is not ASCII already
-        mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
-        if (mapped.replace('\u3002', '.') != name.decode('idna').lower()
-                or not DEVIATIONS.isdisjoint(host)
-                or any(char > '\x7f' and char not in FULL_STOPS
-                       and unicodedata.category(char)[0] not in 'LM'
-                       and unicodedata.category(char) != 'Nd' for char in host)):
-            raise ValueError('has two forms')
+    with contextlib.suppress(UnicodeEncodeError):
+        return host.encode('ascii').lower()
+    mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
+    labels = mapped.replace('\u3002', '.').split('.')
+    # The rest takes long for what is long: each label that is not ASCII gets "xn--" in front.
+    size = sum(len(label) + (5 if max(label + '.') > '\x7f' else 1) for label in labels)
+    if (size > MAX_NAME or max(map(len, labels)) > 63 or not DEVIATIONS.isdisjoint(host)
+            or not all(char <= '\x7f' or char in FULL_STOPS or unicodedata.category(char)[0] in 'LM'
+                       or unicodedata.category(char) == 'Nd' for char in host)):
+        raise ValueError('too long, or without a form in IDNA 2008')
+    name = host.encode('idna')
+    if name.decode('idna').lower() != '.'.join(labels):
+        raise ValueError('two forms')
     return name.lower()
 
 

@@ -588,6 +588,15 @@ class SocketsTest(Case):
                 socks.canonical(Address(host, 80))
             self.assertTrue(str(caught.exception).isprintable(), host)
 
+    def test_costly_names(self):
+        """Nobody stops a loop with names of many labels, or of letters that stand for many."""
+        names = [('\ufdfa.' * 63)[:number] for number in range(26, 126)]
+        started = time.process_time()
+        for name in names:
+            with self.assertRaises(ProtocolError):
+                socks.canonical(Address(name, 80))
+        self.assertLess((time.process_time() - started) / len(names), 0.002)
+
     def test_resolve(self):
         self.assertEqual(resolve(Address('1.2.3.4', 80)), [Address('1.2.3.4', 80)])
         self.assertIn(Address('127.0.0.1', 80), resolve(Address('localhost', 80)))

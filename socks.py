@@ -828,15 +828,19 @@ def idna_bytes(host):
     They agree on letters, marks and digits that both map in the same way (RFC 5892 section 2,
     UTS #46).  The others lead to different hosts, or have no form in IDNA 2008.
     """
-    name = name_bytes(host)
-    if name != host.encode():           # it is not ASCII already
-        mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
-        if (mapped.replace('\u3002', '.') != name.decode('idna').lower()
-                or not DEVIATIONS.isdisjoint(host)
-                or any(char > '\x7f' and char not in FULL_STOPS
-                       and unicodedata.category(char)[0] not in 'LM'
-                       and unicodedata.category(char) != 'Nd' for char in host)):
-            raise ValueError('has two forms')
+    with contextlib.suppress(UnicodeEncodeError):
+        return host.encode('ascii').lower()
+    mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
+    labels = mapped.replace('\u3002', '.').split('.')
+    # The rest takes long for what is long: each label that is not ASCII gets "xn--" in front.
+    size = sum(len(label) + (5 if max(label + '.') > '\x7f' else 1) for label in labels)
+    if (size > MAX_NAME or max(map(len, labels)) > 63 or not DEVIATIONS.isdisjoint(host)
+            or not all(char <= '\x7f' or char in FULL_STOPS or unicodedata.category(char)[0] in 'LM'
+                       or unicodedata.category(char) == 'Nd' for char in host)):
+        raise ValueError('too long, or without a form in IDNA 2008')
+    name = host.encode('idna')
+    if name.decode('idna').lower() != '.'.join(labels):
+        raise ValueError('two forms')
     return name.lower()
 
 
@@ -1020,7 +1024,7 @@ def hosts_of(name, family=0):
 
 
 def in_turn(*families):
-    """The items of all lists, the first ones first."""
+    """One list of several: their first items, then their second ones, and so on."""
     turns = itertools.zip_longest(*families)
     return [item for turn in turns for item in turn if item]
 
@@ -3243,7 +3247,7 @@ class Crew:
             job = None                  # hold nothing while waiting
 
     def _done(self, owner, _):
-        """One of the owner's jobs is."""
+        """Account for a job that has ended."""
         share = self._shares[owner]
         share.under_way -= 1
         self._taken -= 1
@@ -3308,19 +3312,22 @@ def look_up_plan(name, is_strict):
     return steps if is_strict or name != plain else [*steps, (name, TOGETHER)]
 
 
+# IPv6 networks of lower precedence than IPv4 (RFC 6724 section 2.1): Teredo, 6to4, unique local.
+AFTER_IPV4 = [ipaddress.ip_network(network)
+              for network in ('2001::/32', '2002::/16', 'fc00::/7')]
+
+
 def preferred(hosts):
     """IP addresses in the order in which to try them, families in turn, at most ATTEMPTS.
 
-    IPv6 comes first if this host reaches it from an address of like scope (RFC 6724 section 5).
+    IPv6 comes first if this host has a route for it, unless one of its two ends is in AFTER_IPV4.
     """
     v4, v6 = ([host for host in hosts if (':' in host) == is_v6] for is_v6 in (False, True))
     if v4 and v6:
-        try:
-            scope = ipaddress.ip_address(way_out(v6[:1], ())).is_global
-            if scope == ipaddress.ip_address(v6[0]).is_global:
+        with contextlib.suppress(OSError):              # there is no route
+            ends = [ipaddress.ip_address(host) for host in (v6[0], way_out(v6[:1], ()))]
+            if not any(end in network for end in ends for network in AFTER_IPV4):
                 return in_turn(v6, v4)[:ATTEMPTS]
-        except OSError:                 # there is no route
-            pass
     return in_turn(v4, v6)[:ATTEMPTS]
 
 
@@ -3352,7 +3359,7 @@ class Answer(NamedTuple):
 
 
 class Resolver:
-    """What names stand for: IP addresses, looked up in the threads of `crew`.
+    """Finds the IP addresses of names, in the threads of `crew`.
 
     A name is looked up once for all who ask at the same time, with one look-up for each family
     (RFC 8305 section 3): the first addresses are the answer, together with those that come within
@@ -3449,8 +3456,6 @@ class Resolver:
         self._look_up(query, owner, name, families[0])
 
     def _look_up(self, query, owner, name, family):
-        if query.answered:              # while this waited for a thread
-            return
         with self._lock:
             self._busy[family] += 1
         hosts, failure = self._outcome(name, family)
@@ -3479,7 +3484,7 @@ class Resolver:
             return [], (socket.EAI_FAIL, 'the look-up failed')
 
     def _note(self, query, family, hosts, failure):
-        """The outcome for one family: is it the first that was found, the last that was missing?"""
+        """Record the outcome for a family: (is it the first success, is no family missing)."""
         now = time.monotonic()
         self._busy[family] -= 1
         if not query.answered or now - query.answered < self.DELAY:
@@ -3511,8 +3516,7 @@ class Resolver:
     def _answer(self, query, now):
         """What a query has found up to now."""
         if query.found:
-            together = query.found.get(*TOGETHER)
-            hosts = together or preferred(list(itertools.chain(*query.found.values())))
+            hosts = preferred(list(itertools.chain(*query.found.values())))
             return Answer(hosts, None, now + self.MEMORY / 2, now + self.MEMORY)
         failure = min(query.failures, key=lambda failure: failure[0] in NO_SUCH_NAME)
         return Answer((), failure, now + self.RETRY, now + self.RETRY)
@@ -4905,7 +4909,7 @@ def destination(pair, chain):
     address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
     for proxy, (host, port) in zip(chain, targets(chain, address)):
         if proxy.type & ~LAYERS == SOCKS4 and ':' in host:
-            raise GeneralProxyError(f'{host}: SOCKS4 has no IPv6 addresses')
+            raise SOCKS4Error(f'{host}: SOCKS4 has no IPv6 addresses')
         canonical(Address(host, port))
         try:
             Address(host, port).pack()
@@ -4998,6 +5002,7 @@ STARVING_PAUSE = 60.0                   # seconds between warnings of that
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
+UPSTREAM_ATTEMPTS = 4                   # addresses of one name that another proxy is asked for
 
 HTTP_PAGE = b"""\
 HTTP/1.0 501 Not Implemented\r
@@ -5459,16 +5464,16 @@ class Handler(Negotiation):
         if chain[-1].rdns:
             addresses = [self.passed_on(address)]
         else:
-            addresses = yield from self.destinations(address, until)
+            addresses = (yield from self.destinations(address, until))[:UPSTREAM_ATTEMPTS]
         if self.is_verbose:
             self.note('through %s', ', then '.join(map(str, chain)))
-        for place, wanted in enumerate(addresses, 1):
+        for wanted in addresses:
             try:
                 target, bnd = yield from reach(
                     chain, destination(wanted, chain), until, self.settings.source)
                 break
-            except GeneralProxyError:
-                if place == len(addresses):
+            except (SOCKS5Error, SOCKS4Error):
+                if wanted is addresses[-1]:
                     raise
         if ip_bytes(wanted.host) is not None:
             self.client.target_address = None if wanted == address else wanted

@@ -783,6 +783,15 @@ class SocketsTest(Case):
                 socks.canonical(Address(host, 80))
             self.assertTrue(str(caught.exception).isprintable(), host)
 
+    def test_costly_names(self):
+        """Nobody stops a loop with names of many labels, or of letters that stand for many."""
+        names = [('\ufdfa.' * 63)[:number] for number in range(26, 126)]
+        started = time.process_time()
+        for name in names:
+            with self.assertRaises(ProtocolError):
+                socks.canonical(Address(name, 80))
+        self.assertLess((time.process_time() - started) / len(names), 0.002)
+
     def test_resolve(self):
         self.assertEqual(resolve(Address('1.2.3.4', 80)), [Address('1.2.3.4', 80)])
         self.assertIn(Address('127.0.0.1', 80), resolve(Address('localhost', 80)))
@@ -4513,6 +4522,15 @@ class ResolverTest(FileCase):
             six = self.origin(echo, host='::1')
             self.assertEqual(self.ask(server, 'no4.test', six.port), 0)
 
+    def test_order(self):
+        """IPv6 first where there is a way to it, but not what comes after IPv4 by RFC 6724."""
+        four = ['192.0.2.%d' % number for number in range(20)]
+        for six in 'fd00::1', '2002::1', '2001::1':
+            self.assertEqual(socks.preferred([six, *four]), [four[0], six, *four[1:15]])
+        with contextlib.suppress(OSError), Origin(host='::1'):
+            self.assertEqual(socks.preferred(['127.0.0.1', '::1']), ['::1', '127.0.0.1'])
+        self.assertEqual(socks.preferred(four), four[:16])
+
     def test_an_error_does_not_hide_the_other_family(self):
         second = threading.Event()
 
@@ -4545,8 +4563,9 @@ class ResolverTest(FileCase):
         self.assertEqual(server.resolver._late[socket.AF_INET6], 3)
         event.set()                     # late, but not forgotten
         eventually(lambda: not server.resolver._busy[socket.AF_INET6])
-        self.assertEqual(self.ask(server, 'a.test', origin.port), 0)
-        eventually(lambda: not server.resolver._late[socket.AF_INET6])
+        numbers = itertools.count()
+        eventually(lambda: self.ask(server, 'a%d.test' % next(numbers), origin.port) == 0
+                   and not server.resolver._late[socket.AF_INET6])
 
     def test_one_look_up_for_all_who_ask(self):
         event = threading.Event()
@@ -6325,10 +6344,15 @@ class UpstreamTest(Case):
                         self.through(url, host, origin.port, remote, **settings), reply)
 
     def test_the_next_address(self):
-        """If the other proxy cannot reach one, it is asked for the next."""
-        self.names(lambda name, _: ['127.0.0.2', '127.0.0.1'])
+        """If the other proxy cannot reach one, it is asked for the next, but not for all."""
+        hosts = ['::1', '127.0.0.2', '127.0.0.1']
+        self.names(lambda name, _: hosts if name == 'a.test' else
+                   ['127.0.0.%d' % number for number in range(9, 0, -1)])
         last, origin = self.serve(), self.origin(echo)
-        self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test', origin.port), 0)
+        for scheme in 'socks5', 'socks4':
+            url = f'{scheme}://{last.server_address}'
+            self.assertEqual(self.through(url, 'a.test', origin.port), 0)
+        self.assertNotEqual(self.through(url, 'b.test', origin.port), 0)
         self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test',
                                       self.refused_port()), Reply.CONNECTION_REFUSED)
 

@@ -303,6 +303,12 @@ class Origin(socketserver.ThreadingTCPServer):
             raise error
 
 
+# Python 3.6 has it by another name.
+thread_time = getattr(time, 'thread_time', None) or hasattr(
+    time, 'CLOCK_THREAD_CPUTIME_ID') and functools.partial(
+    time.clock_gettime, time.CLOCK_THREAD_CPUTIME_ID)
+
+
 class Watch:
     """Steps of loops, that is calls on behalf of one item, that took more than LIMIT seconds of
     their thread's CPU time: what one client can ask for must not keep the others waiting.
@@ -318,9 +324,8 @@ class Watch:
         self.garbage = threading.local()
 
     def install(self):
-        """Watch all loops of socks, from now on; without a clock for it, before Python 3.7, none.
-        """
-        if hasattr(time, 'thread_time'):
+        """Watch all loops of socks, from now on, if there is a clock for that."""
+        if thread_time:
             self.LIMIT *= self.SLOWNESS * max(1, min(self.try_machine() for _ in range(5)) / 0.01)
             if hasattr(gc, 'callbacks'):        # PyPy's collects in small steps
                 gc.callbacks.append(self.collect)
@@ -331,12 +336,12 @@ class Watch:
 
     def try_machine(self):
         """Seconds for what takes less than 0.01 on most machines."""
-        before = time.thread_time()
+        before = thread_time()
         sum(number % 7 for number in range(100000))
-        return time.thread_time() - before
+        return thread_time() - before
 
     def collect(self, phase, _):
-        now = time.thread_time()
+        now = thread_time()
         if phase == 'start':
             self.garbage.since = now
         else:
@@ -344,7 +349,7 @@ class Watch:
             self.garbage.seconds = getattr(self.garbage, 'seconds', 0) + now - since
 
     def cost(self):
-        return time.thread_time() - getattr(self.garbage, 'seconds', 0)
+        return thread_time() - getattr(self.garbage, 'seconds', 0)
 
     def watched(self, step):
         @functools.wraps(step)
@@ -1390,12 +1395,12 @@ class TimersTest(unittest.TestCase):
 
 class WatchTest(unittest.TestCase):
 
-    @unittest.skipUnless(hasattr(time, 'thread_time'), 'no clock of a thread before Python 3.7')
+    @unittest.skipUnless(thread_time, 'threads have no clock here')
     def test_slow_step(self):
         """One that keeps a loop busy is found, with what it was."""
         def burn():
-            end = time.thread_time() + 2 * watch.LIMIT
-            while time.thread_time() < end:
+            end = thread_time() + 2 * watch.LIMIT
+            while thread_time() < end:
                 pass
 
         loop = socks.Loop()

@@ -3499,13 +3499,14 @@ class ToolTest(Case):
 
     def test_connect(self):
         server, origin = self.serve(users={'bob': 's'}), self.origin(echo)
-        there = f'localhost:{origin.port}'
         url = f'socks5h://bob:s@{server.server_address}'
         for options, environment in ((('-x', url), {}), (('-x', url, '-x', url), {}), ((), {}),
                                      ((), {'ALL_PROXY': url})):
+            there = 'localhost' if options or environment else '127.0.0.1'
             with self.subTest(options, environment=environment):
-                self.assertEqual(self.tool(*options, '--connect', there, data='some words',
-                                           NO_PROXY='', **environment), (0, 'some words', ''))
+                self.assertEqual(self.tool(*options, '--connect', f'{there}:{origin.port}',
+                                           data='some words', NO_PROXY='', **environment),
+                                 (0, 'some words', ''))
         eventually(lambda: len(self.lines) == 4)
         refused = self.refused_port()
         self.assertEqual(self.tool('-x', url, '--connect', f'127.0.0.1:{refused}'),
@@ -5214,7 +5215,7 @@ class CommandLineTest(Case):
                     (['-p', str(server.server_address.port)], 'Address already in use'),
                     (['-b', '203.0.113.1', '--open'], 'Cannot assign requested address'),
                     (['-b', '127.0.0.1:0', '-b', '203.0.113.1', '--open'], '203.0.113.1:1080: '),
-                    (['-b', '127.0.0.1:0', '-b', 'localhost:0', '-p', '0'], 'already in use'),
+                    (['-b', '127.0.0.1:0', '-b', '127.0.0.1:0', '-p', '0'], 'already in use'),
                     (['--source', '203.0.113.1'], 'connect from 203.0.113.1: it is not'),
                     (['--log-file', '/nowhere/log'], '/nowhere/log: No such file or directory'),
                     (['-b', 'nowhere.invalid'], 'nowhere.invalid is never resolved')]:

@@ -5357,20 +5357,26 @@ class CommandLineTest(Case):
     @unittest.skipUnless(socks.resource, 'no limit of open files on this system')
     def test_descriptors_run_out(self):
         """64 of them for 200 clients: the server idles, its tunnels live, and it recovers."""
-        for arguments in ([], ['--max-clients', '1000']):
-            with self.subTest(arguments), self.origin(echo) as origin, Program(
-                    *arguments, prefix=('sh', '-c', 'ulimit -n 64; exec "$0" "$@"')) as program:
-                with Peer(program.address) as tunnel, contextlib.ExitStack() as stack:
-                    self.assertEqual(tunnel.connect('127.0.0.1', origin.port).reply, 0)
+        origin, limit = self.origin(echo), ('sh', '-c', 'ulimit -n 64; exec "$0" "$@"')
+        with Program(prefix=limit) as one, \
+                Program('--max-clients', '1000', prefix=limit) as other:
+            with contextlib.ExitStack() as stack:
+                tunnels = []
+                for program in (one, other):
+                    tunnels.append(stack.enter_context(Peer(program.address)))
+                    self.assertEqual(tunnels[-1].connect('127.0.0.1', origin.port).reply, 0)
                     for _ in range(200):
                         stack.enter_context(Peer(program.address)).send(b'\5')
-                    time.sleep(0.2)
-                    before = cpu_seconds(program.process.pid)
-                    time.sleep(1)
-                    self.assertLess(cpu_seconds(program.process.pid) - before, 0.1)
+                time.sleep(0.2)
+                before = [cpu_seconds(program.process.pid) for program in (one, other)]
+                time.sleep(1)
+                for program, tunnel, used in zip((one, other), tunnels, before):
+                    self.assertLess(cpu_seconds(program.process.pid) - used, 0.1)
                     tunnel.send(b'alive')
                     self.assertEqual(tunnel.read(5), b'alive')
+            for program in (one, other):
                 eventually(lambda: self.serves(program, origin))
+        for program in (one, other):
             self.assertLess(program.log.count('cannot accept clients'), 20)
 
     def serves(self, program, origin):

@@ -5032,7 +5032,6 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 self.assertIn(text, err)
                 self.assertLess(err.count('\n'), 2)
                 self.assertNotIn('Traceback', err)
-        self.assertEqual(err.strip(), 'socks.py: expected a password of 1 to 255 bytes')
 
     def test_hash_password(self):
         done = subprocess.run([sys.executable, os.path.join(HERE, 'socks.py'), '--hash-password'],

@@ -5743,8 +5743,8 @@ CONVERSIONS = {
     'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
     'udp_ports': as_ports}
 CONVERSIONS.update(
-    (name, functools.partial(as_number, kind)) for name, kind in Settings.__annotations__.items()
-    if kind in (int, float))
+    (name, functools.partial(as_number, type(default)))
+    for name, default in Settings()._asdict().items() if type(default) in (int, float))
 CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
 
 

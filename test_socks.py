@@ -1481,7 +1481,7 @@ class RelayTest(Case):
     @unittest.skipUnless(sys.platform == 'linux', 'only Linux tells what was taken')
     def test_slow_reader_is_not_idle(self):
         """While the system still sends what the client was sent long ago."""
-        server = self.serve(idle_timeout=0.4)
+        server = self.serve(idle_timeout=0.8)
         near = self.peer(server.server_address)
         near.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.assertEqual(near.connect('127.0.0.1', self.held.port).reply, 0)

@@ -5619,7 +5619,10 @@ class Service:
 
     def _show(self):
         """In a thread, because many clients make a long table."""
-        threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
+        try:
+            threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
+        except RuntimeError:            # there is none to be had
+            self._log_table()
 
     def _log_table(self):
         record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
@@ -5792,10 +5795,14 @@ class LogWriter(logging.Handler):
         """Queue the record.  There is no lock that whoever writes could hold."""
         if self._process != os.getpid():
             self._begin()
-        if len(self._lines) < self.LIMIT:
-            self._lines.append(self.format(record).encode('ascii', 'backslashreplace') + b'\n')
-        else:
+        if len(self._lines) >= self.LIMIT:
             self._lost += 1
+        else:
+            try:
+                text = self.format(record)
+            except Exception:
+                return self.handleError(record)
+            self._lines.append(text.encode('ascii', 'backslashreplace') + b'\n')
         if self._is_idle:
             self._is_idle = False
             with contextlib.suppress(RuntimeError):     # another thread has done it just now

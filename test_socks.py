@@ -602,7 +602,8 @@ class SocketsTest(Case):
         self.assertEqual([host for host in NOT_LOCAL if socks.is_local(host)], [])
 
     def test_shown(self):
-        for text, expected in [('bob', 'bob'), ('用户', '用户'), ('a b', "'a b'"), ('', "''"),
+        for text, expected in [('bob', 'bob'), ('用户', r"'\u7528\u6237'"), ('', "''"),
+                               ('a b', "'a b'"), ('\u3164', r"'\u3164'"),
                                ('a\nb', r"'a\nb'"), ('\x1b[2J', r"'\x1b[2J'"),
                                ('\udcff', r"'\udcff'")]:
             self.assertEqual(socks.shown(text), expected)

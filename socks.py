@@ -5942,6 +5942,8 @@ class TextFormatter(logging.Formatter):
                 text = time.strftime(self.default_time_format, time.localtime(second))
                 self._second = second, text
             head = '%s,%03d %s' % (text, record.msecs, head)
+        if isinstance(record.msg, Line):        # in which all is printable, and by far the most
+            return head + str(record.msg)
         message = record.getMessage()
         lines = message.split('\n') if isinstance(record.msg, Table) else [printable(message)]
         lines = [head + line for line in lines]

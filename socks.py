@@ -5873,9 +5873,10 @@ class LogWriter(logging.Handler):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(there, os.stat(self._path)):
                     return
-        file = open(self._path, 'ab', 0, opener=lambda path, flags: os.open(
-            path, flags | getattr(os, 'O_NONBLOCK', 0), 0o666))
-        old, self._file = self._file, file
+        # Not by mode 'a', with which Python 3.6 seeks, as a fifo cannot; nor may a fifo block.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NONBLOCK', 0)
+        fd = os.open(self._path, flags | getattr(os, 'O_BINARY', 0), 0o666)
+        old, self._file = self._file, open(fd, 'wb', 0)
         if old:
             old.close()
 

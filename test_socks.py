@@ -3828,6 +3828,7 @@ class UpdatingClient:
 
     def __init__(self, sock):
         self.sock = sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         names = [ctypes.util.find_library(name) for name in ('ssl', 'crypto')]
         if not all(names):
             raise unittest.SkipTest('OpenSSL is not where it can be found')
@@ -3976,10 +3977,9 @@ class TlsTest(FileCase):
         server, origin = self.serve(tls=self.context()), self.origin()
         sock = self.enter(socket.create_connection(server.server_address))
         client = self.enter(UpdatingClient(sock))
-        far, tunnel = self.flooded(server, origin, client, 500)
+        far, tunnel = self.flooded(server, origin, client)
         far.finish()
-        eventually(lambda: tunnel.down.done)
-        self.assertTrue(tunnel.up.source.unsent)
+        eventually(lambda: tunnel.down.done and tunnel.up.source.unsent)
         sock.settimeout(0.3)
         with self.assertRaises(socket.timeout):
             for _ in range(10000):
@@ -3995,17 +3995,17 @@ class TlsTest(FileCase):
         server, origin = self.serve(tls=self.context()), self.origin()
         sock = self.enter(socket.create_connection(server.server_address))
         client = self.enter(UpdatingClient(sock))
-        _, tunnel = self.flooded(server, origin, client, 500)
+        _, tunnel = self.flooded(server, origin, client)
         self.assertTrue(tunnel.loop.held)
-        tunnel.up.source.LARGEST = 30000                # sooner than usually
+        tunnel.up.source.LARGEST = 100000               # sooner than usually
         with self.assertRaises(ConnectionError):
             for _ in range(100):
                 sock.sendall(client.updates(500))
         self.assertIn(': client: TLS: ', eventually(lambda: self.lines)[0])
         self.assertEqual(tunnel.loop.held, 0)
 
-    def flooded(self, server, origin, client, number):
-        """The target's side and the tunnel of a client that asks for so many new keys and takes
+    def flooded(self, server, origin, client):
+        """The target's side and the tunnel of a client that asks for many new keys and takes
         none."""
         client.handshake()
         client.write(hexed('050100'))
@@ -4019,9 +4019,10 @@ class TlsTest(FileCase):
             return isinstance(items[0], socks.Tunnel) and items[0]
         tunnel = eventually(found)
         tunnel.up.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        for _ in range(200):
-            if not tunnel.loop.held:
-                client.sock.sendall(client.updates(number))
+        def has_much():
+            client.sock.sendall(client.updates(100))
+            return tunnel.loop.held > 20000
+        eventually(has_much)
         return far, tunnel
 
     def test_bind_and_a_part_of_a_record(self):
@@ -4857,6 +4858,7 @@ class ServiceTest(FileCase):
                 lines = []
                 while not lines or b'were lost' not in lines[-1]:
                     lines.append(reading.readline())
+                    self.assertTrue(lines[-1])
                 write(300)
                 last = reading.readline()
         *lines, lost = [line.decode() for line in lines]

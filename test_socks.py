@@ -878,7 +878,8 @@ class SocketsTest(Case):
         self.assertEqual([host for host in NOT_LOCAL if socks.is_local(host)], [])
 
     def test_shown(self):
-        for text, expected in [('bob', 'bob'), ('用户', r"'\u7528\u6237'"), ('a b', "'a b'"), ('', "''"),
+        for text, expected in [('bob', 'bob'), ('用户', r"'\u7528\u6237'"), ('', "''"),
+                               ('a b', "'a b'"), ('\u3164', r"'\u3164'"),
                                ('a\nb', r"'a\nb'"), ('\x1b[2J', r"'\x1b[2J'"),
                                ('\udcff', r"'\udcff'")]:
             self.assertEqual(socks.shown(text), expected)
@@ -5380,6 +5381,7 @@ class UpdatingClient:
 
     def __init__(self, sock):
         self.sock = sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         names = [ctypes.util.find_library(name) for name in ('ssl', 'crypto')]
         if not all(names):
             raise unittest.SkipTest('OpenSSL is not where it can be found')
@@ -5530,8 +5532,7 @@ class TlsTest(FileCase):
         client = self.enter(UpdatingClient(sock))
         far, tunnel = self.flooded(server, origin, client)
         far.finish()
-        eventually(lambda: tunnel.down.done)
-        self.assertTrue(tunnel.up.source.unsent)
+        eventually(lambda: tunnel.down.done and tunnel.up.source.unsent)
         sock.settimeout(0.3)
         with self.assertRaises(socket.timeout):
             for _ in range(10000):
@@ -5594,9 +5595,11 @@ class TlsTest(FileCase):
         tunnel.up.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         tunnel.up.source.UNASKED = float('inf')
         tunnel.up.size = 1 << 10        # at a time, however quickly the client goes on
-        for _ in range(2000):
-            if tunnel.loop.held < 1 << 14:
-                client.sock.sendall(client.updates(50))
+
+        def has_much():
+            client.sock.sendall(client.updates(50))
+            return tunnel.loop.held > 1 << 14
+        eventually(has_much)
         return far, tunnel
     def test_urgent_data(self):
         """It stays in the stream of a program that is in front of TLS."""
@@ -6581,6 +6584,7 @@ class ServiceTest(FileCase):
                 lines = []
                 while not lines or b'were lost' not in lines[-1]:
                     lines.append(reading.readline())
+                    self.assertTrue(lines[-1])
                 write(300)
                 last = reading.readline()
         *lines, lost = [line.decode() for line in lines]
@@ -6606,6 +6610,7 @@ class ServiceTest(FileCase):
             eventually(lambda: reading.read(1 << 16) is None and writer._is_idle)
             writer.close()
 
+    @unittest.skipUnless(os.path.exists('/dev/full'), 'the system has no /dev/full')
     def test_a_full_disk(self):
         """It is told once, on stderr."""
         writer = socks.LogWriter('/dev/full')

@@ -5598,7 +5598,7 @@ class TlsTest(FileCase):
 
         def has_much():
             client.sock.sendall(client.updates(50))
-            return tunnel.loop.held > 1 << 14
+            return tunnel.loop.held > 1 << 12
         eventually(has_much)
         return far, tunnel
     def test_urgent_data(self):

@@ -73,6 +73,11 @@ except ImportError:                     # Python 3.6
 
 __version__ = '2.0.0'
 
+IS_PROGRAM = __name__ == '__main__'
+if IS_PROGRAM:      # classes and functions get the name by which other processes can unpickle them
+    __name__ = 'socks'
+    sys.modules.setdefault(__name__, sys.modules['__main__'])
+
 log = logging.getLogger('socks')
 
 # As they were at import: programs replace them by ours, which must not come back to themselves.
@@ -141,11 +146,17 @@ class Reply4(Outcome):
 # ----------------------------------------------------------------------------------------- errors
 
 class ProxyError(OSError):
-    """Base of everything that goes wrong in SOCKS; `reply` is the code that tells a client so.
+    """Base of everything that goes wrong in SOCKS.
 
-    `socket_err` is the error that caused this one, if any; it shows in the text.
+    msg         what went wrong
+    socket_err  the error that caused this one, if any; it shows in the text
+    reply       the `Reply` that tells a client of it, or a code that the proxy sent
+    proxy       the `Proxy` of the chain where it went wrong, without user name and password;
+                None if that is not known
+    target      the `Address` that this proxy was asked for, or None
     """
     reply = Reply.GENERAL_FAILURE
+    proxy = target = None
 
     def __init__(self, msg, socket_err=None, reply=None):
         super().__init__(msg)
@@ -155,7 +166,13 @@ class ProxyError(OSError):
             self.reply = reply
 
     def __str__(self):
-        return f'{self.msg}: {self.socket_err}' if self.socket_err else self.msg
+        text = self.msg if self.socket_err is None else f'{self.msg}: {self.socket_err}'
+        return f'{text} ({self.proxy}, target {self.target})' if self.target else text
+
+    def __repr__(self):
+        cause = '' if self.socket_err is None else f', {self.socket_err!r}'
+        where = f', proxy={self.proxy}, target={self.target}' if self.target else ''
+        return f'{type(self).__name__}({self.msg!r}{cause}{where})'
 
     def __reduce__(self):
         kind, args, state = super().__reduce__()
@@ -188,6 +205,21 @@ class HTTPError(GeneralProxyError):
 
 class ProtocolError(GeneralProxyError):
     """Bytes that are not SOCKS, or name something that cannot be."""
+
+
+if sys.version_info >= (3, 10):         # where socket.timeout is TimeoutError
+    TimedOut = TimeoutError
+else:
+    class TimedOut(socket.timeout, TimeoutError):
+        """Found by either name."""
+
+
+class ProxyTimeoutError(GeneralProxyError, TimedOut):
+    """The proxy did not answer in time."""
+
+
+class ProxyConnectionTimeoutError(ProxyConnectionError, TimedOut):
+    """The proxy could not be reached in time."""
 
 
 Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4Error
@@ -244,6 +276,11 @@ def reply_for(error):
     if isinstance(error, socket.gaierror):          # its errno is of another kind
         return Reply.HOST_UNREACHABLE if error.errno in NO_SUCH_NAME else Reply.GENERAL_FAILURE
     return ERRNO_REPLIES.get(error.errno, Reply.GENERAL_FAILURE)
+
+
+def is_timeout(error):
+    """Whether `error` says that something took too long, by our clock or by the system's."""
+    return isinstance(error, (socket.timeout, TimeoutError))
 
 
 def reason(error):
@@ -334,6 +371,20 @@ class Address(NamedTuple):
         """That of a socket's address, without flow and scope."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
 
+    @classmethod
+    def scoped(cls, sockaddr):
+        """That of a socket's address, with the zone of a link-local one: fe80::1%2 (RFC 4007)."""
+        host, port, *rest = sockaddr
+        return cls(f'{host}%{rest[1]}' if '%' not in host and rest[1:] and rest[1] else host, port)
+
+    @property
+    def sockaddr(self):
+        """What a socket takes for it: of a zone, the number."""
+        host, percent, zone = self.host.partition('%')
+        if not percent:
+            return self
+        return host, self.port, 0, int(zone) if zone.isdigit() else socket.if_nametoindex(zone)
+
     def __str__(self):
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
@@ -407,6 +458,9 @@ class Credentials(NamedTuple):
         return b''.join((bytes((1, len(self.username))), self.username,
                          bytes((len(self.password),)), self.password))
 
+    def __repr__(self):                 # a password may have been typed as the name
+        return 'Credentials(...)'
+
     @classmethod
     def unpack(cls, read):
         version, length = read(2)
@@ -425,7 +479,8 @@ class Verdict(NamedTuple):
     @classmethod
     def unpack(cls, read):
         version, status = read(2)
-        expect_version('user name/password', version, 1)
+        if version != 5:                # some servers send that of SOCKS
+            expect_version('user name/password', version, 1)
         return cls(status)
 
 
@@ -592,6 +647,9 @@ class HttpConnect(NamedTuple):
                          + b2a_base64(self.credentials, newline=False))
         return b'\r\n'.join(lines) + b'\r\n\r\n'
 
+    def __repr__(self):
+        return f'HttpConnect({self.address!r}{", ..." if self.credentials else ""})'
+
 
 class HttpStatus(NamedTuple):
     """The first line of the answer to it."""
@@ -705,6 +763,7 @@ BLOCKED = (BlockingIOError, InterruptedError)
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
 ATTEMPTS = 16                           # addresses of one name that are tried
+ATTEMPT_TIMEOUT = 10.0                  # seconds for one that has others after it, one by one
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
@@ -759,6 +818,11 @@ def canonical(address):
 def shown(text):
     """`text` from a stranger, fit for one word of a log line."""
     return text if text and text.isprintable() and ' ' not in text else ascii(text)
+
+
+def printable(text):
+    """Untrusted text as printable ASCII, all else of it escaped."""
+    return text.encode('unicode_escape').decode('ascii')
 
 
 # What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
@@ -1454,13 +1518,15 @@ def start_connect(address, source):
     family = family_of(address.host)
     sock = _orig_socket(family, socket.SOCK_STREAM)
     try:
+        if '%' in address.host:
+            address = address.sockaddr
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if source:
             if sys.platform == 'linux':
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((source_of(family, source), 0))
+            sock.bind(source_address(family, source))
         error = sock.connect_ex(address)
         if error in UNDER_WAY:          # within this host it is done by now, if one asks
             error = sock.connect_ex(address)
@@ -1474,11 +1540,17 @@ def start_connect(address, source):
 
 def source_of(family, source):
     """The address of `family` in `source`; if that is empty, zeros: any of ours."""
+    return source_address(family, source)[0]
+
+
+def source_address(family, source):
+    """What to bind to for `family`; an item of `source` is a host, or an `Address` with a port."""
     if not source:
-        return '::' if family == socket.AF_INET6 else '0.0.0.0'
-    for host in source:
-        if family_of(host) == family:
-            return host
+        return ('::' if family == socket.AF_INET6 else '0.0.0.0'), 0
+    for item in source:
+        address = item if isinstance(item, Address) else Address(item, 0)
+        if family_of(address.host) == family:
+            return address.sockaddr
     raise OSError(errno.ENETUNREACH, 'no source address of this family')
 
 
@@ -2993,6 +3065,15 @@ KEEPIDLE = 60                           # seconds until a silent program is look
 INTERIM = {100, 102, 103}               # of HTTP: the answer is still to come (RFC 9110 15.2)
 
 
+def is_whole(value):
+    """Whether it is a whole number; True and False are none, whatever Python says."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_port(value):
+    return is_whole(value) and 0 <= value < 65536
+
+
 class Proxy(NamedTuple):
     """A proxy and how to use it; the six fields are those that PySocks' programs know.
 
@@ -3016,14 +3097,17 @@ class Proxy(NamedTuple):
     @classmethod
     def checked(cls, proxy_type, addr, port=None, rdns=True, username=None, password=None):
         """One of a caller's arguments; GeneralProxyError or ValueError says which is wrong."""
-        kind = proxy_type & ~LAYERS if isinstance(proxy_type, int) else None
+        kind = proxy_type & ~LAYERS if is_whole(proxy_type) else None
         if kind not in TYPE_NAMES:
-            what = proxy_type if isinstance(proxy_type, int) else type(proxy_type).__name__
+            what = proxy_type if is_whole(proxy_type) else type(proxy_type).__name__
             raise GeneralProxyError(f'Invalid proxy type: {what}')
         addr = addr.decode() if isinstance(addr, bytes) else addr
-        if not isinstance(addr, str) or not addr or addr[0] != '/' and min(addr) <= ' ':
+        is_path = isinstance(addr, str) and addr.startswith('/')
+        if isinstance(addr, str) and not is_path and set(addr) & set('/@'):
+            raise ValueError('proxy address: expected a name or an IP address, not a URL')
+        if not isinstance(addr, str) or not addr or not is_path and min(addr) <= ' ':
             raise ValueError(f'proxy address {addr!r}: expected a name or an IP address')
-        if port is not None and not (isinstance(port, int) and 0 <= port < 65536):
+        if port is not None and not is_port(port):
             raise ValueError(f'proxy port {port!r}: expected a number up to 65535')
         if isinstance(rdns, (str, bytes)):
             raise ValueError('rdns: expected True or False')
@@ -3050,6 +3134,9 @@ class Proxy(NamedTuple):
                         '+GSSAPI' if self.type & GSSAPI else ''))
         place = self.addr if self.is_path else Address(self.addr, self.sure_port)
         return f'{kind} proxy {place}'
+
+    def without_secrets(self):
+        return self._replace(username=None, password=None)
 
     @property
     def is_path(self):
@@ -3084,6 +3171,8 @@ def parse_proxy_url(url):
     except ValueError:
         raise ValueError('proxy URL: bad port, expected a number up to 65535') from None
     addr = parts.hostname
+    if addr and ':' in addr:            # RFC 6874: %25 before a zone
+        addr = addr.replace('%25', '%', 1)
     if 'unix' in layers or addr == 'localhost' and len(parts.path) > 1:     # so has curl it
         addr = unquote(parts.path)
         if not addr.startswith('/'):
@@ -3114,45 +3203,66 @@ def hops(proxy):
     return [Proxy.checked(*proxy)]
 
 
-def is_bypassed(host, patterns):
-    """Whether `host` is to be reached without a proxy.
+def is_bypassed(host, patterns, port=None):
+    """Whether `host` is to be reached without a proxy, as curl and urllib read NO_PROXY.
 
     patterns: separated by commas or spaces; a name stands for itself and all below it, with or
-    without a dot before it; IP addresses and networks (10.0.0.0/8) for those; * for everything.
+    without a dot before it, *.name for all below it; IP addresses and networks (10.0.0.0/8) for
+    those, IPv6 with or without brackets; * for everything.  HOST:PORT is for that `port` only.
     """
-    ip, name = plain_ip(host), host.lower().rstrip('.')
-    for pattern in patterns.lower().replace(',', ' ').split():
-        if pattern == '*':
-            return True
-        if ip:
-            with contextlib.suppress(ValueError):
-                network = ipaddress.ip_network(pattern.strip('[]'), strict=False)
-                if ipaddress.ip_address(ip) in network:
-                    return True
-        elif ('.' + name).endswith('.' + pattern.strip('.')):
-            return True
-    return False
+    if not patterns:
+        return False
+    host = host.partition('%')[0]
+    with contextlib.suppress(ProtocolError):
+        host = canonical(Address(host, 0)).host
+    return any(matches(pattern, host, port)
+               for pattern in patterns.lower().replace(',', ' ').split())
 
 
-def proxy_from_environment(host=None):
+def matches(pattern, host, port):
+    """Whether a canonical host and a port are what a pattern of is_bypassed() stands for."""
+    place, colon, number = pattern.rpartition(':')
+    if colon and number.isdigit() and (':' not in place or place.endswith(']')):
+        if int(number) != port:
+            return False
+        pattern = place
+    if pattern == '*':
+        return True
+    ip = plain_ip(host)
+    if ip:
+        with contextlib.suppress(ValueError):
+            network = ipaddress.ip_network(pattern.strip('[]'), strict=False)
+            return ipaddress.ip_address(ip) in network
+        return False
+    with contextlib.suppress(ValueError):
+        pattern = name_bytes(pattern).decode()
+    below = pattern.startswith('*.')
+    name = pattern[2 * below:].strip('.')
+    return bool(name) and (host.endswith('.' + name) or host == name and not below)
+
+
+def proxy_from_environment(host=None, port=None):
     """The URL in all_proxy or ALL_PROXY; None without one, or if no_proxy names `host`."""
     url, bypass = (os.environ.get(name) or os.environ.get(name.upper())
                    for name in ('all_proxy', 'no_proxy'))
-    return None if not url or host and bypass and is_bypassed(host, bypass) else url
+    return None if not url or host and bypass and is_bypassed(host, bypass, port) else url
 
 
 @contextlib.contextmanager
-def negotiating():
-    """Raise what goes wrong while talking to a proxy as PySocks does: the cause is `socket_err`.
+def negotiating(proxy, target):
+    """Raise what goes wrong while asking `proxy` for `target` as PySocks does: the cause is
+    `socket_err`.
 
-    The class is that of the cause, if it is one of ours, so that either can be asked for.
+    The class is that of the cause if this is a GeneralProxyError, so that either can be caught.
     """
     try:
         yield
     except (OSError, EOFError) as error:
         cause = GeneralProxyError(str(error)) if isinstance(error, EOFError) else error
-        kind = type(cause) if isinstance(cause, GeneralProxyError) else GeneralProxyError
+        kind = type(cause) if isinstance(cause, GeneralProxyError) else (
+            ProxyTimeoutError if is_timeout(cause) else GeneralProxyError)
         wrapped = kind('Socket error', cause, reply_for(cause))
+        wrapped.proxy, wrapped.target = proxy.without_secrets(), target
         wrapped.errno = (errno.EACCES if isinstance(cause, SOCKS5AuthError) else system_errno(cause)
                          or REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED))
         raise wrapped from cause
@@ -3230,7 +3340,7 @@ def answer_http(stream):
             if not 200 <= code < 300 and code not in INTERIM:
                 note = ('; it may be that this proxy makes no tunnels (CONNECT)'
                         if code in (400, 403, 405) else '')
-                raise HTTPError(f'{code}: {phrase}{note}')
+                raise HTTPError(f'{code}: {printable(phrase)}{note}')
         elif not (yield from stream.read(http_line)):
             if code not in INTERIM:
                 return UNSPECIFIED
@@ -3305,7 +3415,7 @@ def secured(sock, proxy, context, until):
     """Conversation: a plain socket, in front of TLS over (a duplicate of) `sock` to `proxy`."""
     context = context or usual_context(
         *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
-    name = 'localhost' if proxy.is_path else proxy.addr
+    name = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     tls = Secure(sock.dup(), context, server_hostname=name)
     try:
         yield from tls.handshake(until)
@@ -3359,7 +3469,7 @@ def initiate(stream, proxy, in_sequence):
     While the library talks to the KDC, a caller's timeout does not count, as in a name look-up.
     """
     service = name_text(proxy.username or b'rcmd')
-    host = 'localhost' if proxy.is_path else proxy.addr
+    host = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     context = GssContext(service if '/' in service else f'{service}@{host}', in_sequence)
     token, complete = yield Call(context.step, stream.until)
     while True:
@@ -3391,8 +3501,9 @@ def connecting(proxy):
     try:
         yield
     except OSError as error:
-        wrapped = ProxyConnectionError(f'Error connecting to {proxy}', error)
-        wrapped.errno = system_errno(error)
+        kind = ProxyConnectionTimeoutError if is_timeout(error) else ProxyConnectionError
+        wrapped = kind(f'Error connecting to {proxy}', error)
+        wrapped.proxy, wrapped.errno = proxy.without_secrets(), system_errno(error)
         raise wrapped from error
 
 
@@ -3408,13 +3519,18 @@ def await_connect(sock, address, until):
         sock.connect_ex(address)        # Linux would let the next connect() succeed, too
 
 
+def connect_by_name(host, port, until=None, source=()):
+    """Conversation: a non-blocking socket that is connected to a host of the user's choice."""
+    found = yield Call(functools.partial(look_up, host, port), until)
+    addresses = dict.fromkeys(Address.scoped(sockaddr) for *_, sockaddr in found)
+    return (yield from dial(list(addresses), until, source))
+
+
 def open_proxy(proxy, until=None, source=()):
     """Conversation: a non-blocking socket that is connected to `proxy`."""
     with connecting(proxy):
         if not proxy.is_path:
-            found = yield Call(functools.partial(look_up, proxy.addr, proxy.sure_port), until)
-            addresses = dict.fromkeys(Address.of(sockaddr) for *_, sockaddr in found)
-            return (yield from dial(list(addresses), until, source))
+            return (yield from connect_by_name(proxy.addr, proxy.sure_port, until, source))
         sock = _orig_socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
@@ -3429,8 +3545,7 @@ def destination(pair, chain):
     """The `Address` that a caller's (host, port, ...) means; GeneralProxyError if the proxies of
     the chain could not be told."""
     if not (isinstance(pair, (tuple, list)) and 2 <= len(pair) <= 4 and pair[0]
-            and isinstance(pair[0], (str, bytes)) and isinstance(pair[1], int)
-            and 0 <= pair[1] < 65536):
+            and isinstance(pair[0], (str, bytes)) and is_port(pair[1])):
         raise GeneralProxyError('Invalid destination-connection (host, port) pair')
     host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
     host = host[1:-1] if host.startswith('[') and host.endswith(']') else host
@@ -3460,8 +3575,7 @@ def through(sock, chain, command, address, until=None, context=None):
     """
     sockets = [sock]
     try:
-        with negotiating():
-            bnd = yield from ask_all(sockets, chain, command, address, until, context)
+        bnd = yield from ask_all(sockets, chain, command, address, until, context)
     except BaseException:
         for made in sockets[1:]:        # all of it, and at once
             abort(made)
@@ -3475,13 +3589,14 @@ def ask_all(sockets, chain, command, address, until, context):
     """Conversation: the part of through() that can fail; `sockets` has the first one, and gets a
     further one for each layer."""
     for proxy, target in zip(chain, targets(chain, address)):
-        if proxy.type & TLS:
-            sockets.append((yield from secured(sockets[-1], proxy, context, until)))
         step = command if target is address else Command.CONNECT
-        if proxy.type & GSSAPI:
-            sockets.append((yield from protected(
-                sockets[-1], proxy, step != Command.UDP_ASSOCIATE, until)))
-        bnd = yield from ask(ExactStream(sockets[-1], until), proxy, step, target)
+        with negotiating(proxy, target):
+            if proxy.type & TLS:
+                sockets.append((yield from secured(sockets[-1], proxy, context, until)))
+            if proxy.type & GSSAPI:
+                sockets.append((yield from protected(
+                    sockets[-1], proxy, step != Command.UDP_ASSOCIATE, until)))
+            bnd = yield from ask(ExactStream(sockets[-1], until), proxy, step, target)
     return bnd
 
 
@@ -3502,21 +3617,44 @@ def reach(chain, address, until=None, source=(), context=None, command=Command.C
 
 
 def reachable(bnd, chain, sock, until):
-    """Conversation: `bnd`, where the proxy waits, for those who do not know the proxy's address.
+    """Conversation: `bnd`, where the last proxy says that it waits, for those who do not know the
+    proxy's address; where it is not to be believed, the same port of the proxy.
 
-    It is on the last proxy if it names no host, one that is not known, or a private address of
-    a public proxy.  `sock` is connected to the first one.
+    With remote names, a name that the proxy chose is not looked up: that would tell who we are.
+    `sock` is connected to the first proxy.
     """
-    proxy_host = plain_ip(chain[-1].addr) or '127.0.0.1'        # this: beyond a unix socket
-    if len(chain) == 1 and sock.family != socket.AF_UNIX:
-        proxy_host = plain_ip(Address.of(sock.getpeername()).host)
+    last = chain[-1]
+    if sock.family == socket.AF_UNIX and len(chain) == 1:
+        proxy = Address('127.0.0.1', 0)
+    else:
+        proxy = Address.scoped(sock.getpeername()) if len(chain) == 1 else Address(last.addr, 0)
+    ip = plain_ip(proxy.host.partition('%')[0])
     with contextlib.suppress(OSError):
-        for host, port in (yield from resolve(canonical(bnd), until)):
-            ip = ipaddress.ip_address(host)
-            if not ip.is_unspecified and (
-                    ip.is_global or not ipaddress.ip_address(proxy_host).is_global):
-                return Address(host, port)
-    return Address(proxy_host, bnd.port)
+        if not last.rdns or ip_bytes(bnd.host) is not None:
+            for host, port in (yield from resolve(canonical(bnd), until)):
+                if is_believable(host, ip):
+                    zone = proxy.host.partition('%')[2] if host.startswith('fe80:') else ''
+                    return Address(f'{host}%{zone}' if zone else host, port)
+    return Address(ip if ip and '%' not in proxy.host else proxy.host, bnd.port)
+
+
+def is_believable(host, proxy):
+    """Whether a proxy at the IP address `proxy`, None if that is not known, can be reached at
+    `host`, an IP address that it names.
+
+    A proxy elsewhere must not name an address that is local to us, nor a public one a private
+    address.
+    """
+    if host == proxy:
+        return True
+    ip = ipaddress.ip_address(host)
+    if ip.is_unspecified or ip.is_multicast:
+        return False
+    if any(map(is_loopback, map(str, with_embedded(host)))) or is_ours(host):
+        return bool(proxy) and (is_loopback(proxy) or is_ours(proxy))
+    if is_local(host):
+        return bool(proxy) and is_local(proxy)
+    return ip.is_global or not (proxy and ipaddress.ip_address(proxy).is_global)
 
 
 # ----------------------------------------------------------------------------------------- server
@@ -4449,6 +4587,7 @@ PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
 PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 PRINTABLE_PROXY_TYPES = TYPE_NAMES
 NO_PROXY = (None,) * 6
+IP_FAMILIES = socket.AF_INET, socket.AF_INET6
 # The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
 STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
 
@@ -4652,6 +4791,7 @@ class _BaseSocket(_Descriptor):
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
         self._check_open()
+        self._use_source(dest_pair)
         if (self._bypass and dest_pair or not self._proxyconn) and not self._chain(dest_pair):
             return False
         if not self._proxyconn and not dest_pair and self._bypass and self.getsockname()[1]:
@@ -4666,6 +4806,17 @@ class _BaseSocket(_Descriptor):
                     super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
                 self._associate()
         return True
+
+    def _use_source(self, dest_pair):
+        """Bind this socket to one of `default_source`, if there are any, unless it is bound."""
+        if (not self.default_source or not self._is_proxied or self.family not in IP_FAMILIES
+                or self.getsockname()[1]):
+            return
+        ip = plain_ip(str(dest_pair[0])) if dest_pair else None
+        if self.family == socket.AF_INET6 and ip and ':' not in ip:
+            super().bind(('::ffff:' + source_of(socket.AF_INET, self.default_source), 0))
+        else:
+            super().bind(source_address(self.family, self.default_source))
 
     def _is_direct(self):
         """Whether the socket is connected."""
@@ -4695,8 +4846,8 @@ class _BaseSocket(_Descriptor):
         if len(chain) > 1 or chain[0].type & ~LAYERS != SOCKS5:
             raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
         ours = Address('0.0.0.0', self.getsockname()[1])        # the host may be another there
-        control, relay = run(reach(chain, ours, self._deadline(), (), self.ssl_context,
-                                   Command.UDP_ASSOCIATE))
+        control, relay = run(reach(chain, ours, self._deadline(), self._control_source(),
+                                   self.ssl_context, Command.UDP_ASSOCIATE))
         try:
             if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
                 relay = Address('::ffff:' + relay.host, relay.port)
@@ -4704,14 +4855,20 @@ class _BaseSocket(_Descriptor):
                 self._replace(bound(Address('::', ours.port), socket.SOCK_DGRAM))
                 self._bypass = ''       # to hosts of the other family there is no other way now
             if self._bypass:
-                self._relay = relay
+                self._relay = relay.sockaddr
             else:                       # the system keeps strangers away
-                super().connect(relay)
+                super().connect(relay.sockaddr)
         except BaseException:
             control.close()
             raise
         self._proxyconn, self._context = control, getattr(control, 'context', None)
         self.proxy_sockname = tuple(UNSPECIFIED)
+
+    def _control_source(self):
+        """Where to connect from for an association: proxies serve datagrams from there only."""
+        host = Address.scoped(self.getsockname()).host
+        host = plain_ip(host) or host
+        return () if host in ZEROS else (host, '0.0.0.0' if ':' in host else '::')
 
     def _receive(self, size, flags=0):
         """The payload of the next datagram, its sender, and whether it was longer than `size`."""
@@ -4723,7 +4880,8 @@ class _BaseSocket(_Descriptor):
                 if until and time.monotonic() >= until:
                     raise socket.timeout('timed out')
             data, source = super().recvfrom(1 << 16, flags)
-            if not source or self._relay and source[:2] != self._relay:     # none: shut down
+            if not source or self._relay and (      # none: shut down
+                    Address.of(source) != Address.of(self._relay)):
                 return data[:size], source, len(data) > size
             data = self._opened(data, flags & socket.MSG_PEEK) if self._context else data
             with contextlib.suppress(EOFError, ProtocolError):
@@ -4845,12 +5003,13 @@ class socksocket(_BaseSocket):
     """
     default_proxy = None
     default_bypass = ''
+    default_source = ()                 # local IP addresses to connect from, one of a family
 
     def __init__(self, family=STOCK[0], type=STOCK[1], proto=STOCK[2], fileno=None, *, proxy=None):
         default, bypass = _default(self.__class__) if proxy is None else (arguments(proxy), '')
         super().__init__(family, type, proto, fileno)
         kind = self.type & 0xF          # before Python 3.7 there are flags in it
-        if (self.family in (socket.AF_INET, socket.AF_INET6)
+        if (self.family in IP_FAMILIES
                 and self.proto in (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)):
             self._is_datagram = kind == socket.SOCK_DGRAM
             self._is_proxied = kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
@@ -4861,6 +5020,7 @@ class socksocket(_BaseSocket):
 
     _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
     _options = None                     # of setsockopt(), for another descriptor
+    _local = None                       # address that the program has bound it to
     _proxy_address = None
 
     def set_proxy(self, proxy_type=None, addr=None, port=None, rdns=True, username=None,
@@ -4889,20 +5049,34 @@ class socksocket(_BaseSocket):
         if not self._is_proxied or not self.proxy[0]:
             return []
         if dest_pair and self._bypass:
-            host = dest_pair[0]
-            if is_bypassed(name_text(host) if isinstance(host, bytes) else str(host), self._bypass):
+            host, port = dest_pair[:2]
+            host = name_text(host) if isinstance(host, bytes) else str(host)
+            if is_bypassed(host, self._bypass, port):
                 return []
         return hops(tuple(self.proxy))
 
     def setsockopt(self, *args):
-        super().setsockopt(*args)
+        """As in stock; to a proxy on a unix socket, options of TCP and IP mean nothing."""
+        if not self._ignores(args[0]):
+            super().setsockopt(*args)
         if self._is_proxied and not self.proxy_peername:
             self._options = self._options or {}
             self._options[args[:2]] = args
 
+    def getsockopt(self, level, *args):
+        """As in stock; an option that means nothing is 0, or b''."""
+        if self._ignores(level):
+            return b'' if len(args) > 1 else 0
+        return super().getsockopt(level, *args)
+
+    def _ignores(self, level):
+        return (self._is_proxied and level != socket.SOL_SOCKET
+                and self.family not in IP_FAMILIES)
+
     def bind(self, *address):
         """As in stock; a UDP socket with a proxy gets its relay now."""
         super().bind(*address)
+        self._local = address[0]
         if self._is_datagram:
             self._use_relay()
 
@@ -4916,6 +5090,7 @@ class socksocket(_BaseSocket):
         chain = self._chain(dest_pair)
         if not chain:
             self._leave_relay()
+            self._use_source(dest_pair)
             return super().connect(dest_pair)
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
@@ -4933,6 +5108,7 @@ class socksocket(_BaseSocket):
         """connect(), but return an errno, 0 for success; unknown names are still raised."""
         if not self._chain(dest_pair):
             self._leave_relay()
+            self._use_source(dest_pair)
             return super().connect_ex(dest_pair)
         try:
             socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
@@ -4975,24 +5151,46 @@ class socksocket(_BaseSocket):
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
 
     def _connect_first(self, proxy, sockaddr, until):
-        """Connect to the first proxy, with another descriptor if it needs another family."""
+        """Connect to the first proxy, at `sockaddr` or at any of its addresses in turn."""
+        if sockaddr:
+            return self._connect_at(self.family, sockaddr, until)
         if proxy.is_path:
-            family, sockaddr = socket.AF_UNIX, proxy.addr
-        elif sockaddr:
-            family = self.family
-        else:
-            found = look_up(proxy.addr, proxy.sure_port)
-            family, *_, sockaddr = min(found, key=lambda info: info[0] != self.family)
+            return self._connect_at(socket.AF_UNIX, proxy.addr, until)
+        found = dict.fromkeys((family, sockaddr) for family, *_, sockaddr
+                              in look_up(proxy.addr, proxy.sure_port))
+        places = sorted(found, key=lambda place: place[0] != self.family)[:ATTEMPTS]
+        for left, (family, sockaddr) in zip(range(len(places), 0, -1), places):
+            share = (until - time.monotonic()) / left if until else ATTEMPT_TIMEOUT
+            limit = until if left == 1 else after(min(share, ATTEMPT_TIMEOUT))
+            try:
+                return self._connect_at(family, sockaddr, limit)
+            except OSError as error:
+                if left == 1 or self.fileno() < 0:      # closed by another thread
+                    raise
+                log.debug('%s at %s: %s', proxy, Address.scoped(sockaddr), error)
+                self._exchange(_orig_socket(self.family, socket.SOCK_STREAM))
+
+    def _connect_at(self, family, sockaddr, until):
+        """Connect to one address of the first proxy, with another descriptor if it is of another
+        family."""
         if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
             sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
         elif family != self.family:
-            self._replace(_orig_socket(family, socket.SOCK_STREAM))
-            for option in (self._options or {}).values():
-                with contextlib.suppress(OSError):
-                    super().setsockopt(*option)
+            self._exchange(_orig_socket(family, socket.SOCK_STREAM))
+        self._use_source(sockaddr)
         with self._bare() as sock:
             run(await_connect(sock, sockaddr, until))
         self._proxy_address = sockaddr
+
+    def _exchange(self, sock):
+        """Have the descriptor of `sock`, a new one, with our options and local address."""
+        self._replace(sock)
+        for option in (self._options or {}).values():
+            with contextlib.suppress(OSError):
+                super().setsockopt(*option)
+        host = self._local and self._local[0]
+        if host not in (None, '', *ZEROS) and self.family in IP_FAMILIES:
+            super().bind(self._local)
 
     def dup(self):
         """As in stock; what goes through a relay goes on so."""
@@ -5064,7 +5262,7 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
     dest_pair = (host.strip('[]') if host.startswith('[') else host, *dest_pair[1:])
-    chain = chosen(proxy, dest_pair[0])
+    chain = chosen(proxy, *dest_pair[:2])
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
         sock = socksocket(family, kind, proto, proxy=chain)
@@ -5093,26 +5291,27 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
         error = None                    # it has this frame, which has it
 
 
-def chosen(proxy, host=None):
+def chosen(proxy, host=None, port=None):
     """The chain that is meant by an argument `proxy`; the default one if it is None."""
     if proxy is not None:
         return hops(proxy)
     default, bypass = _default()
-    return [] if host and is_bypassed(host, bypass) else hops(default)
+    return [] if host and is_bypassed(host, bypass, port) else hops(default)
 
 
 def first_addresses(chain, dest_pair):
     """What getaddrinfo() gives for the first proxy; or for the destination, without one."""
     if not chain:
         return socket.getaddrinfo(*dest_pair[:2], 0, socket.SOCK_STREAM)
-    if chain[0].is_path:
-        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, '', chain[0].addr)]
+    if chain[0].is_path:                # connect() replaces the descriptor by one that fits
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, '', None)]
     with connecting(chain[0]):
         return look_up(chain[0].addr, chain[0].sure_port)
 
 
 class _ServerSocket(socksocket):
     """A connection to a proxy that waits there for another one (BIND, RFC 1928 section 4)."""
+    _asked = None                       # proxy, and what it was asked for
     _unpack = None                      # for the second reply
     _begun = b''                        # of it
 
@@ -5126,7 +5325,7 @@ class _ServerSocket(socksocket):
         Raises SOCKS5Error or SOCKS4Error if the proxy gave up, socket.timeout as in stock.
         """
         timeout = self.gettimeout()
-        with negotiating(), self._bare() as sock:
+        with negotiating(*self._asked), self._bare() as sock:
             stream = ExactStream(sock, time.monotonic() if timeout == 0 else after(timeout))
             stream.surplus = self._begun
             try:
@@ -5157,9 +5356,11 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
     if not chain:
         raise GeneralProxyError('No proxy specified')
     expected = destination((address[0] or UNSPECIFIED.host, address[1]), chain)
-    near, bnd = run(reach(chain, expected, after(timeout), (), ssl_context, Command.BIND))
+    near, bnd = run(reach(chain, expected, after(timeout), socksocket.default_source, ssl_context,
+                          Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
+    sock._asked = chain[-1], expected
     sock._unpack = unpack_answer4 if chain[-1].type & ~LAYERS == SOCKS4 else unpack_answer5
     sock.proxy_sockname = tuple(bnd)
     return sock
@@ -5171,15 +5372,16 @@ async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
 
     proxy, ssl_context    as in create_connection()
     timeout               seconds until it is connected
-    options               of asyncio.open_connection(): ssl, server_hostname, limit
+    options               of asyncio.open_connection(): ssl, server_hostname, limit, local_addr
     """
     import asyncio
-    chain = chosen(proxy, host)
+    chain = chosen(proxy, host, port)
     until = after(timeout)
     if not chain:
         return await within(until, asyncio.open_connection(host, port, **options))
     address = destination((host, port), chain)
-    sock, _ = await drive(reach(chain, address, until, (), ssl_context))
+    source = await drive(local_source(options.pop('local_addr', None), until))
+    sock, _ = await drive(reach(chain, address, until, source, ssl_context))
     if options.get('ssl'):
         options.setdefault('server_hostname', host)
     try:
@@ -5187,6 +5389,15 @@ async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
     except BaseException:
         sock.close()
         raise
+
+
+def local_source(address, until):
+    """Conversation: the local addresses that a caller's (host, port) means, one of a family."""
+    if not address:
+        return socksocket.default_source
+    found = yield Call(functools.partial(look_up, *address), until)
+    first = {family: Address.scoped(sockaddr) for family, *_, sockaddr in reversed(found)}
+    return tuple(first.values())
 
 
 async def within(until, awaitable):
@@ -5923,10 +6134,10 @@ def set_up_logging(args, environ):
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def environment_hops(host=None):
+def environment_hops(host=None, port=None):
     """The chain that the environment has for `host`; ValueError if it is wrong."""
     try:
-        return hops(proxy_from_environment(host))
+        return hops(proxy_from_environment(host, port))
     except (ValueError, GeneralProxyError) as error:
         raise ValueError(f'ALL_PROXY: {error}') from None
 
@@ -5938,16 +6149,16 @@ def client_command(args):
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
-    chain = args.upstream or environment_hops(args.connect and host)
+    chain = args.upstream or environment_hops(args.connect and host, port)
     until = after(args.connect_timeout)
     try:
         if args.resolve:
-            print(shown(resolve_through(chain, host, until)))
+            print(shown(resolve_through(chain, host, until, args.source)))
         elif chain:
-            sock, _ = run(reach(chain, destination((host, port), chain), until))
+            sock, _ = run(reach(chain, destination((host, port), chain), until, args.source))
             converse(sock)
         else:
-            converse(socket.create_connection((host, port), args.connect_timeout or None))
+            converse(run(connect_by_name(host, port, until, args.source)))
     except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
         return 1
     except OSError as error:
@@ -5957,13 +6168,13 @@ def client_command(args):
     return 0
 
 
-def resolve_through(chain, host, until):
+def resolve_through(chain, host, until, source):
     """The IP address of a name, or the name of an IP address, as the last proxy finds it."""
     if not chain or chain[-1].type & ~LAYERS == HTTP:
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
     chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR
-    sock, found = run(reach(chain, destination((host, 0), chain), until, command=command))
+    sock, found = run(reach(chain, destination((host, 0), chain), until, source, command=command))
     sock.close()
     return found.host
 
@@ -6028,6 +6239,7 @@ def main(argv=None):
         if args.run is None:
             return client_command(args) if tasks else serve(args)
         program = program_runner(args.run, args.upstream or environment_hops())
+        socksocket.default_source = tuple(args.source)
     except ValueError as error:
         parser.error(str(error))
     program()
@@ -6102,5 +6314,5 @@ def addresses_of(args):
             for host, port in args.bind or [('127.0.0.1', None)]]
 
 
-if __name__ == '__main__':
+if IS_PROGRAM:
     sys.exit(main())

@@ -56,7 +56,8 @@ from binascii import b2a_base64
 from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union)
 
 try:
     from queue import SimpleQueue
@@ -71,6 +72,21 @@ try:
 except ImportError:                     # Python 3.6
     ContextVar = None
 
+if TYPE_CHECKING:
+    import asyncio
+    import ssl
+
+# What programs use is annotated, for the type checkers that check these programs; the bodies of the
+# functions here are not checked, the tests are there for that.
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalCall=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnboundVariable=false, reportRedeclaration=false, reportReturnType=false
+
 __version__ = '2.0.0'
 
 IS_PROGRAM = __name__ == '__main__'
@@ -81,8 +97,22 @@ if IS_PROGRAM:      # classes and functions get the name by which other processe
 log = logging.getLogger('socks')
 
 # As they were at import: programs replace them by ours, which must not come back to themselves.
-_orgsocket = _orig_socket = socket.socket
+_orig_socket = socket.socket
+_orgsocket = _orig_socket
 _orig_getaddrinfo = socket.getaddrinfo
+
+Read = Callable[[int], bytes]           # of a decoder: exactly so many bytes, or EOFError
+Conversation = Generator[Any, Any, Any]
+Result = TypeVar('Result')
+Function = TypeVar('Function', bound=Callable[..., Any])
+Serving = TypeVar('Serving', bound='Server')
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Listening = Union[Tuple[str, int], Sequence[Tuple[str, int]]]
+AnyRequest = Union['Request', 'Request4']
+Secret = Union[str, bytes, None]        # user name or password
+ProxyArgument = Union[str, Sequence[object], None]      # URL, arguments of set_proxy(), a chain
+ProxyType = Union[int, str, Sequence[object], None]
+ProxyTuple = Tuple[Any, Optional[str], Optional[int], bool, Optional[bytes], Optional[bytes]]
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -113,8 +143,9 @@ class AddressType(enum.IntEnum):
 
 class Outcome(enum.IntEnum):
     """A code with its text."""
+    text: str
 
-    def __new__(cls, code, text):
+    def __new__(cls, code: int, text: str) -> 'Outcome':
         member = int.__new__(cls, code)
         member._value_ = code
         member.text = text
@@ -155,26 +186,28 @@ class ProxyError(OSError):
                 None if that is not known
     target      the `Address` that this proxy was asked for, or None
     """
-    reply = Reply.GENERAL_FAILURE
-    proxy = target = None
+    reply: int = Reply.GENERAL_FAILURE
+    proxy: Optional['Proxy'] = None
+    target: Optional['Address'] = None
 
-    def __init__(self, msg, socket_err=None, reply=None):
+    def __init__(self, msg: str, socket_err: Optional[BaseException] = None,
+                 reply: Optional[int] = None) -> None:
         super().__init__(msg)
         self.msg = msg
         self.socket_err = socket_err
         if reply is not None:
             self.reply = reply
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = self.msg if self.socket_err is None else f'{self.msg}: {self.socket_err}'
         return f'{text} ({self.proxy}, target {self.target})' if self.target else text
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         cause = '' if self.socket_err is None else f', {self.socket_err!r}'
         where = f', proxy={self.proxy}, target={self.target}' if self.target else ''
         return f'{type(self).__name__}({self.msg!r}{cause}{where})'
 
-    def __reduce__(self):
+    def __reduce__(self) -> Tuple[Any, ...]:
         kind, args, state = super().__reduce__()
         return kind, args, dict(state, errno=self.errno)
 
@@ -234,7 +267,8 @@ class Refused(ProxyError):
     """Our own policy says no; `address` is whom it concerns, where a reply should tell."""
     reply = Reply.NOT_ALLOWED
 
-    def __init__(self, msg, socket_err=None, reply=None, address=None):
+    def __init__(self, msg: str, socket_err: Optional[BaseException] = None,
+                 reply: Optional[int] = None, address: Optional['Address'] = None) -> None:
         super().__init__(msg, socket_err, reply)
         self.address = address
 
@@ -267,7 +301,7 @@ NO_SUCH_NAME = {getattr(socket, name) for name in ('EAI_NONAME', 'EAI_NODATA', '
                 if hasattr(socket, name)}
 
 
-def reply_for(error):
+def reply_for(error: OSError) -> int:
     """The `Reply` that tells a client of `error`, an OSError met on the way to its target."""
     if isinstance(error, ProxyError):
         return error.reply
@@ -278,12 +312,12 @@ def reply_for(error):
     return ERRNO_REPLIES.get(error.errno, Reply.GENERAL_FAILURE)
 
 
-def is_timeout(error):
+def is_timeout(error: BaseException) -> bool:
     """Whether `error` says that something took too long, by our clock or by the system's."""
     return isinstance(error, (socket.timeout, TimeoutError))
 
 
-def reason(error):
+def reason(error: BaseException) -> str:
     """What `error` says, without its number."""
     return getattr(error, 'strerror', None) or str(error)
 
@@ -299,7 +333,7 @@ MAX_NAME = 255
 MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
 
 
-def reader(data):
+def reader(data: bytes) -> Tuple[Read, Callable[[], bytes]]:
     """A `read` function for unpack over the bytes of `data`, and one for all that is left."""
     stream = io.BytesIO(data)
 
@@ -367,28 +401,28 @@ class Address(NamedTuple):
     port: int
 
     @classmethod
-    def of(cls, sockaddr):
+    def of(cls, sockaddr: Sequence[Any]) -> 'Address':
         """That of a socket's address, without flow and scope."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
 
     @classmethod
-    def scoped(cls, sockaddr):
+    def scoped(cls, sockaddr: Sequence[Any]) -> 'Address':
         """That of a socket's address, with the zone of a link-local one: fe80::1%2 (RFC 4007)."""
         host, port, *rest = sockaddr
         return cls(f'{host}%{rest[1]}' if '%' not in host and rest[1:] and rest[1] else host, port)
 
     @property
-    def sockaddr(self):
+    def sockaddr(self) -> Tuple[Any, ...]:
         """What a socket takes for it: of a zone, the number."""
         host, percent, zone = self.host.partition('%')
         if not percent:
             return self
         return host, self.port, 0, int(zone) if zone.isdigit() else socket.if_nametoindex(zone)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
-    def pack(self):
+    def pack(self) -> bytes:
         """ATYP, ADDR, PORT.  The text of an IP address is always sent as that address."""
         packed = ip_bytes(self.host)
         if packed is None:
@@ -401,7 +435,7 @@ class Address(NamedTuple):
         return packed + self.port.to_bytes(2, 'big')
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Address':
         kind = read(1)[0]
         if kind == AddressType.IPV4:
             host = ip_text(read(4))
@@ -422,11 +456,11 @@ class Greeting(NamedTuple):
     """The client's first message: the methods it offers (RFC 1928 section 3)."""
     methods: bytes
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, len(self.methods))) + bytes(self.methods)
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Greeting':
         version, count = read(2)
         expect_version('SOCKS', version, 5)
         return cls(read(count))
@@ -436,11 +470,11 @@ class Choice(NamedTuple):
     """The method that the server takes (RFC 1928 section 3)."""
     method: int
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, self.method))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Choice':
         version, method = read(2)
         expect_version('SOCKS', version, 5)
         return cls(method)
@@ -451,18 +485,18 @@ class Credentials(NamedTuple):
     username: bytes
     password: bytes
 
-    def pack(self):
+    def pack(self) -> bytes:
         for name, value in zip(self._fields, self):
             if len(value) > 255:
                 raise ValueError(f'{name} of {len(value)} bytes, expected at most 255')
         return b''.join((bytes((1, len(self.username))), self.username,
                          bytes((len(self.password),)), self.password))
 
-    def __repr__(self):                 # a password may have been typed as the name
+    def __repr__(self) -> str:          # a password may have been typed as the name
         return 'Credentials(...)'
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Credentials':
         version, length = read(2)
         expect_version('user name/password', version, 1)
         username = read(length)
@@ -473,11 +507,11 @@ class Verdict(NamedTuple):
     """The server's answer to Credentials: 0 accepts them, anything else does not."""
     status: int
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((1, self.status))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Verdict':
         version, status = read(2)
         if version != 5:                # some servers send that of SOCKS
             expect_version('user name/password', version, 1)
@@ -489,11 +523,11 @@ class Request(NamedTuple):
     command: int
     address: Address
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, self.command, 0)) + self.address.pack()
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Request':
         version, command, _ = read(3)   # RSV should be 0; real clients send other values
         expect_version('SOCKS', version, 5)
         return cls(command, Address.unpack(read))
@@ -504,15 +538,15 @@ class Response(NamedTuple):
     reply: int
     address: Address = UNSPECIFIED
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, self.reply, 0)) + self.address.pack()
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Response':
         return cls(cls.unpack_reply(read), Address.unpack(read))
 
     @staticmethod
-    def unpack_reply(read):
+    def unpack_reply(read: Read) -> int:
         """Only the code: some servers end a failure there, or put an odd address behind it."""
         version, reply, _ = read(3)
         expect_version('SOCKS', version, 5)
@@ -525,7 +559,7 @@ class Request4(NamedTuple):
     address: Address
     userid: bytes = b''
 
-    def pack(self):
+    def pack(self) -> bytes:
         packed, name = ip_bytes(self.address.host), b''
         if packed is None:
             packed, name = b'\0\0\0\1', name_bytes(self.address.host) + b'\0'
@@ -535,7 +569,7 @@ class Request4(NamedTuple):
                          self.userid, b'\0', name))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Request4':
         version, command = read(2)
         expect_version('SOCKS', version, 4)
         port, packed = int.from_bytes(read(2), 'big'), read(4)
@@ -564,7 +598,7 @@ class Response4(NamedTuple):
     address: Address = UNSPECIFIED
 
     @classmethod
-    def of(cls, reply, address=UNSPECIFIED):
+    def of(cls, reply: int, address: Address = UNSPECIFIED) -> 'Response4':
         """The SOCKS4 reply that says what the SOCKS5 `reply` does."""
         if ':' in address.host:
             address = Address(UNSPECIFIED.host, address.port)
@@ -572,12 +606,12 @@ class Response4(NamedTuple):
             reply = Reply4.GRANTED if reply == Reply.SUCCEEDED else Reply4.REJECTED
         return cls(reply, address)
 
-    def pack(self):
+    def pack(self) -> bytes:
         return (bytes((0, self.code)) + self.address.port.to_bytes(2, 'big')
                 + socket.inet_aton(self.address.host))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Response4':
         version, code = read(2)
         if version != 4:                # some servers send 4, which harms nobody
             expect_version('SOCKS4 reply', version, 0)
@@ -591,32 +625,36 @@ class Datagram(NamedTuple):
     payload: bytes
     fragment: int = 0
 
-    def pack(self):
+    def pack(self) -> bytes:
         return b'\0\0%c%b%b' % (self.fragment, self.address.pack(), self.payload)
 
     @classmethod
-    def unpack(cls, data):
+    def unpack(cls, data: bytes) -> 'Datagram':
         """From the bytes of one whole datagram; EOFError if they end within the header."""
         read, rest = reader(data)
         fragment = read(3)[2]           # RSV should be 0; real clients send other values
         return cls(Address.unpack(read), rest(), fragment)
 
 
-class GssMessage(NamedTuple):
-    """A message of GSSAPI's negotiation, or of what it protects then (RFC 1961 sections 3 to 5)."""
+class _GssFields(NamedTuple):
     kind: int
     token: bytes = b''
+
+
+class GssMessage(_GssFields):           # which alone could have no constants
+    """A message of GSSAPI's negotiation, or of what it protects then (RFC 1961 sections 3 to 5)."""
+    __slots__ = ()
 
     TOKEN, LEVEL, DATA, ABORT = 1, 2, 3, 0xFF
     LARGEST = 0xFFFF                    # bytes of a token
 
-    def pack(self):
+    def pack(self) -> bytes:
         if self.kind == self.ABORT:
             return bytes((1, self.kind))
         return struct.pack('!BBH', 1, self.kind, len(self.token)) + self.token
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'GssMessage':
         version, kind = read(2)
         expect_version('GSSAPI', version, 1)
         if kind == cls.ABORT:
@@ -624,7 +662,7 @@ class GssMessage(NamedTuple):
         return cls(kind, read(int.from_bytes(read(2), 'big')))
 
     @classmethod
-    def unpack_token(cls, kind, read):
+    def unpack_token(cls, kind: int, read: Read) -> bytes:
         """Only the token, of a message that must be of this kind."""
         message = cls.unpack(read)
         if message.kind != kind:
@@ -637,7 +675,7 @@ class HttpConnect(NamedTuple):
     address: Address
     credentials: bytes = b''            # NAME:PASSWORD (RFC 7617), if any
 
-    def pack(self):
+    def pack(self) -> bytes:
         host = (self.address.host if ip_bytes(self.address.host)
                 else name_bytes(self.address.host).decode())
         where = str(Address(host, self.address.port)).encode()
@@ -647,7 +685,7 @@ class HttpConnect(NamedTuple):
                          + b2a_base64(self.credentials, newline=False))
         return b'\r\n'.join(lines) + b'\r\n\r\n'
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'HttpConnect({self.address!r}{", ..." if self.credentials else ""})'
 
 
@@ -657,7 +695,7 @@ class HttpStatus(NamedTuple):
     phrase: str
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'HttpStatus':
         line = http_line(read)
         match = re.match(r'HTTP/[0-9]\.[0-9] ([0-9]{3})(?: (.*))?$', line.decode('latin-1'))
         if not match:
@@ -679,6 +717,10 @@ def http_line(read):
     return text_line(read, MAX_LINE, 'an HTTP line')
 
 
+PROXY_SIGNATURE = b'\r\n\r\n\0\r\nQUIT\n'
+PROXY_FORMATS = {0x11: 4, 0x21: 16}     # TCP over IPv4 and IPv6: bytes of an address
+
+
 class ProxyHeader(NamedTuple):
     """What a load balancer says first of the connection that it forwards (PROXY protocol 1 and 2).
 
@@ -687,29 +729,26 @@ class ProxyHeader(NamedTuple):
     source: Optional[Address] = None
     destination: Optional[Address] = None
 
-    SIGNATURE = b'\r\n\r\n\0\r\nQUIT\n'
-    FORMATS = {0x11: 4, 0x21: 16}       # TCP over IPv4 and IPv6: bytes of an address
-
-    def pack(self):
+    def pack(self) -> bytes:
         """In version 2."""
         if not self.source:
-            return self.SIGNATURE + b'\x20\0\0\0'
+            return PROXY_SIGNATURE + b'\x20\0\0\0'
         hosts = ip_bytes(self.source.host) + ip_bytes(self.destination.host)
         ports = struct.pack('!HH', self.source.port, self.destination.port)
         kind = 0x11 if len(hosts) == 8 else 0x21
-        return self.SIGNATURE + struct.pack('!BBH', 0x21, kind, len(hosts) + 4) + hosts + ports
+        return PROXY_SIGNATURE + struct.pack('!BBH', 0x21, kind, len(hosts) + 4) + hosts + ports
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'ProxyHeader':
         first = read(1)
         if first == b'P':
             return cls._unpack_text(b'P' + text_line(read, 106, 'a PROXY line'))
-        if first != b'\r' or first + read(11) != cls.SIGNATURE:
+        if first != b'\r' or first + read(11) != PROXY_SIGNATURE:
             raise ProtocolError('no PROXY header, which is mandatory from here')
         version, kind, length = struct.unpack('!BBH', read(4))
         if version not in (0x20, 0x21):
             raise ProtocolError(f'PROXY version and command {version:#04x}, expected 0x20 or 0x21')
-        data, size = read(length), cls.FORMATS.get(kind)
+        data, size = read(length), PROXY_FORMATS.get(kind)
         if version == 0x20 or size is None:
             return cls()
         if length < 2 * size + 4:
@@ -737,7 +776,7 @@ class IdentQuery(NamedTuple):
     theirs: int                         # at the host that is asked
     ours: int
 
-    def pack(self):
+    def pack(self) -> bytes:
         return b'%d , %d\r\n' % self
 
 
@@ -746,7 +785,7 @@ class IdentReply(NamedTuple):
     userid: Optional[bytes]
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'IdentReply':
         fields = text_line(read, 1000, 'an ident reply').split(b':', 3)
         kind, system = (b':'.join(fields[1:2]).strip(), b':'.join(fields[2:3]).strip())
         known = len(fields) == 4 and kind == b'USERID' and system.partition(b',')[0] != b'OTHER'
@@ -847,7 +886,7 @@ class Call(NamedTuple):
     is_costly: bool = False
 
 
-def run(conversation):
+def run(conversation: Generator[Any, Any, Result]) -> Result:
     """Drive a conversation in this thread; its result."""
     advance, value = conversation.send, None
     while True:
@@ -1688,16 +1727,16 @@ class Settings(NamedTuple):
     """
     users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
-    clients: Tuple = ()
-    trusted: Tuple = ()
+    clients: Tuple[Network, ...] = ()
+    trusted: Tuple[Network, ...] = ()
     rules: Optional[Tuple['Rule', ...]] = None
-    upstream: Tuple = ()
-    tls: object = None
+    upstream: Tuple['Proxy', ...] = ()
+    tls: Optional['ssl.SSLContext'] = None
     udp_over_plain: bool = False
     gssapi: Tuple[int, ...] = ()
     gssapi_nec: bool = False
     ident: bool = False
-    balancers: Tuple = ()
+    balancers: Tuple[Network, ...] = ()
     source: Tuple[str, ...] = ()
     advertise: Tuple[str, ...] = ()
     udp_ports: Tuple[int, int] = (0, 0)
@@ -1713,7 +1752,7 @@ class Settings(NamedTuple):
     max_per_client: int = 0
     max_handshakes: int = 0
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         fields = ', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self)
                            if name != 'users')
         return f'Settings({len(self.users)} users, {fields})'       # and no passwords
@@ -1865,7 +1904,7 @@ RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
                  'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
 
 
-def parse_rule(text, place):
+def parse_rule(text: str, place: str) -> Rule:
     """The `Rule` of one line, FileError says where and what is wrong:
 
     allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
@@ -1910,7 +1949,7 @@ def parse_ports(word, place):
     return low, high
 
 
-def parse_network(text):
+def parse_network(text: str) -> Network:
     """The ip_network of a text, one of v4-mapped addresses as IPv4, as which we know those."""
     network = ipaddress.ip_network(text.strip('[]'))
     if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
@@ -1947,7 +1986,7 @@ def read_lines(path):
         raise FileError(f'{path}: {reason(error)}') from None
 
 
-def read_rules(path):
+def read_rules(path: str) -> Tuple[Rule, ...]:
     """The `Rule`s in a file; FileError says where it is wrong."""
     return tuple(parse_rule(re.split(r'\s#', line.decode('utf-8', 'replace'))[0], place)
                  for place, line in read_lines(path))
@@ -1963,7 +2002,7 @@ class Hashed:
     SCRYPT = 'scrypt:16384-8-1'         # n, r, p: 16 MiB and some 50 ms
     PBKDF2 = 'pbkdf2:600000'            # rounds of SHA-256
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         import hashlib                  # here, because few servers need it
         self._method, parameters, salt, digest = text.split(':')
         self._parameters = [int(number) for number in parameters.split('-')]
@@ -1978,7 +2017,7 @@ class Hashed:
         self._right = None
 
     @classmethod
-    def make(cls, password):
+    def make(cls, password: bytes) -> str:
         """The text for a password."""
         import hashlib
         kind = cls.SCRYPT if hasattr(hashlib, 'scrypt') else cls.PBKDF2
@@ -2011,7 +2050,7 @@ class Hashed:
         return same
 
 
-def read_users(path):
+def read_users(path: str) -> Dict[bytes, Union[bytes, Hashed]]:
     """The users in a file of NAME:PASSWORD or NAME:METHOD:...:HASH lines; FileError if it is
     wrong.  Warns if others can read it."""
     users = {}
@@ -3095,7 +3134,8 @@ class Proxy(NamedTuple):
     password: Optional[bytes] = None
 
     @classmethod
-    def checked(cls, proxy_type, addr, port=None, rdns=True, username=None, password=None):
+    def checked(cls, proxy_type: int, addr: Union[str, bytes], port: Optional[int] = None,
+                rdns: bool = True, username: Secret = None, password: Secret = None) -> 'Proxy':
         """One of a caller's arguments; GeneralProxyError or ValueError says which is wrong."""
         kind = proxy_type & ~LAYERS if is_whole(proxy_type) else None
         if kind not in TYPE_NAMES:
@@ -3125,29 +3165,29 @@ class Proxy(NamedTuple):
         addr = addr[1:-1] if addr.startswith('[') and addr.endswith(']') else addr
         return cls(proxy_type, addr, port, rdns, username, password)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         secret = '' if self.username is None and self.password is None else ' with credentials'
         return f'<{self}{secret}>'
 
-    def __str__(self):
+    def __str__(self) -> str:
         kind = ''.join((TYPE_NAMES[self.type & ~LAYERS], '+TLS' if self.type & TLS else '',
                         '+GSSAPI' if self.type & GSSAPI else ''))
         place = self.addr if self.is_path else Address(self.addr, self.sure_port)
         return f'{kind} proxy {place}'
 
-    def without_secrets(self):
+    def without_secrets(self) -> 'Proxy':
         return self._replace(username=None, password=None)
 
     @property
-    def is_path(self):
+    def is_path(self) -> bool:
         return self.addr.startswith('/')
 
     @property
-    def sure_port(self):
+    def sure_port(self) -> int:
         return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.type & ~LAYERS])
 
 
-def parse_proxy_url(url):
+def parse_proxy_url(url: str) -> Proxy:
     """The `Proxy` of a URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT]; ValueError says what is wrong.
 
     Schemes: socks5h and socks4a, where the proxy resolves names, socks5 and socks4, where we do,
@@ -3186,7 +3226,7 @@ def parse_proxy_url(url):
     return Proxy.checked(kind, addr, port, rdns, username, password)
 
 
-def hops(proxy):
+def hops(proxy: ProxyArgument) -> List[Proxy]:
     """The chain of `Proxy`, first hop first, that is meant by a URL, a tuple of arguments as
     set_proxy() takes them, a list of those, or None."""
     if not proxy:
@@ -3203,7 +3243,7 @@ def hops(proxy):
     return [Proxy.checked(*proxy)]
 
 
-def is_bypassed(host, patterns, port=None):
+def is_bypassed(host: str, patterns: str, port: Optional[int] = None) -> bool:
     """Whether `host` is to be reached without a proxy, as curl and urllib read NO_PROXY.
 
     patterns: separated by commas or spaces; a name stands for itself and all below it, with or
@@ -3241,7 +3281,7 @@ def matches(pattern, host, port):
     return bool(name) and (host.endswith('.' + name) or host == name and not below)
 
 
-def proxy_from_environment(host=None, port=None):
+def proxy_from_environment(host: Optional[str] = None, port: Optional[int] = None) -> Optional[str]:
     """The URL in all_proxy or ALL_PROXY; None without one, or if no_proxy names `host`."""
     url, bypass = (os.environ.get(name) or os.environ.get(name.upper())
                    for name in ('all_proxy', 'no_proxy'))
@@ -3703,7 +3743,7 @@ class Line(NamedTuple):
     down: int                           # and from the target
     seconds: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self
 
 
@@ -3713,21 +3753,21 @@ class Client:
     __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
                  'target', 'started')
 
-    def __init__(self, server, address):
+    def __init__(self, server: 'Server', address: Address) -> None:
         self.server = server
         self.address = address          # a load balancer may tell of another than the peer's
         self.peer = address
         self.is_counted = False         # see `Roster`
         self.protocol = self.user = self.target = '-'
-        self.command = None             # a `Command`
+        self.command: Optional[Command] = None
         self.started = time.monotonic()
 
     @property
-    def idle_timeout(self):
+    def idle_timeout(self) -> float:
         """For a tunnel, in seconds."""
         return self.server.settings.idle_timeout
 
-    def end(self, outcome, up=0, down=0):
+    def end(self, outcome: str, up: int = 0, down: int = 0) -> None:
         """Write the client's line, if there is an outcome.
 
         up and down are the bytes that came from the client and from the target.
@@ -3736,7 +3776,7 @@ class Client:
         if outcome and log.isEnabledFor(logging.INFO):
             log.info(self.line(outcome, up, down))
 
-    def line(self, outcome, up, down):
+    def line(self, outcome: str, up: int, down: int) -> Line:
         return Line(self.address, self.user, self.protocol,
                     self.command.name if self.command else '-', self.target, outcome, up, down,
                     time.monotonic() - self.started)
@@ -3745,7 +3785,7 @@ class Client:
 class Login(socketserver.BaseRequestHandler):
     """How a client shows who it is, in any of the ways that the settings ask for."""
 
-    def __init__(self, request, client, server):
+    def __init__(self, request: socket.socket, client: Client, server: 'Server') -> None:
         self.request = request
         self.client = client
         self.client_address = client.address
@@ -3777,7 +3817,7 @@ class Login(socketserver.BaseRequestHandler):
     def needs_login(self):
         return bool(self.settings.users or self.settings.gssapi) and not self.is_known
 
-    def choose(self, offered):
+    def choose(self, offered: bytes) -> int:
         """The authentication method to use, of those offered.
 
         A client that needs no password but insists on one may send any.
@@ -3793,7 +3833,7 @@ class Login(socketserver.BaseRequestHandler):
         raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
                       + ' or '.join(METHOD_NAMES[method] for method in methods))
 
-    def authenticate(self, credentials):
+    def authenticate(self, credentials: Credentials) -> Conversation:
         """Raise Refused, but not at once, unless the credentials are right.
 
         The time that a failure takes does not tell why, and slows down who tries all passwords.
@@ -3883,7 +3923,7 @@ class Negotiation(Login):
     converse: negotiate, then command(request) of the subclass, whose result is the relay.
     """
 
-    def converse(self):
+    def converse(self) -> Conversation:
         relay = None
         try:
             relay = yield from self.handle()
@@ -3911,7 +3951,7 @@ class Negotiation(Login):
             self.outcome = reason(error)
             return None
 
-    def answer(self, reply, address=UNSPECIFIED):
+    def answer(self, reply: int, address: Address = UNSPECIFIED) -> Conversation:
         return self.stream.write(self.answer_form(reply, address))
 
     def refuse(self, error):
@@ -3990,7 +4030,7 @@ class Handler(Negotiation):
     One that is not there, or that the settings switch off, is refused as not supported.
     """
 
-    def command(self, request):
+    def command(self, request: AnyRequest) -> Conversation:
         command = COMMANDS.get(request.command)
         method = command and getattr(self, METHODS[command], None)
         if not (method and self.offered(command, isinstance(request, Request4))):
@@ -4014,7 +4054,7 @@ class Handler(Negotiation):
                         or settings.tls and not settings.udp_over_plain)
         return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
 
-    def do_CONNECT(self, request):
+    def do_CONNECT(self, request: AnyRequest) -> Conversation:
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
         until = self.stream.until = after(self.settings.connect_timeout)
@@ -4026,7 +4066,7 @@ class Handler(Negotiation):
         target = yield from dial(addresses, until, self.settings.source)
         return (yield from self.join(target, Address.of(target.getsockname())))
 
-    def join(self, target, bnd):
+    def join(self, target: socket.socket, bnd: Address) -> Conversation:
         """Answer, and join the client to the socket `target`."""
         try:
             yield from self.answer(Reply.SUCCEEDED, bnd)
@@ -4046,7 +4086,7 @@ class Handler(Negotiation):
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
 
-    def do_BIND(self, request):
+    def do_BIND(self, request: AnyRequest) -> Conversation:
         """Accept one connection, of the peer that the client named, on its behalf.
 
         Others are turned away; if one of them was all that came, the second reply says so.
@@ -4081,7 +4121,7 @@ class Handler(Negotiation):
             stranger = address
             peer.close()
 
-    def do_UDP_ASSOCIATE(self, request):
+    def do_UDP_ASSOCIATE(self, request: AnyRequest) -> Conversation:
         """Relay datagrams; DST may be where the client will send from, or anything."""
         host, told = self.own_address()
         near = bound_in(host, self.settings.udp_ports)
@@ -4102,7 +4142,7 @@ class Handler(Negotiation):
         plausible = ('', '0', '0.0.0.0', '::', self.client.address.host)
         return address if address.port and address.host in plausible else UNSPECIFIED
 
-    def do_RESOLVE(self, request):
+    def do_RESOLVE(self, request: AnyRequest) -> Conversation:
         """Tor's command for a look-up; an IPv4 address is what its users expect."""
         until = self.stream.until = after(self.settings.connect_timeout)
         wanted = self.permitted(request.address)
@@ -4113,7 +4153,7 @@ class Handler(Negotiation):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
         yield from self.tell(Address(address.host, 0))
 
-    def do_RESOLVE_PTR(self, request):
+    def do_RESOLVE_PTR(self, request: AnyRequest) -> Conversation:
         """Tor's command for the name of an IP address."""
         host = plain_ip(request.address.host)
         if host is None:
@@ -4371,7 +4411,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         else:
             self._watch_listeners(True)
 
-    def drain(self, seconds):
+    def drain(self, seconds: float) -> None:
         """Accept no more clients, and have serve_forever() return when those that are served have
         ended, or after so many seconds."""
         self.loop.call(self, self._drain, seconds)
@@ -4430,11 +4470,15 @@ class Server(Acceptor):
     Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
     loopback if the settings would have it serve everybody there.
     """
+    server_address: Address
+    settings: Settings
+    addresses: List[Address]
     request_queue_size = 1024
     heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
 
-    def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
-                 bind_and_activate=True, listeners=()):
+    def __init__(self, server_address: Listening = ('127.0.0.1', 1080),
+                 settings: Optional[Settings] = None, handler_class: Type[Handler] = Handler,
+                 bind_and_activate: bool = True, listeners: Sequence[socket.socket] = ()) -> None:
         addresses = server_address
         if addresses and isinstance(addresses[0], str):
             addresses = [addresses]
@@ -4460,7 +4504,7 @@ class Server(Acceptor):
                 self.server_close()
                 raise
 
-    def server_bind(self):
+    def server_bind(self) -> None:
         free_port = 0
         for host, port in () if self.listeners else self.server_address:
             self.listeners += bound_to_all(host, port or free_port)
@@ -4473,14 +4517,14 @@ class Server(Acceptor):
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
 
-    def server_activate(self):
+    def server_activate(self) -> None:
         for sock, address in zip(self.listeners, self.addresses):
             try:
                 sock.listen(self.request_queue_size)
             except OSError as error:
                 raise OSError(error.errno, f'cannot listen on {address}: {reason(error)}') from None
 
-    def start(self):
+    def start(self: Serving) -> Serving:
         """Serve in a thread of its own; gives the server itself, for a `with`."""
         if self.loop.closed or self._thread:
             raise RuntimeError('the server is closed, or started already')
@@ -4489,14 +4533,14 @@ class Server(Acceptor):
         self._thread.start()
         return self
 
-    def serve_forever(self, poll_interval=None):
+    def serve_forever(self, poll_interval: Optional[float] = None) -> None:
         """Serve until shutdown(); may be called again."""
         with self._serving:
             self._watch_listeners(True)
             self.loop.run()
             self._watch_listeners(False)
 
-    def shutdown(self):
+    def shutdown(self) -> None:
         """Have serve_forever() return, at once if it has not begun; wait for that unless it is
         this thread's."""
         self.loop.stop()
@@ -4505,7 +4549,7 @@ class Server(Acceptor):
         if thread and thread is not threading.current_thread():
             thread.join()
 
-    def server_close(self):
+    def server_close(self) -> None:
         """Stop serving, close every connection, end every thread."""
         self.shutdown()
         for sock in self.listeners:
@@ -4518,7 +4562,7 @@ class Server(Acceptor):
 
     # One client
 
-    def process_request(self, request, client_address):
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Begin the conversation with a client; the loop goes on with it."""
         request.setblocking(False)
         address = Address.of(client_address)
@@ -4530,10 +4574,10 @@ class Server(Acceptor):
         self.roster.add(client, task, self.max_handshakes)
         self.loop.attempt(task, task.start, self.loop)
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception('%s: this is a bug', client_address)
 
-    def authorize(self, client, target, name=None):
+    def authorize(self, client: Client, target: Address, name: Optional[str] = None) -> None:
         """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP
         address, for which it asked by `name`, if it did.
 
@@ -4544,7 +4588,7 @@ class Server(Acceptor):
                 and target.host not in ZEROS):
             authorize(client.address, client.command, target, self.addresses)
 
-    def judge(self, client, target, name=None):
+    def judge(self, client: Client, target: Address, name: Optional[str] = None) -> Optional[Rule]:
         """Raise Refused if the rules do not allow it; else the one that does, or None."""
         if self.settings.rules is None:
             return None
@@ -4553,13 +4597,13 @@ class Server(Acceptor):
             raise Refused(f'{rule.place} denies {target}')
         return rule
 
-    def judge_name(self, client, target):
+    def judge_name(self, client: Client, target: Address) -> None:
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
             judge_name(settings.rules, client, target, bool(settings.upstream))
 
-    def reconfigure(self, settings):
+    def reconfigure(self, settings: Settings) -> None:
         """Have other settings from now on: who is served goes on, datagrams are judged anew."""
         self.settings = prepared(settings)
         for loop in self.loops():
@@ -4568,12 +4612,12 @@ class Server(Acceptor):
                     loop.call(item, item.routes.forget)
 
     @property
-    def clients(self):
+    def clients(self) -> List[Client]:
         """All that are served now, as a list of `Client`."""
         clients = (item.client for loop in self.loops() for item in list(loop.items))
         return [client for client in clients if client]     # it may be ending
 
-    def loops(self):
+    def loops(self) -> List[Loop]:
         """All that carry clients."""
         return [self.loop, *self._helpers.loops]
 
@@ -4624,8 +4668,9 @@ def arguments(proxy_type, addr=None, port=None, rdns=True, username=None, passwo
     return first if len(chain) == 1 else (chain, first.addr, first.port, first.rdns, None, None)
 
 
-def set_default_proxy(proxy_type=None, addr: Optional[str] = None, port: Optional[int] = None,
-                      rdns: bool = True, username=None, password=None, *, bypass: str = ''):
+def set_default_proxy(proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
+                      port: Optional[int] = None, rdns: bool = True, username: Secret = None,
+                      password: Secret = None, *, bypass: str = '') -> None:
     """Set the proxy of all socksockets made from now on, unless set_proxy() gives them another.
 
     The arguments are those of socksocket.set_proxy().  `bypass` names hosts that are reached
@@ -4635,7 +4680,7 @@ def set_default_proxy(proxy_type=None, addr: Optional[str] = None, port: Optiona
     socksocket.default_bypass = bypass
 
 
-def setdefaultproxy(*args, **kwargs):
+def setdefaultproxy(*args: Any, **kwargs: Any) -> None:
     """set_default_proxy(), also with `proxytype` for `proxy_type`."""
     if 'proxytype' in kwargs:
         kwargs['proxy_type'] = kwargs.pop('proxytype')
@@ -4643,7 +4688,7 @@ def setdefaultproxy(*args, **kwargs):
 
 
 @contextlib.contextmanager
-def default_proxy(proxy, bypass: str = ''):
+def default_proxy(proxy: ProxyArgument, bypass: str = '') -> Iterator[None]:
     """Within a `with`, and only in this thread or task, have another default proxy.
 
     proxy   URL, list of URLs for a chain, 6-tuple as set_proxy() takes it, or None for none
@@ -4662,7 +4707,7 @@ def _default(kind=None):
     return _scope.get() or (kind.default_proxy, kind.default_bypass)
 
 
-def get_default_proxy() -> Optional[tuple]:
+def get_default_proxy() -> Optional[ProxyTuple]:
     """The default proxy, as a 6-tuple, or None if none was ever set."""
     return _default()[0]
 
@@ -4670,7 +4715,7 @@ def get_default_proxy() -> Optional[tuple]:
 getdefaultproxy = get_default_proxy
 
 
-def wrap_module(module, dns: bool = False):
+def wrap_module(module: Any, dns: bool = False) -> None:
     """Have the module `socket` that `module` imported make socksockets, for the whole process.
 
     With `dns`, names are not looked up here any more but handed to the proxy, see getaddrinfo().
@@ -4683,7 +4728,7 @@ def wrap_module(module, dns: bool = False):
         module.socket.getaddrinfo = getaddrinfo
 
 
-def unwrap_module(module):
+def unwrap_module(module: Any) -> None:
     """Undo wrap_module()."""
     module.socket.socket = _orig_socket
     if module.socket.getaddrinfo is getaddrinfo:
@@ -4693,7 +4738,9 @@ def unwrap_module(module):
 wrapmodule, unwrapmodule = wrap_module, unwrap_module
 
 
-def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
+def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None], family: int = 0,
+                type: int = 0, proto: int = 0,
+                flags: int = 0) -> List[Tuple[Any, Any, int, str, Any]]:
     """socket.getaddrinfo(), but a name that the default proxy is to resolve is its own address.
 
     So no look-up leaves this machine, and connect() has the name, also one to be reached directly.
@@ -4710,7 +4757,7 @@ def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
             if type in (0, kind) and proto in (0, protocol)]
 
 
-def set_self_blocking(function):
+def set_self_blocking(function: Function) -> Function:
     """Decorator of a socket's method: let it block, whatever the socket's mode is."""
     @functools.wraps(function)
     def blocking(self, *args, **kwargs):
@@ -4725,7 +4772,7 @@ def set_self_blocking(function):
     return blocking
 
 
-def relayed(method):
+def relayed(method: Function) -> Function:
     """Decorator: what a socket does whose datagrams go through a relay; any other is stock."""
     stock = getattr(_orig_socket, method.__name__, None)
 
@@ -4780,9 +4827,10 @@ class _BaseSocket(_Descriptor):
     """
     _is_datagram = False                # UDP over IPv4 or IPv6
     _bypass = ''                        # what to reach without the proxy
-    proxy_peername = None               # (host, port) of the destination
-    proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
-    ssl_context = None                  # for proxies inside of TLS; None: a usual one
+    # (host, port) of the destination, and that it sees, as far as the proxy says
+    proxy_peername: Optional[Tuple[Any, ...]] = None
+    proxy_sockname: Optional[Tuple[Any, ...]] = None
+    ssl_context: Optional['ssl.SSLContext'] = None      # for proxies inside of TLS; None: the usual
     _proxyconn = None                   # TCP connection that keeps the relay alive
     _context = None                     # `GssContext` that protects datagrams
     _relay = None                       # where it is, if other hosts may send directly
@@ -4931,21 +4979,21 @@ class _BaseSocket(_Descriptor):
             return len(data)
         return max(0, self._send_to_relay(whole, flags) - len(header))
 
-    def sendto(self, *args, **kwargs):
+    def sendto(self, *args: Any, **kwargs: Any) -> int:
         """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI."""
         if self._is_datagram and len(args) > 1 and self._use_relay(args[-1]):
             return self._transmit(args[0], args[1] if len(args) > 2 else 0, args[-1])
         return super().sendto(*args, **kwargs)
 
     @relayed
-    def send(self, bytes, flags=0):
+    def send(self, bytes: Any, flags: int = 0) -> int:
         return self._transmit(bytes, flags, self.proxy_peername)
 
     @relayed
-    def sendall(self, bytes, flags=0):
+    def sendall(self, bytes: Any, flags: int = 0) -> None:
         self._transmit(bytes, flags, self.proxy_peername)
 
-    def sendmsg(self, *args):
+    def sendmsg(self, *args: Any) -> int:
         address = args[3] if len(args) > 3 else None
         if self._is_datagram and self._use_relay(address):
             return self._transmit(b''.join(args[0]), args[2] if len(args) > 2 else 0,
@@ -4953,31 +5001,34 @@ class _BaseSocket(_Descriptor):
         return super().sendmsg(*args)
 
     @relayed
-    def recv(self, bufsize, flags=0):
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
         return self._receive(bufsize, flags)[0]
 
     @relayed
-    def recvfrom(self, bufsize, flags=0):
+    def recvfrom(self, bufsize: int, flags: int = 0) -> Tuple[bytes, Any]:
         return self._receive(bufsize, flags)[:2]
 
     @relayed
-    def recv_into(self, buffer, nbytes=0, flags=0):
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         return self.recvfrom_into(buffer, nbytes, flags)[0]
 
     @relayed
-    def recvfrom_into(self, buffer, nbytes=0, flags=0):
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0,
+                      flags: int = 0) -> Tuple[int, Any]:
         view = memoryview(buffer).cast('B')
         payload, sender, _ = self._receive(nbytes or len(view), flags)
         view[:len(payload)] = payload
         return len(payload), sender
 
     @relayed
-    def recvmsg(self, bufsize, ancbufsize=0, flags=0):
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0,
+                flags: int = 0) -> Tuple[bytes, List[Tuple[int, int, bytes]], int, Any]:
         payload, sender, longer = self._receive(bufsize, flags)
         return payload, [], socket.MSG_TRUNC if longer else 0, sender
 
     @relayed
-    def recvmsg_into(self, buffers, ancbufsize=0, flags=0):
+    def recvmsg_into(self, buffers: Iterable[Any], ancbufsize: int = 0,
+                     flags: int = 0) -> Tuple[int, List[Tuple[int, int, bytes]], int, Any]:
         views = [memoryview(buffer).cast('B') for buffer in buffers]
         payload, sender, longer = self._receive(sum(map(len, views)), flags)
         stream = io.BytesIO(payload)
@@ -5001,11 +5052,13 @@ class socksocket(_BaseSocket):
     A connect() that fails closes the socket.  It blocks even if the socket does not, for a minute
     at most.
     """
-    default_proxy = None
+    default_proxy: Optional[ProxyTuple] = None
     default_bypass = ''
-    default_source = ()                 # local IP addresses to connect from, one of a family
+    default_source: Tuple[str, ...] = ()        # local IP addresses to connect from, one a family
+    proxy: ProxyTuple
 
-    def __init__(self, family=STOCK[0], type=STOCK[1], proto=STOCK[2], fileno=None, *, proxy=None):
+    def __init__(self, family: int = STOCK[0], type: int = STOCK[1], proto: int = STOCK[2],
+                 fileno: Optional[int] = None, *, proxy: ProxyArgument = None) -> None:
         default, bypass = _default(self.__class__) if proxy is None else (arguments(proxy), '')
         super().__init__(family, type, proto, fileno)
         kind = self.type & 0xF          # before Python 3.7 there are flags in it
@@ -5023,8 +5076,9 @@ class socksocket(_BaseSocket):
     _local = None                       # address that the program has bound it to
     _proxy_address = None
 
-    def set_proxy(self, proxy_type=None, addr=None, port=None, rdns=True, username=None,
-                  password=None):
+    def set_proxy(self, proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
+                  port: Optional[int] = None, rdns: bool = True, username: Secret = None,
+                  password: Secret = None) -> None:
         """Set the proxy for the next connect(); without arguments, none.
 
         proxy_type          SOCKS4, SOCKS5 or HTTP; or a URL, or a list of URLs for a chain; then
@@ -5038,7 +5092,7 @@ class socksocket(_BaseSocket):
         self.proxy = arguments(proxy_type, addr, port, rdns, username, password)
         self._bypass = ''
 
-    def setproxy(self, *args, **kwargs):
+    def setproxy(self, *args: Any, **kwargs: Any) -> None:
         """set_proxy(), also with `proxytype` for `proxy_type`."""
         if 'proxytype' in kwargs:
             kwargs['proxy_type'] = kwargs.pop('proxytype')
@@ -5055,7 +5109,7 @@ class socksocket(_BaseSocket):
                 return []
         return hops(tuple(self.proxy))
 
-    def setsockopt(self, *args):
+    def setsockopt(self, *args: Any) -> None:
         """As in stock; to a proxy on a unix socket, options of TCP and IP mean nothing."""
         if not self._ignores(args[0]):
             super().setsockopt(*args)
@@ -5063,7 +5117,7 @@ class socksocket(_BaseSocket):
             self._options = self._options or {}
             self._options[args[:2]] = args
 
-    def getsockopt(self, level, *args):
+    def getsockopt(self, level: int, *args: int) -> Any:
         """As in stock; an option that means nothing is 0, or b''."""
         if self._ignores(level):
             return b'' if len(args) > 1 else 0
@@ -5073,14 +5127,14 @@ class socksocket(_BaseSocket):
         return (self._is_proxied and level != socket.SOL_SOCKET
                 and self.family not in IP_FAMILIES)
 
-    def bind(self, *address):
+    def bind(self, *address: Any) -> None:
         """As in stock; a UDP socket with a proxy gets its relay now."""
         super().bind(*address)
         self._local = address[0]
         if self._is_datagram:
             self._use_relay()
 
-    def connect(self, dest_pair, catch_errors=None):
+    def connect(self, dest_pair: Any, catch_errors: Optional[bool] = None) -> None:
         """Connect to `dest_pair`, (host, port), through the proxy, if there is one.
 
         Raises ProxyConnectionError if the proxy cannot be reached, and SOCKS5AuthError,
@@ -5104,7 +5158,7 @@ class socksocket(_BaseSocket):
                 raise error.socket_err
             raise
 
-    def connect_ex(self, dest_pair):
+    def connect_ex(self, dest_pair: Any) -> int:
         """connect(), but return an errno, 0 for success; unknown names are still raised."""
         if not self._chain(dest_pair):
             self._leave_relay()
@@ -5192,7 +5246,7 @@ class socksocket(_BaseSocket):
         if host not in (None, '', *ZEROS) and self.family in IP_FAMILIES:
             super().bind(self._local)
 
-    def dup(self):
+    def dup(self) -> 'socksocket':
         """As in stock; what goes through a relay goes on so."""
         other = super().dup()
         for name in ('proxy', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
@@ -5202,24 +5256,24 @@ class socksocket(_BaseSocket):
             other._proxyconn = self._proxyconn.dup()
         return other
 
-    def close(self):
+    def close(self) -> None:
         if self._proxyconn:
             self._proxyconn.close()
         super().close()
 
-    def get_proxy_sockname(self):
+    def get_proxy_sockname(self) -> Optional[Tuple[str, int]]:
         """(host, port) of the proxy's own side of the connection, as far as it says."""
         return self.proxy_sockname
 
     getproxysockname = get_proxy_sockname
 
-    def get_proxy_peername(self):
+    def get_proxy_peername(self) -> Any:
         """The address of the proxy; None without one."""
         return self._proxyconn.getpeername() if self._proxyconn else self._proxy_address
 
     getproxypeername = get_proxy_peername
 
-    def get_peername(self):
+    def get_peername(self) -> Any:
         """The destination, as it was given to connect(); without a proxy as in stock."""
         address = super().getpeername()
         if self._proxyconn and not self.proxy_peername:         # connected to the relay only
@@ -5240,11 +5294,14 @@ class socksocket(_BaseSocket):
         return proxy.addr, proxy.sure_port
 
 
-def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=None,
-                      proxy_type=None, proxy_addr: Optional[str] = None,
+def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = None,
+                      source_address: Optional[Tuple[str, int]] = None,
+                      proxy_type: ProxyType = None, proxy_addr: Union[str, bytes, None] = None,
                       proxy_port: Optional[int] = None, proxy_rdns: bool = True,
-                      proxy_username=None, proxy_password=None, socket_options=None, *,
-                      proxy=None, ssl_context=None) -> socksocket:
+                      proxy_username: Secret = None, proxy_password: Secret = None,
+                      socket_options: Optional[Iterable[Sequence[Any]]] = None, *,
+                      proxy: ProxyArgument = None,
+                      ssl_context: Optional['ssl.SSLContext'] = None) -> 'socksocket':
     """A socksocket that is connected to `dest_pair`, (host, port), through a proxy.
 
     timeout           seconds for each address that is tried, and of the socket afterwards
@@ -5315,11 +5372,11 @@ class _ServerSocket(socksocket):
     _unpack = None                      # for the second reply
     _begun = b''                        # of it
 
-    def getsockname(self):
+    def getsockname(self) -> Any:
         """(host, port) where the proxy waits."""
         return self.proxy_sockname
 
-    def accept(self):
+    def accept(self) -> Tuple['socksocket', Tuple[str, int]]:
         """(socket, its peer's address), when there is one; this socket has served then.
 
         Raises SOCKS5Error or SOCKS4Error if the proxy gave up, socket.timeout as in stock.
@@ -5341,8 +5398,9 @@ class _ServerSocket(socksocket):
         return peer, tuple(address)
 
 
-def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = None,
-                  ssl_context=None) -> socksocket:
+def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = None,
+                  timeout: Optional[float] = None,
+                  ssl_context: Optional['ssl.SSLContext'] = None) -> '_ServerSocket':
     """A socket for one connection that somebody makes to the proxy (BIND, RFC 1928 section 4).
 
     address   (host, port) of who is expected; an empty host for anybody, if the proxy allows that
@@ -5366,8 +5424,10 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
     return sock
 
 
-async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
-                          timeout: Optional[float] = SETUP_TIMEOUT, **options):
+async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
+                          ssl_context: Optional['ssl.SSLContext'] = None,
+                          timeout: Optional[float] = SETUP_TIMEOUT,
+                          **options: Any) -> Tuple['asyncio.StreamReader', 'asyncio.StreamWriter']:
     """asyncio.open_connection() through a proxy: (reader, writer).
 
     proxy, ssl_context    as in create_connection()
@@ -5460,7 +5520,8 @@ LONG_LIFE = 5.0                         # seconds; a worker that lived less is n
 BACK_OFF = 10.0                         # seconds at most until it is
 
 
-def tls_context(certificate, key=None, client_ca=None):
+def tls_context(certificate: str, key: Optional[str] = None,
+                client_ca: Optional[str] = None) -> 'ssl.SSLContext':
     """The ssl.SSLContext of a server with the certificate (chain) in a file, and its key there or
     in another; with `client_ca` clients must show one that is signed by it.  FileError says which
     file is wrong."""
@@ -6221,7 +6282,7 @@ def program_runner(arguments, chain):
     return functools.partial(runpy.run_path, program, run_name='__main__')
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)

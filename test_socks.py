@@ -17,6 +17,7 @@ import faulthandler
 import hashlib
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -2290,7 +2291,7 @@ class ClientTest(ClientCase):
                 error = caught.exception
                 self.assertIsInstance(error.socket_err, socket.timeout)
                 self.assertRegex(str(error), '^Socket error: timed out ')
-                self.assertRegex(repr(error), r"Error\('Socket error', .*'timed out'\).*1.2.3.4:80")
+                self.assertRegex(repr(error), r"Error\('Socket error', .*'timed out',?\).*1.2.3.4:80")
                 self.assertIs(type(pickle.loads(pickle.dumps(error))), type(error))
                 self.assertLess(time.monotonic() - started, 2)
 
@@ -3475,6 +3476,194 @@ class DropInTest(ClientCase):
             self.assertEqual((mode(sock), sock.gettimeout()), (None, 0))
 
 
+# A program that uses all that is public, for type checkers; `.ci/run` shows it to them.
+TYPED_PROGRAM = '''\
+"""A program that uses all of the public surface, for the type checkers."""
+import asyncio
+import http.client
+import ipaddress
+import pickle
+import socket
+import ssl
+from typing import Any, Generator, List, Optional, Tuple, Union
+
+import socks
+
+
+class Strict(socks.Server):
+    def authorize(self, client: socks.Client, target: socks.Address,
+                  name: Optional[str] = None) -> None:
+        super().authorize(client, target, name)
+        if target.port != 443 or client.user == '-' or client.command != socks.Command.CONNECT:
+            raise socks.Refused('only port 443')
+
+    def verify_request(self, request: Union[socket.socket, Tuple[bytes, socket.socket]],
+                       client_address: Any) -> bool:
+        return True
+
+
+class Recording(socks.Handler):
+    asked: List[str] = []
+
+    def do_CONNECT(self, request: Union[socks.Request, socks.Request4]
+                   ) -> Generator[Any, Any, Any]:
+        self.asked.append(str(request.address))
+        return (yield from super().do_CONNECT(request))
+
+
+def serve() -> None:
+    network = ipaddress.ip_network('127.0.0.0/8')
+    rule = socks.parse_rule('allow to *', 'here')
+    settings = socks.Settings(
+        users={'bob': 'secret', b'eve': b'x'}, clients=(network,), rules=(rule,), idle_timeout=600,
+        upstream=(socks.parse_proxy_url('socks5h://h'),), tls=ssl.create_default_context(),
+        source=('127.0.0.1',), udp_ports=(1, 2))
+    with Strict(('127.0.0.1', 0), settings, Recording).start() as server:
+        address: socks.Address = server.server_address
+        strict: Strict = server
+        users: List[str] = [client.user for client in strict.clients]
+        print(address.host, address.port + 1, users, server.addresses[0].host)
+        server.reconfigure(settings._replace(max_clients=5))
+        server.shutdown()
+    with socks.Server([('127.0.0.1', 0), ('::1', 0)]) as other:
+        other.serve_forever()
+    hashed: str = socks.Hashed.make(b'secret')
+    print(hashed)
+
+
+def messages() -> None:
+    read, rest = socks.reader(b'\\5\\1\\0')
+    greeting: socks.Greeting = socks.Greeting.unpack(read)
+    left: bytes = rest()
+    request = socks.Request(socks.Command.CONNECT, socks.Address('example.org', 80))
+    packed: bytes = request.pack() + greeting.pack() + left
+    for message in (socks.Choice(0), socks.Credentials(b'', b''), socks.Verdict(0),
+                    socks.Response(socks.Reply.SUCCEEDED), socks.Response4.of(0),
+                    socks.Request4(1, socks.Address('h', 1), b''), socks.GssMessage(1),
+                    socks.Datagram(socks.Address('h', 1), b''), socks.ProxyHeader(),
+                    socks.HttpConnect(socks.Address('h', 1)), socks.IdentQuery(1, 2)):
+        packed += message.pack()
+    text: str = socks.Reply.NOT_ALLOWED.text
+    status: int = socks.HttpStatus.unpack(read).code
+    kind: int = socks.GssMessage.TOKEN
+    print(packed, text, status, kind, socks.Datagram.unpack(packed).payload,
+          socks.ProxyHeader.unpack(read).source, socks.IdentReply.unpack(read).userid)
+
+
+def errors() -> None:
+    try:
+        socks.create_connection(('example.org', 80), 5, proxy='socks5h://127.0.0.1:1')
+    except (socks.ProxyTimeoutError, socks.ProxyConnectionTimeoutError, TimeoutError) as error:
+        print(error)
+    except (socks.SOCKS5AuthError, socks.SOCKS5Error, socks.SOCKS4Error, socks.HTTPError,
+            socks.ProtocolError, socks.ProxyConnectionError, socks.GeneralProxyError) as error:
+        cause: Optional[BaseException] = error.socket_err
+        message: str = error.msg
+        reply: int = error.reply
+        proxy: Optional[socks.Proxy] = error.proxy
+        target: Optional[socks.Address] = error.target
+        print(cause, message, reply, proxy and proxy.addr, target and target.host, error.errno,
+              pickle.dumps(error))
+    except socks.ProxyError as error:
+        raise socks.Refused('no', error, socks.Reply.NOT_ALLOWED) from error
+
+
+def client() -> None:
+    with socks.create_connection(
+            ('example.org', 80), 5.0, ('', 0), socks.SOCKS5, 'h', 1080, True, 'bob', b'secret',
+            [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]) as sock:
+        data: bytes = sock.recv(5)
+        count: int = sock.send(data)
+        sock.sendall(data)
+        print(count, sock.getpeername(), sock.get_proxy_sockname(), sock.get_proxy_peername())
+    chain = ['socks5h://a', 'http://b']
+    with socks.create_connection(('h', 1), proxy=chain,
+                                 ssl_context=ssl.create_default_context()) as sock:
+        with sock.makefile('rb') as file, sock.dup() as other:
+            print(file.readline(), other.fileno())
+    with socks.create_server(('h', 0), proxy=chain, timeout=5) as waiting:
+        peer, address = waiting.accept()
+        peer.close()
+        print(address[0], waiting.getsockname())
+    with socks.socksocket(socket.AF_INET, socket.SOCK_DGRAM, proxy='socks5h://h') as sock:
+        sock.set_proxy(socks.HTTP, 'h', 1, username='u', password='p')
+        sock.set_proxy(chain)
+        sock.set_proxy()
+        sock.setproxy(proxytype=socks.PROXY_TYPE_SOCKS4, addr='h')
+        sock.ssl_context = ssl.create_default_context()
+        sock.settimeout(5)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.bind(('', 0))
+        length: int = sock.sendto(b'x', ('h', 1)) + sock.sendto(b'x', 0, ('h', 1))
+        payload, sender = sock.recvfrom(100)
+        buffer = bytearray(100)
+        got: int = sock.recv_into(buffer) + sock.recvfrom_into(buffer)[0] + sock.sendmsg([b'x'])
+        code: int = sock.connect_ex(('h', 1))
+        sock.connect(('h', 1))
+        print(length, payload.decode(), sender, got, code, sock.recvmsg(10)[0],
+              sock.recvmsg_into([buffer])[0], sock.proxy[1])
+    socks.set_default_proxy(socks.SOCKS5, 'h', 1080, True, 'u', 'p', bypass='localhost')
+    socks.set_default_proxy('socks5h://h')
+    socks.set_default_proxy(chain)
+    socks.setdefaultproxy(proxytype=2, addr='h')
+    default = socks.get_default_proxy()
+    print(default and default[1], socks.socksocket.default_proxy, socks.DEFAULT_PORTS[socks.HTTP],
+          socks.PROXY_TYPES['SOCKS5'], socks.PRINTABLE_PROXY_TYPES[2], socks.SOCKS5_ERRORS[1])
+    with socks.default_proxy('socks5h://h', bypass='10.0.0.0/8'), socks.default_proxy(None):
+        socks.wrap_module(http.client, dns=True)
+        socks.unwrap_module(http.client)
+    url: Optional[str] = socks.proxy_from_environment('h', 80)
+    proxy: socks.Proxy = socks.parse_proxy_url(url or 'socks5h://h')
+    bypassed: bool = socks.is_bypassed('h', 'localhost', 80)
+    print(proxy.addr, proxy.sure_port, bypassed, socks.getaddrinfo('h', 80)[0][4],
+          socks.hops(chain)[0].type, socks.main(['--version']))
+
+
+async def talk() -> None:
+    reader, writer = await socks.open_connection('h', 80, proxy='socks5h://h', timeout=5,
+                                                 ssl=True, local_addr=('127.0.0.1', 0))
+    writer.write(await reader.read(5))
+    await writer.drain()
+
+
+if __name__ == '__main__':
+    serve()
+    messages()
+    errors()
+    client()
+    asyncio.new_event_loop().run_until_complete(talk())
+'''
+
+
+class TypesTest(unittest.TestCase):
+
+    def test_names(self):
+        """The program for type checkers uses what there is, in the Python that this is."""
+        compile(TYPED_PROGRAM, 'program', 'exec')
+        for name in set(re.findall(r'\bsocks\.(\w+)', TYPED_PROGRAM)):
+            self.assertTrue(hasattr(socks, name), name)
+
+    def test_annotations(self):
+        """Of all parameters and results of what programs call; those of a socket, too."""
+        functions = [getattr(socks, name) for name in (
+            'create_connection', 'create_server', 'open_connection', 'set_default_proxy',
+            'setdefaultproxy', 'default_proxy', 'get_default_proxy', 'wrap_module',
+            'unwrap_module', 'getaddrinfo', 'parse_proxy_url', 'proxy_from_environment',
+            'is_bypassed', 'hops', 'parse_rule', 'main')]
+        for kind in (socks.socksocket, socks.Server, socks.ProxyError, socks.Proxy):
+            for base in set(kind.__mro__) - {socket.socket} - set(socks.Server.__mro__[1:]):
+                if base.__module__ == 'socks':
+                    functions += [value for name, value in vars(base).items()
+                                  if callable(value) and not name.startswith('_')]
+        self.assertGreater(len(functions), 50)
+        for function in functions:
+            with self.subTest(function.__qualname__):
+                names = {*inspect.signature(function).parameters, 'return'}
+                self.assertEqual(names - {'self', 'args', 'kwargs', *function.__annotations__},
+                                 set())
+        self.assertEqual(socks.socksocket.recv.__annotations__['return'], bytes)
+
+
 class ToolTest(Case):
     """The command line as a client."""
 
@@ -3562,7 +3751,7 @@ class ToolTest(Case):
         self.assertEqual((status, err), (0, ''))
         with open(path, 'rb') as file:
             error, function, proxy = pickle.load(file)
-        self.assertEqual(repr(error), "SOCKS5Error('a', TimeoutError('b'))")
+        self.assertRegex(repr(error), r"^SOCKS5Error\('a', TimeoutError\('b',?\)\)$")
         self.assertIs(function, socks.create_connection)
         self.assertEqual(proxy, socks.parse_proxy_url('socks5h://h'))
 

@@ -3494,7 +3494,7 @@ def protected(sock, proxy, in_sequence, until):
     try:
         context = yield from initiate(stream, proxy, in_sequence)
     except GssError as error:
-        raise SOCKS5AuthError(error.strerror) from None
+        raise SOCKS5AuthError(printable(error.strerror)) from None
     layer = Protected(sock.dup(), context)
     try:
         return in_front(layer, context)
@@ -5072,6 +5072,7 @@ class socksocket(_BaseSocket):
         self._bypass = bypass
 
     _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
+    _hops = None, []                    # a value of `proxy`, and the chain that it means
     _options = None                     # of setsockopt(), for another descriptor
     _local = None                       # address that the program has bound it to
     _proxy_address = None
@@ -5107,7 +5108,9 @@ class socksocket(_BaseSocket):
             host = name_text(host) if isinstance(host, bytes) else str(host)
             if is_bypassed(host, self._bypass, port):
                 return []
-        return hops(tuple(self.proxy))
+        if self._hops[0] is not self.proxy:     # programs may set it themselves
+            self._hops = self.proxy, hops(tuple(self.proxy))
+        return self._hops[1]
 
     def setsockopt(self, *args: Any) -> None:
         """As in stock; to a proxy on a unix socket, options of TCP and IP mean nothing."""

@@ -2291,7 +2291,8 @@ class ClientTest(ClientCase):
                 error = caught.exception
                 self.assertIsInstance(error.socket_err, socket.timeout)
                 self.assertRegex(str(error), '^Socket error: timed out ')
-                self.assertRegex(repr(error), r"Error\('Socket error', .*'timed out',?\).*1.2.3.4:80")
+                self.assertRegex(repr(error),
+                                 r"Error\('Socket error', .*'timed out',?\).*1.2.3.4:80")
                 self.assertIs(type(pickle.loads(pickle.dumps(error))), type(error))
                 self.assertLess(time.monotonic() - started, 2)
 

@@ -57,7 +57,7 @@ from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
 from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, List,
-                    Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union)
+                    Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union, overload)
 
 try:
     from queue import SimpleQueue
@@ -82,8 +82,8 @@ if TYPE_CHECKING:
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalCall=false
-# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportInconsistentOverload=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalCall=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false
 # pyright: reportPossiblyUnboundVariable=false, reportRedeclaration=false, reportReturnType=false
 
@@ -5120,11 +5120,17 @@ class socksocket(_BaseSocket):
             self._options = self._options or {}
             self._options[args[:2]] = args
 
-    def getsockopt(self, level: int, *args: int) -> Any:
+    @overload
+    def getsockopt(self, level: int, optname: int) -> int: ...
+
+    @overload
+    def getsockopt(self, level: int, optname: int, buflen: int) -> bytes: ...
+
+    def getsockopt(self, *args: Any) -> Any:
         """As in stock; an option that means nothing is 0, or b''."""
-        if self._ignores(level):
-            return b'' if len(args) > 1 else 0
-        return super().getsockopt(level, *args)
+        if args and self._ignores(args[0]):
+            return b'' if len(args) > 2 else 0
+        return super().getsockopt(*args)
 
     def _ignores(self, level):
         return (self._is_proxied and level != socket.SOL_SOCKET

@@ -57,7 +57,8 @@ import weakref
 from binascii import b2a_base64
 from collections import Counter, deque
 from types import MappingProxyType
-from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union, overload)
 
 try:
     import resource
@@ -68,13 +69,47 @@ try:
 except ImportError:                     # Python 3.6
     ContextVar = None
 
+if TYPE_CHECKING:
+    import asyncio
+    import ssl
+
+# What programs use is annotated, for the type checkers that check these programs; the bodies of the
+# functions here are not checked, the tests are there for that.
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+# pyright: reportInconsistentOverload=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalCall=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnboundVariable=false, reportRedeclaration=false, reportReturnType=false
+
 __version__ = '2.0.0'
+
+IS_PROGRAM = __name__ == '__main__'
+if IS_PROGRAM:      # classes and functions get the name by which other processes can unpickle them
+    __name__ = 'socks'
+    sys.modules.setdefault(__name__, sys.modules['__main__'])
 
 log = logging.getLogger('socks')
 
 # The originals: a program may replace them with functions of this module, which use these.
-_orgsocket = _orig_socket = socket.socket
+_orig_socket = socket.socket
+_orgsocket = _orig_socket
 _orig_getaddrinfo = socket.getaddrinfo
+
+Read = Callable[[int], bytes]           # of a decoder: exactly so many bytes, or EOFError
+Conversation = Generator[Any, Any, Any]
+Result = TypeVar('Result')
+Function = TypeVar('Function', bound=Callable[..., Any])
+Serving = TypeVar('Serving', bound='Server')
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+ServerAddress = Union[Tuple[str, int], Sequence[Tuple[str, int]]]
+AnyRequest = Union['Request', 'Request4']
+Secret = Union[str, bytes, None]        # user name or password
+ProxyArgument = Union[str, Sequence[object], None]      # URL, arguments of set_proxy(), a chain
+ProxyType = Union[int, str, Sequence[object], None]
+ProxyTuple = Tuple[Any, Optional[str], Optional[int], bool, Optional[bytes], Optional[bytes]]
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -105,8 +140,9 @@ class AddressType(enum.IntEnum):
 
 class Code(enum.IntEnum):
     """A number with a text that explains it."""
+    text: str
 
-    def __new__(cls, code, text):
+    def __new__(cls, code: int, text: str) -> 'Code':
         member = int.__new__(cls, code)
         member._value_ = code
         member.text = text
@@ -138,23 +174,37 @@ class Reply4(Code):
 # ----------------------------------------------------------------------------------------- errors
 
 class ProxyError(OSError):
-    """Base of everything that goes wrong in SOCKS; `reply` is the code that tells a client so.
+    """Base of everything that goes wrong in SOCKS.
 
-    `socket_err` is the error that caused this one, if any; it shows in the text.
+    msg         what went wrong
+    socket_err  the error that caused this one, if any; it shows in the text
+    reply       the `Reply` that tells a client of it, or a code that the proxy sent
+    proxy       the `Proxy` of the chain where it went wrong, without user name and password;
+                None if that is not known
+    target      the `Address` that this proxy was asked for, or None
     """
-    reply = Reply.GENERAL_FAILURE
+    reply: int = Reply.GENERAL_FAILURE
+    proxy: Optional['Proxy'] = None
+    target: Optional['Address'] = None
 
-    def __init__(self, msg, socket_err=None, reply=None):
+    def __init__(self, msg: str, socket_err: Optional[BaseException] = None,
+                 reply: Optional[int] = None) -> None:
         super().__init__(msg)
         self.msg = msg
         self.socket_err = socket_err
         if reply is not None:
             self.reply = reply
 
-    def __str__(self):
-        return f'{self.msg}: {self.socket_err}' if self.socket_err else self.msg
+    def __str__(self) -> str:
+        text = self.msg if self.socket_err is None else f'{self.msg}: {self.socket_err}'
+        return f'{text} ({self.proxy}, target {self.target})' if self.target else text
 
-    def __reduce__(self):
+    def __repr__(self) -> str:
+        cause = '' if self.socket_err is None else f', {self.socket_err!r}'
+        where = f', proxy={self.proxy}, target={self.target}' if self.target else ''
+        return f'{type(self).__name__}({self.msg!r}{cause}{where})'
+
+    def __reduce__(self) -> Tuple[Any, ...]:
         kind, args, state = super().__reduce__()
         return kind, args, dict(state, errno=self.errno)
 
@@ -191,6 +241,21 @@ class ProtocolError(GeneralProxyError):
     """Bytes that are not SOCKS, or name something that cannot be."""
 
 
+if sys.version_info >= (3, 10):         # where socket.timeout is TimeoutError
+    TimedOut = TimeoutError
+else:
+    class TimedOut(socket.timeout, TimeoutError):
+        """Found by either name."""
+
+
+class ProxyTimeoutError(GeneralProxyError, TimedOut):
+    """The proxy did not answer in time."""
+
+
+class ProxyConnectionTimeoutError(ProxyConnectionError, TimedOut):
+    """The proxy could not be reached in time."""
+
+
 Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4Error
 _ProxyError = ProxyError                # names before PySocks 1.5, which old programs use
 
@@ -212,7 +277,8 @@ class Refused(ProxyError):
     """Our own policy says no; `address` is whom it concerns, where a reply should tell."""
     reply = Reply.NOT_ALLOWED
 
-    def __init__(self, msg, socket_err=None, reply=None, address=None):
+    def __init__(self, msg: str, socket_err: Optional[BaseException] = None,
+                 reply: Optional[int] = None, address: Optional['Address'] = None) -> None:
         super().__init__(msg, socket_err, reply)
         self.address = address
 
@@ -245,7 +311,7 @@ NO_SUCH_NAME = {getattr(socket, name) for name in ('EAI_NONAME', 'EAI_NODATA', '
                 if hasattr(socket, name)}
 
 
-def reply_for(error):
+def reply_for(error: OSError) -> int:
     """The `Reply` for an OSError met on the way to a target."""
     if isinstance(error, ProxyError):
         return error.reply
@@ -256,7 +322,12 @@ def reply_for(error):
     return ERRNO_REPLIES.get(error.errno, Reply.GENERAL_FAILURE)
 
 
-def reason(error):
+def is_timeout(error: BaseException) -> bool:
+    """Whether `error` is a timeout, of this module or of the system."""
+    return isinstance(error, (socket.timeout, TimeoutError))
+
+
+def reason(error: BaseException) -> str:
     """The text of an exception, without its errno."""
     return getattr(error, 'strerror', None) or str(error)
 
@@ -272,7 +343,7 @@ MAX_NAME = 255
 MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
 
 
-def reader(data):
+def reader(data: bytes) -> Tuple[Read, Callable[[], bytes]]:
     """Two functions: read(n) over the bytes of `data`, for unpack(), and one that returns the rest.
     """
     stream = io.BytesIO(data)
@@ -369,13 +440,13 @@ class Address(NamedTuple):
     port: int
 
     @classmethod
-    def of(cls, sockaddr):
+    def of(cls, sockaddr: Sequence[Any]) -> 'Address':
         """From the address tuple of a socket, without flow label and zone."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
 
     @classmethod
-    def with_zone(cls, sockaddr):
-        """The same, with the zone of a link-local address."""
+    def with_zone(cls, sockaddr: Sequence[Any]) -> 'Address':
+        """The same, with the zone of a link-local address, fe80::1%eth0 (RFC 4007)."""
         host, port = cls.of(sockaddr)
         if len(sockaddr) == 4 and sockaddr[3]:
             try:
@@ -384,10 +455,21 @@ class Address(NamedTuple):
                 host = f'{host}%{sockaddr[3]}'
         return cls(host, port)
 
-    def __str__(self):
+    @property
+    def sockaddr(self) -> Tuple[Any, ...]:
+        """The address tuple for a socket.  Raises OSError if there is no such zone."""
+        host, percent, zone = self.host.partition('%')
+        if not percent:
+            return self
+        try:
+            return _orig_getaddrinfo(self.host, self.port, 0, 0, 0, socket.AI_NUMERICHOST)[0][4]
+        except socket.gaierror:
+            raise OSError(errno.EADDRNOTAVAIL, f'there is no interface {ascii(zone)}') from None
+
+    def __str__(self) -> str:
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
-    def pack(self):
+    def pack(self) -> bytes:
         """ATYP, ADDR, PORT.  A host that is the text of an IP address is sent as that address."""
         packed = None if '%' in self.host else ip_bytes(self.host)
         if packed is None:
@@ -400,7 +482,7 @@ class Address(NamedTuple):
         return packed + self.port.to_bytes(2, 'big')
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Address':
         kind = read(1)[0]
         if kind == AddressType.IPV4:
             host = ip_text(read(4))
@@ -421,11 +503,11 @@ class Greeting(NamedTuple):
     """The client's first message: the methods that it offers (RFC 1928 section 3)."""
     methods: bytes
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, len(self.methods))) + bytes(self.methods)
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Greeting':
         version, count = read(2)
         expect_version('SOCKS', version, 5)
         return cls(read(count))
@@ -435,11 +517,11 @@ class Choice(NamedTuple):
     """The method that the server selects (RFC 1928 section 3)."""
     method: int
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, self.method))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Choice':
         version, method = read(2)
         expect_version('SOCKS', version, 5)
         return cls(method)
@@ -450,18 +532,18 @@ class Credentials(NamedTuple):
     username: bytes
     password: bytes
 
-    def pack(self):
+    def pack(self) -> bytes:
         for name, value in zip(self._fields, self):
             if len(value) > 255:
                 raise ValueError(f'{name} of {len(value)} bytes, expected at most 255')
         return b''.join((bytes((1, len(self.username))), self.username,
                          bytes((len(self.password),)), self.password))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return '<Credentials>'          # either may be a password, typed in the wrong place
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Credentials':
         version, length = read(2)
         expect_version('user name/password', version, 1)
         username = read(length)
@@ -472,13 +554,14 @@ class Verdict(NamedTuple):
     """The server's answer to `Credentials`: 0 accepts them, any other status refuses them."""
     status: int
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((1, self.status))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Verdict':
         version, status = read(2)
-        expect_version('user name/password', version, 1)
+        if version != 5:                # some servers send that of SOCKS
+            expect_version('user name/password', version, 1)
         return cls(status)
 
 
@@ -487,11 +570,11 @@ class Request(NamedTuple):
     command: int
     address: Address
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, self.command, 0)) + self.address.pack()
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Request':
         version, command, _ = read(3)   # RSV should be 0; real clients send other values
         expect_version('SOCKS', version, 5)
         return cls(command, Address.unpack(read))
@@ -502,15 +585,15 @@ class Response(NamedTuple):
     reply: int
     address: Address = UNSPECIFIED
 
-    def pack(self):
+    def pack(self) -> bytes:
         return bytes((5, self.reply, 0)) + self.address.pack()
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Response':
         return cls(cls.unpack_reply(read), Address.unpack(read))
 
     @staticmethod
-    def unpack_reply(read):
+    def unpack_reply(read: Read) -> int:
         """The code alone: after a failure some servers send no address, or a malformed one."""
         version, reply, _ = read(3)
         expect_version('SOCKS', version, 5)
@@ -523,7 +606,7 @@ class Request4(NamedTuple):
     address: Address
     userid: bytes = b''
 
-    def pack(self):
+    def pack(self) -> bytes:
         packed, name = ip_bytes(self.address.host), b''
         if packed is None:
             packed, name = b'\0\0\0\1', name_bytes(self.address.host) + b'\0'
@@ -533,7 +616,7 @@ class Request4(NamedTuple):
                          self.userid, b'\0', name))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Request4':
         version, command = read(2)
         expect_version('SOCKS', version, 4)
         port, packed = int.from_bytes(read(2), 'big'), read(4)
@@ -559,7 +642,7 @@ class Response4(NamedTuple):
     address: Address = UNSPECIFIED
 
     @classmethod
-    def of(cls, reply, address=UNSPECIFIED):
+    def of(cls, reply: int, address: Address = UNSPECIFIED) -> 'Response4':
         """The SOCKS4 reply that corresponds to a SOCKS5 `reply`."""
         if ':' in address.host:
             address = Address(UNSPECIFIED.host, address.port)
@@ -567,12 +650,12 @@ class Response4(NamedTuple):
             reply = Reply4.GRANTED if reply == Reply.SUCCEEDED else Reply4.REJECTED
         return cls(reply, address)
 
-    def pack(self):
+    def pack(self) -> bytes:
         return (bytes((0, self.code)) + self.address.port.to_bytes(2, 'big')
                 + socket.inet_aton(self.address.host))
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'Response4':
         version, code = read(2)
         if version != 4:                # which some servers send
             expect_version('SOCKS4 reply', version, 0)
@@ -586,32 +669,36 @@ class Datagram(NamedTuple):
     payload: bytes
     fragment: int = 0
 
-    def pack(self):
+    def pack(self) -> bytes:
         return b'\0\0%c%b%b' % (self.fragment, self.address.pack(), self.payload)
 
     @classmethod
-    def unpack(cls, data):
+    def unpack(cls, data: bytes) -> 'Datagram':
         """From the bytes of a whole datagram.  Raises EOFError if its header is incomplete."""
         read, rest = reader(data)
         fragment = read(3)[2]           # RSV should be 0; real clients send other values
         return cls(Address.unpack(read), rest(), fragment)
 
 
-class GssMessage(NamedTuple):
-    """A message of GSSAPI's negotiation, or a protected one (RFC 1961 sections 3 to 5)."""
+class _GssFields(NamedTuple):
     kind: int
     token: bytes = b''
+
+
+class GssMessage(_GssFields):           # which alone could have no constants
+    """A message of GSSAPI's negotiation, or a protected one (RFC 1961 sections 3 to 5)."""
+    __slots__ = ()
 
     TOKEN, LEVEL, DATA, ABORT = 1, 2, 3, 0xFF
     LARGEST = 0xFFFF                    # bytes of a token
 
-    def pack(self):
+    def pack(self) -> bytes:
         if self.kind == self.ABORT:
             return bytes((1, self.kind))
         return struct.pack('!BBH', 1, self.kind, len(self.token)) + self.token
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'GssMessage':
         version, kind = read(2)
         expect_version('GSSAPI', version, 1)
         if kind == cls.ABORT:
@@ -619,7 +706,7 @@ class GssMessage(NamedTuple):
         return cls(kind, read(int.from_bytes(read(2), 'big')))
 
     @classmethod
-    def unpack_token(cls, kind, read):
+    def unpack_token(cls, kind: int, read: Read) -> bytes:
         """The token of a message, which must be of this kind.  Raises ProtocolError."""
         message = cls.unpack(read)
         if message.kind != kind:
@@ -632,11 +719,11 @@ class HttpConnect(NamedTuple):
     address: Address
     credentials: bytes = b''            # NAME:PASSWORD (RFC 7617), if any
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         secret = ' with credentials' if self.credentials else ''
         return f'<HttpConnect {self.address}{secret}>'
 
-    def pack(self):
+    def pack(self) -> bytes:
         host = (self.address.host if ip_bytes(self.address.host)
                 else name_bytes(self.address.host).decode())
         where = str(Address(host, self.address.port)).encode()
@@ -646,6 +733,9 @@ class HttpConnect(NamedTuple):
                          + b2a_base64(self.credentials, newline=False))
         return b'\r\n'.join(lines) + b'\r\n\r\n'
 
+    def __repr__(self) -> str:
+        return f'HttpConnect({self.address!r}{", ..." if self.credentials else ""})'
+
 
 class HttpStatus(NamedTuple):
     """The first line of the answer to it."""
@@ -653,7 +743,7 @@ class HttpStatus(NamedTuple):
     phrase: str
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'HttpStatus':
         line = http_line(read)
         match = re.match(r'HTTP/[0-9]\.[0-9] ([0-9]{3})(?: (.*))?$', line.decode('latin-1'))
         if not match:
@@ -673,6 +763,10 @@ def http_line(read):
     return text_line(read, MAX_LINE, 'an HTTP line')
 
 
+PROXY_SIGNATURE = b'\r\n\r\n\0\r\nQUIT\n'
+PROXY_FORMATS = {0x11: 4, 0x21: 16}     # TCP over IPv4 and IPv6: bytes of an address
+
+
 class ProxyHeader(NamedTuple):
     """What a load balancer says first of the connection that it forwards (PROXY protocol 1 and 2).
 
@@ -681,29 +775,26 @@ class ProxyHeader(NamedTuple):
     source: Optional[Address] = None
     destination: Optional[Address] = None
 
-    SIGNATURE = b'\r\n\r\n\0\r\nQUIT\n'
-    FORMATS = {0x11: 4, 0x21: 16}       # TCP over IPv4 and IPv6: bytes of an address
-
-    def pack(self):
+    def pack(self) -> bytes:
         """In version 2."""
         if not self.source:
-            return self.SIGNATURE + b'\x20\0\0\0'
+            return PROXY_SIGNATURE + b'\x20\0\0\0'
         hosts = ip_bytes(self.source.host) + ip_bytes(self.destination.host)
         ports = struct.pack('!HH', self.source.port, self.destination.port)
         kind = 0x11 if len(hosts) == 8 else 0x21
-        return self.SIGNATURE + struct.pack('!BBH', 0x21, kind, len(hosts) + 4) + hosts + ports
+        return PROXY_SIGNATURE + struct.pack('!BBH', 0x21, kind, len(hosts) + 4) + hosts + ports
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'ProxyHeader':
         first = read(1)
         if first == b'P':
             return cls._unpack_text(b'P' + text_line(read, 106, 'a PROXY line'))
-        if first != b'\r' or first + read(11) != cls.SIGNATURE:
+        if first != b'\r' or first + read(11) != PROXY_SIGNATURE:
             raise ProtocolError('no PROXY header, which is mandatory from here')
         version, kind, length = struct.unpack('!BBH', read(4))
         if version not in (0x20, 0x21):
             raise ProtocolError(f'PROXY version and command {version:#04x}, expected 0x20 or 0x21')
-        data, size = read(length), cls.FORMATS.get(kind)
+        data, size = read(length), PROXY_FORMATS.get(kind)
         if version == 0x20 or size is None:
             return cls()
         if length < 2 * size + 4:
@@ -732,7 +823,7 @@ class IdentQuery(NamedTuple):
     theirs: int                         # at the host that is asked
     ours: int
 
-    def pack(self):
+    def pack(self) -> bytes:
         return b'%d , %d\r\n' % self
 
 
@@ -741,7 +832,7 @@ class IdentReply(NamedTuple):
     userid: Optional[bytes]
 
     @classmethod
-    def unpack(cls, read):
+    def unpack(cls, read: Read) -> 'IdentReply':
         fields = text_line(read, 1000, 'an ident reply').split(b':', 3)
         kind, system = (b':'.join(fields[1:2]).strip(), b':'.join(fields[2:3]).strip())
         known = len(fields) == 4 and kind == b'USERID' and system.partition(b',')[0] != b'OTHER'
@@ -759,6 +850,7 @@ UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
 ATTEMPTS = 16                           # addresses of one name that are tried
 thread_time = getattr(time, 'thread_time', time.perf_counter)      # the former since Python 3.7
+ATTEMPT_TIMEOUT = 10.0                  # seconds for one that has others after it, one by one
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
@@ -783,18 +875,6 @@ def plain_ip(host):
     if packed is None or '%' in host:
         return None
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
-
-
-def socket_address(address):
-    """What the system takes for `address`, an IP address that may have a zone; OSError if there is
-    no such zone."""
-    if '%' not in address.host:
-        return address
-    try:
-        return _orig_getaddrinfo(*address, 0, 0, 0, socket.AI_NUMERICHOST)[0][4]
-    except socket.gaierror:
-        zone = address.host.partition('%')[2]
-        raise OSError(errno.EADDRNOTAVAIL, f'there is no interface {shown(zone)}') from None
 
 
 def local_address(sock):
@@ -929,11 +1009,11 @@ class LookUp(NamedTuple):
     name: str
     until: Optional[float] = None
 
-    def function(self):
+    def function(self) -> List[str]:
         return hosts_of(self.name)
 
 
-def run(conversation):
+def run(conversation: Generator[Any, Any, Result]) -> Result:
     """Drive a conversation in this thread; its result."""
     advance, value = conversation.send, None
     while True:
@@ -1289,8 +1369,8 @@ class Secure(Layer):
     """
     QUICK = 0.001                       # seconds that a step of a handshake may take in a loop
     UNASKED = 1 << 12                   # bytes of answers to a peer that sends no data meanwhile
-    # Bytes for TLS at a time, if the last ones had no data, or had some: one KiB may ask for new
-    # keys forty times, which takes over a millisecond.
+    # Bytes for TLS at a time; FAST after bytes of which at least half were data: one KiB may ask for
+    # new keys forty times, which takes over a millisecond.
     CAREFUL, FAST = 1 << 10, 1 << 14
     costly = weakref.WeakSet()          # contexts of servers whose steps take longer: RSA keys
 
@@ -1303,7 +1383,8 @@ class Secure(Layer):
         self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._fresh = b''               # from the socket, for TLS
-        self._has_data = False          # the last bytes for TLS had some
+        self._given = 1                 # how many bytes TLS got last
+        self._data = 0                  # how many bytes of data they had
         self._unasked = 0               # bytes of answers since there was data
         self._ended = False             # the socket has said all
         self._failure = None            # it took no more while it was read
@@ -1365,9 +1446,9 @@ class Secure(Layer):
 
     def _digest(self):
         """Give TLS the next bytes."""
-        size = self.FAST if self._has_data else self.CAREFUL
-        self._incoming.write(self._fresh[:size])
-        self._fresh, self._has_data = memoryview(self._fresh)[size:], False
+        size = self.FAST if 2 * self._data >= self._given else self.CAREFUL
+        self._given, self._data = self._incoming.write(self._fresh[:size]), 0
+        self._fresh = memoryview(self._fresh)[size:]
 
     def _answer(self):
         """Send what the protocol has to say of its own accord; OSError if that has no end."""
@@ -1388,7 +1469,9 @@ class Secure(Layer):
                     more = self._tls.read(len(buffer) - count, buffer[count:])
                     if not more:
                         break
-                    count, self._has_data, self._unasked = count + more, True, 0
+                    count += more
+                    self._data += more
+                    self._unasked = 0
                 except self._waits:
                     self._answer()
                     if self._fresh:
@@ -1772,14 +1855,16 @@ def start_connect(address, source):
     family = family_of(address.host)
     sock = _orig_socket(family, socket.SOCK_STREAM)
     try:
+        if '%' in address.host:
+            address = address.sockaddr
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if source:
             if sys.platform == 'linux':
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind(socket_address(Address(source_of(family, source), 0)))
-        target = socket_address(address) if '%' in address.host else address
+            sock.bind(source_of(family, source).sockaddr)
+        target = address.sockaddr if '%' in address.host else address
         error = sock.connect_ex(target)
         if error in UNDER_WAY:          # within this host it is done by now, if one asks
             error = sock.connect_ex(target)
@@ -1792,12 +1877,16 @@ def start_connect(address, source):
 
 
 def source_of(family, source):
-    """The address of `family` in `source`; if that is empty, zeros: any of ours."""
+    """The local `Address` for `family`, an item of `source`: a host, or an `Address` with a port.
+
+    Without any in `source` it is unspecified.  Raises OSError if there are others only.
+    """
     if not source:
-        return '::' if family == socket.AF_INET6 else '0.0.0.0'
-    for host in source:
-        if family_of(host) == family:
-            return host
+        return Address('::' if family == socket.AF_INET6 else '0.0.0.0', 0)
+    for item in source:
+        address = item if isinstance(item, Address) else Address(item, 0)
+        if family_of(address.host) == family:
+            return address
     raise OSError(errno.ENETUNREACH, 'no source address of this family')
 
 
@@ -1807,8 +1896,8 @@ def way_out(hosts, source):
         family = family_of(host)
         try:
             with _orig_socket(family, socket.SOCK_DGRAM) as sock:
-                sock.bind(socket_address(Address(source_of(family, source), 0)))
-                sock.connect(socket_address(Address(host, 9)))          # which sends nothing
+                sock.bind(source_of(family, source)._replace(port=0).sockaddr)
+                sock.connect(Address(host, 9).sockaddr)         # which sends nothing
                 return local_address(sock).host
         except OSError as caught:
             error = caught
@@ -1891,7 +1980,7 @@ def bound(address, kind=socket.SOCK_STREAM):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             keep_urgent(sock)
-        sock.bind(socket_address(address))
+        sock.bind(address.sockaddr)
         return sock
     except OSError as error:
         sock.close()
@@ -2051,16 +2140,16 @@ class Settings(NamedTuple):
     """
     users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
-    clients: Tuple = ()
-    trusted: Tuple = ()
+    clients: Tuple[Network, ...] = ()
+    trusted: Tuple[Network, ...] = ()
     rules: Optional[Tuple['Rule', ...]] = None
-    upstream: Tuple = ()
-    tls: object = None
+    upstream: Tuple['Proxy', ...] = ()
+    tls: Optional['ssl.SSLContext'] = None
     udp_over_plain: bool = False
     gssapi: Tuple[int, ...] = ()
     gssapi_nec: bool = False
     ident: bool = False
-    balancers: Tuple = ()
+    balancers: Tuple[Network, ...] = ()
     source: Tuple[str, ...] = ()
     advertise: Tuple[str, ...] = ()
     udp_ports: Tuple[int, int] = (0, 0)
@@ -2077,7 +2166,7 @@ class Settings(NamedTuple):
     max_per_client: Optional[int] = None
     max_handshakes: int = 0
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         fields = ', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self)
                            if name != 'users')
         return f'Settings({len(self.users)} users, {fields})'       # and no passwords
@@ -2207,7 +2296,7 @@ def is_ours(host):
     """Whether the IP address `host` is one of this machine's."""
     with _orig_socket(family_of(host), socket.SOCK_DGRAM) as sock:
         try:
-            sock.bind(socket_address(Address(host, 0)))
+            sock.bind(Address(host, 0).sockaddr)
         except OSError:
             return False
         return True
@@ -2432,7 +2521,7 @@ RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
 RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names'}
 
 
-def parse_rule(text, place):
+def parse_rule(text: str, place: str) -> Rule:
     """The `Rule` of one line, FileError says where and what is wrong:
 
     allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
@@ -2520,7 +2609,7 @@ def parse_target(word):
     return 'names', [dot + name]
 
 
-def parse_network(text):
+def parse_network(text: str) -> Network:
     """The ip_network of a text, one of v4-mapped addresses as IPv4; ValueError has the right form.
     """
     word = text.strip('[]')
@@ -2572,7 +2661,7 @@ def read_lines(path):
             yield f'{path}:{number}', line
 
 
-def read_rules(path):
+def read_rules(path: str) -> Tuple[Rule, ...]:
     """The `Rule`s in a file; FileError says where it is wrong."""
     return tuple(all_of(lambda place, line: parse_rule(name_text(line), place), read_lines(path)))
 
@@ -2587,7 +2676,7 @@ class Hashed:
     SCRYPT = 'scrypt:16384-8-1'         # n, r, p: 16 MiB and some 50 ms
     PBKDF2 = 'pbkdf2:600000'            # rounds of SHA-256
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         import hashlib                  # here, because few servers need it
         self._text = text
         self._method, parameters, salt, digest = text.split(':')
@@ -2609,7 +2698,7 @@ class Hashed:
         return hash(self._text)
 
     @classmethod
-    def make(cls, password):
+    def make(cls, password: bytes) -> str:
         """The text for a password."""
         import hashlib
         kind = cls.SCRYPT if hasattr(hashlib, 'scrypt') else cls.PBKDF2
@@ -2658,7 +2747,7 @@ def parse_user(place, line):
     return name, password
 
 
-def read_users(path):
+def read_users(path: str) -> Dict[bytes, Union[bytes, Hashed]]:
     """The users in a file of such lines; FileError if it is wrong.  Warns if others can read it."""
     users = {}
 
@@ -4355,7 +4444,7 @@ class UdpRelay(Relay):
         family = family_of(host)
         if family not in self.far:
             source = source_of(family, self.client.server.settings.source)
-            sock = self.far[family] = bound_udp(Address(source, 0))
+            sock = self.far[family] = bound_udp(source)
             self.loop.watch(sock, 0, READ, self)
         return self.far[family]
 
@@ -4456,6 +4545,15 @@ KEEPIDLE = 60                           # seconds until a silent program is look
 INTERIM = {100, 102, 103}               # of HTTP: the answer is still to come (RFC 9110 15.2)
 
 
+def is_whole(value):
+    """Whether it is a whole number; True and False are none, whatever Python says."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_port(value):
+    return is_whole(value) and 0 <= value < 65536
+
+
 class Proxy(NamedTuple):
     """A proxy and how to use it; the six fields are those that PySocks' programs know.
 
@@ -4477,16 +4575,20 @@ class Proxy(NamedTuple):
     password: Optional[bytes] = None
 
     @classmethod
-    def checked(cls, proxy_type, addr, port=None, rdns=True, username=None, password=None):
+    def checked(cls, proxy_type: int, addr: Union[str, bytes], port: Optional[int] = None,
+                rdns: bool = True, username: Secret = None, password: Secret = None) -> 'Proxy':
         """One of a caller's arguments; GeneralProxyError or ValueError says which is wrong."""
-        kind = proxy_type & ~LAYERS if isinstance(proxy_type, int) else None
+        kind = proxy_type & ~LAYERS if is_whole(proxy_type) else None
         if kind not in TYPE_NAMES:
-            what = proxy_type if isinstance(proxy_type, int) else type(proxy_type).__name__
+            what = proxy_type if is_whole(proxy_type) else type(proxy_type).__name__
             raise GeneralProxyError(f'Invalid proxy type: {what}')
         addr = addr.decode() if isinstance(addr, bytes) else addr
-        if not isinstance(addr, str) or not addr or addr[0] != '/' and min(addr) <= ' ':
+        is_path = isinstance(addr, str) and addr.startswith('/')
+        if isinstance(addr, str) and not is_path and set(addr) & set('/@'):
+            raise ValueError('proxy address: expected a name or an IP address, not a URL')
+        if not isinstance(addr, str) or not addr or not is_path and min(addr) <= ' ':
             raise ValueError(f'proxy address {addr!r}: expected a name or an IP address')
-        if port is not None and not (isinstance(port, int) and 0 <= port < 65536):
+        if port is not None and not is_port(port):
             raise ValueError(f'proxy port {port!r}: expected a number up to 65535')
         if isinstance(rdns, (str, bytes)):
             raise ValueError('rdns: expected True or False')
@@ -4504,11 +4606,11 @@ class Proxy(NamedTuple):
         addr = addr[1:-1] if addr.startswith('[') and addr.endswith(']') else addr
         return cls(proxy_type, addr, port, rdns, username, password)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         secret = '' if self.username is None and self.password is None else ' with credentials'
         return f'<{self}{secret}>'
 
-    def __str__(self):
+    def __str__(self) -> str:
         kind = ''.join((TYPE_NAMES[self.type & ~LAYERS], '+TLS' if self.type & TLS else '',
                         '+GSSAPI' if self.type & GSSAPI else ''))
         return f'{kind} proxy {self.place}'
@@ -4518,16 +4620,19 @@ class Proxy(NamedTuple):
         """Where it is, as text."""
         return self.addr if self.is_path else str(Address(self.addr, self.sure_port))
 
+    def without_secrets(self) -> 'Proxy':
+        return self._replace(username=None, password=None)
+
     @property
-    def is_path(self):
+    def is_path(self) -> bool:
         return self.addr.startswith('/')
 
     @property
-    def sure_port(self):
+    def sure_port(self) -> int:
         return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.type & ~LAYERS])
 
 
-def parse_proxy_url(url):
+def parse_proxy_url(url: str) -> Proxy:
     """The `Proxy` of a URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT]; ValueError says what is wrong.
 
     Schemes: socks5h and socks4a, where the proxy resolves names, socks5 and socks4, where we do,
@@ -4554,6 +4659,8 @@ def parse_proxy_url(url):
     except ValueError:
         raise ValueError('proxy URL: bad port, expected a number up to 65535') from None
     addr = parts.hostname
+    if addr and ':' in addr:            # RFC 6874: %25 before a zone
+        addr = addr.replace('%25', '%', 1)
     if 'unix' in layers or addr == 'localhost' and len(parts.path) > 1:     # so has curl it
         addr = unquote(parts.path)
         if not addr.startswith('/'):
@@ -4567,7 +4674,7 @@ def parse_proxy_url(url):
     return Proxy.checked(kind, addr, port, rdns, username, password)
 
 
-def hops(proxy):
+def hops(proxy: ProxyArgument) -> List[Proxy]:
     """The chain of `Proxy`, first hop first, that is meant by a URL, a tuple of arguments as
     set_proxy() takes them, a list of those, or None."""
     if not proxy:
@@ -4584,45 +4691,66 @@ def hops(proxy):
     return [Proxy.checked(*proxy)]
 
 
-def is_bypassed(host, patterns):
-    """Whether `host` is to be reached without a proxy.
+def is_bypassed(host: str, patterns: str, port: Optional[int] = None) -> bool:
+    """Whether `host` is to be reached without a proxy, as curl and urllib read NO_PROXY.
 
     patterns: separated by commas or spaces; a name stands for itself and all below it, with or
-    without a dot before it; IP addresses and networks (10.0.0.0/8) for those; * for everything.
+    without a dot before it, *.name for all below it; IP addresses and networks (10.0.0.0/8) for
+    those, IPv6 with or without brackets; * for everything.  HOST:PORT is for that `port` only.
     """
-    ip, name = plain_ip(host), host.lower().rstrip('.')
-    for pattern in patterns.lower().replace(',', ' ').split():
-        if pattern == '*':
-            return True
-        if ip:
-            with contextlib.suppress(ValueError):
-                network = ipaddress.ip_network(pattern.strip('[]'), strict=False)
-                if ipaddress.ip_address(ip) in network:
-                    return True
-        elif ('.' + name).endswith('.' + pattern.strip('.')):
-            return True
-    return False
+    if not patterns:
+        return False
+    host = host.partition('%')[0]
+    with contextlib.suppress(ProtocolError):
+        host = canonical(Address(host, 0)).host
+    return any(matches(pattern, host, port)
+               for pattern in patterns.lower().replace(',', ' ').split())
 
 
-def proxy_from_environment(host=None):
+def matches(pattern, host, port):
+    """Whether a canonical host and a port are what a pattern of is_bypassed() stands for."""
+    place, colon, number = pattern.rpartition(':')
+    if colon and number.isdigit() and (':' not in place or place.endswith(']')):
+        if int(number) != port:
+            return False
+        pattern = place
+    if pattern == '*':
+        return True
+    ip = plain_ip(host)
+    if ip:
+        with contextlib.suppress(ValueError):
+            network = ipaddress.ip_network(pattern.strip('[]'), strict=False)
+            return ipaddress.ip_address(ip) in network
+        return False
+    with contextlib.suppress(ValueError):
+        pattern = name_bytes(pattern).decode()
+    below = pattern.startswith('*.')
+    name = pattern[2 * below:].strip('.')
+    return bool(name) and (host.endswith('.' + name) or host == name and not below)
+
+
+def proxy_from_environment(host: Optional[str] = None, port: Optional[int] = None) -> Optional[str]:
     """The URL in all_proxy or ALL_PROXY; None without one, or if no_proxy names `host`."""
     url, bypass = (os.environ.get(name) or os.environ.get(name.upper())
                    for name in ('all_proxy', 'no_proxy'))
-    return None if not url or host and bypass and is_bypassed(host, bypass) else url
+    return None if not url or host and bypass and is_bypassed(host, bypass, port) else url
 
 
 @contextlib.contextmanager
-def negotiating():
-    """Raise what goes wrong while talking to a proxy as PySocks does: the cause is `socket_err`.
+def negotiating(proxy, target):
+    """Raise what goes wrong while asking `proxy` for `target` as PySocks does: the cause is
+    `socket_err`.
 
-    The class is that of the cause, if it is one of ours, so that either can be asked for.
+    The class is that of the cause if this is a GeneralProxyError, so that either can be caught.
     """
     try:
         yield
     except (OSError, EOFError) as error:
         cause = GeneralProxyError(str(error)) if isinstance(error, EOFError) else error
-        kind = type(cause) if isinstance(cause, GeneralProxyError) else GeneralProxyError
+        kind = type(cause) if isinstance(cause, GeneralProxyError) else (
+            ProxyTimeoutError if is_timeout(cause) else GeneralProxyError)
         wrapped = kind('Socket error', cause, reply_for(cause))
+        wrapped.proxy, wrapped.target = proxy.without_secrets(), target
         wrapped.errno = (errno.EACCES if isinstance(cause, SOCKS5AuthError) else system_errno(cause)
                          or REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED))
         raise wrapped from cause
@@ -4775,7 +4903,7 @@ def secured(sock, proxy, context, until):
     """Conversation: a plain socket, in front of TLS over (a duplicate of) `sock` to `proxy`."""
     context = context or usual_context(
         *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
-    name = 'localhost' if proxy.is_path else proxy.addr
+    name = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     keep_urgent(sock)
     tls = Secure(sock.dup(), context, server_hostname=name)
     try:
@@ -4815,7 +4943,7 @@ def protected(sock, proxy, in_sequence, until):
     try:
         context = yield from initiate(stream, proxy, in_sequence)
     except GssError as error:
-        raise SOCKS5AuthError(error.strerror) from None
+        raise SOCKS5AuthError(printable(error.strerror)) from None
     keep_urgent(sock)
     layer = Protected(sock.dup(), context)
     try:
@@ -4831,7 +4959,7 @@ def initiate(stream, proxy, in_sequence):
     While the library talks to the KDC, a caller's timeout does not count, as in a name look-up.
     """
     service = name_text(proxy.username or b'rcmd')
-    host = 'localhost' if proxy.is_path else proxy.addr
+    host = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     context = GssContext(service if '/' in service else f'{service}@{host}', in_sequence)
     token, complete = yield Call(context.step, stream.until)
     while True:
@@ -4863,8 +4991,9 @@ def connecting(proxy):
     try:
         yield
     except OSError as error:
-        wrapped = ProxyConnectionError(f'Error connecting to {proxy}', error)
-        wrapped.errno = system_errno(error)
+        kind = ProxyConnectionTimeoutError if is_timeout(error) else ProxyConnectionError
+        wrapped = kind(f'Error connecting to {proxy}', error)
+        wrapped.proxy, wrapped.errno = proxy.without_secrets(), system_errno(error)
         raise wrapped from error
 
 
@@ -4880,13 +5009,18 @@ def await_connect(sock, address, until):
         sock.connect_ex(address)        # Linux would let the next connect() succeed, too
 
 
+def connect_by_name(host, port, until=None, source=()):
+    """Conversation: a non-blocking socket that is connected to a host of the user's choice."""
+    found = yield Call(functools.partial(look_up, host, port), until)
+    addresses = dict.fromkeys(Address.with_zone(sockaddr) for *_, sockaddr in found)
+    return (yield from dial(list(addresses), until, source))
+
+
 def open_proxy(proxy, until=None, source=()):
     """Conversation: a non-blocking socket that is connected to `proxy`."""
     with connecting(proxy):
         if not proxy.is_path:
-            found = yield Call(functools.partial(look_up, proxy.addr, proxy.sure_port), until)
-            addresses = dict.fromkeys(Address.of(sockaddr) for *_, sockaddr in found)
-            return (yield from dial(list(addresses), until, source))
+            return (yield from connect_by_name(proxy.addr, proxy.sure_port, until, source))
         sock = _orig_socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
@@ -4901,8 +5035,7 @@ def destination(pair, chain):
     """The `Address` that a caller's (host, port, ...) means; GeneralProxyError if the proxies of
     the chain could not be told."""
     if not (isinstance(pair, (tuple, list)) and 2 <= len(pair) <= 4 and pair[0]
-            and isinstance(pair[0], (str, bytes)) and isinstance(pair[1], int)
-            and 0 <= pair[1] < 65536):
+            and isinstance(pair[0], (str, bytes)) and is_port(pair[1])):
         raise GeneralProxyError('Invalid destination-connection (host, port) pair')
     host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
     bare = without_brackets(host)
@@ -4931,8 +5064,7 @@ def through(sock, chain, command, address, until=None, context=None):
     """
     sockets = [sock]
     try:
-        with negotiating():
-            bnd = yield from ask_all(sockets, chain, command, address, until, context)
+        bnd = yield from ask_all(sockets, chain, command, address, until, context)
     except BaseException:
         for made in sockets[1:]:        # all of it, and at once
             abort(made)
@@ -4946,13 +5078,14 @@ def ask_all(sockets, chain, command, address, until, context):
     """Conversation: the part of through() that can fail; `sockets` has the first one, and gets a
     further one for each layer."""
     for proxy, target in zip(chain, targets(chain, address)):
-        if proxy.type & TLS:
-            sockets.append((yield from secured(sockets[-1], proxy, context, until)))
         step = command if target is address else Command.CONNECT
-        if proxy.type & GSSAPI:
-            sockets.append((yield from protected(
-                sockets[-1], proxy, step != Command.UDP_ASSOCIATE, until)))
-        bnd = yield from ask(ExactStream(sockets[-1], until), proxy, step, target)
+        with negotiating(proxy, target):
+            if proxy.type & TLS:
+                sockets.append((yield from secured(sockets[-1], proxy, context, until)))
+            if proxy.type & GSSAPI:
+                sockets.append((yield from protected(
+                    sockets[-1], proxy, step != Command.UDP_ASSOCIATE, until)))
+            bnd = yield from ask(ExactStream(sockets[-1], until), proxy, step, target)
     return bnd
 
 
@@ -4973,21 +5106,44 @@ def reach(chain, address, until=None, source=(), context=None, command=Command.C
 
 
 def reachable(bnd, chain, sock, until):
-    """Conversation: `bnd`, where the proxy waits, for those who do not know the proxy's address.
+    """Conversation: `bnd`, where the last proxy says that it waits, for those who do not know the
+    proxy's address; where it is not to be believed, the same port of the proxy.
 
-    It is on the last proxy if it names no host, one that is not known, or a private address of
-    a public proxy.  `sock` is connected to the first one.
+    With remote names, a name that the proxy chose is not looked up: that would tell who we are.
+    `sock` is connected to the first proxy.
     """
-    proxy_host = plain_ip(chain[-1].addr) or '127.0.0.1'        # this: beyond a unix socket
-    if len(chain) == 1 and sock.family != socket.AF_UNIX:
-        proxy_host = plain_ip(Address.of(sock.getpeername()).host)
+    last = chain[-1]
+    if sock.family == socket.AF_UNIX and len(chain) == 1:
+        proxy = Address('127.0.0.1', 0)
+    else:
+        proxy = Address.with_zone(sock.getpeername()) if len(chain) == 1 else Address(last.addr, 0)
+    ip = plain_ip(proxy.host.partition('%')[0])
     with contextlib.suppress(OSError):
-        for host, port in (yield from resolve(bnd, until)):
-            ip = ipaddress.ip_address(host)
-            if not ip.is_unspecified and (
-                    ip.is_global or not ipaddress.ip_address(proxy_host).is_global):
-                return Address(host, port)
-    return Address(proxy_host, bnd.port)
+        if not last.rdns or ip_bytes(bnd.host) is not None:
+            for host, port in (yield from resolve(bnd, until)):
+                if is_believable(host, ip):
+                    zone = proxy.host.partition('%')[2] if host.startswith('fe80:') else ''
+                    return Address(f'{host}%{zone}' if zone else host, port)
+    return Address(ip if ip and '%' not in proxy.host else proxy.host, bnd.port)
+
+
+def is_believable(host, proxy):
+    """Whether a proxy at the IP address `proxy`, None if that is not known, can be reached at
+    `host`, an IP address that it names.
+
+    A proxy elsewhere must not name an address that is local to us, nor a public one a private
+    address.
+    """
+    if host == proxy:
+        return True
+    ip = ipaddress.ip_address(host)
+    if ip.is_unspecified or ip.is_multicast:
+        return False
+    if any(map(is_loopback, map(ip_text, with_embedded(ip_bytes(host))))) or is_ours(host):
+        return bool(proxy) and (is_loopback(proxy) or is_ours(proxy))
+    if is_local(host):
+        return bool(proxy) and is_local(proxy)
+    return ip.is_global or not (proxy and ipaddress.ip_address(proxy).is_global)
 
 
 # ----------------------------------------------------------------------------------------- server
@@ -5038,10 +5194,10 @@ class Line(NamedTuple):
     seconds: float
     target_address: str                 # that was connected to
 
-    def __str__(self):
+    def __str__(self) -> str:
         return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self[:-1]
 
-    def entries(self):
+    def entries(self) -> List[Dict[str, Any]]:
         """For JSON, a list of one object."""
         return [dict(self._asdict(), client=str(self.client), seconds=round(self.seconds, 3))]
 
@@ -5052,7 +5208,7 @@ class Client:
     __slots__ = ('server', 'address', 'peer', 'key', 'is_counted', 'protocol', 'user', 'command',
                  'target', 'target_address', 'started')
 
-    def __init__(self, server, address):
+    def __init__(self, server: 'Server', address: Address) -> None:
         self.server = server
         self.address = address          # a load balancer may tell of another than the peer's
         self.peer = address
@@ -5060,15 +5216,15 @@ class Client:
         self.is_counted = False         # see `Roster`
         self.protocol = self.user = self.target = '-'
         self.target_address = ''        # that we are connected to; None: it is the target
-        self.command = None             # a `Command`
+        self.command: Optional[Command] = None
         self.started = time.monotonic()
 
     @property
-    def idle_timeout(self):
+    def idle_timeout(self) -> float:
         """For a tunnel, in seconds."""
         return self.server.settings.idle_timeout
 
-    def end(self, outcome, up=0, down=0):
+    def end(self, outcome: str, up: int = 0, down: int = 0) -> None:
         """Write the client's line; it is served no more.
 
         up and down are the bytes that came from the client and from the target.
@@ -5081,7 +5237,7 @@ class Client:
         if log.isEnabledFor(logging.INFO):
             log.info(self.line(outcome, up, down))
 
-    def line(self, outcome, up, down):
+    def line(self, outcome: str, up: int, down: int) -> Line:
         return Line(self.address, self.user, self.protocol,
                     self.command.name if self.command else '-', self.target, outcome, up, down,
                     time.monotonic() - self.started,
@@ -5091,7 +5247,7 @@ class Client:
 class Login(socketserver.BaseRequestHandler):
     """How a client shows who it is, in any of the ways that the settings ask for."""
 
-    def __init__(self, request, client, server):
+    def __init__(self, request: socket.socket, client: Client, server: 'Server') -> None:
         self.request = request
         self.client = client
         self.client_address = client.address
@@ -5139,7 +5295,7 @@ class Login(socketserver.BaseRequestHandler):
         return bool(settings.users or settings.gssapi) and not (
             self.is_known or settings.trusted.has(self.client.address.host))
 
-    def choose(self, offered):
+    def choose(self, offered: bytes) -> int:
         """The authentication method to use, of those offered.
 
         A client that needs no password but insists on one may send any.
@@ -5158,7 +5314,7 @@ class Login(socketserver.BaseRequestHandler):
         raise Refused(f'the client offered {missing}; methods offered: {offered.hex() or "none"}, '
                       f'expected {expected}')
 
-    def authenticate(self, credentials):
+    def authenticate(self, credentials: Credentials) -> Conversation:
         """Raise Refused, but not at once, unless the credentials are right.
 
         The time that a failure takes does not tell why, and slows down who tries all passwords.
@@ -5276,7 +5432,7 @@ class Negotiation(Login):
     converse: negotiate, then command(request) of the subclass, whose result is the relay.
     """
 
-    def converse(self):
+    def converse(self) -> Conversation:
         relay = None
         try:
             relay = yield from self.handle()
@@ -5307,7 +5463,7 @@ class Negotiation(Login):
             self.client.report(f'client: {printable(reason(error))}')
             return None
 
-    def answer(self, reply, address=UNSPECIFIED):
+    def answer(self, reply: int, address: Address = UNSPECIFIED) -> Conversation:
         return self.stream.write(self.answer_form(reply, address))
 
     def refuse(self, error):
@@ -5402,7 +5558,7 @@ class Handler(Negotiation):
     One that is not there, or that the settings switch off, is refused as not supported.
     """
 
-    def command(self, request):
+    def command(self, request: AnyRequest) -> Conversation:
         command = COMMANDS.get(request.command)
         method = command and getattr(self, METHODS[command], None)
         if not (method and self.offered(command, isinstance(request, Request4))):
@@ -5428,7 +5584,7 @@ class Handler(Negotiation):
                         or settings.tls and not settings.udp_over_plain)
         return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
 
-    def do_CONNECT(self, request):
+    def do_CONNECT(self, request: AnyRequest) -> Conversation:
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
         until = self.stream.until = after(self.settings.connect_timeout)
@@ -5444,7 +5600,7 @@ class Handler(Negotiation):
             self.note('connected to %s', self.client.target_address or addresses[0])
         return (yield from self.join(target, Address.of(target.getsockname())))
 
-    def join(self, target, bnd):
+    def join(self, target: socket.socket, bnd: Address) -> Conversation:
         """Answer, and join the client to the socket `target`."""
         try:
             target.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -5496,7 +5652,7 @@ class Handler(Negotiation):
                 self.server.authorize(self.client, Address(host, wanted.port), wanted.host)
         return absolute(address)
 
-    def do_BIND(self, request):
+    def do_BIND(self, request: AnyRequest) -> Conversation:
         """Accept one connection, of the peer that the client named, on its behalf.
 
         Others are turned away; if one of them was all that came, the second reply says so.
@@ -5538,7 +5694,7 @@ class Handler(Negotiation):
         return (peer.host in expected
                 or not set(expected).isdisjoint(ZEROS) and not (rule and not rule.allow))
 
-    def do_UDP_ASSOCIATE(self, request):
+    def do_UDP_ASSOCIATE(self, request: AnyRequest) -> Conversation:
         """Relay datagrams; DST may be where the client will send from, or anything."""
         client, host = self.client, self.client.address.host
         client.target = '-'
@@ -5564,7 +5720,7 @@ class Handler(Negotiation):
         plausible = ('', '0', '0.0.0.0', '::', self.client.address.host)
         return address if address.port and address.host in plausible else UNSPECIFIED
 
-    def do_RESOLVE(self, request):
+    def do_RESOLVE(self, request: AnyRequest) -> Conversation:
         """Tor's command for a look-up; an IPv4 address is what its users expect."""
         until = self.stream.until = after(self.settings.connect_timeout)
         addresses = yield from self.destinations(request.address, until, self.server.judge)
@@ -5573,7 +5729,7 @@ class Handler(Negotiation):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
         yield from self.tell(Address(address.host, 0))
 
-    def do_RESOLVE_PTR(self, request):
+    def do_RESOLVE_PTR(self, request: AnyRequest) -> Conversation:
         """Tor's command for the name of an IP address."""
         host = plain_ip(request.address.host)
         if host is None:
@@ -6063,7 +6219,7 @@ class Acceptor(socketserver.ThreadingTCPServer):
         else:
             self._watch_listeners(True)
 
-    def drain(self, seconds):
+    def drain(self, seconds: float) -> None:
         """Accept no more clients, and have serve_forever() return when those that are served have
         ended, or after so many seconds."""
         self.loop.call(self._item, self._drain, seconds)
@@ -6132,11 +6288,15 @@ class Server(Acceptor):
     Raises OSError for an address that cannot be listened on, and ValueError for settings that are
     wrong, or an address beyond loopback if the settings would have it serve everybody there.
     """
+    server_address: Address
+    settings: Settings
+    addresses: List[Address]
     request_queue_size = 1024
     heavy_loops = min(4, processors())      # threads for what carries much
 
-    def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
-                 bind_and_activate=True, listeners=()):
+    def __init__(self, server_address: ServerAddress = ('127.0.0.1', 1080),
+                 settings: Optional[Settings] = None, handler_class: Type[Handler] = Handler,
+                 bind_and_activate: bool = True, listeners: Sequence[socket.socket] = ()) -> None:
         socketserver.BaseServer.__init__(self, listening_addresses(server_address), handler_class)
         self._crew = Crew()
         self.resolver = Resolver(self._crew)
@@ -6159,7 +6319,7 @@ class Server(Acceptor):
                 self.server_close()
                 raise
 
-    def server_bind(self):
+    def server_bind(self) -> None:
         self.listeners = self.listeners or listening_sockets(self.server_address)
         if not self.listeners:
             raise ValueError('server_address: expected at least one address')
@@ -6171,14 +6331,14 @@ class Server(Acceptor):
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
 
-    def server_activate(self):
+    def server_activate(self) -> None:
         for sock, address in zip(self.listeners, self.addresses):
             try:
                 sock.listen(self.request_queue_size)
             except OSError as error:
                 raise OSError(error.errno, f'cannot listen on {address}: {reason(error)}') from None
 
-    def start(self):
+    def start(self: Serving) -> Serving:
         """Serve in a thread of its own; gives the server itself, for a `with`."""
         if self.loop.closed or self._thread:
             raise RuntimeError('the server is closed, or started already')
@@ -6187,14 +6347,14 @@ class Server(Acceptor):
         self._thread.start()
         return self
 
-    def serve_forever(self, poll_interval=None):
+    def serve_forever(self, poll_interval: Optional[float] = None) -> None:
         """Serve until shutdown(); may be called again."""
         with self._serving:
             self._watch_listeners(True)
             self.loop.run()
             self._watch_listeners(False)
 
-    def shutdown(self):
+    def shutdown(self) -> None:
         """Have serve_forever() return, at once if it has not begun; wait for that unless it is
         this thread's."""
         self.loop.stop()
@@ -6203,7 +6363,7 @@ class Server(Acceptor):
         if thread and thread is not threading.current_thread():
             thread.join()
 
-    def server_close(self):
+    def server_close(self) -> None:
         """Stop serving, close every listener and connection, end every thread."""
         self.shutdown()
         for sock in self.listeners:
@@ -6217,7 +6377,7 @@ class Server(Acceptor):
 
     # One client
 
-    def process_request(self, request, client_address):
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Begin the conversation with a client; the loop goes on with it."""
         request.setblocking(False)
         address = Address.of(client_address)
@@ -6229,10 +6389,10 @@ class Server(Acceptor):
         self.roster.add(client, task, self.max_handshakes)
         self.loop.attempt(task, task.start, self.loop)
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception('%s: this is a bug', client_address)
 
-    def authorize(self, client, target, name=None):
+    def authorize(self, client: Client, target: Address, name: Optional[str] = None) -> None:
         """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP
         address, for which it asked by `name`, if it did.
 
@@ -6241,12 +6401,12 @@ class Server(Acceptor):
         rule = self.judge(client, target, name)
         authorize(client.address, client.command, target, self.addresses, rule)
 
-    def judge(self, client, target, name=None):
+    def judge(self, client: Client, target: Address, name: Optional[str] = None) -> Optional[Rule]:
         """Raise Refused if the rules do not allow it; else the one that does, or None."""
         rules = self.settings.rules
         return None if rules is None else allowing(rules.first(client, target, name), target)
 
-    def judge_name(self, client, target):
+    def judge_name(self, client: Client, target: Address) -> None:
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
@@ -6264,7 +6424,7 @@ class Server(Acceptor):
         self.resolver.is_strict = settings.rules is not None
         self.resolver.forget()
 
-    def judge_association(self, client):
+    def judge_association(self, client: Client) -> None:
         """Raise Refused if no rule can allow a datagram of `client`, OSError if there are no
         descriptors for it."""
         rules = self.settings.rules
@@ -6274,7 +6434,7 @@ class Server(Acceptor):
         if self.places and served + self.roster.associations >= self.places:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    def reconfigure(self, settings):
+    def reconfigure(self, settings: Settings) -> None:
         """Have other settings from now on: who is served goes on, datagrams are judged anew.
 
         Raises as the constructor does.
@@ -6287,12 +6447,12 @@ class Server(Acceptor):
                     loop.call(item, item.routes.forget)
 
     @property
-    def clients(self):
+    def clients(self) -> List[Client]:
         """All that are served now, as a list of `Client`."""
         clients = (item.client for loop in self.loops() for item in list(loop.items))
         return [client for client in clients if client]     # it may be ending
 
-    def loops(self):
+    def loops(self) -> List[Loop]:
         """All that carry clients."""
         return [self.loop, *self._helpers.loops]
 
@@ -6306,6 +6466,7 @@ PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
 PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 PRINTABLE_PROXY_TYPES = TYPE_NAMES
 NO_PROXY = (None,) * 6
+IP_FAMILIES = socket.AF_INET, socket.AF_INET6
 # The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
 STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
 
@@ -6342,8 +6503,9 @@ def arguments(proxy_type, addr=None, port=None, rdns=True, username=None, passwo
     return first if len(chain) == 1 else (chain, first.addr, first.port, first.rdns, None, None)
 
 
-def set_default_proxy(proxy_type=None, addr: Optional[str] = None, port: Optional[int] = None,
-                      rdns: bool = True, username=None, password=None, *, bypass: str = ''):
+def set_default_proxy(proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
+                      port: Optional[int] = None, rdns: bool = True, username: Secret = None,
+                      password: Secret = None, *, bypass: str = '') -> None:
     """Set the proxy of all socksockets made from now on, unless set_proxy() gives them another.
 
     The arguments are those of socksocket.set_proxy().  `bypass` names hosts that are reached
@@ -6353,7 +6515,7 @@ def set_default_proxy(proxy_type=None, addr: Optional[str] = None, port: Optiona
     socksocket.default_bypass = bypass
 
 
-def setdefaultproxy(*args, **kwargs):
+def setdefaultproxy(*args: Any, **kwargs: Any) -> None:
     """set_default_proxy(), also with `proxytype` for `proxy_type`."""
     if 'proxytype' in kwargs:
         kwargs['proxy_type'] = kwargs.pop('proxytype')
@@ -6361,7 +6523,7 @@ def setdefaultproxy(*args, **kwargs):
 
 
 @contextlib.contextmanager
-def default_proxy(proxy, bypass: str = ''):
+def default_proxy(proxy: ProxyArgument, bypass: str = '') -> Iterator[None]:
     """Within a `with`, and only in this thread or task, have another default proxy.
 
     proxy   URL, list of URLs for a chain, 6-tuple as set_proxy() takes it, or None for none
@@ -6380,7 +6542,7 @@ def _default(kind=None):
     return _scope.get() or (kind.default_proxy, kind.default_bypass)
 
 
-def get_default_proxy() -> Optional[tuple]:
+def get_default_proxy() -> Optional[ProxyTuple]:
     """The default proxy, as a 6-tuple, or None if none was ever set."""
     return _default()[0]
 
@@ -6388,7 +6550,7 @@ def get_default_proxy() -> Optional[tuple]:
 getdefaultproxy = get_default_proxy
 
 
-def wrap_module(module, dns: bool = False):
+def wrap_module(module: Any, dns: bool = False) -> None:
     """Have the module `socket` that `module` imported make socksockets, for the whole process.
 
     With `dns`, names are not looked up here any more but handed to the proxy, see getaddrinfo().
@@ -6401,7 +6563,7 @@ def wrap_module(module, dns: bool = False):
         module.socket.getaddrinfo = getaddrinfo
 
 
-def unwrap_module(module):
+def unwrap_module(module: Any) -> None:
     """Undo wrap_module()."""
     module.socket.socket = _orig_socket
     if module.socket.getaddrinfo is getaddrinfo:
@@ -6411,7 +6573,9 @@ def unwrap_module(module):
 wrapmodule, unwrapmodule = wrap_module, unwrap_module
 
 
-def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
+def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None], family: int = 0,
+                type: int = 0, proto: int = 0,
+                flags: int = 0) -> List[Tuple[Any, Any, int, str, Any]]:
     """socket.getaddrinfo(), but a name that the default proxy is to resolve is its own address.
 
     So no look-up leaves this machine, and connect() has the name, also one to be reached directly.
@@ -6428,7 +6592,7 @@ def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
             if type in (0, kind) and proto in (0, protocol)]
 
 
-def set_self_blocking(function):
+def set_self_blocking(function: Function) -> Function:
     """Decorator of a socket's method: let it block, whatever the socket's mode is."""
     @functools.wraps(function)
     def blocking(self, *args, **kwargs):
@@ -6443,7 +6607,7 @@ def set_self_blocking(function):
     return blocking
 
 
-def relayed(method):
+def relayed(method: Function) -> Function:
     """Decorator: what a socket does whose datagrams go through a relay; any other is stock."""
     stock = getattr(_orig_socket, method.__name__, None)
 
@@ -6498,9 +6662,10 @@ class _BaseSocket(_Descriptor):
     """
     _is_datagram = False                # UDP over IPv4 or IPv6
     _bypass = ''                        # what to reach without the proxy
-    proxy_peername = None               # (host, port) of the destination
-    proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
-    ssl_context = None                  # for proxies inside of TLS; None: a usual one
+    # (host, port) of the destination, and that it sees, as far as the proxy says
+    proxy_peername: Optional[Tuple[Any, ...]] = None
+    proxy_sockname: Optional[Tuple[Any, ...]] = None
+    ssl_context: Optional['ssl.SSLContext'] = None      # for proxies inside of TLS; None: the usual
     _proxyconn = None                   # TCP connection that keeps the relay alive
     _context = None                     # `GssContext` that protects datagrams
     _relay = None                       # where it is, if other hosts may send directly
@@ -6509,6 +6674,7 @@ class _BaseSocket(_Descriptor):
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
         self._check_open()
+        self._use_source(dest_pair)
         if (self._bypass and dest_pair or not self._proxyconn) and not self._chain(dest_pair):
             return False
         if not self._proxyconn and not dest_pair and self._bypass and self.getsockname()[1]:
@@ -6523,6 +6689,17 @@ class _BaseSocket(_Descriptor):
                     super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
                 self._associate()
         return True
+
+    def _use_source(self, dest_pair):
+        """Bind this socket to one of `default_source`, if there are any, unless it is bound."""
+        if (not self.default_source or not self._is_proxied or self.family not in IP_FAMILIES
+                or self.getsockname()[1]):
+            return
+        ip = plain_ip(str(dest_pair[0])) if dest_pair else None
+        if self.family == socket.AF_INET6 and ip and ':' not in ip:
+            super().bind(('::ffff:' + source_of(socket.AF_INET, self.default_source).host, 0))
+        else:
+            super().bind(source_of(self.family, self.default_source).sockaddr)
 
     def _is_direct(self):
         """Whether the socket is connected."""
@@ -6552,8 +6729,8 @@ class _BaseSocket(_Descriptor):
         if len(chain) > 1 or chain[0].type & ~LAYERS != SOCKS5:
             raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
         ours = Address('0.0.0.0', self.getsockname()[1])        # the host may be another there
-        control, relay = run(reach(chain, ours, self._deadline(), (), self.ssl_context,
-                                   Command.UDP_ASSOCIATE))
+        control, relay = run(reach(chain, ours, self._deadline(), self._control_source(),
+                                   self.ssl_context, Command.UDP_ASSOCIATE))
         try:
             if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
                 relay = Address('::ffff:' + relay.host, relay.port)
@@ -6561,14 +6738,20 @@ class _BaseSocket(_Descriptor):
                 self._replace(bound(Address('::', ours.port), socket.SOCK_DGRAM))
                 self._bypass = ''       # to hosts of the other family there is no other way now
             if self._bypass:
-                self._relay = relay
+                self._relay = relay.sockaddr
             else:                       # the system keeps strangers away
-                super().connect(relay)
+                super().connect(relay.sockaddr)
         except BaseException:
             control.close()
             raise
         self._proxyconn, self._context = control, getattr(control, 'context', None)
         self.proxy_sockname = tuple(UNSPECIFIED)
+
+    def _control_source(self):
+        """Where to connect from for an association: proxies serve datagrams from there only."""
+        host = Address.with_zone(self.getsockname()).host
+        host = plain_ip(host) or host
+        return () if host in ZEROS else (host, '0.0.0.0' if ':' in host else '::')
 
     def _receive(self, size, flags=0):
         """The payload of the next datagram, its sender, and whether it was longer than `size`."""
@@ -6580,7 +6763,8 @@ class _BaseSocket(_Descriptor):
                 if until and time.monotonic() >= until:
                     raise socket.timeout('timed out')
             data, source = super().recvfrom(1 << 16, flags)
-            if not source or self._relay and source[:2] != self._relay:     # none: shut down
+            if not source or self._relay and (      # none: shut down
+                    Address.of(source) != Address.of(self._relay)):
                 return data[:size], source, len(data) > size
             data = self._opened(data, flags & socket.MSG_PEEK) if self._context else data
             with contextlib.suppress(EOFError, ProtocolError):
@@ -6630,21 +6814,21 @@ class _BaseSocket(_Descriptor):
             return len(data)
         return max(0, self._send_to_relay(whole, flags) - len(header))
 
-    def sendto(self, *args, **kwargs):
+    def sendto(self, *args: Any, **kwargs: Any) -> int:
         """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI."""
         if self._is_datagram and len(args) > 1 and self._use_relay(args[-1]):
             return self._transmit(args[0], args[1] if len(args) > 2 else 0, args[-1])
         return super().sendto(*args, **kwargs)
 
     @relayed
-    def send(self, bytes, flags=0):
+    def send(self, bytes: Any, flags: int = 0) -> int:
         return self._transmit(bytes, flags, self.proxy_peername)
 
     @relayed
-    def sendall(self, bytes, flags=0):
+    def sendall(self, bytes: Any, flags: int = 0) -> None:
         self._transmit(bytes, flags, self.proxy_peername)
 
-    def sendmsg(self, *args):
+    def sendmsg(self, *args: Any) -> int:
         address = args[3] if len(args) > 3 else None
         if self._is_datagram and self._use_relay(address):
             return self._transmit(b''.join(args[0]), args[2] if len(args) > 2 else 0,
@@ -6652,31 +6836,34 @@ class _BaseSocket(_Descriptor):
         return super().sendmsg(*args)
 
     @relayed
-    def recv(self, bufsize, flags=0):
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
         return self._receive(bufsize, flags)[0]
 
     @relayed
-    def recvfrom(self, bufsize, flags=0):
+    def recvfrom(self, bufsize: int, flags: int = 0) -> Tuple[bytes, Any]:
         return self._receive(bufsize, flags)[:2]
 
     @relayed
-    def recv_into(self, buffer, nbytes=0, flags=0):
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         return self.recvfrom_into(buffer, nbytes, flags)[0]
 
     @relayed
-    def recvfrom_into(self, buffer, nbytes=0, flags=0):
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0,
+                      flags: int = 0) -> Tuple[int, Any]:
         view = memoryview(buffer).cast('B')
         payload, sender, _ = self._receive(nbytes or len(view), flags)
         view[:len(payload)] = payload
         return len(payload), sender
 
     @relayed
-    def recvmsg(self, bufsize, ancbufsize=0, flags=0):
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0,
+                flags: int = 0) -> Tuple[bytes, List[Tuple[int, int, bytes]], int, Any]:
         payload, sender, longer = self._receive(bufsize, flags)
         return payload, [], socket.MSG_TRUNC if longer else 0, sender
 
     @relayed
-    def recvmsg_into(self, buffers, ancbufsize=0, flags=0):
+    def recvmsg_into(self, buffers: Iterable[Any], ancbufsize: int = 0,
+                     flags: int = 0) -> Tuple[int, List[Tuple[int, int, bytes]], int, Any]:
         views = [memoryview(buffer).cast('B') for buffer in buffers]
         payload, sender, longer = self._receive(sum(map(len, views)), flags)
         stream = io.BytesIO(payload)
@@ -6700,14 +6887,17 @@ class socksocket(_BaseSocket):
     A connect() that fails closes the socket.  It blocks even if the socket does not, for a minute
     at most.
     """
-    default_proxy = None
+    default_proxy: Optional[ProxyTuple] = None
     default_bypass = ''
+    default_source: Tuple[str, ...] = ()        # local IP addresses to connect from, one a family
+    proxy: ProxyTuple
 
-    def __init__(self, family=STOCK[0], type=STOCK[1], proto=STOCK[2], fileno=None, *, proxy=None):
+    def __init__(self, family: int = STOCK[0], type: int = STOCK[1], proto: int = STOCK[2],
+                 fileno: Optional[int] = None, *, proxy: ProxyArgument = None) -> None:
         default, bypass = _default(self.__class__) if proxy is None else (arguments(proxy), '')
         super().__init__(family, type, proto, fileno)
         kind = self.type & 0xF          # before Python 3.7 there are flags in it
-        if (self.family in (socket.AF_INET, socket.AF_INET6)
+        if (self.family in IP_FAMILIES
                 and self.proto in (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)):
             self._is_datagram = kind == socket.SOCK_DGRAM
             self._is_proxied = kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
@@ -6717,11 +6907,14 @@ class socksocket(_BaseSocket):
         self._bypass = bypass
 
     _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
+    _hops = None, []                    # a value of `proxy`, and the chain that it means
     _options = None                     # of setsockopt(), for another descriptor
+    _local = None                       # address that the program has bound it to
     _proxy_address = None
 
-    def set_proxy(self, proxy_type=None, addr=None, port=None, rdns=True, username=None,
-                  password=None):
+    def set_proxy(self, proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
+                  port: Optional[int] = None, rdns: bool = True, username: Secret = None,
+                  password: Secret = None) -> None:
         """Set the proxy for the next connect(); without arguments, none.
 
         proxy_type          SOCKS4, SOCKS5 or HTTP; or a URL, or a list of URLs for a chain; then
@@ -6735,7 +6928,7 @@ class socksocket(_BaseSocket):
         self.proxy = arguments(proxy_type, addr, port, rdns, username, password)
         self._bypass = ''
 
-    def setproxy(self, *args, **kwargs):
+    def setproxy(self, *args: Any, **kwargs: Any) -> None:
         """set_proxy(), also with `proxytype` for `proxy_type`."""
         if 'proxytype' in kwargs:
             kwargs['proxy_type'] = kwargs.pop('proxytype')
@@ -6746,24 +6939,46 @@ class socksocket(_BaseSocket):
         if not self._is_proxied or not self.proxy[0]:
             return []
         if dest_pair and self._bypass:
-            host = dest_pair[0]
-            if is_bypassed(name_text(host) if isinstance(host, bytes) else str(host), self._bypass):
+            host, port = dest_pair[:2]
+            host = name_text(host) if isinstance(host, bytes) else str(host)
+            if is_bypassed(host, self._bypass, port):
                 return []
-        return hops(tuple(self.proxy))
+        if self._hops[0] is not self.proxy:     # programs may set it themselves
+            self._hops = self.proxy, hops(tuple(self.proxy))
+        return self._hops[1]
 
-    def setsockopt(self, *args):
-        super().setsockopt(*args)
+    def setsockopt(self, *args: Any) -> None:
+        """As in stock; to a proxy on a unix socket, options of TCP and IP mean nothing."""
+        if not self._ignores(args[0]):
+            super().setsockopt(*args)
         if self._is_proxied and not self.proxy_peername:
             self._options = self._options or {}
             self._options[args[:2]] = args
 
-    def bind(self, *address):
+    @overload
+    def getsockopt(self, level: int, optname: int) -> int: ...
+
+    @overload
+    def getsockopt(self, level: int, optname: int, buflen: int) -> bytes: ...
+
+    def getsockopt(self, *args: Any) -> Any:
+        """As in stock; an option that means nothing is 0, or b''."""
+        if args and self._ignores(args[0]):
+            return b'' if len(args) > 2 else 0
+        return super().getsockopt(*args)
+
+    def _ignores(self, level):
+        return (self._is_proxied and level != socket.SOL_SOCKET
+                and self.family not in IP_FAMILIES)
+
+    def bind(self, *address: Any) -> None:
         """As in stock; a UDP socket with a proxy gets its relay now."""
         super().bind(*address)
+        self._local = address[0]
         if self._is_datagram:
             self._use_relay()
 
-    def connect(self, dest_pair, catch_errors=None):
+    def connect(self, dest_pair: Any, catch_errors: Optional[bool] = None) -> None:
         """Connect to `dest_pair`, (host, port), through the proxy, if there is one.
 
         Raises ProxyConnectionError if the proxy cannot be reached, and SOCKS5AuthError,
@@ -6773,6 +6988,7 @@ class socksocket(_BaseSocket):
         chain = self._chain(dest_pair)
         if not chain:
             self._leave_relay()
+            self._use_source(dest_pair)
             return super().connect(dest_pair)
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
@@ -6786,10 +7002,11 @@ class socksocket(_BaseSocket):
                 raise error.socket_err
             raise
 
-    def connect_ex(self, dest_pair):
+    def connect_ex(self, dest_pair: Any) -> int:
         """connect(), but return an errno, 0 for success; unknown names are still raised."""
         if not self._chain(dest_pair):
             self._leave_relay()
+            self._use_source(dest_pair)
             return super().connect_ex(dest_pair)
         try:
             socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
@@ -6832,26 +7049,48 @@ class socksocket(_BaseSocket):
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
 
     def _connect_first(self, proxy, sockaddr, until):
-        """Connect to the first proxy, with another descriptor if it needs another family."""
+        """Connect to the first proxy, at `sockaddr` or at any of its addresses in turn."""
+        if sockaddr:
+            return self._connect_at(self.family, sockaddr, until)
         if proxy.is_path:
-            family, sockaddr = socket.AF_UNIX, proxy.addr
-        elif sockaddr:
-            family = self.family
-        else:
-            found = look_up(proxy.addr, proxy.sure_port)
-            family, *_, sockaddr = min(found, key=lambda info: info[0] != self.family)
+            return self._connect_at(socket.AF_UNIX, proxy.addr, until)
+        found = dict.fromkeys((family, sockaddr) for family, *_, sockaddr
+                              in look_up(proxy.addr, proxy.sure_port))
+        places = sorted(found, key=lambda place: place[0] != self.family)[:ATTEMPTS]
+        for left, (family, sockaddr) in zip(range(len(places), 0, -1), places):
+            share = (until - time.monotonic()) / left if until else ATTEMPT_TIMEOUT
+            limit = until if left == 1 else after(min(share, ATTEMPT_TIMEOUT))
+            try:
+                return self._connect_at(family, sockaddr, limit)
+            except OSError as error:
+                if left == 1 or self.fileno() < 0:      # closed by another thread
+                    raise
+                log.debug('%s at %s: %s', proxy, Address.with_zone(sockaddr), error)
+                self._exchange(_orig_socket(self.family, socket.SOCK_STREAM))
+
+    def _connect_at(self, family, sockaddr, until):
+        """Connect to one address of the first proxy, with another descriptor if it is of another
+        family."""
         if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
             sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
         elif family != self.family:
-            self._replace(_orig_socket(family, socket.SOCK_STREAM))
-            for option in (self._options or {}).values():
-                with contextlib.suppress(OSError):
-                    super().setsockopt(*option)
+            self._exchange(_orig_socket(family, socket.SOCK_STREAM))
+        self._use_source(sockaddr)
         with self._bare() as sock:
             run(await_connect(sock, sockaddr, until))
         self._proxy_address = sockaddr
 
-    def dup(self):
+    def _exchange(self, sock):
+        """Have the descriptor of `sock`, a new one, with our options and local address."""
+        self._replace(sock)
+        for option in (self._options or {}).values():
+            with contextlib.suppress(OSError):
+                super().setsockopt(*option)
+        host = self._local and self._local[0]
+        if host not in (None, '', *ZEROS) and self.family in IP_FAMILIES:
+            super().bind(self._local)
+
+    def dup(self) -> 'socksocket':
         """As in stock; what goes through a relay goes on so."""
         other = super().dup()
         for name in ('proxy', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
@@ -6861,24 +7100,24 @@ class socksocket(_BaseSocket):
             other._proxyconn = self._proxyconn.dup()
         return other
 
-    def close(self):
+    def close(self) -> None:
         if self._proxyconn:
             self._proxyconn.close()
         super().close()
 
-    def get_proxy_sockname(self):
+    def get_proxy_sockname(self) -> Optional[Tuple[str, int]]:
         """(host, port) of the proxy's own side of the connection, as far as it says."""
         return self.proxy_sockname
 
     getproxysockname = get_proxy_sockname
 
-    def get_proxy_peername(self):
+    def get_proxy_peername(self) -> Any:
         """The address of the proxy; None without one."""
         return self._proxyconn.getpeername() if self._proxyconn else self._proxy_address
 
     getproxypeername = get_proxy_peername
 
-    def get_peername(self):
+    def get_peername(self) -> Any:
         """The destination, as it was given to connect(); without a proxy as in stock."""
         address = super().getpeername()
         if self._proxyconn and not self.proxy_peername:         # connected to the relay only
@@ -6899,11 +7138,14 @@ class socksocket(_BaseSocket):
         return proxy.addr, proxy.sure_port
 
 
-def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=None,
-                      proxy_type=None, proxy_addr: Optional[str] = None,
+def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = None,
+                      source_address: Optional[Tuple[str, int]] = None,
+                      proxy_type: ProxyType = None, proxy_addr: Union[str, bytes, None] = None,
                       proxy_port: Optional[int] = None, proxy_rdns: bool = True,
-                      proxy_username=None, proxy_password=None, socket_options=None, *,
-                      proxy=None, ssl_context=None) -> socksocket:
+                      proxy_username: Secret = None, proxy_password: Secret = None,
+                      socket_options: Optional[Iterable[Sequence[Any]]] = None, *,
+                      proxy: ProxyArgument = None,
+                      ssl_context: Optional['ssl.SSLContext'] = None) -> 'socksocket':
     """A socksocket that is connected to `dest_pair`, (host, port), through a proxy.
 
     timeout           seconds for each address that is tried, and of the socket afterwards
@@ -6921,7 +7163,7 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
     dest_pair = (without_brackets(host), *dest_pair[1:])
-    chain = chosen(proxy, dest_pair[0])
+    chain = chosen(proxy, *dest_pair[:2])
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
         sock = socksocket(family, kind, proto, proxy=chain)
@@ -6950,40 +7192,41 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
         error = None                    # it has this frame, which has it
 
 
-def chosen(proxy, host=None):
+def chosen(proxy, host=None, port=None):
     """The chain that is meant by an argument `proxy`; the default one if it is None."""
     if proxy is not None:
         return hops(proxy)
     default, bypass = _default()
-    return [] if host and is_bypassed(host, bypass) else hops(default)
+    return [] if host and is_bypassed(host, bypass, port) else hops(default)
 
 
 def first_addresses(chain, dest_pair):
     """What getaddrinfo() gives for the first proxy; or for the destination, without one."""
     if not chain:
         return socket.getaddrinfo(*dest_pair[:2], 0, socket.SOCK_STREAM)
-    if chain[0].is_path:
-        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, '', chain[0].addr)]
+    if chain[0].is_path:                # connect() replaces the descriptor by one that fits
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, '', None)]
     with connecting(chain[0]):
         return look_up(chain[0].addr, chain[0].sure_port)
 
 
 class _ServerSocket(socksocket):
     """A connection to a proxy that waits there for another one (BIND, RFC 1928 section 4)."""
+    _asked = None                       # proxy, and what it was asked for
     _unpack = None                      # for the second reply
     _begun = b''                        # of it
 
-    def getsockname(self):
+    def getsockname(self) -> Any:
         """(host, port) where the proxy waits."""
         return self.proxy_sockname
 
-    def accept(self):
+    def accept(self) -> Tuple['socksocket', Tuple[str, int]]:
         """(socket, its peer's address), when there is one; this socket has served then.
 
         Raises SOCKS5Error or SOCKS4Error if the proxy gave up, socket.timeout as in stock.
         """
         timeout = self.gettimeout()
-        with negotiating(), self._bare() as sock:
+        with negotiating(*self._asked), self._bare() as sock:
             stream = ExactStream(sock, time.monotonic() if timeout == 0 else after(timeout))
             stream.surplus = self._begun
             try:
@@ -6999,8 +7242,9 @@ class _ServerSocket(socksocket):
         return peer, tuple(address)
 
 
-def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = None,
-                  ssl_context=None) -> socksocket:
+def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = None,
+                  timeout: Optional[float] = None,
+                  ssl_context: Optional['ssl.SSLContext'] = None) -> '_ServerSocket':
     """A socket for one connection that somebody makes to the proxy (BIND, RFC 1928 section 4).
 
     address   (host, port) of who is expected; an empty host for anybody, if the proxy allows that
@@ -7014,29 +7258,34 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
     if not chain:
         raise GeneralProxyError('No proxy specified')
     expected = destination((address[0] or UNSPECIFIED.host, address[1]), chain)
-    near, bnd = run(reach(chain, expected, after(timeout), (), ssl_context, Command.BIND))
+    near, bnd = run(reach(chain, expected, after(timeout), socksocket.default_source, ssl_context,
+                          Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
+    sock._asked = chain[-1], expected
     sock._unpack = unpack_answer4 if chain[-1].type & ~LAYERS == SOCKS4 else unpack_answer5
     sock.proxy_sockname = tuple(bnd)
     return sock
 
 
-async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
-                          timeout: Optional[float] = SETUP_TIMEOUT, **options):
+async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
+                          ssl_context: Optional['ssl.SSLContext'] = None,
+                          timeout: Optional[float] = SETUP_TIMEOUT,
+                          **options: Any) -> Tuple['asyncio.StreamReader', 'asyncio.StreamWriter']:
     """asyncio.open_connection() through a proxy: (reader, writer).
 
     proxy, ssl_context    as in create_connection()
     timeout               seconds until it is connected
-    options               of asyncio.open_connection(): ssl, server_hostname, limit
+    options               of asyncio.open_connection(): ssl, server_hostname, limit, local_addr
     """
     import asyncio
-    chain = chosen(proxy, host)
+    chain = chosen(proxy, host, port)
     until = after(timeout)
     if not chain:
         return await within(until, asyncio.open_connection(host, port, **options))
     address = destination((host, port), chain)
-    sock, _ = await drive(reach(chain, address, until, (), ssl_context))
+    source = await drive(local_source(options.pop('local_addr', None), until))
+    sock, _ = await drive(reach(chain, address, until, source, ssl_context))
     if options.get('ssl'):
         options.setdefault('server_hostname', host)
     try:
@@ -7044,6 +7293,15 @@ async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
     except BaseException:
         sock.close()
         raise
+
+
+def local_source(address, until):
+    """Conversation: the local addresses that a caller's (host, port) means, one of a family."""
+    if not address:
+        return socksocket.default_source
+    found = yield Call(functools.partial(look_up, *address), until)
+    first = {family: Address.with_zone(sockaddr) for family, *_, sockaddr in reversed(found)}
+    return tuple(first.values())
 
 
 async def within(until, awaitable):
@@ -7106,7 +7364,8 @@ LONG_LIFE = 5.0                         # seconds; a worker that lived less is n
 BACK_OFF = 10.0                         # seconds at most until it is
 
 
-def tls_context(certificate, key=None, client_ca=None):
+def tls_context(certificate: str, key: Optional[str] = None,
+                client_ca: Optional[str] = None) -> 'ssl.SSLContext':
     """The ssl.SSLContext of a server with the certificate (chain) in a file, and its key there or
     in another; with `client_ca` clients must show one that is signed by it.  FileError says which
     file is wrong."""
@@ -8095,10 +8354,10 @@ def chain_from(args, environ):
     return hops(chain)
 
 
-def environment_hops(host=None):
+def environment_hops(host=None, port=None):
     """The chain that the environment has for `host`; ValueError if it is wrong."""
     try:
-        return hops(proxy_from_environment(host))
+        return hops(proxy_from_environment(host, port))
     except (ValueError, GeneralProxyError) as error:
         raise ValueError(f'ALL_PROXY: {error}') from None
 
@@ -8110,16 +8369,16 @@ def client_command(args):
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
-    chain = chain_from(args, os.environ) or environment_hops(args.connect and host)
+    chain = chain_from(args, os.environ) or environment_hops(args.connect and host, port)
     until = after(args.connect_timeout)
     try:
         if args.resolve:
-            print(shown(resolve_through(chain, host, until)))
+            print(shown(resolve_through(chain, host, until, args.source)))
         elif chain:
-            sock, _ = run(reach(chain, destination((host, port), chain), until))
+            sock, _ = run(reach(chain, destination((host, port), chain), until, args.source))
             converse(sock)
         else:
-            converse(socket.create_connection((host, port), args.connect_timeout or None))
+            converse(run(connect_by_name(host, port, until, args.source)))
     except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
         return 1
     except OSError as error:
@@ -8129,13 +8388,13 @@ def client_command(args):
     return 0
 
 
-def resolve_through(chain, host, until):
+def resolve_through(chain, host, until, source):
     """The IP address of a name, or the name of an IP address, as the last proxy finds it."""
     if not chain or chain[-1].type & ~LAYERS == HTTP:
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
     chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR
-    sock, found = run(reach(chain, destination((host, 0), chain), until, command=command))
+    sock, found = run(reach(chain, destination((host, 0), chain), until, source, command=command))
     sock.close()
     return found.host
 
@@ -8182,7 +8441,7 @@ def program_runner(arguments, chain):
     return functools.partial(runpy.run_path, program, run_name='__main__')
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit status."""
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
@@ -8202,6 +8461,7 @@ def main(argv=None):
         if args.run is None:
             return client_command(args) if tasks else serve(args)
         program = program_runner(args.run, chain_from(args, os.environ) or environment_hops())
+        socksocket.default_source = tuple(args.source)
     except ValueError as error:
         parser.error(str(error))
     program()
@@ -8301,5 +8561,5 @@ def addresses_of(args):
             for host, port in args.bind or [('127.0.0.1', None)]]
 
 
-if __name__ == '__main__':
+if IS_PROGRAM:
     sys.exit(main())

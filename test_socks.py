@@ -14,6 +14,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import ctypes.util
+import copy
 import errno
 import faulthandler
 import functools
@@ -21,6 +22,7 @@ import gc
 import hashlib
 import http.client
 import http.server
+import inspect
 import io
 import ipaddress
 import itertools
@@ -278,7 +280,7 @@ class Origin(socketserver.ThreadingTCPServer):
         self.peers = []
         self.threads = []
         self.errors = []
-        super().__init__((host, port), None)
+        super().__init__(Address(host, port).sockaddr, None)
         self.port = self.server_address[1]
         self.threads.append(threading.Thread(target=self.serve_forever, args=(0.01,)))
         self.threads[0].start()
@@ -615,7 +617,7 @@ MALFORMED = [
     ('greeting of SOCKS4', Greeting, '0401', Reply.GENERAL_FAILURE),
     ('choice of SOCKS4', Choice, '005a', Reply.GENERAL_FAILURE),
     ('credentials, version 5', Credentials, '0503626f6206736563726574', Reply.GENERAL_FAILURE),
-    ('verdict, version 5', Verdict, '0500', Reply.GENERAL_FAILURE),
+    ('verdict, version 4', Verdict, '0400', Reply.GENERAL_FAILURE),
     ('request, version 4', Request, '040100017f0000010050', Reply.GENERAL_FAILURE),
     ('request, address type 0', Request, '050100007f0000010050', Reply.ADDRESS_TYPE_NOT_SUPPORTED),
     ('request, address type 2', Request, '050100027f0000010050', Reply.ADDRESS_TYPE_NOT_SUPPORTED),
@@ -3061,12 +3063,12 @@ class NamespaceTest(unittest.TestCase):
 
     @needs('unshare', 'ip')
     def test_inside(self):
-        """The tests of Inside, in a namespace where they can set routes."""
+        """The tests of Inside and InsideClient, in a namespace where they can set routes."""
         script = ('ip link set lo up; ip address add 198.51.100.1/32 dev lo;'
                   'ip address add 198.51.100.2/32 dev lo; ip route add unreachable 203.0.113.0/24;'
                   'ip address add fe80::1/64 dev lo nodad || true;'
                   'ip route add prohibit 192.0.2.0/24;'
-                  'exec "$0" -m test_socks Inside')
+                  'exec "$0" -m test_socks Inside InsideClient')
         if run('unshare', '-rn', 'true').returncode:
             self.skipTest('this user cannot make namespaces')
         done = run('unshare', '-rn', 'sh', '-ec', script, sys.executable, cwd=HERE)
@@ -3147,6 +3149,8 @@ ACCEPTING = [
      ['05020002', '0500', IP5, OK5], ('5.6.7.8', 81)),
     ('SOCKS5, user only', 'socks5h://bob@', '1.2.3.4',
      ['05020002', '0502', '0103626f6200', '0100', IP5, OK5], ('5.6.7.8', 81)),
+    ('SOCKS5, verdict of version 5', 'socks5h://bob:s@', '1.2.3.4',
+     ['05020002', '0502', '0103626f620173', '0500', IP5, OK5], ('5.6.7.8', 81)),
     ('K-01', 'socks5h://', '1.2.3.4', ['050100', '0500', IP5, '05000004' + '00' * 18], ('::', 0)),
     ('K-02', 'socks5h://', '1.2.3.4', ['050100', '0500', IP5, '0500000301610000'], ('a', 0)),
     ('K-03', 'socks5h://', '1.2.3.4', ['050100', '0500', IP5, '05000003000000'], ('', 0)),
@@ -3200,6 +3204,9 @@ REFUSING = [
      'the proxy chose method 0x80, which was not offered', errno.ECONNABORTED),
     ('wrong password', 'socks5h://bob:s@', ['05020002', '0502', '0103626f620173', '0101'], AUTH,
      'SOCKS5 authentication failed', errno.EACCES),
+    ('wrong password, version 5', 'socks5h://bob:s@',
+     ['05020002', '0502', '0103626f620173', '0501'], AUTH, 'SOCKS5 authentication failed',
+     errno.EACCES),
     ('version in the reply', 'socks5h://', ['050100', '0500', IP5, '040000'], socks.ProtocolError,
      'SOCKS version 0x04, expected 0x05', errno.ECONNABORTED),
     ('address type in the reply', 'socks5h://', ['050100', '0500', IP5, '05000002'],
@@ -3218,6 +3225,9 @@ REFUSING = [
      socks.HTTPError, '407: Proxy Authentication Required', errno.ECONNABORTED),
     ('HTTP 403', 'http://', [ASK_HTTP, crlf('HTTP/1.1 403 Forbidden\n\n')], socks.HTTPError,
      '403: Forbidden; it may be that this proxy makes no tunnels (CONNECT)', errno.ECONNABORTED),
+    ('HTTP, a phrase for terminals', 'http://',
+     [ASK_HTTP, 'HTTP/1.1 502 \x1b[2J\x9b1m\xa0\u2800 it\'s\r\n'.encode('utf-8').hex()],
+     socks.HTTPError, r"502: \x1b[2J\xc2\x9b1m\xc2\xa0\xe2\xa0\x80 it's", errno.ECONNABORTED),
     ('no HTTP', 'http://', [ASK_HTTP, b'SSH-2.0-x\r\n'.hex()], socks.ProtocolError,
      "b'SSH-2.0-x', expected the status line of an HTTP proxy", errno.ECONNABORTED),
     ('endless HTTP line', 'http://', [ASK_HTTP, crlf('HTTP/1.1 200 OK\nx: ') + '61' * 9000],
@@ -3259,6 +3269,8 @@ PROXY_URLS = [
     ('socks5+unix://', 'path'), ('socks5://' + 'u' * 256 + '@h', 'username of 256 bytes'),
     ('socks5://u:' + 'p' * 256 + '@h', 'password of 256 bytes'), ('socks4://a%00@h', 'userid'),
     ('http://a%3ab:x@h', 'colon'),
+    ('socks5h://[fe80::1%25Eth0]:1081', (2, 'fe80::1%Eth0', 1081, True, None, None)),
+    ('socks5h://[fe80::1%eth0]', (2, 'fe80::1%eth0', None, True, None, None)),
 ]
 
 BYPASS = [
@@ -3269,6 +3281,15 @@ BYPASS = [
     ('127.0.0.1', '127.0.0.1', True), ('127.0.0.1', '::ffff:127.0.0.1', True),
     ('[::1]', '::1', True), ('fe80::/10, ::1', '::1', True), ('a b,c', 'c', True),
     ('10.0.0.1/8', '10.2.2.2', True), ('', 'x', False), ('127.0.0.1', 'localhost', False),
+    ('*.example.org', 'www.example.org', True), ('*.example.org', 'a.b.EXAMPLE.org.', True),
+    ('*.example.org', 'badexample.org', False), ('*.example.org', 'example.org', False),
+    ('.example.org.', 'example.org', True), ('.', 'x', False), ('*.', 'x', False),
+    ('x:81', 'x', False), ('x:80', 'x', True), ('.x:80', 'a.x', True), ('*:80', 'y', True),
+    ('*:81', 'y', False), ('[::1]:80', '::1', True), ('[::1]:81', '::1', False),
+    ('::1', '[::1]', True), ('127.0.0.1:80', '127.0.0.1', True), ('x:', 'x', False),
+    ('127.0.0.1:81', '127.0.0.1', False), ('10.0.0.0/8:80', '10.1.1.1', True),
+    ('fe80::/10', 'fe80::1%eth0', True), ('b\xfccher.example', 'xn--bcher-kva.example', True),
+    ('xn--bcher-kva.example', 'b\xfccher.example', True), ('300.1.1.1', '10.0.0.1', False),
 ]
 
 
@@ -3360,9 +3381,11 @@ class ClientTest(ClientCase):
                     with self.assertRaises(GENERAL) as caught:
                         socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy=url)
                     error = caught.exception
+                    where = f'{socks.parse_proxy_url(url)}, target 1.2.3.4:80'
                     self.assertEqual((type(error), str(error), type(error.socket_err),
                                       str(error.socket_err), error.socket_err.errno, error.errno),
-                                     (kind, 'Socket error: ' + text, kind, text, None, number))
+                                     (kind, f'Socket error: {text} ({where})', kind, text, None,
+                                      number))
                     with socks.socksocket(proxy=url) as sock:
                         self.assertEqual(sock.connect_ex(('1.2.3.4', 80)), number)
                         self.assertEqual(sock.fileno(), -1)
@@ -3373,10 +3396,15 @@ class ClientTest(ClientCase):
             with self.subTest(start, script=script):
                 url = self.url(self.scripted(script, last=be_silent), start)
                 started = time.monotonic()
-                with self.assertRaises(GENERAL) as caught:
-                    socks.create_connection(('1.2.3.4', 80), 0.2, proxy=url)
-                self.assertIsInstance(caught.exception.socket_err, socket.timeout)
-                self.assertEqual(str(caught.exception), 'Socket error: timed out')
+                for expected in GENERAL, TimeoutError, socket.timeout:
+                    with self.assertRaises(expected) as caught:
+                        socks.create_connection(('1.2.3.4', 80), 0.1, proxy=url)
+                error = caught.exception
+                self.assertIsInstance(error.socket_err, socket.timeout)
+                self.assertRegex(str(error), '^Socket error: timed out ')
+                self.assertRegex(repr(error),
+                                 r"Error\('Socket error', .*'timed out',?\).*1.2.3.4:80")
+                self.assertIs(type(pickle.loads(pickle.dumps(error))), type(error))
                 self.assertLess(time.monotonic() - started, 2)
 
     def test_unreachable_proxies(self):
@@ -3393,6 +3421,8 @@ class ClientTest(ClientCase):
             with self.assertRaises(socks.ProxyConnectionError) as caught:
                 sock.connect(('1.2.3.4', 80))
         self.assertEqual(str(caught.exception.socket_err), 'timed out')
+        self.assertIsInstance(caught.exception, socket.timeout)
+        self.assertIsInstance(caught.exception, TimeoutError)
         for name in ('nowhere.invalid', 'no..where', 'x' * 64):
             with socks.default_proxy(f'socks4://{name}'), socks.socksocket() as sock:
                 for method in (socks.create_connection, sock.connect):
@@ -3411,14 +3441,17 @@ class ClientTest(ClientCase):
 
     def test_errors_are_kept(self):
         """They can be pickled and copied; the class can be asked for in all the usual ways."""
-        url = self.url(self.scripted(['050100', '0500', IP5, '05020001'], last=leave))
+        url = self.url(self.scripted(['05020002', '0500', IP5, '05020001'], last=leave))
         try:
-            socks.create_connection(('1.2.3.4', 80), proxy=url)
+            socks.create_connection(('1.2.3.4', 80), proxy=url.replace('//', '//bob:secret@'))
         except socks.ProxyError as error:
-            other = pickle.loads(pickle.dumps(error))
-            self.assertEqual((type(other), str(other), other.msg, other.reply, other.errno),
-                             (socks.SOCKS5Error, str(error), error.msg, 2, errno.EACCES))
+            for other in pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error):
+                self.assertEqual((type(other), str(other), repr(other), other.msg, other.reply,
+                                  other.errno, other.proxy, other.target),
+                                 (socks.SOCKS5Error, str(error), repr(error), error.msg, 2,
+                                  errno.EACCES, socks.parse_proxy_url(url), ('1.2.3.4', 80)))
             self.assertIsInstance(error, (socks.GeneralProxyError, OSError))
+            self.assertNotIn(b'secret', pickle.dumps(error))
 
     def test_what_cannot_be_asked(self):
         """Said before anything is sent."""
@@ -3426,7 +3459,7 @@ class ClientTest(ClientCase):
         for scheme, pair in (('socks5h', ('', 80)), ('socks5h', ('a b', 80)),
                              ('http', ('a\r\n', 80)), ('socks5h', ('a' * 256, 80)),
                              ('socks5h', ('h', 65536)), ('socks5h', ('h', '80')),
-                             ('socks5h', (None, 80)),
+                             ('socks5h', (None, 80)), ('socks5h', ('h', True)),
                              ('socks5h', ('h',)), ('socks4a', ('::1', 80)),
                              ('socks5h', ('\udcff', 80)), ('http', ('a?.example.org', 80)),
                              ('socks5h', ('a%.example.org', 80)), ('socks4a', ('a\\116.org', 80)),
@@ -3450,6 +3483,8 @@ class ClientTest(ClientCase):
                 ((2, ''), ValueError, "address ''"), ((2, 'h', 70000), ValueError, 'port 70000'),
                 ((2, 'h', '1'), ValueError, "port '1'"), ((2, None), ValueError, 'address None'),
                 ((2, 'h', 1, 'bob', 'secret'), ValueError, 'rdns'),
+                ((2, 'h', True), ValueError, 'port True'), ((True, 'h'), GENERAL, 'type: bool'),
+                ((2, 'socks5://bob:secret@h'), ValueError, 'address: expected .* not a URL$'),
                 ((2, 'h', 1, True, 'b' * 256), ValueError, 'username of 256 bytes'),
                 ((['socks5://h', 'socks5+unix:///x'],), ValueError, 'only be the first')):
             with self.subTest(args), socks.socksocket() as sock:
@@ -3477,7 +3512,8 @@ class ClientTest(ClientCase):
     def test_bypass(self):
         for patterns, host, expected in BYPASS:
             with self.subTest(patterns, host=host):
-                self.assertEqual(socks.is_bypassed(host, patterns), expected)
+                self.assertEqual(socks.is_bypassed(host, patterns, 80), expected)
+        self.assertFalse(socks.is_bypassed('x', 'x:80'))
 
     def test_environment(self):
         saved = dict(os.environ)
@@ -3516,6 +3552,42 @@ class ClientTest(ClientCase):
         with self.assertRaises(OSError):
             socks.create_connection(*arguments)
 
+    def test_all_addresses_of_a_sockets_proxy(self):
+        """As above, in connect(); the socket stays the same to the program."""
+        def getaddrinfo(host, port, family, kind):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.0.1', each))
+                    for each in ports]
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', socket.getaddrinfo)
+        socket.getaddrinfo = getaddrinfo
+        accepting = self.scripted(['050100', '0500', IP5, OK5])
+        refusing = self.scripted(['050100', '05ff'])
+        ports = [self.refused_port(), accepting.port]
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with socks.socksocket(family, proxy='socks5h://proxy.example') as sock:
+                number = sock.fileno()
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if family == socket.AF_INET:
+                    sock.bind(('127.0.0.1', 0))
+                sock.setblocking(False)
+                sock.connect(('1.2.3.4', 80))
+                self.assertEqual((sock.gettimeout(), sock.fileno()), (0, number))
+                self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+                sock.settimeout(PATIENCE)
+                self.check_echo(sock)
+        ports = [refusing.port, accepting.port]
+        with socks.socksocket(proxy='socks5h://proxy.example') as sock, self.assertRaises(AUTH):
+            sock.connect(('1.2.3.4', 80))
+        ports = [self.silent_port(), accepting.port]
+        with socks.socksocket(proxy='socks5h://proxy.example') as sock:
+            sock.settimeout(0.6)
+            sock.connect(('1.2.3.4', 80))
+            self.check_echo(sock)
+        ports = [self.silent_port(), self.refused_port()]
+        with socks.socksocket(proxy='socks5h://proxy.example') as sock:
+            sock.settimeout(0.2)
+            self.assertEqual(sock.connect_ex(('1.2.3.4', 80)), errno.ECONNREFUSED)
+
     def test_options_and_source(self):
         proxy = self.scripted(['050100', '0500', IP5, OK5])
         options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
@@ -3553,10 +3625,21 @@ class ClientTest(ClientCase):
             listener.bind(path)
             listener.listen(1)
             url = 'socks5h+unix://' + path.replace(' ', '%20')
-            for connect in (lambda: socks.create_connection(('1.2.3.4', 80), proxy=url),
+            options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),         # as urllib3 has it
+                       (socket.IPPROTO_IP, socket.IP_TOS, 8)]
+            for connect in (lambda: socks.create_connection(('1.2.3.4', 80), proxy=url,
+                                                            socket_options=options),
+                            lambda: socks.create_connection(
+                                ('1.2.3.4', 80), PATIENCE, ('127.0.0.1', 0), proxy=url),
                             lambda: self.connected_later(url)):
                 with Background(self.serve_unix, listener), connect() as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for option in options:
+                        sock.setsockopt(*option)
+                        self.assertEqual(sock.getsockopt(*option[:2]), 0)
+                    self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, 11, 64), b'')
+                    with self.assertRaises(OSError):
+                        sock.setsockopt(socket.SOL_SOCKET, 9999, 1)
                     self.check_echo(sock)
                     self.assertEqual(sock.getpeername(), ('1.2.3.4', 80))
 
@@ -3608,6 +3691,18 @@ class ClientTest(ClientCase):
         with self.assertRaises(socks.SOCKS5Error) as caught:
             socks.create_connection(('127.0.0.1', self.refused_port()), proxy=chain)
         self.assertEqual(caught.exception.reply, Reply.CONNECTION_REFUSED)
+        dead = self.refused_port()
+        with self.assertRaises(socks.SOCKS5Error) as caught:
+            socks.create_connection(('example.org', 1), proxy=[
+                self.url(third, 'socks4a'), self.url(first, 'socks5h', 'bob:s@'),
+                f'http://bob:secret@127.0.0.1:{dead}'])
+        for text in str(caught.exception), repr(caught.exception):      # who said it, and of whom
+            self.assertIn('0x05: Connection refused', text)
+            self.assertIn(f'SOCKS5 proxy {first.server_address}, ', text)
+            self.assertRegex(text, f'target.127.0.0.1:{dead}')
+            self.assertNotIn('secret', text)
+        self.assertEqual(caught.exception.target, ('127.0.0.1', dead))
+        self.assertEqual(caught.exception.proxy, socks.parse_proxy_url(self.url(first)))
         with self.assertRaises(socks.SOCKS4Error):
             socks.create_connection(('localhost', 1), proxy=[
                 self.url(third, 'socks4a'), f'socks5://127.0.0.1:{self.refused_port()}'])
@@ -3681,6 +3776,88 @@ class ClientTest(ClientCase):
             self.assertEqual(waiting.getsockname(), ('127.0.0.1', 7497))
 
 
+    def test_what_a_proxy_says_of_itself(self):
+        """K-05: BND must make sense: a public proxy is at no private address, and one elsewhere at
+        none of ours."""
+        for proxy, host, expected in (
+                ('127.0.0.1', '127.0.0.1', True), ('127.0.0.1', '127.0.0.2', True),
+                ('192.168.1.9', '127.0.0.1', False), ('192.168.1.9', '127.8.8.8', False),
+                ('192.168.1.9', '::1', False), ('192.168.1.9', '169.254.169.254', False),
+                ('192.168.1.9', '64:ff9b::7f00:1', False), ('192.168.1.9', '2002:7f00:1::', False),
+                ('192.168.1.9', '10.0.0.1', True), ('192.168.1.9', '8.8.8.8', True),
+                ('192.168.1.9', '0.0.0.0', False), ('192.168.1.9', '224.0.0.1', False),
+                ('8.8.8.8', '8.8.4.4', True), ('8.8.8.8', '192.168.1.1', False),
+                ('8.8.8.8', '8.8.8.8', True), ('fe80::1', 'fe80::2', True),
+                ('fe80::1', '::1', False), ('2001:db8::1', 'fe80::1', False),
+                (None, '127.0.0.1', False), (None, '10.0.0.1', True), (None, '8.8.8.8', True)):
+            with self.subTest(proxy=proxy, host=host):
+                self.assertEqual(socks.is_believable(host, proxy), expected)
+
+    def asked_names(self):
+        """A list of the names that are looked up from here on."""
+        asked, look_up = [], socket.getaddrinfo
+
+        def getaddrinfo(host, *args, **options):
+            asked.append(host)
+            return look_up(host, *args, **options)
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', look_up)
+        socket.getaddrinfo = getaddrinfo
+        return asked
+
+    def test_names_of_a_proxys_choosing(self):
+        """They are not looked up; the proxy is where it is."""
+        asked = self.asked_names()
+        name = '03 09 6c6f63616c686f7374'
+        for command, kind in ((2, socket.SOCK_STREAM), (3, socket.SOCK_DGRAM)):
+            script = ['050100', '0500', f'05{command:02x}0001 00000000', f'050000{name} 1d49']
+            proxy = self.scripted(script, last=be_silent)
+            if command == 2:
+                with socks.create_server(proxy=self.url(proxy)) as waiting:
+                    self.assertEqual(waiting.getsockname(), ('127.0.0.1', 0x1d49))
+            else:
+                with socks.socksocket(type=kind, proxy=self.url(proxy)) as sock:
+                    sock.bind(('127.0.0.1', 0))
+                    self.assertEqual(socket.socket.getpeername(sock), ('127.0.0.1', 0x1d49))
+        self.assertNotIn('localhost', asked)
+        self.assertNotIn(b'localhost', asked)
+
+    def test_the_last_proxy_of_a_chain(self):
+        """Nothing is known of its address but what is in the chain."""
+        name = '0a 6c6173742e70726f7879'                    # last.proxy
+        for bnd, expected in (('01 00000000', 'last.proxy'), ('01 7f000001', 'last.proxy'),
+                              ('03 0161', 'last.proxy'), ('01 0a000001', '10.0.0.1')):
+            proxy = self.scripted(['050100', '0500', f'05010003 {name} 0438', OK5, '050100', '0500',
+                                   '05020001 00000000 0000', f'050000{bnd} 1d49'], last=be_silent)
+            with socks.create_server(
+                    proxy=[self.url(proxy), 'socks5h://last.proxy']) as waiting:
+                self.assertEqual(waiting.getsockname(), (expected, 0x1d49))
+
+    def test_secrets_in_messages(self):
+        for message in (Credentials(b'USER', b'SECRET'),
+                        socks.HttpConnect(Address('h', 80), b'USER:SECRET')):
+            for text in repr(message), str(message), f'{message}', repr([message]):
+                self.assertNotIn('SECRET', text)
+                self.assertNotIn('USER', text)
+
+    def test_source_of_asyncio(self):
+        proxy = self.scripted(['050100', '0500', IP5, OK5], last=be_silent)
+        port = unused_port()
+
+        async def connect(address):
+            _, writer = await socks.open_connection('1.2.3.4', 80, proxy=self.url(proxy),
+                                                    local_addr=address)
+            self.assertEqual(writer.get_extra_info('sockname'), address)
+            self.assertEqual(proxy.peers[-1].sock.getpeername(), address)
+            writer.close()
+
+        loop = asyncio.new_event_loop()
+        self.addCleanup(loop.close)
+        with concurrent.futures.ThreadPoolExecutor() as executor:
+            loop.set_default_executor(executor)
+            loop.run_until_complete(connect(('127.0.0.1', port)))
+
+
 class DatagramClientTest(ClientCase):
     """UDP."""
 
@@ -3734,6 +3911,22 @@ class DatagramClientTest(ClientCase):
         with self.assertRaises(OSError) as caught:
             sock.getpeername()
         self.assertEqual(caught.exception.errno, errno.ENOTCONN)
+
+    def test_bound_to_one_of_several_addresses(self):
+        """The proxy serves only datagrams from where the control connection comes from."""
+        server, target = self.serve(), self.enter(Echo())
+        for family, host in ((socket.AF_INET, '127.0.0.5'), (socket.AF_INET6, '::ffff:127.0.0.5')):
+            sock = self.enter(socks.socksocket(family, socket.SOCK_DGRAM, proxy=self.url(server)))
+            sock.settimeout(PATIENCE)
+            try:
+                sock.bind((host, 0))
+            except socks.ProxyError:
+                raise
+            except OSError:
+                self.skipTest(f'{host} is not an address of this host')
+            sock.sendto(b'x', target.address)
+            self.assertEqual(sock.recv(10), b'E:x')
+            self.assertEqual(sock._proxyconn.getsockname()[0], '127.0.0.5')
 
     def test_shut_down(self):
         """Who waits returns, as in stock."""
@@ -4210,6 +4403,116 @@ class AsyncTest(ClientCase):
         self.run_async(talk())
 
 
+def tell_peer(peer):
+    """Say where the connection comes from, and close."""
+    peer.send(peer.sock.getpeername()[0].encode())
+    peer.sock.shutdown(socket.SHUT_RDWR)
+
+
+class InsideClient(ClientCase):
+    """In a network namespace of our own, with 198.51.100.2, and fe80::1 on lo."""
+
+    def run_async(self, job):
+        loop = asyncio.new_event_loop()
+        with concurrent.futures.ThreadPoolExecutor() as executor:
+            loop.set_default_executor(executor)
+            loop.run_until_complete(job)
+        loop.close()
+
+    def test_zone_of_a_proxy(self):
+        """It is kept in every way in."""
+        there, port = ('1.2.3.4', 80), self.scripted(
+            ['050100', '0500', IP5, OK5], host='fe80::1%lo').port
+        url = f'socks5h://[fe80::1%25lo]:{port}'
+        with socks.create_connection(there, PATIENCE, proxy=url) as sock:
+            self.check_echo(sock)
+        with socks.create_connection(there, PATIENCE, None, 2, 'fe80::1%lo', port) as sock:
+            self.check_echo(sock)
+        for family in socket.AF_INET, socket.AF_INET6:
+            with socks.socksocket(family) as sock:
+                sock.set_proxy(socks.SOCKS5, '[fe80::1%lo]', port)
+                sock.connect(there)
+                self.check_echo(sock)
+                self.assertEqual(sock.get_proxy_peername()[3], socket.if_nametoindex('lo'))
+
+        async def talk():
+            reader, writer = await socks.open_connection(*there, proxy=url)
+            writer.write(b'hello')
+            self.assertEqual(await reader.readexactly(5), b'hello')
+            writer.close()
+
+        self.run_async(talk())
+        done = subprocess.run(
+            [sys.executable, os.path.join(HERE, 'socks.py'), '-x', url, '--connect',
+             '%s:%d' % there], input=b'hello', stdout=subprocess.PIPE, timeout=60)
+        self.assertEqual(done.stdout, b'hello')
+
+    def test_zone_of_a_relay(self):
+        """BND says that it is on the proxy, in one way or another."""
+        def associate(peer):
+            for length, answer in ((3, '0500'), (10, f'050000 {bnd} {number:04x}')):
+                peer.read(length)
+                peer.send(hexed(answer))
+            be_silent(peer)
+
+        relay = self.enter(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        relay.bind(('fe80::1', 0, 0, socket.if_nametoindex('lo')))
+        relay.settimeout(PATIENCE)
+        number = relay.getsockname()[1]
+        url = f"socks5h://[fe80::1%25lo]:{self.origin(associate, host='fe80::1%lo').port}"
+        for family, bypass in ((socket.AF_INET, ''), (socket.AF_INET6, ''),
+                               (socket.AF_INET6, '127.0.0.9')):
+            for bnd in '01 00000000', '04 fe80 000000000000 0000000000000001', '03 0161':
+                with self.subTest(family, bypass=bypass, bnd=bnd), \
+                        socks.default_proxy(url, bypass), \
+                        socks.socksocket(family, socket.SOCK_DGRAM) as sock:
+                    sock.settimeout(PATIENCE)
+                    sock.sendto(b'x', ('1.2.3.4', 80))
+                    relay.sendto(*relay.recvfrom(100))
+                    self.assertEqual(sock.recv(10), b'x')
+
+    def test_source(self):
+        """Connections to the proxy, and to what is bypassed, come from there."""
+        server = self.serve(rules=(socks.parse_rule('allow to 127.0.0.0/8', 'here'),))
+        origin = self.origin(tell_peer)
+        source, there = '198.51.100.2', f'127.0.0.1:{origin.port}'
+        script = self.enter(tempfile.NamedTemporaryFile('w', suffix='.py'))
+        script.write(FROM_WHERE)
+        script.flush()
+        url = f'socks5h://{server.server_address}'
+        for bypass, arguments, expected in (
+                ('', ['--connect', there], '127.0.0.1'),
+                ('127.0.0.0/8', ['--connect', there], source),
+                ('', ['--run', script.name, there], '127.0.0.1\n' * 4),
+                ('127.0.0.0/8', ['--run', script.name, there], f'{source}\n' * 4)):
+            with self.subTest(arguments, bypass=bypass):
+                del self.lines[:]
+                done = run(sys.executable, os.path.join(HERE, 'socks.py'), '--source', source,
+                           *arguments, env=dict(os.environ, NO_PROXY=bypass, ALL_PROXY=url))
+                self.assertEqual((done.stdout, done.stderr), (expected, ''))
+                eventually(lambda: len(self.lines) == len(expected.split()) * (not bypass))
+                self.assertEqual([line for line in self.lines if not line.startswith(source)], [])
+
+
+FROM_WHERE = '''
+import asyncio, socket, sys, socks
+host, _, port = sys.argv[1].partition(':')
+with socket.create_connection((host, int(port))) as sock:
+    print(sock.recv(100).decode())
+with socket.socket(socket.AF_INET6) as sock:
+    sock.connect(('::ffff:' + host, int(port)))
+    print(sock.recv(100).decode().replace('::ffff:', ''))
+with socket.socket() as sock:
+    assert not sock.connect_ex((host, int(port)))
+    print(sock.recv(100).decode())
+async def talk():
+    reader, writer = await socks.open_connection(host, int(port))
+    print((await reader.read()).decode())
+    writer.close()
+asyncio.new_event_loop().run_until_complete(talk())
+'''
+
+
 class DropInTest(ClientCase):
     """In the place of PySocks, and of stock sockets."""
 
@@ -4291,6 +4594,196 @@ class DropInTest(ClientCase):
             self.assertEqual((mode(sock), sock.gettimeout()), (None, 0))
 
 
+# A program that uses all that is public, for type checkers; `.ci/run` shows it to them.
+TYPED_PROGRAM = '''\
+"""A program that uses all of the public surface, for the type checkers."""
+import asyncio
+import http.client
+import ipaddress
+import pickle
+import socket
+import ssl
+from typing import Any, Generator, List, Optional, Tuple, Union
+
+import socks
+
+
+class Strict(socks.Server):
+    def authorize(self, client: socks.Client, target: socks.Address,
+                  name: Optional[str] = None) -> None:
+        super().authorize(client, target, name)
+        if target.port != 443 or client.user == '-' or client.command != socks.Command.CONNECT:
+            raise socks.Refused('only port 443')
+
+    def verify_request(self, request: Union[socket.socket, Tuple[bytes, socket.socket]],
+                       client_address: Any) -> bool:
+        return True
+
+
+class Recording(socks.Handler):
+    asked: List[str] = []
+
+    def do_CONNECT(self, request: Union[socks.Request, socks.Request4]
+                   ) -> Generator[Any, Any, Any]:
+        self.asked.append(str(request.address))
+        return (yield from super().do_CONNECT(request))
+
+
+def serve() -> None:
+    network = ipaddress.ip_network('127.0.0.0/8')
+    rule = socks.parse_rule('allow to *', 'here')
+    settings = socks.Settings(
+        users={'bob': 'secret', b'eve': b'x'}, clients=(network,), rules=(rule,), idle_timeout=600,
+        upstream=(socks.parse_proxy_url('socks5h://h'),), tls=ssl.create_default_context(),
+        source=('127.0.0.1',), udp_ports=(1, 2))
+    with Strict(('127.0.0.1', 0), settings, Recording).start() as server:
+        address: socks.Address = server.server_address
+        strict: Strict = server
+        users: List[str] = [client.user for client in strict.clients]
+        print(address.host, address.port + 1, users, server.addresses[0].host)
+        server.reconfigure(settings._replace(max_clients=5))
+        server.shutdown()
+    with socks.Server([('127.0.0.1', 0), ('::1', 0)]) as other:
+        other.serve_forever()
+    hashed: str = socks.Hashed.make(b'secret')
+    print(hashed)
+
+
+def messages() -> None:
+    read, rest = socks.reader(b'\\5\\1\\0')
+    greeting: socks.Greeting = socks.Greeting.unpack(read)
+    left: bytes = rest()
+    request = socks.Request(socks.Command.CONNECT, socks.Address('example.org', 80))
+    packed: bytes = request.pack() + greeting.pack() + left
+    for message in (socks.Choice(0), socks.Credentials(b'', b''), socks.Verdict(0),
+                    socks.Response(socks.Reply.SUCCEEDED), socks.Response4.of(0),
+                    socks.Request4(1, socks.Address('h', 1), b''), socks.GssMessage(1),
+                    socks.Datagram(socks.Address('h', 1), b''), socks.ProxyHeader(),
+                    socks.HttpConnect(socks.Address('h', 1)), socks.IdentQuery(1, 2)):
+        packed += message.pack()
+    text: str = socks.Reply.NOT_ALLOWED.text
+    status: int = socks.HttpStatus.unpack(read).code
+    kind: int = socks.GssMessage.TOKEN
+    print(packed, text, status, kind, socks.Datagram.unpack(packed).payload,
+          socks.ProxyHeader.unpack(read).source, socks.IdentReply.unpack(read).userid)
+
+
+def errors() -> None:
+    try:
+        socks.create_connection(('example.org', 80), 5, proxy='socks5h://127.0.0.1:1')
+    except (socks.ProxyTimeoutError, socks.ProxyConnectionTimeoutError, TimeoutError) as error:
+        print(error)
+    except (socks.SOCKS5AuthError, socks.SOCKS5Error, socks.SOCKS4Error, socks.HTTPError,
+            socks.ProtocolError, socks.ProxyConnectionError, socks.GeneralProxyError) as error:
+        cause: Optional[BaseException] = error.socket_err
+        message: str = error.msg
+        reply: int = error.reply
+        proxy: Optional[socks.Proxy] = error.proxy
+        target: Optional[socks.Address] = error.target
+        print(cause, message, reply, proxy and proxy.addr, target and target.host, error.errno,
+              pickle.dumps(error))
+    except socks.ProxyError as error:
+        raise socks.Refused('no', error, socks.Reply.NOT_ALLOWED) from error
+
+
+def client() -> None:
+    with socks.create_connection(
+            ('example.org', 80), 5.0, ('', 0), socks.SOCKS5, 'h', 1080, True, 'bob', b'secret',
+            [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]) as sock:
+        data: bytes = sock.recv(5)
+        count: int = sock.send(data)
+        sock.sendall(data)
+        print(count, sock.getpeername(), sock.get_proxy_sockname(), sock.get_proxy_peername())
+    chain = ['socks5h://a', 'http://b']
+    with socks.create_connection(('h', 1), proxy=chain,
+                                 ssl_context=ssl.create_default_context()) as sock:
+        with sock.makefile('rb') as file, sock.dup() as other:
+            print(file.readline(), other.fileno())
+    with socks.create_server(('h', 0), proxy=chain, timeout=5) as waiting:
+        peer, address = waiting.accept()
+        peer.close()
+        print(address[0], waiting.getsockname())
+    with socks.socksocket(socket.AF_INET, socket.SOCK_DGRAM, proxy='socks5h://h') as sock:
+        sock.set_proxy(socks.HTTP, 'h', 1, username='u', password='p')
+        sock.set_proxy(chain)
+        sock.set_proxy()
+        sock.setproxy(proxytype=socks.PROXY_TYPE_SOCKS4, addr='h')
+        sock.ssl_context = ssl.create_default_context()
+        sock.settimeout(5)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        is_on: int = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        value: bytes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+        sock.bind(('', is_on * len(value)))
+        length: int = sock.sendto(b'x', ('h', 1)) + sock.sendto(b'x', 0, ('h', 1))
+        payload, sender = sock.recvfrom(100)
+        buffer = bytearray(100)
+        got: int = sock.recv_into(buffer) + sock.recvfrom_into(buffer)[0] + sock.sendmsg([b'x'])
+        code: int = sock.connect_ex(('h', 1))
+        sock.connect(('h', 1))
+        print(length, payload.decode(), sender, got, code, sock.recvmsg(10)[0],
+              sock.recvmsg_into([buffer])[0], sock.proxy[1])
+    socks.set_default_proxy(socks.SOCKS5, 'h', 1080, True, 'u', 'p', bypass='localhost')
+    socks.set_default_proxy('socks5h://h')
+    socks.set_default_proxy(chain)
+    socks.setdefaultproxy(proxytype=2, addr='h')
+    default = socks.get_default_proxy()
+    print(default and default[1], socks.socksocket.default_proxy, socks.DEFAULT_PORTS[socks.HTTP],
+          socks.PROXY_TYPES['SOCKS5'], socks.PRINTABLE_PROXY_TYPES[2], socks.SOCKS5_ERRORS[1])
+    with socks.default_proxy('socks5h://h', bypass='10.0.0.0/8'), socks.default_proxy(None):
+        socks.wrap_module(http.client, dns=True)
+        socks.unwrap_module(http.client)
+    url: Optional[str] = socks.proxy_from_environment('h', 80)
+    proxy: socks.Proxy = socks.parse_proxy_url(url or 'socks5h://h')
+    bypassed: bool = socks.is_bypassed('h', 'localhost', 80)
+    print(proxy.addr, proxy.sure_port, bypassed, socks.getaddrinfo('h', 80)[0][4],
+          socks.hops(chain)[0].type, socks.main(['--version']))
+
+
+async def talk() -> None:
+    reader, writer = await socks.open_connection('h', 80, proxy='socks5h://h', timeout=5,
+                                                 ssl=True, local_addr=('127.0.0.1', 0))
+    writer.write(await reader.read(5))
+    await writer.drain()
+
+
+if __name__ == '__main__':
+    serve()
+    messages()
+    errors()
+    client()
+    asyncio.new_event_loop().run_until_complete(talk())
+'''
+
+
+class TypesTest(unittest.TestCase):
+
+    def test_names(self):
+        """The program for type checkers uses what there is, in the Python that this is."""
+        compile(TYPED_PROGRAM, 'program', 'exec')
+        for name in set(re.findall(r'\bsocks\.(\w+)', TYPED_PROGRAM)):
+            self.assertTrue(hasattr(socks, name), name)
+
+    def test_annotations(self):
+        """Of all parameters and results of what programs call; those of a socket, too."""
+        functions = [getattr(socks, name) for name in (
+            'create_connection', 'create_server', 'open_connection', 'set_default_proxy',
+            'setdefaultproxy', 'default_proxy', 'get_default_proxy', 'wrap_module',
+            'unwrap_module', 'getaddrinfo', 'parse_proxy_url', 'proxy_from_environment',
+            'is_bypassed', 'hops', 'parse_rule', 'main')]
+        for kind in (socks.socksocket, socks.Server, socks.ProxyError, socks.Proxy):
+            for base in set(kind.__mro__) - {socket.socket} - set(socks.Server.__mro__[1:]):
+                if base.__module__ == 'socks':
+                    functions += [value for name, value in vars(base).items()
+                                  if callable(value) and not name.startswith('_')]
+        self.assertGreater(len(functions), 50)
+        for function in functions:
+            with self.subTest(function.__qualname__):
+                names = {*inspect.signature(function).parameters, 'return'}
+                self.assertEqual(names - {'self', 'args', 'kwargs', *function.__annotations__},
+                                 set())
+        self.assertEqual(socks.socksocket.recv.__annotations__['return'], bytes)
+
+
 class ToolTest(Case):
     """The command line as a client."""
 
@@ -4325,7 +4818,12 @@ class ToolTest(Case):
         refused = self.refused_port()
         self.assertEqual(self.tool('-x', url, '--connect', f'127.0.0.1:{refused}'),
                          (1, '', f'socks.py: 127.0.0.1:{refused}: Socket error: 0x05: Connection '
-                                 f'refused\n'))
+                                 f'refused (SOCKS5 proxy {server.server_address}, target '
+                                 f'127.0.0.1:{refused})\n'))
+        scripted = self.origin(lambda peer: peer.send(b'HTTP/1.1 502 \x1b[2J\x9b\r\n\r\n'))
+        status, _, err = self.tool('-x', f'http://127.0.0.1:{scripted.port}', '--connect', 'h:1')
+        self.assertEqual((status, '\x1b' in err, r'502: \x1b[2J\x9b (' in err),
+                         (1, False, True), err)
 
     def test_connect_carries_bytes(self):
         """All of them, and the ends of both directions."""
@@ -4372,6 +4870,29 @@ class ToolTest(Case):
         status, _, err = self.tool(*proxy, '--run', os.path.join(folder, 'wrong.py'))
         self.assertEqual(status, 1)
         self.assertIn('Traceback', err)
+
+    def test_run_and_pickle(self):
+        """What another process unpickles is looked for in the module socks."""
+        folder = self.enter(tempfile.TemporaryDirectory())
+        with open(os.path.join(folder, 'keep.py'), 'w') as file:
+            file.write(KEEP)
+        path = os.path.join(folder, 'kept')
+        status, _, err = self.tool('-x', 'socks5h://h', '--run', file.name, path)
+        self.assertEqual((status, err), (0, ''))
+        with open(path, 'rb') as file:
+            error, function, proxy = pickle.load(file)
+        self.assertRegex(repr(error), r"^SOCKS5Error\('a', TimeoutError\('b',?\)\)$")
+        self.assertIs(function, socks.create_connection)
+        self.assertEqual(proxy, socks.parse_proxy_url('socks5h://h'))
+
+
+KEEP = '''
+import pickle, socks, sys
+assert socks.socksocket.__module__ == 'socks'
+with open(sys.argv[1], 'wb') as file:
+    pickle.dump((socks.SOCKS5Error('a', TimeoutError('b')), socks.create_connection,
+                 socks.parse_proxy_url('socks5h://h')), file)
+'''
 
 
 FETCH = '''
@@ -6413,7 +6934,7 @@ class UpstreamTest(Case):
         for url, expected in (
                 (f'socks5h://{last.server_address}', 'failed: Socket error: 0x05: Connection ref'),
                 (f'socks5h://127.0.0.1:{refused}', 'failed: Error connecting to SOCKS5 proxy'),
-                (f'http://127.0.0.1:{scripted.port}', r"failed: Socket error: 403: \x1b[2Jno\r")):
+                (f'http://127.0.0.1:{scripted.port}', r' failed: Socket error: 403: \x1b[2Jno\r')):
             server = self.serve(upstream=tuple(socks.hops(url)))
             with self.subTest(url), Peer(server.server_address) as peer:
                 name = ('example.org', 80) if 'http' in url else ('127.0.0.1', refused)
@@ -7328,20 +7849,24 @@ class ReadmeTest(unittest.TestCase):
                 done = run(sys.executable, '-W', 'error', '-c', example, cwd=HERE)
                 self.assertEqual((done.returncode, done.stderr), (0, ''))
 
-    def test_active_ftp(self):
-        """The example of BIND, with a server."""
+    def test_ftp(self):
+        """The example of BIND, with a server; in its default mode, active and passive."""
         names = {}
         exec(re.search(r'```python\n(import ftplib.*?)```', self.text, re.DOTALL).group(1), names)
-        with socks.Server(('127.0.0.1', 0)).start() as server, Origin(serve_ftp) as origin:
-            ftp = names['ProxiedFTP']()
-            ftp.proxy = f'socks5h://{server.server_address}'
-            with ftp:
-                ftp.connect('127.0.0.1', origin.port)
-                ftp.login()
-                ftp.set_pasv(False)
-                parts = []
-                ftp.retrbinary('RETR file', parts.append)
-        self.assertEqual(b''.join(parts), b'by FTP' * 50000)
+        for modes in (), (False,), (True,):
+            with socks.Server(('127.0.0.1', 0)).start() as server, Origin(serve_ftp) as origin:
+                ftp = names['ProxiedFTP']()
+                ftp.proxy = f'socks5h://{server.server_address}'
+                with ftp:
+                    ftp.connect('127.0.0.1', origin.port)
+                    ftp.login()
+                    for mode in modes:
+                        ftp.set_pasv(mode)
+                    parts = []
+                    ftp.retrbinary('RETR file', parts.append)
+                    self.assertEqual(b''.join(parts), b'by FTP' * 50000)
+                    ftp.retrbinary('RETR file', parts.append, rest=0)
+                eventually(lambda: not server.clients)
 
 
 # --------------------------------------------------------------------------------- foreign programs
@@ -7747,9 +8272,10 @@ socks pass { from: 0/0 to: 0/0
 
 
 def serve_ftp(peer):
-    """An FTP server for one file, in active mode."""
+    """An FTP server for one file, in active and passive mode."""
+    listener = None
     answers = {b'USER': b'331 password', b'PASS': b'230 in', b'PWD': b'257 "/"', b'TYPE': b'200 ok',
-               b'SIZE': b'213 300000', b'QUIT': b'221 bye'}
+               b'SIZE': b'213 300000', b'REST': b'350 from there', b'QUIT': b'221 bye'}
     peer.send(b'220 ready\r\n')
     for line in peer.sock.makefile('rb'):
         command, _, argument = line.strip().partition(b' ')
@@ -7760,10 +8286,20 @@ def serve_ftp(peer):
             *ip, high, low = argument.decode().split(',')
             host, port = '.'.join(ip), int(high) * 256 + int(low)
             answer = b'200 ok'
+        elif command in (b'EPSV', b'PASV'):
+            listener = socket.socket()
+            listener.bind(('127.0.0.1', 0))
+            listener.listen(1)
+            port = listener.getsockname()[1]
+            answer = (b'229 go on (|||%d|)' % port if command == b'EPSV' else
+                      b'227 go on (127,0,0,1,%d,%d)' % divmod(port, 256))
         elif command == b'RETR':
             peer.send(b'150 here it comes\r\n')
-            with Peer((host, int(port))) as data:
+            with Peer(listener.accept()[0] if listener else (host, int(port))) as data:
                 data.send(b'by FTP' * 50000)
+            if listener:
+                listener.close()
+            listener = None
             answer = b'226 done'
         else:
             answer = answers.get(command, b'502 no')

@@ -1864,10 +1864,9 @@ def start_connect(address, source):
             if sys.platform == 'linux':
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind(source_of(family, source).sockaddr)
-        target = address.sockaddr if '%' in address.host else address
-        error = sock.connect_ex(target)
+        error = sock.connect_ex(address)
         if error in UNDER_WAY:          # within this host it is done by now, if one asks
-            error = sock.connect_ex(target)
+            error = sock.connect_ex(address)
         if error not in (0, errno.EISCONN, *UNDER_WAY):
             raise OSError(error, os.strerror(error))
         return sock, error not in UNDER_WAY

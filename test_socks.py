@@ -3028,7 +3028,7 @@ class Inside(Case):
 
     def test_no_such_zone(self):
         self.link_local()
-        with self.assertRaisesRegex(OSError, r'on \[fe80::1%x\]:\d+: there is no interface x'):
+        with self.assertRaisesRegex(OSError, r"on \[fe80::1%x\]:\d+: there is no interface 'x'"):
             socks.Server(('fe80::1%x', 0), Settings(open=True))
         with self.assertRaisesRegex(OSError, 'connect from fe80::1%x: it is not ours'):
             socks.Server(('127.0.0.1', 0), Settings(source=('fe80::1%x',)))

@@ -29,6 +29,7 @@ Sections, each of which uses only those before it: words, errors, wire format, s
 loops, relays, client, server, socket face, operation, command line.
 """
 
+import _socket
 import argparse
 import atexit
 import codecs
@@ -52,8 +53,9 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from binascii import b2a_base64
-from collections import deque
+from collections import OrderedDict, deque
 from queue import Empty, Queue
 from types import MappingProxyType
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -831,15 +833,117 @@ def ready(reading, writing, until, pause=None):
     return found
 
 
+class VirtualAddresses:
+    """IP addresses that stand for names, for programs that need an address of a name that is not
+    to be looked up.  Threads may share it.
+
+    A name has an IPv4 address of 198.18.0.0/15 (RFC 2544) and the IPv6 address of 100::/64
+    (RFC 6666) that ends with it.  No host on the Internet has one of these.
+
+    The SIZE names that were used last are known.  The address of any other stands for nothing, and
+    is given to another name only when all the rest have been given away.
+
+    is_on   whether programs get such addresses; they know no others of these networks then
+    """
+    SIZE = 1 << 15
+    FIRST, COUNT = 0xc6120000, 1 << 17  # 198.18.0.0/15
+    IPV6_PREFIX = b'\1' + bytes(11)
+
+    def __init__(self):
+        self.is_on = False
+        self._numbers = OrderedDict()   # by name, the one used last at the end
+        self._names = {}                # by number, which is counted from FIRST
+        self._origins = OrderedDict()   # names by real address, see remember()
+        self.after_fork()
+
+    def after_fork(self):
+        """Have a lock that is free, and give away other addresses than the parent."""
+        self._lock = threading.Lock()
+        self._last = int.from_bytes(os.urandom(4), 'big') % self.COUNT
+
+    def of(self, name, family=socket.AF_INET):
+        """The address of a name, as text."""
+        with self._lock:
+            number = self._numbers.get(name)
+            if number is None:
+                if len(self._numbers) >= self.SIZE:
+                    del self._names[self._numbers.popitem(last=False)[1]]
+                number = self._unused()
+                self._names[number] = name
+                self._numbers[name] = number
+            self._numbers.move_to_end(name)
+        packed = (self.FIRST + number).to_bytes(4, 'big')
+        return ip_text(self.IPV6_PREFIX + packed if family == socket.AF_INET6 else packed)
+
+    def _unused(self):
+        while True:
+            self._last = (self._last + 1) % self.COUNT
+            # Some programs take the first and the last of 256 for a network and for broadcast.
+            if self._last not in self._names and self._last % 256 not in (0, 255):
+                return self._last
+
+    def name(self, host):
+        """The name that the address `host` stands for, None for any other host.
+
+        Raises GeneralProxyError for an address that stands for nothing.
+        """
+        number = self.number(host) if self.is_on or self._names else None
+        if number is None:
+            return None
+        with self._lock:
+            name = self._names.get(number)
+            if name is not None:
+                self._numbers.move_to_end(name)
+                return name
+        error = GeneralProxyError(f'{host} stands for no name, or for one used long ago')
+        error.errno = errno.EHOSTUNREACH
+        raise error
+
+    def number(self, host):
+        """Which of these addresses `host` is; None if it is another."""
+        packed = ip_bytes(host.partition('%')[0]) or b''
+        if packed[:12] in (V4_MAPPED, self.IPV6_PREFIX):
+            packed = packed[12:]
+        number = int.from_bytes(packed, 'big') - self.FIRST
+        return number if len(packed) == 4 and 0 <= number < self.COUNT else None
+
+    def knows(self, name):
+        """Whether `name` has an address."""
+        return name in self._numbers
+
+    def remember(self, host, name):
+        """Let `name` be the origin of a real IP address."""
+        with self._lock:
+            self._origins[host] = name
+            self._origins.move_to_end(host)
+            if len(self._origins) > self.SIZE:
+                self._origins.popitem(last=False)
+
+    def origin(self, host):
+        """The name for which a real IP address was found, or None."""
+        return self._origins.get(host)
+
+
+virtual_addresses = VirtualAddresses()
+if hasattr(os, 'register_at_fork'):     # Python 3.7
+    os.register_at_fork(after_in_child=virtual_addresses.after_fork)
+
+
+def stock(function):
+    """The resolver function of `socket` that `function` is, or in whose place it is."""
+    return getattr(function, 'stock', function)
+
+
 def look_up(host, port):
     """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
-    one that hands names through."""
+    one that hands names through, or gives addresses that stand for them."""
     try:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        found = stock(socket.getaddrinfo)(host, port, 0, socket.SOCK_STREAM)
+        hosts = [str(sockaddr[0]).partition('%')[0] for *_, sockaddr in found]
+        if any(plain_ip(host) is None or virtual_addresses.number(host) for host in hosts):
+            found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except UnicodeError:
         raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
-    if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None for *_, sockaddr in found):
-        found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     return found
 
 
@@ -1578,6 +1682,33 @@ def bound_in(host, ports):
     raise OSError(errno.EADDRINUSE, f'no UDP port is free of {lowest} to {highest}')
 
 
+def tcp_pair():
+    """Two non-blocking TCP sockets that are connected to each other, unlike those of socketpair(),
+    which programs could not set TCP's options on."""
+    with bound(Address('127.0.0.1', 0)) as listener:
+        listener.listen(1)
+        near, _ = start_connect(Address.of(listener.getsockname()), ())
+        try:
+            poll([listener], (), after(1))
+            far, address = listener.accept()
+            if address != near.getsockname():
+                far.close()
+                raise OSError(errno.ECONNABORTED, 'somebody else connected')
+        except BaseException:
+            near.close()
+            raise
+    far.setblocking(False)
+    return near, far
+
+
+def stock_pair():
+    """Two connected stock sockets for our own use, whatever class socket.socket is."""
+    if not hasattr(_socket, 'socketpair'):      # Windows
+        return tcp_pair()
+    return [_orig_socket(half.family, half.type, half.proto, half.detach())
+            for half in _socket.socketpair()]
+
+
 # ----------------------------------------------------------------------------------------- access
 
 class Settings(NamedTuple):
@@ -2032,7 +2163,7 @@ class Waker:
     """A socket that is readable from wake(), which any thread may call, to clear()."""
 
     def __init__(self):
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = stock_pair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
 
@@ -3275,25 +3406,6 @@ def deliver(loop, patience=5.0):
         time.sleep(0.01)
 
 
-def tcp_pair():
-    """Two non-blocking TCP sockets that are connected to each other, unlike those of socketpair(),
-    which programs could not set TCP's options on."""
-    with bound(Address('127.0.0.1', 0)) as listener:
-        listener.listen(1)
-        near, _ = start_connect(Address.of(listener.getsockname()), ())
-        try:
-            poll([listener], (), after(1))
-            far, address = listener.accept()
-            if address != near.getsockname():
-                far.close()
-                raise OSError(errno.ECONNABORTED, 'somebody else connected')
-        except BaseException:
-            near.close()
-            raise
-    far.setblocking(False)
-    return near, far
-
-
 @functools.lru_cache(4)
 def usual_context(*_):
     """The ssl.SSLContext of a client; to read all certificates that it trusts takes long."""
@@ -3984,7 +4096,7 @@ class Handler(Negotiation):
         self.server.judge(self.client, Address(host, 0))
         until = self.stream.until = after(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
-            socket.getnameinfo, (host, 0), socket.NI_NAMEREQD), until)
+            stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
         yield from self.tell(canonical(Address(name, 0)))
 
     def tell(self, address):
@@ -4449,6 +4561,15 @@ PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
 PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 PRINTABLE_PROXY_TYPES = TYPE_NAMES
 NO_PROXY = (None,) * 6
+# Of sockets, (type, protocol): what proxies carry, over IPv4 and IPv6.
+TCP_KINDS = {(socket.SOCK_STREAM, proto) for proto in (0, socket.IPPROTO_TCP, 262)}     # 262: MPTCP
+UDP_KINDS = {(socket.SOCK_DGRAM, proto) for proto in (0, socket.IPPROTO_UDP)}
+# What other families have to say stays on this host, or on one bus or link.
+WIDE_FAMILIES = {getattr(socket, name) for name in ('AF_INET', 'AF_INET6', 'AF_PACKET')
+                 if hasattr(socket, name)}
+MSG_FASTOPEN = 0x20000000 if sys.platform == 'linux' else 0
+SO_ACCEPTCONN = getattr(socket, 'SO_ACCEPTCONN', 2)     # Windows has it, its module socket not
+MOST_RECEIVERS = 1024                   # ports that a socket remembers whom it sent to on
 # The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
 STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
 
@@ -4520,7 +4641,8 @@ def default_proxy(proxy, bypass: str = ''):
 def _default(kind=None):
     """The default proxy of a class of sockets, as a 6-tuple, and what to bypass it for."""
     kind = kind or socksocket
-    return _scope.get() or (kind.default_proxy, kind.default_bypass)
+    return (_scope.get() or not kind.default_proxy and _wrapped_with
+            or (kind.default_proxy, kind.default_bypass))
 
 
 def get_default_proxy() -> Optional[tuple]:
@@ -4529,46 +4651,233 @@ def get_default_proxy() -> Optional[tuple]:
 
 
 getdefaultproxy = get_default_proxy
+_wrapped_with = None                    # as _default() gives it
 
 
 def wrap_module(module, dns: bool = False):
     """Have the module `socket` that `module` imported make socksockets, for the whole process.
 
-    With `dns`, names are not looked up here any more but handed to the proxy, see getaddrinfo().
+    Inside of default_proxy(), that proxy is also for threads that have no default proxy, as those
+    of asyncio.
+
+    With `dns`, names are not looked up here but handed to the proxy, see getaddrinfo(), and modules
+    that would go past it cannot be imported, see PAST_SOCKET.
+
     Raises GeneralProxyError if there is no default proxy.
     """
+    global _wrapped_with
     if not get_default_proxy():
         raise GeneralProxyError('No default proxy specified')
+    _wrapped_with = _scope.get() or _wrapped_with
     module.socket.socket = socksocket
     if dns:
-        module.socket.getaddrinfo = getaddrinfo
+        for function in RESOLVER:
+            setattr(module.socket, function.__name__, function)
+        virtual_addresses.is_on = True
+        if ImportGuard not in sys.meta_path:
+            sys.meta_path.insert(0, ImportGuard)
+        for name in PAST_SOCKET & sys.modules.keys():
+            log.warning('%s has been imported already: what it connects goes past the proxy', name)
 
 
 def unwrap_module(module):
     """Undo wrap_module()."""
+    global _wrapped_with
+    _wrapped_with = None
     module.socket.socket = _orig_socket
-    if module.socket.getaddrinfo is getaddrinfo:
-        module.socket.getaddrinfo = _orig_getaddrinfo
+    for function in RESOLVER:
+        if getattr(module.socket, function.__name__) is function:
+            setattr(module.socket, function.__name__, function.stock)
+    virtual_addresses.is_on = False
+    if ImportGuard in sys.meta_path:
+        sys.meta_path.remove(ImportGuard)
 
 
 wrapmodule, unwrapmodule = wrap_module, unwrap_module
 
+# Modules with sockets or a resolver of their own, which do not know of ours.
+PAST_SOCKET = {'curl_cffi', 'eventlet', 'gevent', 'grpc', 'pycares', 'pycurl', 'uvloop', 'winloop'}
 
-def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
-    """socket.getaddrinfo(), but a name that the default proxy is to resolve is its own address.
 
-    So no look-up leaves this machine, and connect() has the name, also one to be reached directly.
+class ImportGuard:
+    """A finder of modules, for sys.meta_path, that refuses those of PAST_SOCKET."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in PAST_SOCKET or name == 'socket':     # that one again, as it was
+            raise ModuleNotFoundError(f'{name} is not imported: what it connects would go past '
+                                      f'the proxy', name=name)
+
+
+def host_text(host):
+    """A host as a caller gave it, as text; '' for what is none."""
+    return name_text(host) if isinstance(host, bytes) else host if isinstance(host, str) else ''
+
+
+def named(dest_pair):
+    """A caller's (host, port, ...), with the name instead of an address that stands for one."""
+    name = None
+    if isinstance(dest_pair, (tuple, list)) and dest_pair:
+        name = virtual_addresses.name(host_text(dest_pair[0]))
+    return dest_pair if name is None else (name, *dest_pair[1:])
+
+
+def is_looked_up(host):
+    """Whether the host is for this machine's resolver: no default proxy resolves it."""
+    default, bypass = _default()
+    chain = hops(default)
+    return not chain or not chain[-1].rdns or is_bypassed(host, bypass)
+
+
+def withheld(host):
+    """(what the stock resolver may have instead of `host`, the name that it must not see or None).
+
+    Raises socket.gaierror for what can be no name.
     """
-    text = name_text(host) if isinstance(host, bytes) else host
-    chain = hops(get_default_proxy())
-    if (not text or not chain or not chain[-1].rdns or flags & socket.AI_NUMERICHOST
-            or ip_bytes(text.partition('%')[0]) is not None):
-        return _orig_getaddrinfo(host, port, family, type, proto, flags)
-    number = _orig_getaddrinfo(None, port, 0, type)[0][4][1] if port else 0
-    sockaddr = (text, number, 0, 0) if family == socket.AF_INET6 else (text, number)
-    kinds = [(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)]
-    return [(family or socket.AF_INET, kind, protocol, '', sockaddr) for kind, protocol in kinds
-            if type in (0, kind) and proto in (0, protocol)]
+    text = host_text(host)
+    if text in ('', '<broadcast>') or ip_bytes(text.partition('%')[0]) or is_looked_up(text):
+        return host, None
+    try:
+        address = canonical(Address(text, 0))
+        address.pack()
+    except (ProtocolError, ValueError) as error:
+        raise socket.gaierror(socket.EAI_NONAME, f'{shown(text)}: {error}') from None
+    return (address.host, None) if ip_bytes(address.host) else (None, text)
+
+
+def remember(host, found):
+    """Remember the IP addresses that were found for a host that is reached directly by its name."""
+    text = host_text(host)
+    if text and not ip_bytes(text) and is_bypassed(text, _default()[1]):
+        for ip in found:
+            virtual_addresses.remember(ip, text)
+
+
+def resolver(function):
+    """Decorator of a function that wrap_module() puts in the place of the one in `socket`."""
+    function.stock = getattr(socket, function.__name__)
+    return function
+
+
+# No name leaves this machine by these, unless its host is reached without a proxy, or the default
+# proxy leaves it to us (socks5, socks4).  getfqdn() and create_connection() use them.
+
+@resolver
+def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
+    """socket.getaddrinfo(), but a name that the default proxy is to resolve has an address of
+    `VirtualAddresses`, which connect() and sendto() turn into the name again."""
+    ask = getaddrinfo.stock
+    host, name = withheld(host) if not flags & socket.AI_NUMERICHOST else (host, None)
+    if name is None:
+        found = ask(host, port, family, type, proto, flags)
+        remember(host, [info[4][0] for info in found])
+        return found
+    kept = flags & (socket.AI_PASSIVE | socket.AI_CANONNAME | getattr(socket, 'AI_NUMERICSERV', 0))
+    found = ask(virtual_addresses.of(name, family), port, family or socket.AF_INET, type, proto,
+                kept | socket.AI_NUMERICHOST)
+    if flags & socket.AI_CANONNAME:
+        found[0] = (*found[0][:3], name, found[0][4])
+    return found
+
+
+@resolver
+def gethostbyname(host):
+    """socket.gethostbyname(), as getaddrinfo()."""
+    stand_in, name = withheld(host)
+    if name is not None:
+        return virtual_addresses.of(name)
+    found = gethostbyname.stock(stand_in)
+    remember(host, [found])
+    return found
+
+
+@resolver
+def gethostbyname_ex(host):
+    """socket.gethostbyname_ex(), as getaddrinfo()."""
+    stand_in, name = withheld(host)
+    if name is not None:
+        return name, [], [virtual_addresses.of(name)]
+    found = gethostbyname_ex.stock(stand_in)
+    remember(host, found[2])
+    return found
+
+
+def name_of(ip):
+    """The name that an IP address stands for, '' if it has none, None if that may be looked up."""
+    with contextlib.suppress(GeneralProxyError):
+        name = virtual_addresses.name(ip)
+        return name or virtual_addresses.origin(ip) or (None if is_looked_up(ip) else '')
+    return ''
+
+
+@resolver
+def gethostbyaddr(ip_address):
+    """socket.gethostbyaddr(); other addresses than those of getaddrinfo() have no name."""
+    text = host_text(ip_address)
+    if not ip_bytes(text):
+        stand_in, name = withheld(ip_address)
+        return (gethostbyaddr.stock(stand_in) if name is None
+                else (name, [], [virtual_addresses.of(name)]))
+    name = name_of(text)
+    if name == '':
+        raise socket.herror(1, 'Unknown host')
+    return gethostbyaddr.stock(ip_address) if name is None else (name, [], [text])
+
+
+@resolver
+def getnameinfo(sockaddr, flags):
+    """socket.getnameinfo(); other addresses than those of getaddrinfo() have no name."""
+    ask = getnameinfo.stock
+    host, service = ask(sockaddr, flags & ~socket.NI_NAMEREQD | socket.NI_NUMERICHOST)
+    name = '' if flags & socket.NI_NUMERICHOST else name_of(host)
+    if name is None:
+        return ask(sockaddr, flags)
+    if not name and flags & socket.NI_NAMEREQD:
+        raise socket.gaierror(socket.EAI_NONAME, f'{host} has no name')
+    return name or host, service
+
+
+RESOLVER = (getaddrinfo, gethostbyname, gethostbyname_ex, gethostbyaddr, getnameinfo)
+
+_listeners = set()                      # weak references to sockets that listen
+_proxied = weakref.WeakValueDictionary()        # by descriptor, the last socket with a proxy
+
+
+def check_own_name(sockaddr):
+    """Raise OSError if the resolver should not look up a host that a program binds to."""
+    host = host_text(sockaddr[0]) if isinstance(sockaddr, (tuple, list)) and sockaddr else ''
+    if not virtual_addresses.is_on or ip_bytes(host.partition('%')[0]) or is_looked_up(host):
+        return
+    name, own = host.lower().rstrip('.'), socket.gethostname().lower()
+    if host not in ('', '<broadcast>', 'localhost') and (
+            name.partition('.')[0] != own.partition('.')[0]):
+        raise OSError(errno.EADDRNOTAVAIL, f'{shown(host)} is not known as a name of this host, '
+                                           f'and is not looked up')
+
+
+def is_named(dest_pair, bypass):
+    """Whether the patterns `bypass` name the host of (host, port, ...), or that for which the
+    resolver found it."""
+    host = host_text(named(dest_pair)[0])
+    return any(is_bypassed(known, bypass) for known in (host, virtual_addresses.origin(host))
+               if known)
+
+
+def listens_here(dest_pair):
+    """Whether a socksocket of this process listens there, on the loopback interface."""
+    if not _listeners:
+        return False
+    host, port = host_text(named(dest_pair)[0]), dest_pair[1]
+    ip, name = plain_ip(host), host.lower().rstrip('.')
+    if not (is_loopback(ip) if ip else ('.' + name).endswith('.localhost')):
+        return False
+    for reference in list(_listeners):
+        with contextlib.suppress(OSError, AttributeError):      # closed; collected just now
+            sockaddr = _orig_socket.getsockname(reference())
+            own = plain_ip(sockaddr[0])
+            if sockaddr[1] == port and (own in ('0.0.0.0', '::', ip) or not ip and is_loopback(own)):
+                return True
+    return False
 
 
 def set_self_blocking(function):
@@ -4621,7 +4930,7 @@ class _Descriptor(_orig_socket):
 
     def _replace(self, sock):
         """Have the descriptor of `sock` instead, by the old number where the system lets us."""
-        timeout, fd, family, kind, proto = (self.gettimeout(), self.detach(), sock.family,
+        timeout, fd, family, kind, proto = (self.gettimeout(), super().detach(), sock.family,
                                             sock.type, sock.proto)
         other = sock.detach()
         if os.name == 'posix':
@@ -4639,7 +4948,11 @@ class _BaseSocket(_Descriptor):
 
     The relay is asked for by bind(), connect() or the first datagram (RFC 1928 section 7).
     """
+    proxy = NO_PROXY                    # a 6-tuple, see set_proxy()
     _is_datagram = False                # UDP over IPv4 or IPv6
+    _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
+    _is_local = True                    # of a family that reaches no other network
+    _is_default = False                 # whether `proxy` is the default one
     _bypass = ''                        # what to reach without the proxy
     proxy_peername = None               # (host, port) of the destination
     proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
@@ -4648,6 +4961,7 @@ class _BaseSocket(_Descriptor):
     _context = None                     # `GssContext` that protects datagrams
     _relay = None                       # where it is, if other hosts may send directly
     _peeked = None, b''                 # one that stays, and what it protects
+    _receivers = None                   # hosts by port, as sendto() had them; None for several
 
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
@@ -4730,7 +5044,7 @@ class _BaseSocket(_Descriptor):
                 datagram = Datagram.unpack(data)
                 if not datagram.fragment and self._is_from_peer(datagram.address):
                     payload = datagram.payload
-                    return payload[:size], self._name(datagram.address), len(payload) > size
+                    return payload[:size], self._sender(datagram.address), len(payload) > size
             if flags & socket.MSG_PEEK:
                 super().recv(1)         # else it would come again
 
@@ -4743,8 +5057,28 @@ class _BaseSocket(_Descriptor):
 
     def _is_from_peer(self, address):
         """Whether connect() lets it in; of a name that the proxy resolved only the port counts."""
-        host, port = (self.proxy_peername or ('', 0))[:2]
+        host, port = named(self.proxy_peername or ('', 0))[:2]
         return port in (0, address.port) and plain_ip(host) in (None, plain_ip(address.host))
+
+    def _sender(self, address):
+        """The tuple for the sender of a datagram.  It is the address that stands for a name, if the
+        program sent to that name and to no other host with this port: the proxy tells another."""
+        host, port = address
+        receiver = (self.proxy_peername[0] if self.proxy_peername
+                    else (self._receivers or {}).get(port))
+        if receiver and virtual_addresses.number(receiver) is not None:
+            host = receiver
+        elif virtual_addresses.is_on and virtual_addresses.knows(host):
+            host = virtual_addresses.of(host)
+        return self._name(Address(host, port))
+
+    def _note_receiver(self, dest_pair):
+        self._receivers = self._receivers or {}
+        host, port = host_text(dest_pair[0]), dest_pair[1]
+        if self._receivers.setdefault(port, host) != host:
+            self._receivers[port] = None
+        elif len(self._receivers) > MOST_RECEIVERS:
+            del self._receivers[port]
 
     def _name(self, address):
         """The tuple that a socket of this family calls `address`."""
@@ -4763,7 +5097,9 @@ class _BaseSocket(_Descriptor):
         if dest_pair is None:
             raise OSError(errno.EDESTADDRREQ, 'Destination address required')
         chain = self._chain()
-        address = destination(dest_pair, chain)
+        address = destination(named(dest_pair), chain)
+        if virtual_addresses.is_on and not self.proxy_peername:
+            self._note_receiver(dest_pair)
         if not chain[-1].rdns and ip_bytes(address.host) is None:
             address = run(resolve(canonical(address)))[0]
         header = Datagram(address, b'').pack()
@@ -4773,11 +5109,28 @@ class _BaseSocket(_Descriptor):
             return len(data)
         return max(0, self._send_to_relay(whole, flags) - len(header))
 
-    def sendto(self, *args, **kwargs):
-        """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI."""
-        if self._is_datagram and len(args) > 1 and self._use_relay(args[-1]):
-            return self._transmit(args[0], args[1] if len(args) > 2 else 0, args[-1])
-        return super().sendto(*args, **kwargs)
+    def sendto(self, *args):
+        """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI.
+
+        A TCP socket with a proxy connects first, as with MSG_FASTOPEN.
+        """
+        if len(args) > 1:
+            flags, dest_pair = args[1] if len(args) > 2 else 0, args[-1]
+            if self._is_datagram and self._use_relay(dest_pair):
+                return self._transmit(args[0], flags, dest_pair)
+            if self._must_connect(dest_pair):
+                return self._connect_and_send(args[0], flags, dest_pair)
+            args = (*args[:-1], self._sockaddr(dest_pair))
+        return super().sendto(*args)
+
+    def _must_connect(self, dest_pair):
+        """Whether what is sent to `dest_pair` needs a connection through the proxy first."""
+        return bool(self.proxy[0] and not self._is_datagram and not self.proxy_peername
+                    and self._chain(dest_pair) and not self._is_direct())
+
+    def _connect_and_send(self, data, flags, dest_pair):
+        socksocket.connect(self, dest_pair)
+        return self.send(data, flags & ~MSG_FASTOPEN)
 
     @relayed
     def send(self, bytes, flags=0):
@@ -4788,11 +5141,12 @@ class _BaseSocket(_Descriptor):
         self._transmit(bytes, flags, self.proxy_peername)
 
     def sendmsg(self, *args):
-        address = args[3] if len(args) > 3 else None
+        flags, address = args[2] if len(args) > 2 else 0, args[3] if len(args) > 3 else None
         if self._is_datagram and self._use_relay(address):
-            return self._transmit(b''.join(args[0]), args[2] if len(args) > 2 else 0,
-                                  address or self.proxy_peername)
-        return super().sendmsg(*args)
+            return self._transmit(b''.join(args[0]), flags, address or self.proxy_peername)
+        if address and self._must_connect(address):
+            return self._connect_and_send(b''.join(args[0]), flags, address)
+        return super().sendmsg(*args[:3], *map(self._sockaddr, args[3:]))
 
     @relayed
     def recv(self, bufsize, flags=0):
@@ -4849,19 +5203,32 @@ class socksocket(_BaseSocket):
     def __init__(self, family=STOCK[0], type=STOCK[1], proto=STOCK[2], fileno=None, *, proxy=None):
         default, bypass = _default(self.__class__) if proxy is None else (arguments(proxy), '')
         super().__init__(family, type, proto, fileno)
-        kind = self.type & 0xF          # before Python 3.7 there are flags in it
-        if (self.family in (socket.AF_INET, socket.AF_INET6)
-                and self.proto in (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)):
-            self._is_datagram = kind == socket.SOCK_DGRAM
-            self._is_proxied = kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+        kind = self.type & 0xF, self.proto      # before Python 3.7 there are flags in the type
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            self._is_datagram = kind in UDP_KINDS
+            self._is_proxied = self._is_datagram or kind in TCP_KINDS
         if self._is_datagram:
             self._associating = threading.Lock()
-        self.proxy = default or NO_PROXY
-        self._bypass = bypass
+        self._is_local = self.family not in WIDE_FAMILIES
+        self.proxy, self._is_default, self._bypass = default or NO_PROXY, proxy is None, bypass
+        if fileno is not None and self._twin():         # as ssl does, which will detach that one
+            self._take_over(self._twin())
+        if self.proxy[0]:
+            _proxied[self.fileno()] = self
 
-    _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
     _options = None                     # of setsockopt(), for another descriptor
     _proxy_address = None
+
+    def _twin(self):
+        """Another socket that has this one's descriptor and has, or had, a proxy."""
+        twin = _proxied.get(self.fileno())
+        return twin if twin is not self and twin and twin.fileno() == self.fileno() else None
+
+    def _take_over(self, other):
+        """Know what a socket with the same connection knows about it."""
+        for name in ('proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername',
+                     'proxy_sockname', '_proxy_address', '_context', '_relay'):
+            setattr(self, name, getattr(other, name))
 
     def set_proxy(self, proxy_type=None, addr=None, port=None, rdns=True, username=None,
                   password=None):
@@ -4876,7 +5243,8 @@ class socksocket(_BaseSocket):
         Raises ValueError or GeneralProxyError for what cannot be.
         """
         self.proxy = arguments(proxy_type, addr, port, rdns, username, password)
-        self._bypass = ''
+        self._is_default, self._bypass = False, ''
+        _proxied[self.fileno()] = self
 
     def setproxy(self, *args, **kwargs):
         """set_proxy(), also with `proxytype` for `proxy_type`."""
@@ -4885,14 +5253,51 @@ class socksocket(_BaseSocket):
         return self.set_proxy(*args, **kwargs)
 
     def _chain(self, dest_pair=None):
-        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket."""
-        if not self._is_proxied or not self.proxy[0]:
+        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket.
+
+        Raises OSError for what no proxy carries.
+        """
+        if self._is_local or not self.proxy[0] or dest_pair and self._is_bypassed(dest_pair):
             return []
-        if dest_pair and self._bypass:
-            host = dest_pair[0]
-            if is_bypassed(name_text(host) if isinstance(host, bytes) else str(host), self._bypass):
-                return []
+        if not self._is_proxied:
+            raise OSError(errno.EOPNOTSUPP, 'only TCP and UDP go through a proxy, not sockets of '
+                                            f'type {self.type & 15}, protocol {self.proto}')
         return hops(tuple(self.proxy))
+
+    def _is_bypassed(self, dest_pair):
+        """Whether `dest_pair` is reached without the proxy."""
+        if not isinstance(dest_pair, (tuple, list)) or len(dest_pair) < 2:
+            return False
+        return bool(self._bypass) and is_named(dest_pair, self._bypass) or (
+            self._is_default and not self._is_datagram and listens_here(dest_pair))
+
+    def _sockaddr(self, address):
+        """`address` as the system may have it: found by the resolver, if it stands for a name."""
+        pair = named(address)
+        if pair is address:
+            return address
+        return _orig_getaddrinfo(*pair[:2], self.family, self.type & 15)[0][4]
+
+    def _resolved(self, dest_pair):
+        """_sockaddr() for connect(), of another family if the name has no address of this one."""
+        pair = named(dest_pair)
+        if pair is dest_pair or self._is_datagram:
+            return self._sockaddr(dest_pair)
+        family, *_, sockaddr = self._of_this_family(look_up(*pair[:2]))
+        self._change_family(family)
+        return sockaddr
+
+    def _of_this_family(self, found):
+        """One of what getaddrinfo() found, of this socket's family if there is one."""
+        return min(found, key=lambda info: info[0] != self.family)
+
+    def _change_family(self, family):
+        """Have a descriptor of this family."""
+        if family != self.family:
+            self._replace(_orig_socket(family, socket.SOCK_STREAM))
+            for option in (self._options or {}).values():
+                with contextlib.suppress(OSError):
+                    super().setsockopt(*option)
 
     def setsockopt(self, *args):
         super().setsockopt(*args)
@@ -4902,9 +5307,39 @@ class socksocket(_BaseSocket):
 
     def bind(self, *address):
         """As in stock; a UDP socket with a proxy gets its relay now."""
-        super().bind(*address)
+        if address and not self._is_local:
+            check_own_name(named(address[0]))
+            if not self._is_proxied:    # a packet socket that is bound needs no address to send
+                self._chain(address[0])
+        super().bind(*map(self._sockaddr, address))
         if self._is_datagram:
             self._use_relay()
+
+    def listen(self, *backlog):
+        super().listen(*backlog)
+        if not self._is_local:
+            _listeners.add(weakref.ref(self, _listeners.discard))
+
+    def _check_connected(self):
+        """Raise GeneralProxyError if the descriptor could yet be connected past the proxy."""
+        if (self.fileno() < 0 or self._is_local or not self.proxy[0] or self.proxy_peername
+                or self._proxyconn or self._is_direct()):
+            return
+        if not super().getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN):
+            raise GeneralProxyError('Connect first: whatever takes the descriptor of this socket '
+                                    'would go past the proxy')
+
+    def detach(self):
+        if not self._twin():
+            self._check_connected()
+        return super().detach()
+
+    def getsockopt(self, *args):
+        if args == (socket.SOL_SOCKET, socket.SO_TYPE) and self._is_proxied:
+            # ssl asks for this before its sockets, unless they are ours, take the descriptor.
+            if not issubclass(getattr(sys.modules.get('ssl'), 'SSLSocket', object), socksocket):
+                self._check_connected()
+        return super().getsockopt(*args)
 
     def connect(self, dest_pair, catch_errors=None):
         """Connect to `dest_pair`, (host, port), through the proxy, if there is one.
@@ -4916,7 +5351,7 @@ class socksocket(_BaseSocket):
         chain = self._chain(dest_pair)
         if not chain:
             self._leave_relay()
-            return super().connect(dest_pair)
+            return super().connect(self._resolved(dest_pair))
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
         if self.proxy_peername:
@@ -4931,10 +5366,10 @@ class socksocket(_BaseSocket):
 
     def connect_ex(self, dest_pair):
         """connect(), but return an errno, 0 for success; unknown names are still raised."""
-        if not self._chain(dest_pair):
-            self._leave_relay()
-            return super().connect_ex(dest_pair)
         try:
+            if not self._chain(dest_pair):
+                self._leave_relay()
+                return super().connect_ex(self._resolved(dest_pair))
             socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
         except OSError as error:
             cause = getattr(error, 'socket_err', error)
@@ -4947,19 +5382,22 @@ class socksocket(_BaseSocket):
 
     def _connect_datagrams(self, dest_pair, chain):
         """Send to `dest_pair`, and receive from there only; from all if that is 0.0.0.0, 0."""
-        address = destination(dest_pair, chain)
+        given = named(dest_pair)
+        address = destination(given, chain)
         self._use_relay(dest_pair)
         if self._relay:
             super().connect(self._relay)
             self._relay = None          # now everything comes from there
-        if not chain[-1].rdns:
+        if given is not dest_pair:      # the program knows it by this
+            address = Address.of(dest_pair)
+        elif not chain[-1].rdns:
             address = run(resolve(canonical(address)))[0]
         anybody = address.host in ('0.0.0.0', '::') and not address.port
         self.proxy_peername = None if anybody else tuple(address)
 
     def _connect_through(self, dest_pair, chain, sockaddr=None):
         """connect() by way of the chain, whose first proxy is at `sockaddr`, if that is known."""
-        destination(dest_pair, chain)   # before anything is sent
+        destination(named(dest_pair), chain)    # before anything is sent
         until = self._deadline()
         with connecting(chain[0]):
             self._connect_first(chain[0], sockaddr, until)
@@ -4968,11 +5406,13 @@ class socksocket(_BaseSocket):
     def _negotiate(self, dest_pair, chain, until):
         """The rest of connect(), when this socket is connected to the first proxy."""
         with self._bare() as sock:
-            last, bnd = run(through(sock, chain, Command.CONNECT, destination(dest_pair, chain),
-                                    until, self.ssl_context))
+            address = destination(named(dest_pair), chain)
+            last, bnd = run(through(sock, chain, Command.CONNECT, address, until,
+                                    self.ssl_context))
             if last is not sock:        # before this one's mode is what TLS over it has
                 self._replace(last)
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
+        _proxied[self.fileno()] = self
 
     def _connect_first(self, proxy, sockaddr, until):
         """Connect to the first proxy, with another descriptor if it needs another family."""
@@ -4982,14 +5422,11 @@ class socksocket(_BaseSocket):
             family = self.family
         else:
             found = look_up(proxy.addr, proxy.sure_port)
-            family, *_, sockaddr = min(found, key=lambda info: info[0] != self.family)
+            family, *_, sockaddr = self._of_this_family(found)
         if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
             sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
-        elif family != self.family:
-            self._replace(_orig_socket(family, socket.SOCK_STREAM))
-            for option in (self._options or {}).values():
-                with contextlib.suppress(OSError):
-                    super().setsockopt(*option)
+        else:
+            self._change_family(family)
         with self._bare() as sock:
             run(await_connect(sock, sockaddr, until))
         self._proxy_address = sockaddr
@@ -4997,9 +5434,7 @@ class socksocket(_BaseSocket):
     def dup(self):
         """As in stock; what goes through a relay goes on so."""
         other = super().dup()
-        for name in ('proxy', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
-                     '_context', '_relay'):
-            setattr(other, name, getattr(self, name))
+        other._take_over(self)
         if self._proxyconn:
             other._proxyconn = self._proxyconn.dup()
         return other
@@ -5022,11 +5457,19 @@ class socksocket(_BaseSocket):
     getproxypeername = get_proxy_peername
 
     def get_peername(self):
-        """The destination, as it was given to connect(); without a proxy as in stock."""
+        """The destination, as it was given to connect(); without a proxy as in stock.
+
+        After wrap_module() with `dns`, a name is an address that stands for it.
+        """
         address = super().getpeername()
         if self._proxyconn and not self.proxy_peername:         # connected to the relay only
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-        return self.proxy_peername or address
+        if not self.proxy_peername:
+            return address
+        host, *rest = self.proxy_peername
+        if virtual_addresses.is_on and plain_ip(host_text(host)) is None:
+            host = virtual_addresses.of(host_text(host), self.family)   # programs expect that
+        return (host, *rest)
 
     getpeername = get_peername
 
@@ -5064,7 +5507,7 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
     dest_pair = (host.strip('[]') if host.startswith('[') else host, *dest_pair[1:])
-    chain = chosen(proxy, dest_pair[0])
+    chain = chosen(proxy, dest_pair)
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
         sock = socksocket(family, kind, proto, proxy=chain)
@@ -5093,18 +5536,20 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
         error = None                    # it has this frame, which has it
 
 
-def chosen(proxy, host=None):
+def chosen(proxy, dest_pair=None):
     """The chain that is meant by an argument `proxy`; the default one if it is None."""
     if proxy is not None:
         return hops(proxy)
     default, bypass = _default()
-    return [] if host and is_bypassed(host, bypass) else hops(default)
+    if dest_pair and (is_named(dest_pair, bypass) or listens_here(dest_pair)):
+        return []
+    return hops(default)
 
 
 def first_addresses(chain, dest_pair):
     """What getaddrinfo() gives for the first proxy; or for the destination, without one."""
     if not chain:
-        return socket.getaddrinfo(*dest_pair[:2], 0, socket.SOCK_STREAM)
+        return look_up(*named(dest_pair)[:2])
     if chain[0].is_path:
         return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, '', chain[0].addr)]
     with connecting(chain[0]):
@@ -5156,7 +5601,7 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
     chain = chosen(proxy)
     if not chain:
         raise GeneralProxyError('No proxy specified')
-    expected = destination((address[0] or UNSPECIFIED.host, address[1]), chain)
+    expected = destination(named((address[0] or UNSPECIFIED.host, address[1])), chain)
     near, bnd = run(reach(chain, expected, after(timeout), (), ssl_context, Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
@@ -5174,11 +5619,11 @@ async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
     options               of asyncio.open_connection(): ssl, server_hostname, limit
     """
     import asyncio
-    chain = chosen(proxy, host)
+    chain = chosen(proxy, (host, port))
     until = after(timeout)
     if not chain:
         return await within(until, asyncio.open_connection(host, port, **options))
-    address = destination((host, port), chain)
+    address = destination(named((host, port)), chain)
     sock, _ = await drive(reach(chain, address, until, (), ssl_context))
     if options.get('ssl'):
         options.setdefault('server_hostname', host)
@@ -5939,6 +6384,10 @@ def client_command(args):
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
     chain = args.upstream or environment_hops(args.connect and host)
+    bypass = os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''
+    if args.connect and not chain and not is_bypassed(host, bypass):
+        raise ValueError(f'--connect: expected a proxy, -x URL or ALL_PROXY, or {shown(host)} in '
+                         f'NO_PROXY, to connect directly')
     until = after(args.connect_timeout)
     try:
         if args.resolve:
@@ -5999,9 +6448,8 @@ def program_runner(arguments, chain):
         raise ValueError('--run: expected a proxy, -x URL, and a program')
     if not is_module and not os.path.exists(program):
         raise ValueError(f'--run: there is no {program}')
-    set_default_proxy(chain, bypass=os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
-    wrap_module(sys.modules[__name__], dns=True)
-    sys.modules['socks'] = sys.modules[__name__]        # should the program import it
+    be_module()
+    wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
     sys.argv = [program, *rest]
     if is_module:
         sys.path[0] = os.getcwd()
@@ -6010,12 +6458,71 @@ def program_runner(arguments, chain):
     return functools.partial(runpy.run_path, program, run_name='__main__')
 
 
+def be_module():
+    """Have all of this file in the module `socks`, even if it was started as a script: programs
+    import it by this name, and other processes look there for the classes of errors."""
+    module = sys.modules['socks'] = sys.modules[__name__]
+    for value in vars(module).values():
+        if callable(value) and getattr(value, '__module__', None) == '__main__':
+            value.__module__ = 'socks'
+
+
+# What a process that multiprocessing starts anew does first.
+CHILD_START = ("import json, os, sys; from importlib import machinery, util; "
+               "s = util.spec_from_loader('socks', machinery.SourceFileLoader("
+               "'socks', json.loads(os.environ['SOCKS_RUN'])['file'])); "
+               "sys.modules['socks'] = m = util.module_from_spec(s); s.loader.exec_module(m); "
+               "m.wrap_child(); ")
+
+
+def wrap_process(chain, bypass):
+    """Send all of this process, and of those that its multiprocessing starts, through the proxies.
+
+    These learn of them by the environment variable SOCKS_RUN, in JSON.
+    """
+    import json
+    os.environ['SOCKS_RUN'] = json.dumps({
+        'file': os.path.abspath(__file__), 'bypass': bypass,
+        'chain': [[field.decode('latin-1') if isinstance(field, bytes) else field
+                   for field in proxy] for proxy in chain]})
+    set_default_proxy(chain, bypass=bypass)
+    wrap_module(sys.modules[__name__], dns=True)
+    from multiprocessing import spawn, util     # they bind to what socket.socket is
+    for module, name in ((spawn, 'get_command_line'), (util, 'spawnv_passfds')):
+        setattr(module, name, starting_wrapped(getattr(module, name)))
+
+
+def starting_wrapped(function):
+    """A function of multiprocessing whose arguments or result may be the command of a child; it
+    becomes one that begins with CHILD_START."""
+    def begun(value):
+        if not isinstance(value, list):
+            return value
+        return [CHILD_START + word if str(word).startswith(
+            ('from multiprocessing.spawn ', 'from multiprocessing.forkserver ')) else word
+            for word in value]
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return begun(function(*map(begun, args), **kwargs))
+    return wrapper
+
+
+def wrap_child():
+    """wrap_process() as the parent did it."""
+    import json
+    parent = json.loads(os.environ['SOCKS_RUN'])
+    wrap_process([Proxy(*fields[:4], *(field and field.encode('latin-1') for field in fields[4:]))
+                  for fields in parent['chain']], parent['bypass'])
+
+
 def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        set_up_logging(args, os.environ)
+        if args.run is None or args.verbose or args.log_file:       # else that is the program's
+            set_up_logging(args, os.environ)
     except OSError as error:
         print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
         return 1

@@ -919,6 +919,9 @@ class VirtualAddresses:
             if len(self._origins) > self.SIZE:
                 self._origins.popitem(last=False)
 
+    def forget_origins(self):
+        self._origins.clear()
+
     def origin(self, host):
         """The name for which a real IP address was found, or None."""
         return self._origins.get(host)
@@ -4689,6 +4692,7 @@ def unwrap_module(module):
         if getattr(module.socket, function.__name__) is function:
             setattr(module.socket, function.__name__, function.stock)
     virtual_addresses.is_on = False
+    virtual_addresses.forget_origins()
     if ImportGuard in sys.meta_path:
         sys.meta_path.remove(ImportGuard)
 
@@ -4958,7 +4962,7 @@ class _BaseSocket(_Descriptor):
     proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
     ssl_context = None                  # for proxies inside of TLS; None: a usual one
     _proxyconn = None                   # TCP connection that keeps the relay alive
-    _context = None                     # `GssContext` that protects datagrams
+    _gss_context = None                 # `GssContext` that protects datagrams
     _relay = None                       # where it is, if other hosts may send directly
     _peeked = None, b''                 # one that stays, and what it protects
     _receivers = None                   # hosts by port, as sendto() had them; None for several
@@ -5024,7 +5028,7 @@ class _BaseSocket(_Descriptor):
         except BaseException:
             control.close()
             raise
-        self._proxyconn, self._context = control, getattr(control, 'context', None)
+        self._proxyconn, self._gss_context = control, getattr(control, 'context', None)
         self.proxy_sockname = tuple(UNSPECIFIED)
 
     def _receive(self, size, flags=0):
@@ -5039,7 +5043,7 @@ class _BaseSocket(_Descriptor):
             data, source = super().recvfrom(1 << 16, flags)
             if not source or self._relay and source[:2] != self._relay:     # none: shut down
                 return data[:size], source, len(data) > size
-            data = self._opened(data, flags & socket.MSG_PEEK) if self._context else data
+            data = self._opened(data, flags & socket.MSG_PEEK) if self._gss_context else data
             with contextlib.suppress(EOFError, ProtocolError):
                 datagram = Datagram.unpack(data)
                 if not datagram.fragment and self._is_from_peer(datagram.address):
@@ -5051,7 +5055,7 @@ class _BaseSocket(_Descriptor):
     def _opened(self, message, stays):
         """What a datagram protects; one that stays will come again, and is no replay then."""
         data = (self._peeked[1] if message == self._peeked[0]
-                else opened(self._context, message))
+                else opened(self._gss_context, message))
         self._peeked = (message, data) if stays else (None, b'')
         return data
 
@@ -5104,8 +5108,8 @@ class _BaseSocket(_Descriptor):
             address = run(resolve(canonical(address)))[0]
         header = Datagram(address, b'').pack()
         whole = b''.join((header, data))
-        if self._context:
-            self._send_to_relay(self._context.seal(whole), flags)
+        if self._gss_context:
+            self._send_to_relay(self._gss_context.seal(whole), flags)
             return len(data)
         return max(0, self._send_to_relay(whole, flags) - len(header))
 
@@ -5184,7 +5188,7 @@ class _BaseSocket(_Descriptor):
     def _leave_relay(self):
         if self._proxyconn:
             self._proxyconn.close()
-            self._proxyconn = self._relay = self._context = self.proxy_peername = None
+            self._proxyconn = self._relay = self._gss_context = self.proxy_peername = None
 
 
 class socksocket(_BaseSocket):
@@ -5227,7 +5231,7 @@ class socksocket(_BaseSocket):
     def _take_over(self, other):
         """Know what a socket with the same connection knows about it."""
         for name in ('proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername',
-                     'proxy_sockname', '_proxy_address', '_context', '_relay'):
+                     'proxy_sockname', '_proxy_address', '_gss_context', '_relay'):
             setattr(self, name, getattr(other, name))
 
     def set_proxy(self, proxy_type=None, addr=None, port=None, rdns=True, username=None,
@@ -5309,8 +5313,8 @@ class socksocket(_BaseSocket):
         """As in stock; a UDP socket with a proxy gets its relay now."""
         if address and not self._is_local:
             check_own_name(named(address[0]))
-            if not self._is_proxied:    # a packet socket that is bound needs no address to send
-                self._chain(address[0])
+            if self.family not in (socket.AF_INET, socket.AF_INET6):
+                self._chain(address[0])         # a packet socket could send then
         super().bind(*map(self._sockaddr, address))
         if self._is_datagram:
             self._use_relay()
@@ -5320,7 +5324,7 @@ class socksocket(_BaseSocket):
         if not self._is_local:
             _listeners.add(weakref.ref(self, _listeners.discard))
 
-    def _check_connected(self):
+    def _keep_descriptor(self):
         """Raise GeneralProxyError if the descriptor could yet be connected past the proxy."""
         if (self.fileno() < 0 or self._is_local or not self.proxy[0] or self.proxy_peername
                 or self._proxyconn or self._is_direct()):
@@ -5331,14 +5335,14 @@ class socksocket(_BaseSocket):
 
     def detach(self):
         if not self._twin():
-            self._check_connected()
+            self._keep_descriptor()
         return super().detach()
 
     def getsockopt(self, *args):
         if args == (socket.SOL_SOCKET, socket.SO_TYPE) and self._is_proxied:
             # ssl asks for this before its sockets, unless they are ours, take the descriptor.
             if not issubclass(getattr(sys.modules.get('ssl'), 'SSLSocket', object), socksocket):
-                self._check_connected()
+                self._keep_descriptor()
         return super().getsockopt(*args)
 
     def connect(self, dest_pair, catch_errors=None):
@@ -5367,10 +5371,12 @@ class socksocket(_BaseSocket):
     def connect_ex(self, dest_pair):
         """connect(), but return an errno, 0 for success; unknown names are still raised."""
         try:
-            if not self._chain(dest_pair):
+            goes_directly = not self._chain(dest_pair)
+            if goes_directly:
                 self._leave_relay()
-                return super().connect_ex(self._resolved(dest_pair))
-            socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
+                dest_pair = self._resolved(dest_pair)
+            else:
+                socksocket.connect(self, dest_pair)     # whatever a subclass makes of that
         except OSError as error:
             cause = getattr(error, 'socket_err', error)
             if isinstance(cause, socket.timeout):
@@ -5378,7 +5384,7 @@ class socksocket(_BaseSocket):
             if isinstance(cause, socket.gaierror) or not system_errno(error):
                 raise
             return error.errno
-        return 0
+        return super().connect_ex(dest_pair) if goes_directly else 0
 
     def _connect_datagrams(self, dest_pair, chain):
         """Send to `dest_pair`, and receive from there only; from all if that is 0.0.0.0, 0."""

@@ -4679,6 +4679,9 @@ def wrap_module(module, dns: bool = False):
         virtual_addresses.is_on = True
         if ImportGuard not in sys.meta_path:
             sys.meta_path.insert(0, ImportGuard)
+        if sys.platform == 'win32':
+            from asyncio.windows_events import IocpProactor
+            wrap_proactor(IocpProactor)
         for name in PAST_SOCKET & sys.modules.keys():
             log.warning('%s has been imported already: what it connects goes past the proxy', name)
 
@@ -5616,6 +5619,38 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
     return sock
 
 
+def wrap_proactor(kind):
+    """Have a class of asyncio's proactors, the usual ones on Windows, connect by our connect(): they
+    would connect the descriptor.  Datagrams through a proxy are an error there."""
+    stock_connect, stock_sendto = kind.connect, getattr(kind, 'sendto', None)
+    if hasattr(stock_connect, '__wrapped__'):
+        return
+
+    def chain_of(conn, address):
+        chain = conn._chain(address) if isinstance(conn, socksocket) else []
+        if chain and conn._is_datagram:
+            raise OSError(errno.EOPNOTSUPP, "UDP through a proxy needs asyncio's SelectorEventLoop")
+        return chain
+
+    @functools.wraps(stock_connect)
+    def connect(self, conn, address):
+        if not chain_of(conn, address):
+            address = conn._resolved(address) if isinstance(conn, socksocket) else address
+            return stock_connect(self, conn, address)
+        connected = self._loop.create_future()
+        conn.connect(address)
+        connected.set_result(None)
+        return connected
+
+    def sendto(self, conn, buf, flags=0, addr=None):
+        chain_of(conn, addr)
+        return stock_sendto(self, conn, buf, flags, addr)
+
+    kind.connect = connect
+    if stock_sendto:                    # since Python 3.8
+        kind.sendto = sendto
+
+
 async def open_connection(host: str, port: int, *, proxy=None, ssl_context=None,
                           timeout: Optional[float] = SETUP_TIMEOUT, **options):
     """asyncio.open_connection() through a proxy: (reader, writer).
@@ -6284,7 +6319,8 @@ OPTIONS = [
                  'the next three, that in ALL_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
-            help='do not serve: join stdin and stdout to a connection')),
+            help='do not serve: join stdin and stdout to a connection through the proxy, or a direct '
+                 'one if NO_PROXY names the host')),
         (('--resolve',), dict(
             metavar='NAME', help='do not serve: print the address of a name, or the name of an '
                                  "address, by Tor's extension")),

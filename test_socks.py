@@ -3238,6 +3238,35 @@ with context.wrap_socket(plain, server_hostname='localhost') as sock:
         done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=HERE)
         self.assertEqual((done.returncode, done.stderr), (0, ''))
 
+    def test_proactor(self):
+        """What asyncio uses on Windows connects a descriptor, not the socket."""
+        class Proactor:
+            _loop = asyncio.new_event_loop()
+
+            def connect(self, conn, address):
+                return 'stock', address
+
+            def sendto(self, conn, buf, flags=0, addr=None):
+                return 'stock', addr
+
+        self.addCleanup(Proactor._loop.close)
+        server, origin = self.serve(), self.origin(echo)
+        target = '127.0.0.1', origin.port
+        socks.wrap_proactor(Proactor)
+        socks.wrap_proactor(Proactor)
+        proactor = Proactor()
+        with socks.socksocket(proxy=self.url(server)) as sock:
+            self.assertIsNone(proactor.connect(sock, target).result())
+            self.check_echo(sock)
+        for kind in socket.SOCK_STREAM, socket.SOCK_DGRAM:
+            with socks.socksocket(type=kind) as sock, socket.socket(type=kind) as stock:
+                self.assertEqual(proactor.connect(sock, target), ('stock', target))
+                self.assertEqual(proactor.sendto(stock, b'x', 0, target), ('stock', target))
+        with socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.url(server)) as sock:
+            for send in proactor.connect, functools.partial(proactor.sendto, buf=b'x', addr=target):
+                with self.assertRaisesRegex(OSError, 'SelectorEventLoop'):
+                    send(sock, *([target] if send == proactor.connect else []))
+
     def test_imports(self):
         """Modules that connect in a way of their own."""
         self.enter(socks.default_proxy('socks5h://127.0.0.1:9'))

@@ -913,6 +913,7 @@ class VirtualAddresses:
 
     def remember(self, host, name):
         """Let `name` be the origin of a real IP address."""
+        host = plain_ip(host) or host
         with self._lock:
             self._origins[host] = name
             self._origins.move_to_end(host)
@@ -924,7 +925,7 @@ class VirtualAddresses:
 
     def origin(self, host):
         """The name for which a real IP address was found, or None."""
-        return self._origins.get(host)
+        return self._origins and self._origins.get(plain_ip(host) or host) or None
 
 
 virtual_addresses = VirtualAddresses()
@@ -943,7 +944,8 @@ def look_up(host, port):
     try:
         found = stock(socket.getaddrinfo)(host, port, 0, socket.SOCK_STREAM)
         hosts = [str(sockaddr[0]).partition('%')[0] for *_, sockaddr in found]
-        if any(plain_ip(host) is None or virtual_addresses.number(host) for host in hosts):
+        if any(plain_ip(host) is None or virtual_addresses.number(host) is not None
+               for host in hosts):
             found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except UnicodeError:
         raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
@@ -4853,11 +4855,10 @@ _proxied = weakref.WeakValueDictionary()        # by descriptor, the last socket
 def check_own_name(sockaddr):
     """Raise OSError if the resolver should not look up a host that a program binds to."""
     host = host_text(sockaddr[0]) if isinstance(sockaddr, (tuple, list)) and sockaddr else ''
-    if not virtual_addresses.is_on or ip_bytes(host.partition('%')[0]) or is_looked_up(host):
+    if (not virtual_addresses.is_on or host in ('', '<broadcast>', 'localhost')
+            or ip_bytes(host.partition('%')[0]) or is_looked_up(host)):
         return
-    name, own = host.lower().rstrip('.'), socket.gethostname().lower()
-    if host not in ('', '<broadcast>', 'localhost') and (
-            name.partition('.')[0] != own.partition('.')[0]):
+    if host.lower().partition('.')[0] != socket.gethostname().lower().partition('.')[0]:
         raise OSError(errno.EADDRNOTAVAIL, f'{shown(host)} is not known as a name of this host, '
                                            f'and is not looked up')
 
@@ -4881,8 +4882,9 @@ def listens_here(dest_pair):
     for reference in list(_listeners):
         with contextlib.suppress(OSError, AttributeError):      # closed; collected just now
             sockaddr = _orig_socket.getsockname(reference())
-            own = plain_ip(sockaddr[0])
-            if sockaddr[1] == port and (own in ('0.0.0.0', '::', ip) or not ip and is_loopback(own)):
+            own = plain_ip(sockaddr[0].partition('%')[0])
+            if sockaddr[1] == port and (own in ('0.0.0.0', '::', ip)
+                                        or not ip and is_loopback(own)):
                 return True
     return False
 

@@ -2917,13 +2917,30 @@ first = names.of('own.example')
 with names._lock:
     child = os.fork()
 assert names.name(first) == 'own.example'
-print(names.of('new.example'), flush=True)
+os.write(1, names.of('new.example').encode() + b'\\n')
 if child:
     os.waitpid(child, 0)
 """
         done = run(sys.executable, '-c', script, cwd=HERE)
         self.assertEqual(done.stderr, '')
         self.assertEqual(len(set(done.stdout.split())), 2, done.stdout)
+
+
+def serve_ftp(peer):
+    """FTP, passive, as far as urllib wants it; the address it tells is one that nothing has."""
+    with socks._orgsocket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(1)
+        port = listener.getsockname()[1]
+        peer.send(b'220 ready\r\n')
+        for line in peer.sock.makefile():
+            if line.startswith('RETR'):
+                peer.send(b'150 here\r\n')
+                with listener.accept()[0] as sock:
+                    sock.sendall(b'hello')
+            peer.send({'PASV': b'227 (192,0,2,1,%d,%d)\r\n' % divmod(port, 256),
+                       'PASS': b'230 in\r\n', 'RETR': b'226 done\r\n'}.get(
+                           line[:4], b'200 ok\r\n'))
 
 
 class ResolverTest(ClientCase):
@@ -3028,6 +3045,15 @@ class ResolverTest(ClientCase):
             sock.connect(('198.18.0.0', 443))
         with socket.socket() as sock:
             self.assertEqual(sock.connect_ex(('198.18.0.0', 443)), errno.EHOSTUNREACH)
+
+    def test_urllib_and_ftp(self):
+        """It looks the host up by itself, and connects to getpeername() for the data."""
+        server, origin = self.serve(), self.origin(serve_ftp)
+        self.wrap(self.url(server))
+        with urllib.request.urlopen(f'ftp://localhost:{origin.port}/file') as page:
+            self.assertEqual(page.read(), b'hello')
+        eventually(lambda: len(self.lines) == 2)
+        self.assertEqual(sum('CONNECT localhost:' in line for line in self.lines), 2)
 
     def test_every_thread(self):
         """A thread without a context, as asyncio's that look names up, has the proxy, too."""
@@ -3408,7 +3434,7 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
         self.assertEqual(caught.exception.errno, errno.EBADF)
 
     def test_names_for_bypassed_hosts(self):
-        """They stay names, so that connect() sees what to bypass; bytes are names as well."""
+        """connect() sees what to bypass; bytes are names as well."""
         origin, server = self.origin(echo), self.serve()
         self.addCleanup(socks.unwrap_module, http.client)
         with socks.default_proxy(self.url(server), bypass='localhost 127.0.0.0/8'):

@@ -2926,7 +2926,7 @@ if child:
         self.assertEqual(len(set(done.stdout.split())), 2, done.stdout)
 
 
-def serve_ftp(peer):
+def serve_passive_ftp(peer):
     """FTP, passive, as far as urllib wants it; the address it tells is one that nothing has."""
     with socks._orgsocket() as listener:
         listener.bind(('127.0.0.1', 0))
@@ -3048,7 +3048,7 @@ class ResolverTest(ClientCase):
 
     def test_urllib_and_ftp(self):
         """It looks the host up by itself, and connects to getpeername() for the data."""
-        server, origin = self.serve(), self.origin(serve_ftp)
+        server, origin = self.serve(), self.origin(serve_passive_ftp)
         self.wrap(self.url(server))
         with urllib.request.urlopen(f'ftp://localhost:{origin.port}/file') as page:
             self.assertEqual(page.read(), b'hello')

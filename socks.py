@@ -4665,8 +4665,10 @@ def wrap_module(module, dns: bool = False):
     Inside of default_proxy(), that proxy is also for threads that have no default proxy, as those
     of asyncio.
 
-    With `dns`, names are not looked up here but handed to the proxy, see getaddrinfo(), and modules
-    that would go past it cannot be imported, see PAST_SOCKET.
+    With `dns`, names are not looked up here but handed to the proxy, see getaddrinfo().
+
+    The import of modules that would go past the proxy, see PAST_SOCKET, is logged as a warning, and
+    with `dns` it fails.
 
     Raises GeneralProxyError if there is no default proxy.
     """
@@ -4679,13 +4681,13 @@ def wrap_module(module, dns: bool = False):
         for function in RESOLVER:
             setattr(module.socket, function.__name__, function)
         virtual_addresses.is_on = True
-        if ImportGuard not in sys.meta_path:
-            sys.meta_path.insert(0, ImportGuard)
-        if sys.platform == 'win32':
-            from asyncio.windows_events import IocpProactor
-            wrap_proactor(IocpProactor)
+    if ImportGuard not in sys.meta_path:
+        sys.meta_path.insert(0, ImportGuard)
         for name in PAST_SOCKET & sys.modules.keys():
-            log.warning('%s has been imported already: what it connects goes past the proxy', name)
+            log.warning(ImportGuard.TEXT, name)
+    if sys.platform == 'win32':
+        from asyncio.windows_events import IocpProactor
+        wrap_proactor(IocpProactor)
 
 
 def unwrap_module(module):
@@ -4709,13 +4711,16 @@ PAST_SOCKET = {'curl_cffi', 'eventlet', 'gevent', 'grpc', 'pycares', 'pycurl', '
 
 
 class ImportGuard:
-    """A finder of modules, for sys.meta_path, that refuses those of PAST_SOCKET."""
+    """A finder of modules, for sys.meta_path, that refuses those of PAST_SOCKET, or warns of them.
+    """
+    TEXT = 'what the module %s connects goes past the proxy'
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name in PAST_SOCKET or name == 'socket':     # that one again, as it was
-            raise ModuleNotFoundError(f'{name} is not imported: what it connects would go past '
-                                      f'the proxy', name=name)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name in PAST_SOCKET or name == 'socket':     # the stock one, again
+            if virtual_addresses.is_on:
+                raise ModuleNotFoundError(f'refused: {cls.TEXT % name}', name=name)
+            log.warning(cls.TEXT, name)
 
 
 def host_text(host):
@@ -5316,10 +5321,10 @@ class socksocket(_BaseSocket):
 
     def bind(self, *address):
         """As in stock; a UDP socket with a proxy gets its relay now."""
-        if address and not self._is_local:
+        if address and self.family in (socket.AF_INET, socket.AF_INET6):
             check_own_name(named(address[0]))
-            if self.family not in (socket.AF_INET, socket.AF_INET6):
-                self._chain(address[0])         # a packet socket could send then
+        elif address:
+            self._chain(address[0])     # a packet socket could send then
         super().bind(*map(self._sockaddr, address))
         if self._is_datagram:
             self._use_relay()
@@ -5477,10 +5482,10 @@ class socksocket(_BaseSocket):
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         if not self.proxy_peername:
             return address
-        host, *rest = self.proxy_peername
-        if virtual_addresses.is_on and plain_ip(host_text(host)) is None:
-            host = virtual_addresses.of(host_text(host), self.family)   # programs expect that
-        return (host, *rest)
+        host, port = host_text(self.proxy_peername[0]), self.proxy_peername[1]
+        if virtual_addresses.is_on and not ip_bytes(host.partition('%')[0]):
+            return self._name(Address(virtual_addresses.of(host, self.family), port))
+        return self.proxy_peername
 
     getpeername = get_peername
 

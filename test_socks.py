@@ -3037,6 +3037,10 @@ class ResolverTest(ClientCase):
             self.assertEqual(sock.getpeername(), (ip, 443))
         if socket.has_ipv6:
             with socket.socket(socket.AF_INET6) as sock:
+                sock.connect(('example.org', 443))
+                ipv6 = socks.virtual_addresses.of('example.org', socket.AF_INET6)
+                self.assertEqual(sock.getpeername(), (ipv6, 443, 0, 0))
+            with socket.socket(socket.AF_INET6) as sock:
                 self.assertEqual(sock.connect_ex((f'::ffff:{ip}', 443, 0, 0)), 0)
                 self.assertEqual(sock.getpeername()[0], f'::ffff:{ip}')
         with socks.create_connection((ip, 443)) as sock:
@@ -3201,6 +3205,17 @@ class PastTheProxyTest(ClientCase):
         if not tried:
             self.skipTest('this user can make no such sockets')
 
+    @unittest.skipUnless(hasattr(socket, 'AF_PACKET'), 'no packet sockets here')
+    def test_packets(self):
+        try:
+            sock = self.enter(socks.socksocket(socket.AF_PACKET, socket.SOCK_RAW,
+                                               proxy='socks5h://127.0.0.1:9'))
+        except PermissionError as error:
+            self.skipTest(str(error))
+        for function in sock.bind, functools.partial(sock.sendto, b'x'):
+            with self.assertRaisesRegex(OSError, 'only TCP and UDP'):
+                function(('lo', 0))
+
     def test_mptcp(self):
         server, origin = self.serve(), self.origin(echo)
         try:
@@ -3304,6 +3319,17 @@ with context.wrap_socket(plain, server_hostname='localhost') as sock:
                     importlib.import_module(name)
         with self.assertRaisesRegex(ImportError, 'past the proxy'):
             importlib.reload(socket)
+        socks.unwrap_module(http.client)
+        socks.wrap_module(http.client)
+        folder = self.enter(tempfile.TemporaryDirectory())
+        for module in {'winloop', 'pycares'} - sys.modules.keys():
+            open(os.path.join(folder, module + '.py'), 'w').close()
+            sys.path.insert(0, folder)
+            self.addCleanup(sys.path.remove, folder)
+            self.addCleanup(sys.modules.pop, module, None)
+            with self.assertLogs(socks.log, 'WARNING') as caught:
+                importlib.import_module(module)
+            self.assertIn(f'{module} connects goes past the proxy', caught.output[0])
         socks.unwrap_module(http.client)
         self.assertNotIn(socks.ImportGuard, sys.meta_path)
 

@@ -4962,7 +4962,6 @@ class _BaseSocket(_Descriptor):
 
     The relay is asked for by bind(), connect() or the first datagram (RFC 1928 section 7).
     """
-    proxy = NO_PROXY                    # a 6-tuple, see set_proxy()
     _is_datagram = False                # UDP over IPv4 or IPv6
     _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
     _is_local = True                    # of a family that reaches no other network
@@ -5627,7 +5626,7 @@ def create_server(address=('', 0), *, proxy=None, timeout: Optional[float] = Non
 
 
 def wrap_proactor(kind):
-    """Have a class of asyncio's proactors, the usual ones on Windows, connect by our connect(): they
+    """Have a class of asyncio's proactors, usual on Windows, connect by our sockets' connect(): it
     would connect the descriptor.  Datagrams through a proxy are an error there."""
     stock_connect, stock_sendto = kind.connect, getattr(kind, 'sendto', None)
     if hasattr(stock_connect, '__wrapped__'):
@@ -6326,8 +6325,8 @@ OPTIONS = [
                  'the next three, that in ALL_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
-            help='do not serve: join stdin and stdout to a connection through the proxy, or a direct '
-                 'one if NO_PROXY names the host')),
+            help='do not serve: join stdin and stdout to a connection through the proxy, or a '
+                 'direct one if NO_PROXY names the host')),
         (('--resolve',), dict(
             metavar='NAME', help='do not serve: print the address of a name, or the name of an '
                                  "address, by Tor's extension")),

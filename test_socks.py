@@ -2926,11 +2926,16 @@ if child:
         self.assertEqual(len(set(done.stdout.split())), 2, done.stdout)
 
 
+def local_host():
+    """The first IP address of localhost."""
+    return resolve(Address('localhost', 0))[0].host
+
+
 def serve_passive_ftp(peer):
     """FTP, passive, as far as urllib wants it; the address it tells is one that nothing has."""
-    with socks._orgsocket() as listener:
-        listener.bind(('127.0.0.1', 0))
+    with socks.bound(Address(local_host(), 0)) as listener:
         listener.listen(1)
+        listener.settimeout(PATIENCE)
         port = listener.getsockname()[1]
         peer.send(b'220 ready\r\n')
         for line in peer.sock.makefile():
@@ -3052,7 +3057,7 @@ class ResolverTest(ClientCase):
 
     def test_urllib_and_ftp(self):
         """It looks the host up by itself, and connects to getpeername() for the data."""
-        server, origin = self.serve(), self.origin(serve_passive_ftp)
+        server, origin = self.serve(), self.origin(serve_passive_ftp, local_host())
         self.wrap(self.url(server))
         with urllib.request.urlopen(f'ftp://localhost:{origin.port}/file') as page:
             self.assertEqual(page.read(), b'hello')
@@ -3061,8 +3066,7 @@ class ResolverTest(ClientCase):
 
     def test_every_thread(self):
         """A thread without a context, as asyncio's that look names up, has the proxy, too."""
-        server, origin = self.serve(), self.origin(echo, socks.run(socks.resolve(
-            Address('localhost', 0)))[0].host)
+        server, origin = self.serve(), self.origin(echo, local_host())
         self.wrap(self.url(server))
 
         def fetch():
@@ -3114,7 +3118,7 @@ class ResolverTest(ClientCase):
 
     def test_datagrams(self):
         """An answer comes from where the program sent to, as far as it can know that."""
-        local = resolve(Address('localhost', 0))[0].host
+        local = local_host()
         server, target, other = self.serve(), self.enter(Echo(local)), self.enter(Echo())
         self.wrap(self.url(server))
         name = socket.gethostbyname('localhost'), target.address.port
@@ -3144,12 +3148,15 @@ class ResolverTest(ClientCase):
             self.assertIs(type(near), socks._orgsocket)
             near.close()
         with socket.socket() as listener:
-            listener.bind(('localhost', 0))
+            listener.bind(('127.0.0.1', 0))
             address = listener.getsockname()
             with socket.socket() as sock, self.assertRaises(socks.ProxyConnectionError):
                 sock.connect(address)           # it does not listen yet
             listener.listen(1)
-            for host in (address[0], 'localhost', socket.gethostbyname('localhost')):
+            hosts = [address[0]]
+            if local_host() == address[0]:
+                hosts += ['localhost', socket.gethostbyname('localhost')]
+            for host in hosts:
                 with socket.create_connection((host, address[1])) as near:
                     far, source = listener.accept()
                     with far:
@@ -3165,9 +3172,12 @@ class ResolverTest(ClientCase):
     def test_bind(self):
         """A program's own names are looked up, for nothing else can be bound to."""
         self.wrap('socks5h://127.0.0.1:9')
-        with socket.socket() as sock:
-            sock.bind((socket.gethostbyname('localhost'), 0))
-            self.assertEqual(sock.getsockname()[0], '127.0.0.1')
+        local = local_host()
+        with socket.socket(socks.family_of(local)) as sock:
+            (*_, sockaddr), *_ = socket.getaddrinfo('localhost', 0, sock.family)
+            self.assertTrue(socks.virtual_addresses.name(sockaddr[0]))
+            sock.bind(sockaddr)
+            self.assertEqual(sock.getsockname()[0], local)
         for host in ('host.example', socket.gethostbyname('host.example')):
             with socket.socket() as sock, self.assertRaisesRegex(OSError, 'host.example is not '):
                 sock.bind((host, 0))
@@ -3739,7 +3749,7 @@ class ToolTest(Case):
 
     def test_run_with_children(self):
         """Processes of multiprocessing go the same way, and errors come back from them."""
-        server, site = self.serve(), self.origin(serve_page)
+        server, site = self.serve(), self.origin(serve_page, local_host())
         folder = self.enter(tempfile.TemporaryDirectory())
         path = os.path.join(folder, 'parent.py')
         with open(path, 'w') as file:
@@ -3756,7 +3766,7 @@ class ToolTest(Case):
     @unittest.skipUnless(hasattr(sys, 'addaudithook'), 'Python 3.8 tells of what connects')
     def test_nothing_else(self):
         """Neither a look-up nor a connection that is not the proxy's, whatever a program uses."""
-        server, site = self.serve(), self.origin(serve_page)
+        server, site = self.serve(), self.origin(serve_page, local_host())
         folder = self.enter(tempfile.TemporaryDirectory())
         path = os.path.join(folder, 'program.py')
         with open(path, 'w') as file:

@@ -4884,9 +4884,9 @@ def listens_here(dest_pair):
     ip, name = plain_ip(host), host.lower().rstrip('.')
     if not (is_loopback(ip) if ip else ('.' + name).endswith('.localhost')):
         return False
-    for reference in list(_listeners):
-        with contextlib.suppress(OSError, AttributeError):      # closed; collected just now
-            sockaddr = _orig_socket.getsockname(reference())
+    for listener in [reference() for reference in list(_listeners)]:
+        with contextlib.suppress(OSError):      # closed
+            sockaddr = _orig_socket.getsockname(listener) if listener is not None else ('', -1)
             own = plain_ip(sockaddr[0].partition('%')[0])
             if sockaddr[1] == port and (own in ('0.0.0.0', '::', ip)
                                         or not ip and is_loopback(own)):
@@ -6541,14 +6541,17 @@ def wrap_process(chain, bypass):
 
 
 def starting_wrapped(function):
-    """A function of multiprocessing whose arguments or result may be the command of a child; it
+    """A function of multiprocessing whose arguments or result may be the command of a child; this
     becomes one that begins with CHILD_START."""
     def begun(value):
-        if not isinstance(value, list):
-            return value
-        return [CHILD_START + word if str(word).startswith(
-            ('from multiprocessing.spawn ', 'from multiprocessing.forkserver ')) else word
-            for word in value]
+        if isinstance(value, list) and '-c' in value[:-1]:
+            place = value.index('-c') + 1
+            code = value[place]
+            # The trackers of resources connect nothing.
+            if 'multiprocessing' in code and not code.startswith(CHILD_START) and (
+                    '_tracker' not in code):
+                return [*value[:place], CHILD_START + code, *value[place + 1:]]
+        return value
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):

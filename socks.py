@@ -935,7 +935,7 @@ if hasattr(os, 'register_at_fork'):     # Python 3.7
 
 def stock(function):
     """The resolver function of `socket` that `function` is, or in whose place it is."""
-    return getattr(function, 'stock', function)
+    return getattr(function, '__dict__', {}).get('stock', function)    # a mock has all attributes
 
 
 def look_up(host, port):
@@ -4966,6 +4966,7 @@ class _BaseSocket(_Descriptor):
     _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
     _is_local = True                    # of a family that reaches no other network
     _is_default = False                 # whether `proxy` is the default one
+    _goes_directly = False              # whether connect() has found that it needs no proxy
     _bypass = ''                        # what to reach without the proxy
     proxy_peername = None               # (host, port) of the destination
     proxy_sockname = None               # (host, port) that it sees, as far as the proxy says
@@ -5194,7 +5195,9 @@ class _BaseSocket(_Descriptor):
             stream.readinto(view)
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
-    def _leave_relay(self):
+    def _leave_proxy(self):
+        """Go on without the proxy, to a destination that is reached directly."""
+        self._goes_directly = True
         if self._proxyconn:
             self._proxyconn.close()
             self._proxyconn = self._relay = self._gss_context = self.proxy_peername = None
@@ -5336,7 +5339,7 @@ class socksocket(_BaseSocket):
     def _keep_descriptor(self):
         """Raise GeneralProxyError if the descriptor could yet be connected past the proxy."""
         if (self.fileno() < 0 or self._is_local or not self.proxy[0] or self.proxy_peername
-                or self._proxyconn or self._is_direct()):
+                or self._proxyconn or self._goes_directly or self._is_direct()):
             return
         if not super().getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN):
             raise GeneralProxyError('Connect first: whatever takes the descriptor of this socket '
@@ -5363,7 +5366,7 @@ class socksocket(_BaseSocket):
         """
         chain = self._chain(dest_pair)
         if not chain:
-            self._leave_relay()
+            self._leave_proxy()
             return super().connect(self._resolved(dest_pair))
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
@@ -5382,7 +5385,7 @@ class socksocket(_BaseSocket):
         try:
             goes_directly = not self._chain(dest_pair)
             if goes_directly:
-                self._leave_relay()
+                self._leave_proxy()
                 dest_pair = self._resolved(dest_pair)
             else:
                 socksocket.connect(self, dest_pair)     # whatever a subclass makes of that
@@ -6535,7 +6538,10 @@ def wrap_process(chain, bypass):
                    for field in proxy] for proxy in chain]})
     set_default_proxy(chain, bypass=bypass)
     wrap_module(sys.modules[__name__], dns=True)
-    from multiprocessing import spawn, util     # they bind to what socket.socket is
+    try:
+        from multiprocessing import spawn, util     # after socket.socket was replaced
+    except ImportError:                 # there are no such processes then
+        return
     for module, name in ((spawn, 'get_command_line'), (util, 'spawnv_passfds')):
         setattr(module, name, starting_wrapped(getattr(module, name)))
 

@@ -3122,6 +3122,7 @@ class ResolverTest(ClientCase):
         server, target, other = self.serve(), self.enter(Echo(local)), self.enter(Echo())
         self.wrap(self.url(server))
         name = socket.gethostbyname('localhost'), target.address.port
+        self.assertEqual(socks.virtual_addresses.name(name[0]), 'localhost')
         with socket.socket(type=socket.SOCK_DGRAM) as sock:
             sock.settimeout(PATIENCE)
             self.assertEqual(sock.sendto(b'x', name), 1)
@@ -3270,6 +3271,11 @@ class PastTheProxyTest(ClientCase):
             socket.socket(fileno=sock.detach()).close()
         with socks.socksocket() as sock:
             socket.socket(fileno=sock.detach()).close()
+        with socks.default_proxy(self.url(server), bypass='127.0.0.1'):
+            sock = self.enter(socks.socksocket())
+        sock.setblocking(False)
+        sock.connect_ex(('127.0.0.1', self.silent_port()))      # it is on its way
+        socket.socket(fileno=sock.detach()).close()
 
     def test_tls_and_the_destination(self):
         """A socket of ssl that is one of ours tells what it is connected to, as FTP_TLS asks."""

@@ -53,17 +53,13 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 import weakref
 from binascii import b2a_base64
-from collections import OrderedDict, deque
-from queue import Empty, Queue
+from collections import Counter, OrderedDict, deque
 from types import MappingProxyType
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-try:
-    from queue import SimpleQueue
-except ImportError:                     # Python 3.6
-    SimpleQueue = Queue
 try:
     import resource
 except ImportError:                     # Windows
@@ -77,7 +73,7 @@ __version__ = '2.0.0'
 
 log = logging.getLogger('socks')
 
-# As they were at import: programs replace them by ours, which must not come back to themselves.
+# The originals: a program may replace them with functions of this module, which use these.
 _orgsocket = _orig_socket = socket.socket
 _orig_getaddrinfo = socket.getaddrinfo
 
@@ -93,23 +89,23 @@ class Method(enum.IntEnum):
 
 
 class Command(enum.IntEnum):
-    """What a request asks for (RFC 1928 section 4)."""
+    """Commands of a request (RFC 1928 section 4)."""
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
-    RESOLVE = 0xF0                      # these two are Tor's, see its socks-extensions.txt
+    RESOLVE = 0xF0                      # Tor's, as the next one: see its socks-extensions.txt
     RESOLVE_PTR = 0xF1
 
 
 class AddressType(enum.IntEnum):
-    """How an address is written (RFC 1928 section 5)."""
+    """Address types, ATYP (RFC 1928 section 5)."""
     IPV4 = 0x01
     DOMAINNAME = 0x03
     IPV6 = 0x04
 
 
-class Outcome(enum.IntEnum):
-    """A code with its text."""
+class Code(enum.IntEnum):
+    """A number with a text that explains it."""
 
     def __new__(cls, code, text):
         member = int.__new__(cls, code)
@@ -118,8 +114,8 @@ class Outcome(enum.IntEnum):
         return member
 
 
-class Reply(Outcome):
-    """What became of a request (RFC 1928 section 6)."""
+class Reply(Code):
+    """Reply codes, REP (RFC 1928 section 6)."""
     SUCCEEDED = 0x00, 'Succeeded'
     GENERAL_FAILURE = 0x01, 'General SOCKS server failure'
     NOT_ALLOWED = 0x02, 'Connection not allowed by ruleset'
@@ -131,8 +127,8 @@ class Reply(Outcome):
     ADDRESS_TYPE_NOT_SUPPORTED = 0x08, 'Address type not supported'
 
 
-class Reply4(Outcome):
-    """What became of a SOCKS4 request (CD in its reply)."""
+class Reply4(Code):
+    """Reply codes of SOCKS4, CD."""
     GRANTED = 0x5A, 'Request granted'
     REJECTED = 0x5B, 'Request rejected or failed'
     NO_IDENTD = 0x5C, 'Request rejected because SOCKS server cannot connect to identd on the client'
@@ -162,6 +158,10 @@ class ProxyError(OSError):
     def __reduce__(self):
         kind, args, state = super().__reduce__()
         return kind, args, dict(state, errno=self.errno)
+
+    def __setstate__(self, state):
+        for name, value in state.items():       # PyPy's own does not set errno
+            setattr(self, name, value)
 
 
 class ProxyConnectionError(ProxyError):
@@ -196,8 +196,17 @@ Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4
 _ProxyError = ProxyError                # names before PySocks 1.5, which old programs use
 
 
+class ClientReset(Exception):
+    """The client reset its connection: what its conversation waits for is in vain."""
+
+
 class FileError(ValueError):
-    """A file of ours has something wrong in it, or is not there; the text says which and what."""
+    """A file has errors, or cannot be read.  `args` has a text for each error, which says where and
+    what it is; str() gives the first one."""
+
+    def __str__(self):
+        first, *more = self.args
+        return first + (f' (and {len(more)} more, which --check shows)' if more else '')
 
 
 class Refused(ProxyError):
@@ -221,7 +230,7 @@ ERRNO_REPLIES = {
     errno.EAFNOSUPPORT: Reply.ADDRESS_TYPE_NOT_SUPPORTED,
 }
 
-# The other way round, for connect_ex() and the errno of a `ProxyError`; any other is ECONNABORTED.
+# The inverse, for connect_ex() and the errno of a `ProxyError`; ECONNABORTED for the rest.
 REPLY_ERRNOS = {
     Reply.NOT_ALLOWED: errno.EACCES,
     Reply.NETWORK_UNREACHABLE: errno.ENETUNREACH,
@@ -232,40 +241,41 @@ REPLY_ERRNOS = {
     Reply.ADDRESS_TYPE_NOT_SUPPORTED: errno.EAFNOSUPPORT,
 }
 
-# "There is no such name", as opposed to "the name server did not say".
+# The name does not exist, as opposed to: the name server did not answer.
 NO_SUCH_NAME = {getattr(socket, name) for name in ('EAI_NONAME', 'EAI_NODATA', 'EAI_ADDRFAMILY')
                 if hasattr(socket, name)}
 
 
 def reply_for(error):
-    """The `Reply` that tells a client of `error`, an OSError met on the way to its target."""
+    """The `Reply` for an OSError met on the way to a target."""
     if isinstance(error, ProxyError):
         return error.reply
     if isinstance(error, socket.timeout):
         return Reply.TTL_EXPIRED
-    if isinstance(error, socket.gaierror):          # its errno is of another kind
+    if isinstance(error, socket.gaierror):          # its errno is an EAI_ number
         return Reply.HOST_UNREACHABLE if error.errno in NO_SUCH_NAME else Reply.GENERAL_FAILURE
     return ERRNO_REPLIES.get(error.errno, Reply.GENERAL_FAILURE)
 
 
 def reason(error):
-    """What `error` says, without its number."""
+    """The text of an exception, without its errno."""
     return getattr(error, 'strerror', None) or str(error)
 
 
 # ------------------------------------------------------------------------------------ wire format
 #
-# Each message is a tuple with pack() -> bytes and unpack(read).  read(n) gives exactly n bytes or
-# raises EOFError, so the same code reads a socket, a datagram and a test's bytes, however they
-# are split.  unpack raises ProtocolError, whose `reply` is what a server answers.
+# Each message is a tuple with pack() -> bytes and unpack(read).  read(n) returns exactly n bytes or
+# raises EOFError, so the same code parses a stream, a datagram and the bytes of a test, however
+# they are split.  unpack() raises ProtocolError, whose `reply` is the code that a server answers.
 
-MAX_USERID = 512                        # bytes; SOCKS4 gives no length, so we bound both strings
+MAX_USERID = 512                        # bytes; SOCKS4's strings end with NUL and have no limit
 MAX_NAME = 255
 MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
 
 
 def reader(data):
-    """A `read` function for unpack over the bytes of `data`, and one for all that is left."""
+    """Two functions: read(n) over the bytes of `data`, for unpack(), and one that returns the rest.
+    """
     stream = io.BytesIO(data)
 
     def read(n):
@@ -273,7 +283,24 @@ def reader(data):
         if len(taken) < n:
             raise EOFError(f'{n} bytes expected, {len(taken)} left')
         return taken
+
+    def read_to(end, limit):
+        start = stream.tell()
+        found = data.find(end, start, start + limit)
+        return read(limit if found < 0 else found + len(end) - start)
+
+    read.to = read_to
     return read, stream.read
+
+
+def read_to(read, end, limit):
+    """The bytes up to and with `end`, or `limit` bytes without it."""
+    if hasattr(read, 'to'):             # one search, since what comes slowly is parsed often
+        return read.to(end, limit)
+    data = b''
+    while len(data) < limit and not data.endswith(end):
+        data += read(1)
+    return data
 
 
 def expect_version(name, got, wanted):
@@ -289,11 +316,22 @@ def family_of(host):
 
 @functools.lru_cache(256)
 def ip_bytes(host):
-    """The 4 or 16 bytes of an IP address given as text; None for any other text."""
+    """The 4 or 16 bytes of an IP address given as text; None for any other text.
+
+    A link-local IPv6 address may have a zone, fe80::1%eth0 (RFC 4007 section 11).  Local and
+    configured addresses have one; canonical() refuses a client's.
+    """
+    ip, percent, zone = host.partition('%')
     try:
-        return socket.inet_pton(family_of(host), host)
+        packed = socket.inet_pton(family_of(ip), ip)
     except (OSError, ValueError):       # ValueError: NUL or characters outside ASCII
         return None
+    return packed if not percent or zone and is_link_local(packed) else None
+
+
+def is_link_local(packed):
+    """Whether the bytes are those of an IPv6 address that needs a zone to be reached."""
+    return packed[0] == 0xfe and packed[1] & 0xc0 == 0x80 and len(packed) == 16
 
 
 def ip_text(packed):
@@ -302,7 +340,7 @@ def ip_text(packed):
 
 
 def name_bytes(name):
-    """A host name as it is sent and resolved; ValueError if it cannot be (RFC 3490)."""
+    """The bytes of a host name, encoded by IDNA (RFC 3490).  Raises ValueError."""
     try:
         return name.encode('ascii')
     except UnicodeEncodeError:
@@ -310,7 +348,7 @@ def name_bytes(name):
 
 
 def encoded(value):
-    """The bytes of a user name or password that is given as bytes or text."""
+    """The bytes of a user name or password given as bytes or str; None stays None."""
     return value.encode() if isinstance(value, str) else value
 
 
@@ -322,7 +360,7 @@ def is_utf8(data):
 
 
 def name_text(data):
-    """The text of a host name as it came; bytes that are not UTF-8 become surrogates."""
+    """Received bytes as text; those that are not UTF-8 become surrogates."""
     return data.decode('utf-8', 'surrogateescape')
 
 
@@ -333,15 +371,26 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, sockaddr):
-        """That of a socket's address, without flow and scope."""
+        """From the address tuple of a socket, without flow label and zone."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
+
+    @classmethod
+    def with_zone(cls, sockaddr):
+        """The same, with the zone of a link-local address."""
+        host, port = cls.of(sockaddr)
+        if len(sockaddr) == 4 and sockaddr[3]:
+            try:
+                host = f'{host}%{socket.if_indextoname(sockaddr[3])}'
+            except (OSError, AttributeError):   # Windows has this function since Python 3.8
+                host = f'{host}%{sockaddr[3]}'
+        return cls(host, port)
 
     def __str__(self):
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
     def pack(self):
-        """ATYP, ADDR, PORT.  The text of an IP address is always sent as that address."""
-        packed = ip_bytes(self.host)
+        """ATYP, ADDR, PORT.  A host that is the text of an IP address is sent as that address."""
+        packed = None if '%' in self.host else ip_bytes(self.host)
         if packed is None:
             name = name_bytes(self.host)
             if not 0 < len(name) <= MAX_NAME:
@@ -360,7 +409,7 @@ class Address(NamedTuple):
             host = ip_text(read(16))
         elif kind == AddressType.DOMAINNAME:
             host = name_text(read(read(1)[0]))
-        else:                           # of unknown length, so nothing behind it can be read
+        else:                           # its length is unknown: nothing after it can be read
             raise ProtocolError(f'address type {kind:#04x}, expected 0x01, 0x03 or 0x04',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         return cls(host, int.from_bytes(read(2), 'big'))
@@ -370,7 +419,7 @@ UNSPECIFIED = Address('0.0.0.0', 0)
 
 
 class Greeting(NamedTuple):
-    """The client's first message: the methods it offers (RFC 1928 section 3)."""
+    """The client's first message: the methods that it offers (RFC 1928 section 3)."""
     methods: bytes
 
     def pack(self):
@@ -384,7 +433,7 @@ class Greeting(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The method that the server takes (RFC 1928 section 3)."""
+    """The method that the server selects (RFC 1928 section 3)."""
     method: int
 
     def pack(self):
@@ -398,7 +447,7 @@ class Choice(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """User name and password, both bytes (RFC 1929 section 2); empty ones do occur."""
+    """User name and password, as bytes (RFC 1929 section 2); either may be empty."""
     username: bytes
     password: bytes
 
@@ -409,6 +458,9 @@ class Credentials(NamedTuple):
         return b''.join((bytes((1, len(self.username))), self.username,
                          bytes((len(self.password),)), self.password))
 
+    def __repr__(self):
+        return '<Credentials>'          # either may be a password, typed in the wrong place
+
     @classmethod
     def unpack(cls, read):
         version, length = read(2)
@@ -418,7 +470,7 @@ class Credentials(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The server's answer to Credentials: 0 accepts them, anything else does not."""
+    """The server's answer to `Credentials`: 0 accepts them, any other status refuses them."""
     status: int
 
     def pack(self):
@@ -432,7 +484,7 @@ class Verdict(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A SOCKS5 request (RFC 1928 section 4); `command` may be one that we do not know."""
+    """A SOCKS5 request (RFC 1928 section 4); `command` may be an unknown number."""
     command: int
     address: Address
 
@@ -447,7 +499,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A SOCKS5 reply (RFC 1928 section 6); `reply` may be a code that we do not know."""
+    """A SOCKS5 reply (RFC 1928 section 6); `reply` may be an unknown number."""
     reply: int
     address: Address = UNSPECIFIED
 
@@ -460,14 +512,14 @@ class Response(NamedTuple):
 
     @staticmethod
     def unpack_reply(read):
-        """Only the code: some servers end a failure there, or put an odd address behind it."""
+        """The code alone: after a failure some servers send no address, or a malformed one."""
         version, reply, _ = read(3)
         expect_version('SOCKS', version, 5)
         return reply
 
 
 class Request4(NamedTuple):
-    """A SOCKS4 request; a name as the host makes it SOCKS4a."""
+    """A SOCKS4 request, or a SOCKS4a request if the host is a name."""
     command: int
     address: Address
     userid: bytes = b''
@@ -495,24 +547,21 @@ class Request4(NamedTuple):
 
     @staticmethod
     def _string(read, name, limit):
-        """The bytes up to the next NUL."""
-        string = bytearray()
-        while len(string) <= limit:
-            byte = read(1)
-            if byte == b'\0':
-                return bytes(string)
-            string += byte
-        raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
+        """The bytes up to the next NUL, at most `limit`."""
+        string = read_to(read, b'\0', limit + 1)
+        if not string.endswith(b'\0'):
+            raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
+        return string[:-1]
 
 
 class Response4(NamedTuple):
-    """A SOCKS4 reply; its address can only be an IPv4 one."""
+    """A SOCKS4 reply; its address is always an IPv4 address."""
     code: int
     address: Address = UNSPECIFIED
 
     @classmethod
     def of(cls, reply, address=UNSPECIFIED):
-        """The SOCKS4 reply that says what the SOCKS5 `reply` does."""
+        """The SOCKS4 reply that corresponds to a SOCKS5 `reply`."""
         if ':' in address.host:
             address = Address(UNSPECIFIED.host, address.port)
         if not isinstance(reply, Reply4):
@@ -526,14 +575,14 @@ class Response4(NamedTuple):
     @classmethod
     def unpack(cls, read):
         version, code = read(2)
-        if version != 4:                # some servers send 4, which harms nobody
+        if version != 4:                # which some servers send
             expect_version('SOCKS4 reply', version, 0)
         port = int.from_bytes(read(2), 'big')
         return cls(code, Address(ip_text(read(4)), port))
 
 
 class Datagram(NamedTuple):
-    """A UDP datagram with the header it has between client and relay (RFC 1928 section 7)."""
+    """A UDP datagram with its header between client and relay (RFC 1928 section 7)."""
     address: Address
     payload: bytes
     fragment: int = 0
@@ -543,14 +592,14 @@ class Datagram(NamedTuple):
 
     @classmethod
     def unpack(cls, data):
-        """From the bytes of one whole datagram; EOFError if they end within the header."""
+        """From the bytes of a whole datagram.  Raises EOFError if its header is incomplete."""
         read, rest = reader(data)
         fragment = read(3)[2]           # RSV should be 0; real clients send other values
         return cls(Address.unpack(read), rest(), fragment)
 
 
 class GssMessage(NamedTuple):
-    """A message of GSSAPI's negotiation, or of what it protects then (RFC 1961 sections 3 to 5)."""
+    """A message of GSSAPI's negotiation, or a protected one (RFC 1961 sections 3 to 5)."""
     kind: int
     token: bytes = b''
 
@@ -572,7 +621,7 @@ class GssMessage(NamedTuple):
 
     @classmethod
     def unpack_token(cls, kind, read):
-        """Only the token, of a message that must be of this kind."""
+        """The token of a message, which must be of this kind.  Raises ProtocolError."""
         message = cls.unpack(read)
         if message.kind != kind:
             raise ProtocolError(f'GSSAPI message {message.kind:#04x}, expected {kind:#04x}')
@@ -583,6 +632,10 @@ class HttpConnect(NamedTuple):
     """A request for a tunnel to an HTTP proxy (RFC 9110 section 9.3.6)."""
     address: Address
     credentials: bytes = b''            # NAME:PASSWORD (RFC 7617), if any
+
+    def __repr__(self):
+        secret = ' with credentials' if self.credentials else ''
+        return f'<HttpConnect {self.address}{secret}>'
 
     def pack(self):
         host = (self.address.host if ip_bytes(self.address.host)
@@ -611,12 +664,10 @@ class HttpStatus(NamedTuple):
 
 def text_line(read, limit, name):
     """The next line, without its end."""
-    line = bytearray()
-    while not line.endswith(b'\n'):
-        if len(line) >= limit:
-            raise ProtocolError(f'{name} of more than {limit} bytes')
-        line += read(1)
-    return bytes(line).rstrip(b'\r\n')
+    line = read_to(read, b'\n', limit)
+    if not line.endswith(b'\n'):
+        raise ProtocolError(f'{name} of more than {limit} bytes')
+    return line.rstrip(b'\r\n')
 
 
 def http_line(read):
@@ -668,7 +719,8 @@ class ProxyHeader(NamedTuple):
         if words[:2] == ['PROXY', 'UNKNOWN']:
             return cls()
         size = {'TCP4': 4, 'TCP6': 16}.get(words[1] if len(words) == 6 else '')
-        if (words[0] != 'PROXY' or any(len(ip_bytes(host) or b'') != size for host in words[2:4])
+        if (words[0] != 'PROXY' or not size
+                or any('%' in host or len(ip_bytes(host) or b'') != size for host in words[2:4])
                 or not all(re.match('[0-9]{1,5}$', port) and int(port) < 65536
                            for port in words[4:])):
             raise ProtocolError(f'PROXY line {line!r} is malformed')
@@ -707,22 +759,58 @@ BLOCKED = (BlockingIOError, InterruptedError)
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
 ATTEMPTS = 16                           # addresses of one name that are tried
+thread_time = getattr(time, 'thread_time', time.perf_counter)      # the former since Python 3.7
 LONGEST = 86400.0                       # seconds; systems bound how long one may wait
 IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
+LOOPBACK6 = bytes(15) + b'\1'
+RECEIVE_BUFFER = 1 << 22                # bytes, for bursts of datagrams
+SO_RCVBUFFORCE = 33                     # Linux: beyond the system's limit, for root
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
+NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
+LOOPBACK_NAME = re.compile(             # RFC 6761 section 6.3, and what tables of hosts have
+    r'(.*\.)?(localhost[46]?|ip6-localhost|ip6-loopback)(\.localdomain[46]?)?$')
+NAME = re.compile(br'(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\Z')
+FULL_STOPS = ('.', '\u3002', '\uff0e', '\uff61')         # RFC 3490 section 3.1
+DEVIATIONS = set('\u00df\u1e9e\u03c2\u200c\u200d')       # sharp s, final sigma, ZWNJ, ZWJ
 
 
 @functools.lru_cache(256)
 def plain_ip(host):
-    """`host` in the usual spelling if it is an IP address, a v4-mapped one as IPv4; else None."""
+    """`host` in the usual spelling if it is an IP address without a zone, a v4-mapped one as IPv4;
+    else None."""
     packed = ip_bytes(host)
-    if packed is None:
+    if packed is None or '%' in host:
         return None
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
 
 
+def socket_address(address):
+    """What the system takes for `address`, an IP address that may have a zone; OSError if there is
+    no such zone."""
+    if '%' not in address.host:
+        return address
+    try:
+        return _orig_getaddrinfo(*address, 0, 0, 0, socket.AI_NUMERICHOST)[0][4]
+    except socket.gaierror:
+        zone = address.host.partition('%')[2]
+        raise OSError(errno.EADDRNOTAVAIL, f'there is no interface {shown(zone)}') from None
+
+
+def local_address(sock):
+    """The `Address` that a socket has here, with the zone of a link-local one."""
+    host, port = Address.with_zone(sock.getsockname())
+    return Address(plain_ip(host) or host, port)
+
+
+def in_zone_of(ours, host):
+    """The IP address `host`; if it is link-local, with the zone of `ours`, which reached it."""
+    zone = ours.partition('%')[1:]
+    return host + ''.join(zone) if is_link_local(ip_bytes(host)) else host
+
+
+@functools.lru_cache(4096)
 def client_key(host):
     """What counts as one client in every limit: an IPv4 address, or the /64 network of an IPv6
     address, since whoever has one address of such a network has them all."""
@@ -730,43 +818,91 @@ def client_key(host):
     return host if packed is None or len(packed) == 4 else packed[:8]
 
 
+def without_brackets(host):
+    """An IPv6 address without the brackets that it may stand in; any other text as it is."""
+    return host[1:-1] if host.startswith('[') and host.endswith(']') and ':' in host else host
+
+
+def idna_bytes(host):
+    """The ASCII form of a name; ValueError if IDNA 2003 and IDNA 2008 do not agree on it.
+
+    They agree on letters, marks and digits that both map in the same way (RFC 5892 section 2,
+    UTS #46).  The others lead to different hosts, or have no form in IDNA 2008.
+    """
+    with contextlib.suppress(UnicodeEncodeError):
+        return host.encode('ascii').lower()
+    mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
+    labels = mapped.replace('\u3002', '.').split('.')
+    # The rest takes long for what is long: each label that is not ASCII gets "xn--" in front.
+    size = sum(len(label) + (5 if max(label + '.') > '\x7f' else 1) for label in labels)
+    if (size > MAX_NAME or max(map(len, labels)) > 63 or not DEVIATIONS.isdisjoint(host)
+            or not all(char <= '\x7f' or char in FULL_STOPS or unicodedata.category(char)[0] in 'LM'
+                       or unicodedata.category(char) == 'Nd' for char in host)):
+        raise ValueError('too long, or without a form in IDNA 2008')
+    name = host.encode('idna')
+    if name.decode('idna').lower() != '.'.join(labels):
+        raise ValueError('two forms')
+    return name.lower()
+
+
 @functools.lru_cache(256)
 def canonical(address):
-    """`address` as rules, resolver and log should see it.
+    """`address` as rules and log see it.
 
-    An IP address, which many clients send as a name, becomes a plain one; a name becomes lower-case
-    ASCII without brackets and final dot.  ProtocolError for what can be neither.
+    An IP address, which many clients send as a name, becomes a plain one; IPv6 may stand in
+    brackets.  A name becomes lower-case ASCII without its final dot.  Raises ProtocolError for
+    what is neither: a name has letters, digits, hyphens and underscores, in labels of at most 63.
     """
     host, port = address
-    if host.startswith('[') and host.endswith(']'):
-        host = host[1:-1]
-    ip = plain_ip(host)
+    ip = plain_ip(without_brackets(host))
     if ip:
         return Address(ip, port)
     try:
-        name = name_bytes(host).lower()
+        name = idna_bytes(host)
     except ValueError:
-        raise ProtocolError(f'host name {shown(host)} is not text') from None
+        raise ProtocolError(f'host name {shown(host)} has no form in ASCII, or two') from None
     name = name[:-1] if name.endswith(b'.') else name
-    labels = name.split(b'.')
-    if not all(labels) or any(byte <= 32 or byte in b':%\x7f' for byte in name):
-        raise ProtocolError(f'host name {shown(host)} is empty in parts, or has characters that '
-                            f'no name has')
-    if labels[-1][:1].isdigit():        # 127.1, 0x7f1, as resolvers read it
+    if not NAME.match(name):
+        raise ProtocolError(f'host name {shown(host)}, expected labels of 1 to 63 letters, digits, '
+                            f'- and _, at most 253 characters')
+    if name.rpartition(b'.')[2][:1].isdigit():          # 127.1, 0x7f1, as resolvers read it
         with contextlib.suppress(OSError):
             return Address(socket.inet_ntoa(socket.inet_aton(name.decode())), port)
     return Address(name.decode(), port)
 
 
+@functools.lru_cache(256)
+def absolute(address):
+    """`address` as it is looked up: canonical, but a name keeps the final dot that it came with.
+
+    The dot makes it absolute: no search list is tried for it.
+    """
+    host, port = plain = canonical(address)
+    is_name = ip_bytes(host) is None
+    return Address(host + '.', port) if is_name and address.host.endswith(FULL_STOPS) else plain
+
+
+is_word = re.compile('[!-~]+').fullmatch
+is_plain = re.compile('[ -~]*').fullmatch
+
+
 def shown(text):
-    """`text` from a stranger, fit for one word of a log line."""
-    return text if text and text.isprintable() and ' ' not in text else ascii(text)
+    """Untrusted text, escaped to stay one word of a log line, in ASCII.
+
+    Beyond ASCII there are letters that look like spaces, or like others.
+    """
+    return text if is_word(text) else ascii(text)
+
+
+def printable(text):
+    """Untrusted text, escaped to stay one line, in ASCII; it does nothing to a terminal."""
+    return text if is_plain(text) else text.encode('unicode_escape').decode('ascii')
 
 
 # What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
-# for sockets or a `Call` that blocks, and is resumed with the result.  So it reads as straight
-# lines; run() drives one in the thread that calls it, a `Loop` any number of them.  Its times are
-# those of time.monotonic().
+# for sockets, a `Call` that blocks or the `LookUp` of a name, and is resumed with the result.  So
+# it reads as straight lines; run() drives one in the thread that calls it, a `Loop` any number of
+# them.  Its times are those of time.monotonic().
 
 class Wait(NamedTuple):
     """Resume with those of the sockets that are ready, with none when the clock passes `until`."""
@@ -785,6 +921,19 @@ class Call(NamedTuple):
     is_costly: bool = False
 
 
+class LookUp(NamedTuple):
+    """Resume with the IP addresses of a name, a list of texts, at least one.
+
+    Raises socket.gaierror without any, socket.timeout after `until`.  A `Loop` asks its `Resolver`;
+    elsewhere function() is called.
+    """
+    name: str
+    until: Optional[float] = None
+
+    def function(self):
+        return hosts_of(self.name)
+
+
 def run(conversation):
     """Drive a conversation in this thread; its result."""
     advance, value = conversation.send, None
@@ -794,7 +943,7 @@ def run(conversation):
         except StopIteration as stop:
             return stop.value
         try:
-            value = wish.function() if isinstance(wish, Call) else poll(*wish)
+            value = poll(*wish) if isinstance(wish, Wait) else wish.function()
             advance = conversation.send
         except Exception as error:
             advance, value = conversation.throw, error
@@ -938,33 +1087,66 @@ def stock(function):
     return getattr(function, '__dict__', {}).get('stock', function)    # a mock has all attributes
 
 
-def look_up(host, port):
+def need_descriptor():
+    """Raise OSError if no further file can be opened."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+
+
+def look_up(host, port, family=0):
     """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
     one that hands names through, or gives addresses that stand for them."""
     try:
-        found = stock(socket.getaddrinfo)(host, port, 0, socket.SOCK_STREAM)
-        hosts = [str(sockaddr[0]).partition('%')[0] for *_, sockaddr in found]
-        if any(plain_ip(host) is None or virtual_addresses.number(host) is not None
-               for host in hosts):
-            found = _orig_getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        found = stock(socket.getaddrinfo)(host, port, family, socket.SOCK_STREAM)
+    except socket.gaierror:             # also what resolvers say who cannot open their files
+        need_descriptor()
+        raise
     except UnicodeError:
         raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
+    hosts = [str(sockaddr[0]).partition('%')[0] for *_, sockaddr in found[:ATTEMPTS]]
+    if any(plain_ip(host) is None or virtual_addresses.number(host) is not None for host in hosts):
+        found = _orig_getaddrinfo(host, port, family, socket.SOCK_STREAM)
     return found
 
 
-def resolve(address, until=None):
-    """Conversation: the IP addresses, a list of `Address`, that a canonical `address` stands for.
+def hosts_of(name, family=0):
+    """The IP addresses of a name, looked up in this thread: texts, at most ATTEMPTS.
 
-    Raises socket.gaierror.
+    Raises socket.gaierror if there is none.
     """
-    host, port = address
+    families = {}
+    for *_, sockaddr in look_up(name.encode(), 0, family):
+        host = str(sockaddr[0]).partition('%')[0]
+        hosts = families.setdefault(family_of(host), {})
+        if len(hosts) < ATTEMPTS:       # of thousands, which a name may have, only the first count
+            hosts[plain_ip(host)] = True
+    hosts = in_turn(*families.values())[:ATTEMPTS]
+    if not hosts:
+        raise socket.gaierror(socket.EAI_NONAME, f'{name} has no address')
+    return hosts
+
+
+def in_turn(*families):
+    """One list of several: their first items, then their second ones, and so on."""
+    turns = itertools.zip_longest(*families)
+    return [item for turn in turns for item in turn if item]
+
+
+def resolve(address, until=None):
+    """Conversation: the IP addresses, a list of `Address`, at least one, that `address` stands for.
+
+    A name is absolute if it has a final dot.  Raises ProtocolError for what is no name, and
+    socket.gaierror.
+    """
+    host, port = wanted = absolute(address)
     if ip_bytes(host) is not None:
-        return [address]
-    if host.rpartition('.')[2] in NEVER_RESOLVED:
+        return [wanted]
+    if host.rstrip('.').rpartition('.')[2] in NEVER_RESOLVED:
         raise socket.gaierror(socket.EAI_NONAME, f'{host} is never resolved')
-    found = yield Call(functools.partial(look_up, host.encode(), port), until)
-    hosts = (Address.of(sockaddr).host for *_, sockaddr in found)
-    return list(dict.fromkeys(Address(plain_ip(host), port) for host in hosts))
+    return [Address(host, port) for host in (yield LookUp(host, until))]
 
 
 class Stream:
@@ -985,6 +1167,14 @@ class Stream:
         self.surplus = b''
         self._asked = False             # what comes next answers us, so it is not there yet
 
+    @staticmethod
+    def lost(error):
+        """What to raise for an error of the socket: the peer is gone, as it is at an end.
+
+        Else it could not be told from an error on the way to the target.
+        """
+        return EOFError(reason(error))
+
     def _receive(self, flags=0):
         """Conversation: the bytes that come next."""
         while True:
@@ -995,6 +1185,8 @@ class Stream:
                 break
             except BLOCKED:
                 self._asked = True
+            except OSError as error:
+                raise self.lost(error) from None
         self._asked = False
         if not data:
             raise EOFError(self.GONE)
@@ -1036,11 +1228,15 @@ class Stream:
             found = yield from ready([*sockets, *own], (), until)
             if self.waits not in found:
                 return
-            with contextlib.suppress(*BLOCKED):         # it may be a part of a layer's message
+            try:
                 data = self.sock.recv(self.SIZE)
-                if not data:
-                    raise EOFError(self.GONE)
-                self.surplus += data
+            except BLOCKED:             # it may be a part of a layer's message
+                continue
+            except OSError as error:
+                raise self.lost(error) from None
+            if not data:
+                raise EOFError(self.GONE)
+            self.surplus += data
 
     def write(self, message):
         """Conversation: send all of a message."""
@@ -1050,6 +1246,8 @@ class Stream:
                 data = data[self.sock.send(data):]
             except BLOCKED:
                 yield from ready((), [self.waits], self.until)
+            except OSError as error:
+                raise self.lost(error) from None
         self._asked = True
 
     def linger(self, until):
@@ -1074,6 +1272,10 @@ class ExactStream(Stream):
     """
     GONE = 'Connection closed unexpectedly'
 
+    @staticmethod
+    def lost(error):
+        return error
+
     def read(self, unpack):
         while True:
             seen = yield from self.look()
@@ -1095,28 +1297,65 @@ class Layer:
     After recv_into() nothing decrypted is left behind, so the socket's readiness tells all, and
     send() counts only what the socket took whole.  The subclass has recv_into() and _seal(data),
     which adds what stands for the first bytes of `data` to _cipher, and tells how many.
+
+    Theory of operation.  Three things may wait for the socket, and its owner must know which:
+
+    - The ciphertext of a send().  Some of it cannot be taken back, so send() raises
+      BlockingIOError until all of it is out, and the caller, who still holds the plaintext and
+      waits until the socket is writable, comes again with the same bytes; `_plain` is how many.
+    - What the protocol says of its own accord (an answer to a change of keys).  It goes out with
+      the next send or read.  Whoever asks for ever more of it and reads nothing is cut off at
+      LARGEST.
+    - The end.  After shutdown() nobody calls send() again, so `unsent` says that there is still
+      something to do: flush() when the socket is writable.
+
+    An error of the socket ends all three: what is held is dropped, and `unsent` is false.  What is
+    held counts in `held` of the loop that carries the layer.
     """
     RECORD = 1 << 15                    # more than the bytes of one record
+    LARGEST = 1 << 19                   # bytes that are held for the socket
 
     def __init__(self, sock):
         self._sock = sock
         self._cipher = b''              # made, but not taken by the socket
         self._plain = 0                 # bytes that it stands for
         self._ending = False            # our direction is to end when the socket took all
+        self._loop = None               # the loop in which it counts
+        self._counted = 0               # bytes
         self.fileno = sock.fileno
-        self.getsockopt = sock.getsockopt
+        self.getsockopt, self.setsockopt = sock.getsockopt, sock.setsockopt
         self.getsockname = sock.getsockname
+
+    def count_in(self, loop):
+        """Have what is held count in `loop`, or with None in no loop."""
+        if isinstance(self._sock, Layer):
+            self._sock.count_in(loop)
+        if self._loop:
+            self._loop.held -= self._counted
+        self._loop, self._counted = loop, 0
+        self._count()
+
+    def _count(self):
+        if self._loop:
+            self._loop.held += len(self._cipher) - self._counted
+            self._counted = len(self._cipher)
 
     def flush(self):
         """Whether the socket took all that there is for it."""
-        with contextlib.suppress(*BLOCKED):
-            while self._cipher:
-                self._cipher = self._cipher[self._sock.send(self._cipher):]
-        if self._ending and not self._cipher:
-            self._ending = False
-            self._sock.shutdown(socket.SHUT_WR)
-        elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
-            self._sock.flush()
+        try:
+            with contextlib.suppress(*BLOCKED):
+                while self._cipher:
+                    self._cipher = self._cipher[self._sock.send(self._cipher):]
+            if self._ending and not self._cipher:
+                self._ending = False
+                self._sock.shutdown(socket.SHUT_WR)
+            elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
+                self._sock.flush()
+        except OSError:
+            self._cipher, self._ending = b'', False
+            raise
+        finally:
+            self._count()
         return not self._cipher
 
     @property
@@ -1154,36 +1393,69 @@ class Secure(Layer):
     It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
     end its direction and go on reading.
     """
+    QUICK = 0.001                       # seconds that a step of a handshake may take in a loop
+    UNASKED = 1 << 12                   # bytes of answers to a peer that sends no data meanwhile
+    # Bytes for TLS at a time, if the last ones had no data, or had some: one KiB may ask for new
+    # keys forty times, which takes over a millisecond.
+    CAREFUL, FAST = 1 << 10, 1 << 14
+    costly = weakref.WeakSet()          # contexts of servers whose steps take longer: RSA keys
 
     def __init__(self, sock, context, **options):
         import ssl                      # here, because few need it and it is large
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
+        self._error = ssl.SSLError
+        self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
+        self._fresh = b''               # from the socket, for TLS
+        self._has_data = False          # the last bytes for TLS had some
+        self._unasked = 0               # bytes of answers since there was data
         self._ended = False             # the socket has said all
+        self._failure = None            # it took no more while it was read
 
     def handshake(self, until):
         """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
         """
         while True:
-            try:
-                self._tls.do_handshake()
-                done = True
-            except self._waits:
-                done = False
-            finally:                    # also what tells the peer of a failure
-                flushed = self.flush()
-            while not flushed:
+            if self._context in self.costly:
+                done, error = yield Call(self._advance, until, True)
+            else:
+                done, error = self._advance()
+            if error:
+                with contextlib.suppress(OSError):
+                    self.flush()        # the alert that tells the peer
+                raise error
+            while not self.flush():
                 yield from ready((), [self._sock], until)
-                flushed = self.flush()
             if done:
                 return
             yield from ready([self._sock], (), until)
             with contextlib.suppress(*BLOCKED):
-                self._feed(self.RECORD)
+                self._feed(4 * self.CAREFUL)
+                self._incoming.write(self._fresh)
+                self._fresh = b''
             if self._ended:
                 raise EOFError('Connection closed unexpectedly')
+
+    def _advance(self):
+        """Take one step of the handshake: whether it was the last, and the error if it failed.
+
+        Where it runs in another thread and is not waited for any longer, nothing else may touch
+        the layer; so it only returns.
+        """
+        done, failure, started = False, None, thread_time()
+        try:
+            self._tls.do_handshake()
+            done = True
+        except self._waits:
+            pass
+        except Exception as error:      # on Python 3.6 also ssl.CertificateError, a ValueError
+            failure = error
+            self._forget_error()
+        if self._tls.server_side and thread_time() - started > self.QUICK:
+            self.costly.add(self._context)
+        return done, failure
 
     def peer_certificate(self):
         """As SSLSocket.getpeercert() has it; empty without one."""
@@ -1194,9 +1466,24 @@ class Secure(Layer):
         return super().flush()
 
     def _feed(self, size):
-        data = self._sock.recv(size)
-        self._incoming.write(data)
-        self._ended = not data
+        self._fresh = self._sock.recv(size)
+        self._ended = not self._fresh
+
+    def _digest(self):
+        """Give TLS the next bytes."""
+        size = self.FAST if self._has_data else self.CAREFUL
+        self._incoming.write(self._fresh[:size])
+        self._fresh, self._has_data = memoryview(self._fresh)[size:], False
+
+    def _answer(self):
+        """Send what the protocol has to say of its own accord; OSError if that has no end."""
+        self._unasked += self._outgoing.pending
+        try:
+            self.flush()
+        except OSError as error:        # who takes no more may have said more
+            self._failure = self._failure or error
+        if self._unasked > self.UNASKED or len(self._cipher) > self.LARGEST:
+            raise OSError(errno.ENOBUFS, 'TLS: it asks for answers without end')
 
     def recv_into(self, buffer, size):
         """Read what the socket has, but of `size` bytes; `buffer` has room for a RECORD more."""
@@ -1207,10 +1494,12 @@ class Secure(Layer):
                     more = self._tls.read(len(buffer) - count, buffer[count:])
                     if not more:
                         break
-                    count += more
+                    count, self._has_data, self._unasked = count + more, True, 0
                 except self._waits:
-                    with contextlib.suppress(OSError):      # who takes no more may have said more
-                        self.flush()
+                    self._answer()
+                    if self._fresh:
+                        self._digest()
+                        continue
                     if count:
                         return count
                     if fed:
@@ -1218,25 +1507,52 @@ class Secure(Layer):
                     self._feed(min(size, len(buffer) - self.RECORD))
                     fed = True
                     if self._ended:     # TLS was not told, which concerns this direction only
+                        if isinstance(self._failure, ConnectionResetError):
+                            raise self._failure from None       # that was told once, and is no end
                         break
         except self._closed:
             pass
+        except self._error:
+            self._forget_error()
+            raise
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
         return count
 
     def _seal(self, data):
-        return self._tls.write(data)
+        try:
+            return self._tls.write(data)
+        except self._error:
+            self._forget_error()
+            raise
+
+    def _unwrap(self):
+        """Say that our direction has ended; the peer need not answer."""
+        try:
+            self._tls.unwrap()
+        except self._waits:
+            pass
+        except self._error:
+            self._forget_error()
+            raise
+
+    def _forget_error(self):
+        """PyPy leaves the error in OpenSSL's queue of this thread, where it would be found after
+        the next call, of any connection.  To make an object clears that."""
+        if sys.implementation.name == 'pypy':
+            import ssl
+            is_server = self._tls.server_side
+            self._context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), is_server,
+                                   None if is_server else 'x')
 
     def shutdown(self, how):
-        with contextlib.suppress(self._waits):
-            self._tls.unwrap()
+        self._unwrap()
         super().shutdown(how)
 
     def close(self):
         """Close the socket, and tell the peer that this was no accident, if it can be told."""
         with contextlib.suppress(OSError):
-            self._tls.unwrap()
+            self._unwrap()
         super().close()
 
 
@@ -1250,24 +1566,25 @@ def abort(sock):
 
 
 class GssError(OSError):
-    """GSSAPI says no; the text is its own."""
+    """An error that GSSAPI reports, with its text."""
 
 
 class GssLibrary:
-    """What is needed of GSSAPI (RFC 2743, its C bindings in RFC 2744), from the system's Kerberos.
+    """The calls of GSSAPI (RFC 2743; C bindings: RFC 2744) that are used here, by ctypes.
 
-    OSError where it is not there.  Its functions may block.
+    Raises OSError where MIT Kerberos is not installed.  Calls may block, to ask a KDC.
     """
-    NAME = 'libgssapi_krb5.so.2'        # MIT's; others lay out their structures in other ways
+    NAME = 'libgssapi_krb5.so.2'        # MIT's; the structures of others are laid out differently
     KERBEROS = bytes.fromhex('2a864886f712010202')
     SERVICE_NAME = bytes.fromhex('2a864886f71201020104')        # SERVICE@HOST
-    MUTUAL, REPLAY, SEQUENCE, CONF, INTEG = 2, 4, 8, 16, 32
+    MUTUAL, REPLAY, SEQUENCE, CONF, INTEG = 2, 4, 8, 16, 32     # flags of a context
     FOREVER, ACCEPT, FAILED = 0xFFFFFFFF, 2, 0xFFFF0000
 
     def __init__(self):
         if sys.platform != 'linux':
-            raise OSError(errno.ENOSYS, 'GSSAPI: only known on Linux')
-        import ctypes                   # here, because few need it
+            raise OSError(errno.ENOSYS, 'GSSAPI: only supported on Linux')
+        import ctypes                   # imported here, because it is seldom needed
+        self.handle, self.number, self.reference = ctypes.c_void_p, ctypes.c_uint32, ctypes.byref
         self._c = ctypes
 
         class Buffer(ctypes.Structure):
@@ -1280,54 +1597,48 @@ class GssLibrary:
         try:
             self._library = ctypes.CDLL(self.NAME)
         except OSError:
-            raise OSError(errno.ENOENT, f'GSSAPI: there is no {self.NAME} here') from None
+            raise OSError(errno.ENOENT, f'GSSAPI: {self.NAME} is not installed') from None
 
     def call(self, name, *args):
-        """The status of gss_NAME(&minor, *args), without errors: it raises GssError for those."""
-        minor = self._c.c_uint32()
+        """Call gss_NAME(&minor, *args); the result is its status.  Raises GssError."""
+        minor = self.number()
         function = getattr(self._library, 'gss_' + name)
-        function.restype = self._c.c_uint32
-        status = function(self._c.byref(minor), *args)
+        function.restype = self.number
+        status = function(self.reference(minor), *args)
         if status & self.FAILED:
             texts = filter(None, (self._text(status, 1), self._text(minor.value, 2)))
             raise GssError(errno.EACCES, 'GSSAPI: ' + '; '.join(texts))
         return status
 
     def _text(self, status, kind):
-        text, more, minor = self.output(), self._c.c_uint32(), self._c.c_uint32()
-        self._library.gss_display_status(
-            self._c.byref(minor), self._c.c_uint32(status), kind, None, self._c.byref(more), text)
+        """The text of a status; kind 1: of GSSAPI, 2: of the mechanism."""
+        text, more, minor = self.output(), self.number(), self.number()
+        self._library.gss_display_status(self.reference(minor), self.number(status), kind, None,
+                                         self.reference(more), text)
         return self.taken(text).decode('utf-8', 'replace') if status else ''
 
-    def handle(self):
-        return self._c.c_void_p()
-
-    def number(self, value=0):
-        return self._c.c_uint32(value)
-
     def input(self, data):
-        """A pointer to a gss_buffer_desc."""
+        """A pointer to a gss_buffer_desc with the bytes of `data`."""
         value = self._c.cast(self._c.c_char_p(data), self._c.POINTER(self._c.c_char))
         return self._c.pointer(self._buffer_class(len(data), value))
 
     def output(self):
+        """A pointer to an empty gss_buffer_desc, for taken()."""
         return self._c.pointer(self._buffer_class())
 
     def taken(self, output):
-        """The bytes that a function put there."""
-        buffer, minor = output.contents, self._c.c_uint32()
+        """The bytes that a call has put into `output`, whose memory is released."""
+        buffer, minor = output.contents, self.number()
         data = self._c.string_at(buffer.value, buffer.length) if buffer.length else b''
-        self._library.gss_release_buffer(self._c.byref(minor), output)
+        self._library.gss_release_buffer(self.reference(minor), output)
         return data
 
     def oid(self, data):
+        """A pointer to a gss_OID_desc."""
         return self._c.pointer(self._oid_class(len(data), data))
 
-    def reference(self, value):
-        return self._c.byref(value)
-
-    def named(self, name):
-        """The handle of a name: SERVICE@HOST, or a principal, which has a slash."""
+    def imported(self, name):
+        """The handle of a name: SERVICE@HOST, or a principal, which contains a slash."""
         handle = self.handle()
         self.call('import_name', self.input(name.encode()),
                   None if '/' in name else self.oid(self.SERVICE_NAME), self.reference(handle))
@@ -1335,7 +1646,7 @@ class GssLibrary:
 
     @contextlib.contextmanager
     def keys(self):
-        """The handle of the keys of all services that are in the keytab; GssError without any."""
+        """The handle of the keys of all services in the keytab.  Raises GssError without any."""
         handle = self.handle()
         self.call('acquire_cred', None, self.number(self.FOREVER), None, self.ACCEPT,
                   self.reference(handle), None, None)
@@ -1347,41 +1658,44 @@ class GssLibrary:
 
 @functools.lru_cache(1)
 def gss_library():
-    """The one that is here, loaded when it is first needed."""
+    """The one `GssLibrary` of this process."""
     return GssLibrary()
 
 
 class GssContext:
-    """One side of a security context, and at last the level of protection that was agreed on.
+    """One side of a GSSAPI security context.
 
-    `name` is whom to talk to, SERVICE@HOST; None: accept somebody, whose name is `peer` then.
+    name     the service to authenticate to, SERVICE@HOST; None: accept a client
+    peer     the principal of the client that was accepted
+    level    the level of protection that was agreed on (RFC 1961 section 4)
     """
     CLEAR, INTEGRITY, CONFIDENTIALITY = 0, 1, 2
-    DUPLICATE, OLD, OUT_OF_ORDER = 2, 4, 2 | 4 | 8 | 16         # of unwrap's status
+    DUPLICATE, OLD, OUT_OF_ORDER = 2, 4, 2 | 4 | 8 | 16         # bits of unwrap's status
     level = CONFIDENTIALITY
     peer = ''
 
     def __init__(self, name=None, in_sequence=True):
         self._name = name
-        self._in_sequence = in_sequence         # datagrams are not
+        self._in_sequence = in_sequence         # a stream is, datagrams are not
         self._library = gss_library()
         self._context = self._library.handle()
-        self._lock = threading.Lock()           # a context serves one thread at a time
+        self._lock = threading.Lock()           # a context may be used by one thread at a time
         self._flags = 0
 
     def step(self, token=b''):
-        """(token for the other side, whether the context is complete) after one from there."""
+        """Take the token that the other side has sent; the result is (token to send, whether the
+        context is complete).  Raises GssError."""
         library, output, flags = self._library, self._library.output(), self._library.number()
         function = self._accept if self._name is None else self._initiate
         try:
             status = function(library, token, output, flags)
         finally:
-            token = library.taken(output)       # also that of a failure, else it is lost memory
+            token = library.taken(output)       # after an error too, to release its memory
         self._flags = flags.value
         return token, not status
 
     def _initiate(self, library, token, output, flags):
-        name = library.named(self._name)
+        name = library.imported(self._name)
         wanted = library.MUTUAL | library.REPLAY | library.CONF | library.INTEG
         if self._in_sequence:
             wanted |= library.SEQUENCE
@@ -1404,17 +1718,18 @@ class GssContext:
             library.call('display_name', peer, name, None)
             library.call('release_name', library.reference(peer))
             self.peer = library.taken(name).decode('utf-8', 'replace')
-            if not flags.value & library.REPLAY:        # which RFC 1961 section 3 demands
-                raise GssError(errno.EACCES, 'GSSAPI: no protection against replays was asked for')
+            if not flags.value & library.REPLAY:        # required by RFC 1961 section 3
+                raise GssError(errno.EACCES, 'GSSAPI: the client did not ask for replay detection')
         return status
 
     def allows(self, level):
-        """Whether the mechanism can do that; its flags say so."""
+        """Whether the context can protect messages at this level."""
         needed = {self.CLEAR: 0, self.INTEGRITY: self._library.INTEG,
                   self.CONFIDENTIALITY: self._library.CONF}[level]
         return self._flags & needed == needed
 
     def wrap(self, data, is_secret):
+        """The token that protects `data`; encrypted, or only signed."""
         library, output = self._library, self._library.output()
         with self._lock:
             library.call('wrap', self._context, int(is_secret), 0, library.input(data),
@@ -1422,7 +1737,7 @@ class GssContext:
         return library.taken(output)
 
     def unwrap(self, token):
-        """(data, whether it was encrypted, status)"""
+        """(data, whether it was encrypted, status) of a token.  Raises GssError."""
         library, output, is_secret = self._library, self._library.output(), self._library.number()
         with self._lock:
             status = library.call('unwrap', self._context, library.input(token), output,
@@ -1430,27 +1745,28 @@ class GssContext:
         return library.taken(output), bool(is_secret.value), status
 
     def largest(self):
-        """How many bytes one message can protect."""
+        """The number of bytes that one message can protect."""
         library, largest = self._library, self._library.number()
         library.call('wrap_size_limit', self._context, self.level == self.CONFIDENTIALITY, 0,
                      GssMessage.LARGEST, library.reference(largest))
         return largest.value
 
     def seal(self, data):
-        """The bytes of a message that protects `data` at the level; OSError if it is too much."""
+        """The message that protects `data` at the agreed level.  Raises OSError if it is too long.
+        """
         token = self.wrap(data, self.level == self.CONFIDENTIALITY)
         if len(token) > GssMessage.LARGEST:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         return GssMessage(GssMessage.DATA, token).pack()
 
     def open(self, token, forbidden):
-        """What a message protects; OSError if it is not what the level promises, or its status is
-        one of those forbidden."""
+        """The data that a token protects.  Raises OSError unless it is protected at the agreed
+        level and its status has none of the bits in `forbidden`."""
         data, is_secret, status = self.unwrap(token)
         if self.level == self.CONFIDENTIALITY and not is_secret:
             raise OSError(errno.EBADMSG, 'GSSAPI: a message is not encrypted')
         if status & forbidden:
-            raise OSError(errno.EBADMSG, 'GSSAPI: a message came twice, late or too early')
+            raise OSError(errno.EBADMSG, 'GSSAPI: a message was replayed or is out of sequence')
         return data
 
     def __del__(self):
@@ -1547,11 +1863,10 @@ def interleave(addresses):
     """The addresses, their families in turn, the first one's first (RFC 8305 section 4)."""
     if len(addresses) == 1:
         return addresses
-    family = family_of(addresses[0].host)
-    first = [a for a in addresses if family_of(a.host) == family]
-    other = [a for a in addresses if a not in first]
-    turns = itertools.zip_longest(first, other)
-    return [address for turn in turns for address in turn if address]
+    families = {}
+    for address in addresses:
+        families.setdefault(family_of(address.host), []).append(address)
+    return in_turn(*families.values())
 
 
 def start_connect(address, source):
@@ -1569,10 +1884,11 @@ def start_connect(address, source):
         if source:
             if sys.platform == 'linux':
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((source_of(family, source), 0))
-        error = sock.connect_ex(address)
+            sock.bind(socket_address(Address(source_of(family, source), 0)))
+        target = socket_address(address) if '%' in address.host else address
+        error = sock.connect_ex(target)
         if error in UNDER_WAY:          # within this host it is done by now, if one asks
-            error = sock.connect_ex(address)
+            error = sock.connect_ex(target)
         if error not in (0, errno.EISCONN, *UNDER_WAY):
             raise OSError(error, os.strerror(error))
         return sock, error not in UNDER_WAY
@@ -1597,24 +1913,25 @@ def way_out(hosts, source):
         family = family_of(host)
         try:
             with _orig_socket(family, socket.SOCK_DGRAM) as sock:
-                sock.bind((source_of(family, source), 0))
-                sock.connect((host, 9))         # which sends nothing
-                return sock.getsockname()[0]
+                sock.bind(socket_address(Address(source_of(family, source), 0)))
+                sock.connect(socket_address(Address(host, 9)))          # which sends nothing
+                return local_address(sock).host
         except OSError as caught:
             error = caught
     raise error
 
 
-def dial(addresses, until=None, source=()):
+def dial(addresses, until=None, source=(), note=None):
     """Conversation: a non-blocking socket connected to the first address to answer (RFC 8305 5).
 
     An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
-    the error that says most is raised, or the last one of those that say as much.
+    the error that says most is raised, or the last one of those that say as much.  note(text,
+    *args) is told of each attempt.
     """
-    racing, errors = [], []
+    racing, errors = {}, []
     try:
         winner = yield from race(deque(interleave(addresses)[:ATTEMPTS]), racing, errors, until,
-                                 source)
+                                 source, note)
     except socket.timeout as error:
         errors.append(error)
         winner = None
@@ -1626,30 +1943,42 @@ def dial(addresses, until=None, source=()):
     raise min(reversed(errors), key=lambda error: TELLING.get(reply_for(error), len(TELLING)))
 
 
-def race(waiting, racing, errors, until, source):
+def race(waiting, racing, errors, until, source, note):
     """Conversation: the first socket to be connected; None if none is.
 
-    Takes addresses from `waiting`; `racing` has the sockets that are under way, `errors` what
-    became of others.
+    Takes addresses from `waiting`; `racing` has the sockets that are under way and their addresses,
+    `errors` what became of others.
     """
     while waiting or racing:
         if waiting:
+            address = waiting.popleft()
+            if note:
+                note('dialling %s', address)
             try:
-                sock, connected = start_connect(waiting.popleft(), source)
+                sock, connected = start_connect(address, source)
             except OSError as error:
+                if note:
+                    note('%s: %s', address, reason(error))
                 errors.append(error)
                 continue
             if connected:
                 return sock
-            racing.append(sock)
-        for sock in (yield from ready((), racing, until, ATTEMPT_DELAY if waiting else None)):
-            racing.remove(sock)
+            racing[sock] = address
+        for sock in (yield from ready((), list(racing), until, ATTEMPT_DELAY if waiting else None)):
+            address = racing.pop(sock)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if not error:
                 return sock
             sock.close()
             errors.append(OSError(error, os.strerror(error)))
+            if note:
+                note('%s: %s', address, os.strerror(error))
     return None
+
+
+def keep_urgent(sock):
+    """Leave urgent data of TCP in the stream; by default, its last byte is taken out."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def bound(address, kind=socket.SOCK_STREAM):
@@ -1664,27 +1993,123 @@ def bound(address, kind=socket.SOCK_STREAM):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:   # systems differ in their default
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if kind == socket.SOCK_STREAM:  # accepted sockets inherit these two
+        if kind == socket.SOCK_STREAM:  # accepted sockets inherit these
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.bind(address)
+            keep_urgent(sock)
+        sock.bind(socket_address(address))
         return sock
     except OSError as error:
         sock.close()
         raise OSError(error.errno, f'cannot listen on {address}: {error.strerror}') from None
 
 
-def bound_in(host, ports):
-    """A UDP socket bound to `host` and a port of (lowest, highest); OSError if none is free."""
-    lowest, highest = ports
-    first = lowest + int.from_bytes(os.urandom(4), 'big') % (highest - lowest + 1)
-    for port in itertools.chain(range(first, highest + 1), range(lowest, first)):
+def bound_udp(address):
+    """A UDP socket bound to `address`, with a receive buffer as large as the system allows."""
+    sock = bound(address, socket.SOCK_DGRAM)
+    options = [socket.SO_RCVBUF]
+    if sys.platform == 'linux':
+        options.insert(0, SO_RCVBUFFORCE)
+    size = RECEIVE_BUFFER
+    while options and size > sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF):
         try:
-            return bound(Address(host, port), socket.SOCK_DGRAM)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-    raise OSError(errno.EADDRINUSE, f'no UDP port is free of {lowest} to {highest}')
+            sock.setsockopt(socket.SOL_SOCKET, options[0], size)
+            break
+        except PermissionError:         # not root
+            del options[0]
+        except OSError:                 # BSD: larger than the limit
+            size //= 2
+    return sock
+
+
+class FreePorts:
+    """A set of ports, at first those from `lowest` to `highest`.
+
+    It takes a random one in constant time, and needs memory only for those taken: it is an array to
+    shuffle of which just the places are stored that are not as they were.
+    """
+
+    def __init__(self, lowest, highest):
+        self.lowest = lowest
+        self.size = self.count = highest - lowest + 1
+        self._changed = {}              # port by place
+
+    def take(self):
+        place = int.from_bytes(os.urandom(4), 'big') % self.count
+        self.count -= 1
+        last = self._changed.pop(self.count, self.lowest + self.count)
+        if place == self.count:
+            return last
+        port = self._changed.get(place, self.lowest + place)
+        self._changed[place] = last
+        return port
+
+    def put(self, port):
+        self._changed[self.count] = port
+        self.count += 1
+
+
+class UdpPorts:
+    """Binds UDP sockets to random ports of a range.
+
+    It knows the ports that it gave out and tries none of these, so that it finds a free one at
+    once, however large the range is.  One client gets half of a range at most.
+    """
+    ATTEMPTS = 64                       # ports tried at a time; other programs may have them
+
+    def __init__(self):
+        self._ranges = {}               # by (host, ports): (free ports, Counter of owners)
+        self._lock = threading.Lock()   # for the threads of all loops
+
+    def bind(self, host, ports, owner):
+        """(a socket, a function to call when it is closed); OSError if no port is free.
+
+        `ports` is (lowest, highest); (0, 0): any.  `owner` is the key of a client, or None for one
+        that may have all.
+        """
+        if not ports[1]:
+            return bound_udp(Address(host, 0)), lambda: None
+        key = host, ports
+        with self._lock:
+            free, owners = self._ranges.setdefault(key, (FreePorts(*ports), Counter()))
+            try:
+                if owner is not None and owners[owner] >= max(1, free.size // 2):
+                    raise OSError(errno.EADDRINUSE, 'this client has half of the UDP ports')
+                sock, port = self._bind(host, free)
+                owners[owner] += 1
+            finally:
+                self._tidy(key)
+        return sock, functools.partial(self._give_back, key, port, owner)
+
+    def _bind(self, host, free):
+        tried = []
+        try:
+            while free.count and len(tried) < self.ATTEMPTS:
+                tried.append(free.take())
+                try:
+                    return bound_udp(Address(host, tried[-1])), tried.pop()
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+        finally:
+            for port in tried:
+                free.put(port)
+        raise OSError(errno.EADDRINUSE,
+                      f'no UDP port is free of {free.lowest} to {free.lowest + free.size - 1}')
+
+    def _give_back(self, key, port, owner):
+        with self._lock:
+            free, owners = self._ranges[key]
+            free.put(port)
+            owners[owner] -= 1
+            if not owners[owner]:
+                del owners[owner]
+            self._tidy(key)
+
+    def _tidy(self, key):
+        free, _ = self._ranges[key]
+        if free.count == free.size:
+            del self._ranges[key]
 
 
 def tcp_pair():
@@ -1719,6 +2144,9 @@ def stock_pair():
 class Settings(NamedTuple):
     """Everything that can be set, with its default.  Times are in seconds; 0 means no limit.
 
+    A server also takes the texts that the command line does: for networks, rules, proxies,
+    addresses, ports and numbers; ValueError names the field that is wrong.
+
     users               name to password, bytes or text, or to `Hashed`; without users nobody is
                         asked
     open                serve strangers: listen beyond loopback although there are no users
@@ -1739,16 +2167,20 @@ class Settings(NamedTuple):
     udp_ports           (lowest, highest) that clients send datagrams to; (0, 0): any
     udp_strict          pass on datagrams only from where the client has sent some
     tor_extensions      offer Tor's RESOLVE and RESOLVE_PTR
+    login_delay         until a wrong password is answered
     handshake_timeout   from accept to the whole request
     connect_timeout     for connecting to the target, all its addresses together
     bind_timeout        for the peer that BIND waits for
     idle_timeout        for a tunnel through which nothing moves
-    udp_timeout         for an association without datagrams
+    udp_timeout         for an association without datagrams; four times as long while targets send
     drain_timeout       for clients that are served when the server is to stop
     max_clients         clients at once; further ones wait in the listen queue
-    max_per_client      connections at once from one IP address; further ones are closed
-    max_handshakes      clients at once that have not said yet what they want; the one that has
-                        taken longest makes room
+    max_per_client      connections at once from one client, an IPv4 address or an IPv6 /64;
+                        further ones are closed; None: any number from this host, from others half
+                        of max_clients, or 64 if that is more, but at most three quarters
+    max_handshakes      clients at once that have not said yet what they want; the one that makes
+                        room is of the client that has most, and has taken longest; 0: as many as
+                        are of one client by default
     """
     users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
@@ -1767,6 +2199,7 @@ class Settings(NamedTuple):
     udp_ports: Tuple[int, int] = (0, 0)
     udp_strict: bool = False
     tor_extensions: bool = False
+    login_delay: float = 1.0
     handshake_timeout: float = 30.0
     connect_timeout: float = 30.0
     bind_timeout: float = 120.0
@@ -1774,7 +2207,7 @@ class Settings(NamedTuple):
     udp_timeout: float = 300.0
     drain_timeout: float = 0.0
     max_clients: int = 0
-    max_per_client: int = 0
+    max_per_client: Optional[int] = None
     max_handshakes: int = 0
 
     def __repr__(self):
@@ -1783,75 +2216,175 @@ class Settings(NamedTuple):
         return f'Settings({len(self.users)} users, {fields})'       # and no passwords
 
 
-# What only the proxy's own host should reach: itself, its link (there also live the metadata
-# services of clouds), groups, and addresses that are not one host's.
-LOCAL_NETWORKS = [ipaddress.ip_network(network) for network in (
+class NetworkMap:
+    """Values by ip_network.  A look-up takes the same time however many there are."""
+
+    def __init__(self):
+        self._tables = {4: {}, 16: {}}  # bytes of an address: {bits of the host: {network: values}}
+
+    def add(self, network, value):
+        network = plain_network(network)
+        shift = network.max_prefixlen - network.prefixlen
+        table = self._tables[network.max_prefixlen // 8].setdefault(shift, {})
+        table.setdefault(int(network.network_address) >> shift, []).append(value)
+
+    def find(self, packed):
+        """The values of all networks that have the IP address of these 4 or 16 bytes."""
+        number, found = int.from_bytes(packed, 'big'), []
+        for shift, table in self._tables[len(packed)].items():
+            found += table.get(number >> shift, ())
+        return found
+
+
+class Networks(tuple):
+    """ip_networks, which are compiled when the first address is looked up."""
+    _map = _local = None
+
+    def has(self, host):
+        """Whether the IP address `host` is in one of them."""
+        return bool(self) and self.has_bytes(ip_bytes(host))
+
+    def has_bytes(self, packed):
+        if self._map is None:
+            self._map = NetworkMap()
+            for network in self:
+                self._map.add(network, network)
+        return bool(self._map.find(packed))
+
+    @property
+    def local(self):
+        """Those that are inside one of LOCAL_NETWORKS."""
+        if self._local is None:
+            self._local = Networks(filter(is_inside_local, map(plain_network, self)))
+        return self._local
+
+
+def plain_network(network):
+    """The ip_network `network`; if its addresses are v4-mapped, the IPv4 network."""
+    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
+                                      network.prefixlen - 96))
+    return network
+
+
+# What only the proxy's own host should reach: itself, its link, the metadata services of clouds,
+# groups, and addresses that are not one host's.
+LOCAL_NETWORKS = Networks(map(ipaddress.ip_network, (
     '0.0.0.0/8', '127.0.0.0/8', '169.254.0.0/16', '224.0.0.0/4', '240.0.0.0/4',
-    '::/128', '::1/128', 'fe80::/10', 'ff00::/8', 'fd00:ec2::254/128')]
+    '::/128', '::1/128', 'fe80::/10', 'fec0::/10', 'ff00::/8',
+    '100.100.100.200/32', '168.63.129.16/32', '192.0.0.192/32',         # Alibaba, Azure, Oracle
+    'fd00:ec2::254/128', 'fd20:ce::254/128')))                          # Amazon, Google
 
 ZEROS = ('0.0.0.0', '::')
 
-# IPv6 networks whose addresses carry an IPv4 one: its place, in bytes.
-EMBEDDED = {
-    ipaddress.ip_network('::ffff:0:0/96'): 12,          # v4-mapped, RFC 4291
-    ipaddress.ip_network('::/96'): 12,                  # v4-compatible, RFC 4291
-    ipaddress.ip_network('64:ff9b::/96'): 12,           # NAT64, RFC 6052
-    ipaddress.ip_network('2002::/16'): 2,               # 6to4, RFC 3056
-}
+# How IPv6 addresses begin that carry an IPv4 address, and the places of its bytes.
+LAST = (12, 13, 14, 15)
+EMBEDDED = (
+    (V4_MAPPED, LAST),                                  # RFC 4291 section 2.5.5.2
+    (bytes(12), LAST),                                  # v4-compatible, RFC 4291 section 2.5.5.1
+    (bytes(8) + b'\xff\xff\0\0', LAST),                 # IPv4-translated, RFC 2765 section 2.1
+    (b'\0\x64\xff\x9b' + bytes(8), LAST),               # NAT64, RFC 6052 section 2.1
+    (b'\x20\x02', (2, 3, 4, 5)),                        # 6to4, RFC 3056 section 2
+    (b'\x20\x01\0\0', (4, 5, 6, 7)),                    # Teredo's server, RFC 4380 section 4
+)
+TEREDO = b'\x20\x01\0\0'                # the last bytes are the client's, inverted
+ISATAP = (b'\0\0\x5e\xfe', b'\2\0\x5e\xfe')            # before the last bytes, RFC 5214 section 6.1
+# Prefixes for a network's own NAT64 have several lengths (RFC 8215, RFC 6052 section 2.2).
+OWN_NAT64 = b'\0\x64\xff\x9b\0\1'
+OWN_NAT64_PLACES = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), LAST)
 
 
-@functools.lru_cache(4096)
-def with_embedded(host):
-    """The IP address `host`, and any IPv4 address within it, as ip_addresses."""
-    ip = ipaddress.ip_address(host)
-    return [ip] + [ipaddress.ip_address(ip.packed[place:place + 4])
-                   for network, place in EMBEDDED.items() if ip in network]
+def with_embedded(packed):
+    """The bytes of an IP address, and of each IPv4 address that may be within it."""
+    found = [packed]
+    if len(packed) == 16:
+        found += [bytes(map(packed.__getitem__, places)) for start, places in EMBEDDED
+                  if packed.startswith(start)]
+        if packed.startswith(TEREDO):
+            found.append(bytes(byte ^ 0xff for byte in packed[12:]))
+        if packed[8:12] in ISATAP:
+            found.append(packed[12:])
+        if packed.startswith(OWN_NAT64):
+            readings = [bytes(map(packed.__getitem__, places)) for places in OWN_NAT64_PLACES]
+            found += [reading for reading in readings if reading[0]]    # else it is the prefix
+    return found
+
+
+def is_inside_local(network):
+    """Whether an ip_network, or the IPv4 network that an IPv6 one is for, is in a local one."""
+    start, length = network.network_address.packed, network.prefixlen
+    readings = [network]
+    for prefix, places in EMBEDDED if network.version == 6 else ():
+        if start.startswith(prefix) and length >= 8 * places[0]:
+            part = bytes(map(start.__getitem__, places))
+            readings.append(ipaddress.IPv4Network((part, min(32, length - 8 * places[0]))))
+    return (length == network.max_prefixlen and is_local(ip_text(start))
+            or any(each.prefixlen >= local.prefixlen and each.network_address in local
+                   for each in readings for local in LOCAL_NETWORKS))
 
 
 @functools.lru_cache(4096)
 def is_local(host):
     """Whether the IP address `host`, or an IPv4 address within it, is in LOCAL_NETWORKS."""
-    return any(ip in network for ip in with_embedded(host) for network in LOCAL_NETWORKS)
+    return any(map(LOCAL_NETWORKS.has_bytes, with_embedded(ip_bytes(host))))
 
 
 @functools.lru_cache(4096)
 def is_loopback(host):
     """Whether the IP address `host` is of this host alone."""
-    return ipaddress.ip_address(host).is_loopback
+    packed = ip_bytes(host)
+    return packed[0] == 127 if len(packed) == 4 else packed == LOOPBACK6
 
 
 def is_ours(host):
     """Whether the IP address `host` is one of this machine's."""
     with _orig_socket(family_of(host), socket.SOCK_DGRAM) as sock:
         try:
-            sock.bind((host, 0))
+            sock.bind(socket_address(Address(host, 0)))
         except OSError:
             return False
         return True
 
 
-def authorize(client, command, target, listeners):
+def authorize(client, command, target, listeners, rule=None):
     """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
 
-    A client on this host may reach anything.  Any other must not use the proxy to reach
-    LOCAL_NETWORKS, or the proxy (`listeners`) itself; nor BIND for anybody, which is what a target
-    of zeros means there.
+    A client on this host may reach anything.  Any other may reach LOCAL_NETWORKS, and BIND for any
+    peer, which a target of zeros means, only if the `rule` that allows it is on a network for that;
+    and the proxy (`listeners`) itself never.
     """
     if target.host in ZEROS and command != Command.BIND:
         raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
     if is_loopback(client.host):
         return
-    if is_local(target.host):
+    if is_local(target.host) and not (rule and rule.opens(target.host)):
         raise Refused(f'{target.host} is local to the proxy')
-    if any(target.port == listener.port for listener in listeners) and is_ours(target.host):
-        raise Refused(f'{target} is the proxy itself')
+    if any(target.port == port for _, port in listeners):
+        hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
+        for host, port in listeners:
+            if port == target.port and (
+                    host.partition('%')[0] in hosts
+                    or host in ZEROS and any(map(is_ours, hosts))):
+                raise Refused(f'{target} is the proxy itself')
 
 
-@functools.lru_cache(4096)
-def is_in(host, networks):
-    """Whether the IP address `host` is in one of the ip_networks."""
-    ip = ipaddress.ip_address(host)
-    return any(ip in network for network in networks)
+class Names(tuple):
+    """Host names in lower case; one with a dot before it stands for itself and all below it."""
+    _known = None
+
+    def has(self, name):
+        if self._known is None:
+            self._known = frozenset(self)
+        return not self._known.isdisjoint(name_keys(name))
+
+
+def name_keys(name):
+    """The items of `Names` that match `name`."""
+    keys, dot = [name, '.' + name], name.find('.')
+    while dot >= 0:
+        keys.append(name[dot:])
+        dot = name.find('.', dot + 1)
+    return keys
 
 
 class Rule(NamedTuple):
@@ -1875,58 +2408,161 @@ class Rule(NamedTuple):
     ports: Tuple = ()
     place: str = 'a rule'
 
+    def compiled(self):
+        """The same rule, for `Rules`."""
+        return self._replace(users=frozenset(self.users), clients=Networks(self.clients),
+                             names=Names(self.names), networks=Networks(self.networks))
+
+    @property
+    def is_for_all_hosts(self):
+        return not (self.names or self.networks)
+
+    @property
+    def denied_versions(self):
+        """The versions of IP all of whose addresses and ports it denies."""
+        if self.allow or self.ports:
+            return set()
+        return {4, 6} if self.is_for_all_hosts else {
+            network.version for network in self.networks if not network.prefixlen}
+
+    def is_for_client(self, client):
+        return ((not self.users or client.user in self.users)
+                and (not self.clients or self.clients.has(client.address.host)))
+
     def concerns(self, client, port):
         """Whether it is for what `client` wants, as far as that is not the host."""
         return ((not self.commands or client.command in self.commands)
-                and (not self.users or client.user in self.users)
-                and (not self.clients or is_in(client.address.host, self.clients))
-                and (not self.ports or any(low <= port <= high for low, high in self.ports)))
+                and (not self.ports or any(low <= port <= high for low, high in self.ports))
+                and self.is_for_client(client))
 
-    def is_for_name(self, name):
-        return any(('.' + name).endswith(each) if each[0] == '.' else name == each
-                   for each in self.names)
-
-    def is_for_host(self, host, name):
-        """`host` is an IP address; `name` the name that stands for it, or None.
-
-        Who denies a network denies the ways around it as well.
-        """
-        if not (self.names or self.networks) or name and self.is_for_name(name):
+    def is_for_host(self, hosts, name):
+        """`hosts` is what asked_hosts() gives; `name` the name that was asked for, or None."""
+        if self.is_for_all_hosts or name and self.names.has(name):
             return True
-        hosts = [host] if self.allow else map(str, with_embedded(host))
-        return any(is_in(each, self.networks) for each in hosts)
+        return any(map(self.networks.has_bytes, hosts[not self.allow]))
+
+    def opens(self, host):
+        """Whether it is on a network for what is local; for zeros, on one that has them."""
+        networks = self.networks if host in ZEROS else self.networks.local
+        return any(map(networks.has_bytes, asked_hosts(host)[0]))
 
 
-def first_rule(rules, client, target, name=None):
-    """The rule that decides about an IP address, asked for by `name` or not; Refused without one.
+def asked_hosts(host):
+    """The addresses, as bytes, that are looked up for the IP address `host` in networks that rules
+    allow, and in networks that they deny: denying a network denies the ways around it as well.
+
+    Zeros stand for any peer; a network of either family may allow them.
     """
-    for rule in rules:
-        if rule.concerns(client, target.port) and rule.is_for_host(target.host, name):
-            return rule
-    raise Refused(f'no rule is for {target}')
+    packed = ip_bytes(host)
+    return [bytes(4), bytes(16)] if host in ZEROS else [packed], with_embedded(packed)
 
 
-def judge_name(rules, client, target, is_final):
-    """Raise Refused if whatever address a name may have, `client` may not reach it.
+class Rules(tuple):
+    """`Rule`s, compiled; the first one that matches decides.
 
-    So what is forbidden is not even looked up.  `is_final`: nor will it be, and its address cannot
-    be what makes it allowed.
+    Each is filed under the rarest of its conditions, so that few need to be looked at.
     """
-    for rule in rules:
-        if not rule.concerns(client, target.port):
-            continue
-        is_for_it = not (rule.names or rule.networks) or rule.is_for_name(target.host)
-        if is_for_it and not rule.allow:
-            raise Refused(f'{rule.place} denies {target}')
-        may_be_in_there = rule.allow and rule.networks and not is_final
-        if is_for_it or may_be_in_there:
-            return
-    raise Refused(f'no rule is for {target}')
+    PORTS = 128                         # a rule is not filed under more
+
+    def __new__(cls, rules):
+        return super().__new__(cls, map(Rule.compiled, rules))
+
+    def __init__(self, _):
+        super().__init__()
+        self._users, self._names, self._ports = {}, {}, {}      # numbers of rules by condition
+        self._clients, self._networks = NetworkMap(), NetworkMap()
+        self._always, openers = [], {}
+        conditions = [self._conditions(rule) for rule in self]
+        count = Counter(key for choice in conditions for keys in choice for key in keys)
+        for number, choice in enumerate(conditions):
+            rarest = min(choice, default=(), key=lambda keys: max(map(count.get, keys)))
+            for kind, key in rarest:
+                self._file(kind, key, number)
+            if not rarest:
+                self._always.append(number)
+            rule = self[number]
+            if rule.allow and rule.networks and rarest[0][0] in ('names', 'networks'):
+                openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports), number)
+        # Of those for the same clients and ports, one is enough for a name to be looked up.
+        self._openers = openers.values()
+        self._general = [rule for rule in self if rule.allow or rule.denied_versions]
+
+    def _conditions(self, rule):
+        """Lists of (kind, key).  The rule matches only if of each list at least one is met."""
+        ports = [port for low, high in rule.ports
+                 for port in range(low, min(high, low + self.PORTS) + 1)]
+        choice = ([('users', user) for user in rule.users],
+                  [('clients', network) for network in rule.clients],
+                  [('names', name) for name in rule.names]
+                  + [('networks', network) for network in rule.networks],
+                  [('ports', port) for port in ports if len(ports) <= self.PORTS])
+        return [keys for keys in choice if keys]
+
+    def _file(self, kind, key, number):
+        filed = getattr(self, '_' + kind)
+        if isinstance(filed, NetworkMap):
+            filed.add(key, number)
+        else:
+            filed.setdefault(key, []).append(number)
+
+    def _candidates(self, client, port, name, *more):
+        """The rules that may match, in their order."""
+        numbers = {*self._always, *self._users.get(client.user, ()), *self._ports.get(port, ()),
+                   *self._clients.find(ip_bytes(client.address.host))}
+        for key in name_keys(name) if name and self._names else ():
+            numbers.update(self._names.get(key, ()))
+        return map(self.__getitem__, sorted(numbers.union(*more)))
+
+    def first(self, client, target, name=None):
+        """The rule that decides about an IP address, asked for by `name` or not; None without one.
+        """
+        hosts = asked_hosts(target.host)
+        found = map(self._networks.find, {*hosts[0], *hosts[1]})
+        for rule in self._candidates(client, target.port, name, *found):
+            if rule.concerns(client, target.port) and rule.is_for_host(hosts, name):
+                return rule
+        return None
+
+    def first_for_name(self, client, target, is_final):
+        """The rule that decides about a name, or may allow an address that it has, else None.
+
+        So a name that is forbidden is not even looked up.  `is_final`: none is, here, so that no
+        rule on networks can allow it.
+        """
+        name, openers = target.host, () if is_final else self._openers
+        for rule in self._candidates(client, target.port, name, openers):
+            if rule.concerns(client, target.port) and (
+                    rule.is_for_all_hosts or rule.names.has(name)
+                    or rule.allow and rule.networks and not is_final):
+                return rule
+        return None
+
+    def may_allow(self, client, command):
+        """Whether there may be a target for which the client may use the command."""
+        denied = set()
+        for rule in self._general:
+            if (not rule.commands or command in rule.commands) and rule.is_for_client(client):
+                if rule.allow:
+                    return True
+                denied |= rule.denied_versions
+                if len(denied) == 2:
+                    return False
+        return False
+
+
+def allowing(rule, target):
+    """`rule`, which decides about `target`; Refused unless there is one and it allows it."""
+    if not rule:
+        raise Refused(f'no rule is for {target}')
+    if not rule.allow:
+        raise Refused(f'{rule.place} denies {target}')
+    return rule
 
 
 RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
                  'udp': (Command.UDP_ASSOCIATE,),
                  'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
+RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names'}
 
 
 def parse_rule(text, place):
@@ -1934,87 +2570,144 @@ def parse_rule(text, place):
 
     allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
     to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...]
+
+    Words may be quoted, which names with spaces need: 'Bob Smith'.
     """
-    word, *words = text.split()
-    if word not in ('allow', 'deny'):
-        raise FileError(f'{place}: {word!r}, expected allow or deny')
-    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': []}
-    section, sections = 'commands', {'user': 'users', 'from': 'clients', 'to': 'names'}
-    anything = False
-    for word in words:
-        if word in sections:
-            if section == 'names' or section != 'commands' and not parts[section]:
-                raise FileError(f'{place}: {word!r} is not expected here')
-            section = sections[word]
-        elif section == 'commands':
-            if word not in RULE_COMMANDS:
-                raise FileError(f'{place}: {word!r}, expected connect, bind, udp, resolve, user, '
-                                 f'from or to')
-            parts['commands'] += RULE_COMMANDS[word]
-        elif section == 'names' and re.match('[0-9]+(-[0-9]+)?$', word):
-            parts['ports'].append(parse_ports(word, place))
-        elif section == 'names' and word == '*':
-            anything = True
-        elif section == 'users':
-            parts['users'].append(shown(word))
+    try:
+        (first, _), *words = split_rule(text) or [('', False)]
+        if first not in ('allow', 'deny'):
+            raise ValueError(f'{first!r}, expected allow or deny')
+        return Rule(first == 'allow', place=place, **parse_conditions(words))
+    except ValueError as error:
+        raise FileError(f'{place}: {error}') from None
+
+
+def split_rule(text):
+    """[(word, whether it is quoted)] of a line, up to a comment."""
+    words = []
+    for match in re.finditer(r'"([^"]*)"(?!\S)|\'([^\']*)\'(?!\S)|(\S+)', text):
+        double, single, plain = match.groups()
+        if plain is None:
+            words.append((single if double is None else double, True))
+        elif plain[0] == '#':
+            break
+        elif plain[0] in '"\'':
+            raise ValueError(f'{plain}: expected one more {plain[0]}, and a space after it')
         else:
-            kind, value = parse_host(word, place, section)
-            parts[kind].append(value)
-    if section != 'names' or anything == bool(parts['names'] or parts['networks']):
-        raise FileError(f'{place}: expected "to", then networks and names, or *')
-    return Rule(text.startswith('allow'), place=place,
-                **{name: tuple(values) for name, values in parts.items()})
+            words.append((plain, False))
+    return words
 
 
-def parse_ports(word, place):
-    low, _, high = word.partition('-')
-    low, high = int(low), int(high or low)
-    if not low <= high < 65536:
-        raise FileError(f'{place}: {word!r}, expected PORT or LOW-HIGH, up to 65535')
-    return low, high
+def parse_conditions(words):
+    """The fields of a `Rule` by name; ValueError says what is wrong."""
+    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': []}
+    section, is_for_all = 'commands', False
+    for word, is_quoted in words:
+        hosts = is_for_all or parts['names'] or parts['networks']
+        if word in RULE_SECTIONS and not is_quoted:
+            if section == 'names' or section != 'commands' and not parts[section]:
+                raise ValueError(f'{word!r} is not expected here')
+            section = RULE_SECTIONS[word]
+        elif section == 'names' and word == '*':
+            is_for_all = True
+        elif section == 'names' and word in ('port', 'ports') and hosts:
+            raise ValueError(f'{word!r} is not expected here; ports are numbers, as in: to * 80')
+        else:
+            kind, values = RULE_WORDS[section](word)
+            parts[kind] += values
+    if section != 'names' or is_for_all == bool(parts['names'] or parts['networks']):
+        raise ValueError('expected "to", then networks and names, or *')
+    if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
+            and parts['ports'] and all(low for low, _ in parts['ports'])):
+        raise ValueError('look-ups have no port, so this is for none; expected no ports')
+    return {name: tuple(values) for name, values in parts.items()}
+
+
+def parse_command(word):
+    if word not in RULE_COMMANDS:
+        raise ValueError(f'{word!r}, expected connect, bind, udp, resolve, user, from or to')
+    return 'commands', RULE_COMMANDS[word]
+
+
+def parse_target(word):
+    """The field of a `Rule` where a word after "to" belongs, and what it is there."""
+    if re.match('[0-9]+(-[0-9]+)?$', word):
+        low, _, high = word.partition('-')
+        low, high = int(low), int(high or low)
+        if not low <= high < 65536:
+            raise ValueError(f'{word!r}, expected PORT or LOW-HIGH, up to 65535')
+        return 'ports', [(low, high)]
+    if '/' in word or ip_bytes(word.strip('[]')):
+        return 'networks', [parse_network(word)]
+    with_port = re.match(r'([^:]+|\[.*\]):([0-9]+)$', word)
+    if with_port:
+        raise ValueError(f'{word!r}, expected the port as the next word: %s %s'
+                         % with_port.groups())
+    dot = '.' if word.startswith('.') else ''
+    try:
+        name = word if '*' in word else canonical(Address(word[len(dot):], 0)).host
+    except ProtocolError as error:
+        raise ValueError(str(error)) from None
+    if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():         # it matches nobody
+        raise ValueError(f'{word!r}, expected a network, a name, .suffix, or * alone')
+    return 'names', [dot + name]
 
 
 def parse_network(text):
-    """The ip_network of a text, one of v4-mapped addresses as IPv4, as which we know those."""
-    network = ipaddress.ip_network(text.strip('[]'))
-    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
-        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
-                                      network.prefixlen - 96))
-    return network
-
-
-def parse_host(word, place, section):
-    """Where a word of `section` belongs, and what it is there."""
-    with contextlib.suppress(ValueError):
-        return ('clients' if section == 'clients' else 'networks'), parse_network(word)
-    if section == 'clients' or '/' in word:
-        raise FileError(f'{place}: {word!r}, expected a network, 192.0.2.0/24 for example')
-    dot = '.' if word.startswith('.') else ''
+    """The ip_network of a text, one of v4-mapped addresses as IPv4; ValueError has the right form.
+    """
+    word = text.strip('[]')
     try:
-        name = canonical(Address(word[len(dot):], 0)).host
-    except ProtocolError as error:
-        raise FileError(f'{place}: {error}') from None
-    if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():         # it matches nobody
-        raise FileError(f'{place}: {word!r}, expected a network, a name, .suffix, or * alone')
-    return 'names', dot + name
+        network = ipaddress.ip_network(word, strict=False)
+    except ValueError:
+        network = None
+    host, percent, _ = word.partition('/')[0].partition('%')
+    if percent and ip_bytes(host):
+        raise ValueError(f'{text!r}, expected no zone')
+    if not network:
+        raise ValueError(f'{text!r}, expected a network, 192.0.2.0/24 for example')
+    if ip_bytes(host) != network.network_address.packed:
+        raise ValueError(f'{text!r}, expected {network} for the network, or {host} for the address')
+    return plain_network(network)
+
+
+# By section of a rule: the field to which a word belongs, and its values.
+RULE_WORDS = {
+    'commands': parse_command, 'names': parse_target,
+    'users': lambda word: ('users', [shown(word)]),
+    'clients': lambda word: ('clients', [parse_network(word)])}
+
+
+def all_of(function, items):
+    """The results of function(*item) for each item; FileError with all faults, not the first only.
+    """
+    results, faults = [], []
+    for item in items:
+        try:
+            results.append(function(*item))
+        except FileError as error:
+            faults += error.args
+    if faults:
+        raise FileError(*faults)
+    return results
 
 
 def read_lines(path):
     """(place, line) of the lines of a file that are neither empty nor comments, bytes."""
     try:
         with open(path, 'rb') as file:
-            for number, line in enumerate(file, 1):
-                line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
-                if line and not line.startswith(b'#'):
-                    yield f'{path}:{number}', line
+            lines = file.readlines()
     except OSError as error:
         raise FileError(f'{path}: {reason(error)}') from None
+    for number, line in enumerate(lines, 1):
+        line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
+        if line and not line.startswith(b'#'):
+            yield f'{path}:{number}', line
 
 
 def read_rules(path):
     """The `Rule`s in a file; FileError says where it is wrong."""
-    return tuple(parse_rule(re.split(r'\s#', line.decode('utf-8', 'replace'))[0], place)
-                 for place, line in read_lines(path))
+    return tuple(all_of(lambda place, line: parse_rule(name_text(line), place), read_lines(path)))
 
 
 class Hashed:
@@ -2029,6 +2722,7 @@ class Hashed:
 
     def __init__(self, text):
         import hashlib                  # here, because few servers need it
+        self._text = text
         self._method, parameters, salt, digest = text.split(':')
         self._parameters = [int(number) for number in parameters.split('-')]
         self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
@@ -2040,6 +2734,12 @@ class Hashed:
                 and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64):
             raise ValueError(self._method)
         self._right = None
+
+    def __eq__(self, other):
+        return isinstance(other, Hashed) and self._text == other._text
+
+    def __hash__(self):
+        return hash(self._text)
 
     @classmethod
     def make(cls, password):
@@ -2075,75 +2775,117 @@ class Hashed:
         return same
 
 
+def parse_user(place, line):
+    """(name, password) of a line NAME:PASSWORD or NAME:METHOD:...:HASH."""
+    name, _, password = line.partition(b':')
+    if not (0 < len(name) < 256 and 0 < len(password) < 256):
+        raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each')
+    if password.startswith((b'scrypt:', b'pbkdf2:')):
+        try:
+            password = Hashed(password.decode('ascii'))
+            if len(password.digest) != 32:
+                raise ValueError
+        except ValueError:
+            raise FileError(f'{place}: expected what --hash-password prints, by this Python if it '
+                            f'lacks scrypt') from None
+    return name, password
+
+
 def read_users(path):
-    """The users in a file of NAME:PASSWORD or NAME:METHOD:...:HASH lines; FileError if it is
-    wrong.  Warns if others can read it."""
+    """The users in a file of such lines; FileError if it is wrong.  Warns if others can read it."""
     users = {}
-    for place, line in read_lines(path):
-        name, _, password = line.partition(b':')
-        if not (0 < len(name) < 256 and 0 < len(password) < 256) or name in users:
-            raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each, and each '
-                            f'name once')
-        if password.startswith((b'scrypt:', b'pbkdf2:')):
-            try:
-                password = Hashed(password.decode('ascii'))
-                if len(password.digest) != 32:
-                    raise ValueError
-            except ValueError:
-                raise FileError(f'{place}: expected what --hash-password prints, by this Python '
-                                f'if it lacks scrypt') from None
+
+    def add(place, line):
+        name, password = parse_user(place, line)
+        if name in users:
+            raise FileError(f'{place}: expected each name once, {shown(name_text(name))} is there')
         users[name] = password
-    if os.name == 'posix' and os.stat(path).st_mode & 0o077:
-        log.warning('%s: others can read it', path)
+
+    all_of(add, read_lines(path))
+    if not users:
+        raise FileError(f'{path}: there are no users, so nobody would be asked')
+    warn_if_readable(path)
     return users
 
 
-def authenticate(users, credentials, until=None, is_hopeless=lambda: False):
-    """Conversation: whether `credentials` are one of the users'.
+def warn_if_readable(path):
+    """Of a file with secrets, if others than its owner can read it."""
+    if os.name == 'posix' and os.stat(path).st_mode & 0o077:
+        log.warning('%s: others can read it', path)
 
-    Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at once.
-    """
-    import hmac                         # here, because few servers need it and it is large
-    password = users.get(credentials.username)
-    is_user = password is not None
-    if not is_user:                     # let it take as long as if it were
-        password = next((each for each in users.values() if isinstance(each, Hashed)), b'')
-    if isinstance(password, Hashed):
+
+class Users(dict):
+    """Passwords by user name, all bytes; or a `Hashed` in place of a password."""
+
+    def __init__(self, users=()):
+        super().__init__((encoded(name), encoded(password))
+                         for name, password in dict(users).items())
+        self._decoy = next((each for each in self.values() if isinstance(each, Hashed)), None)
+
+    def verify(self, credentials, until=None, is_hopeless=lambda: False):
+        """Conversation: whether `credentials` are those of a user.
+
+        Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at
+        once.  If the password of one user is hashed, a failure takes that work for every name: else
+        its time would tell who has a hashed password.
+        """
+        import hmac                     # here, because few servers need it and it is large
+        given, password = credentials.password, self.get(credentials.username)
+        if isinstance(password, Hashed):
+            if password.is_known(given):
+                return True
+        elif hmac.compare_digest(given, password or b'') and password is not None:
+            return True
+        hashed = password if isinstance(password, Hashed) else self._decoy
+
         def verify():                   # it may be known by now
-            return (password.is_known(credentials.password)
-                    or not is_hopeless() and password.verify(credentials.password))
+            return (hashed is password and hashed.is_known(given)
+                    or not is_hopeless() and hashed.verify(given))
 
-        same = password.is_known(credentials.password) or (yield Call(verify, until, True))
-    else:
-        same = hmac.compare_digest(credentials.password, password)
-    return same and is_user
+        same = hashed and (yield Call(verify, until, True))
+        return bool(same) and hashed is password
 
 
 class Failures:
-    """How often each client failed to log in of late."""
+    """How often logins failed of late, by client (see client_key) and user name."""
     LIMIT, WINDOW = 30, 60.0            # failures, seconds
-    ROOM = 4096                         # clients that are remembered
+    CLIENT_LIMIT = 300                  # with whatever user names; many may share an address
+    ROOM = 16384                        # counts that are remembered
 
     def __init__(self):
-        self._since = {}                # by client: [when the first one was, how many there were]
+        self._since = {}                # [when the first one was, how many there were]
 
-    def note(self, host):
-        key, now = client_key(host), time.monotonic()
-        if now > self._since.get(key, (now, 0))[0] + self.WINDOW:
-            del self._since[key]
-        if len(self._since) >= self.ROOM:
-            del self._since[next(iter(self._since))]
-        self._since.setdefault(key, [now, 0])[1] += 1
+    def _counts(self, key, user):
+        """What is counted of such a login, and up to which number."""
+        return ((key, user), self.LIMIT), ((key, None), self.CLIENT_LIMIT)
 
-    def too_many(self, host):
-        since, count = self._since.get(client_key(host), (0, 0))
-        return count >= self.LIMIT and time.monotonic() <= since + self.WINDOW
+    def note(self, key, user):
+        """Count a failure; (user or None for all, how many) for each limit that it reaches."""
+        now, reached = time.monotonic(), []
+        for each, limit in self._counts(key, user):
+            if now > self._since.get(each, (now, 0))[0] + self.WINDOW:
+                del self._since[each]
+            if len(self._since) >= self.ROOM and each not in self._since:
+                del self._since[next(iter(self._since))]
+            count = self._since.setdefault(each, [now, 0])
+            count[1] += 1
+            if count[1] == limit:
+                reached.append((each[1], limit))
+        return reached
+
+    def too_many(self, key, user):
+        now = time.monotonic()
+        for each, limit in self._counts(key, user):
+            since, count = self._since.get(each, (0, 0))
+            if count >= limit and now <= since + self.WINDOW:
+                return True
+        return False
 
 
 # ------------------------------------------------------------------------------------------ loops
 
 class Poller:
-    """The interface of select.epoll(), on what other systems have."""
+    """The interface of select.epoll(), by `selectors` on other systems."""
     READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
     def __init__(self):
@@ -2155,17 +2897,17 @@ class Poller:
         return [(key.fd, events) for key, events in self._selector.select(seconds)]
 
 
-if hasattr(select, 'epoll'):            # selectors has it too, but takes twice as long
+if hasattr(select, 'epoll'):            # used directly: `selectors` takes twice as long
     Poller = select.epoll
     READ, WRITE = select.EPOLLIN, select.EPOLLOUT
-    ERRORS = select.EPOLLET             # nothing else, and each once
+    ERRORS = select.EPOLLET             # errors only, edge-triggered
 else:
     READ, WRITE = Poller.READ, Poller.WRITE
-    ERRORS = 0                          # there one only learns of them when one reads or writes
+    ERRORS = 0                          # errors show in the next read or write
 
 
 class Waker:
-    """A socket that is readable from wake(), which any thread may call, to clear()."""
+    """A socket that is readable after wake(), which any thread may call, until clear()."""
 
     def __init__(self):
         self._reader, self._writer = stock_pair()
@@ -2180,7 +2922,7 @@ class Waker:
         return self._writer.fileno()
 
     def wake(self):
-        with contextlib.suppress(OSError):      # full: it is awake already
+        with contextlib.suppress(OSError):      # the buffer is full: it is readable already
             self._writer.send(b'\0')
 
     def clear(self):
@@ -2193,19 +2935,19 @@ class Waker:
 
 
 class Timers:
-    """At most one time for each item, kept in its attribute `due`, to the next TICK.
+    """A timer for each item, in its attribute `due`, in units of TICK seconds.
 
-    Items wait in one set for each tick, so that setting a time and dropping it cost the same
-    however many there are, and nothing is left of an item that ended early.
+    The items of a tick are in one set, so that setting and cancelling a timer take constant time,
+    and a cancelled timer leaves nothing behind.
     """
     TICK = 0.05                         # seconds
 
     def __init__(self):
         self._ticks = {}
-        self.next = float('inf')        # nothing expires before; after, something may
+        self.next = float('inf')        # no timer expires before that time
 
     def set(self, item, when):
-        """Have the item's time be `when`; None for no time."""
+        """Set the timer of `item` to a time, or cancel it (None)."""
         tick = when and int(when / self.TICK) + 1
         if tick != item.due:
             if item.due in self._ticks:
@@ -2219,12 +2961,12 @@ class Timers:
                     self.next = tick * self.TICK
 
     def pause(self, now):
-        """Seconds until there may be something to do."""
+        """Seconds until a timer may expire."""
         pause = self.next - now
         return LONGEST if pause > LONGEST else pause if pause > 0 else 0
 
     def expired(self, now):
-        """The items whose time has passed; they have none then."""
+        """The items whose timers have expired; these are cancelled."""
         ticks = [tick for tick in self._ticks if tick * self.TICK <= now]
         items = [item for tick in sorted(ticks) for item in self._ticks.pop(tick)]
         self.next = min(self._ticks, default=float('inf')) * self.TICK
@@ -2245,21 +2987,22 @@ class Loop:
     expire()               its time has passed
     close(outcome)         give everything back
 
-    Other threads use only call() and stop().  `crew` does what blocks, `costly_crew` what also
-    takes much of a processor.  relieve(tunnel), if there is one, is called for a tunnel that turned
-    out to carry much.
+    Other threads use only call() and stop().  `crew` does what blocks, `resolver` looks names up.
+    relieve(tunnel), if there is one, is called for a tunnel that turned out to carry much.
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
     ROUND = 256                         # events at a time
+    ROUND_TIME = 0.001                  # seconds that datagrams may take of a round
     client = None                       # as an item of itself, for its waker
 
-    def __init__(self, crew=None, relieve=None, costly_crew=None):
+    def __init__(self, crew=None, relieve=None, resolver=None):
         self.crew = crew
-        self.costly_crew = costly_crew
+        self.resolver = resolver
         self.relieve = relieve
         self.items = {}                 # as a set, which would take twice the room
         self.timers = Timers()
         self.now = time.monotonic()     # as of this round of events
+        self.share = self.ROUND_TIME    # of one of the sockets that are ready
         # Other than a bytearray's, its memory is only taken as far as it is written to.
         private = {'flags': mmap.MAP_PRIVATE} if os.name == 'posix' else {}
         self.buffer = memoryview(mmap.mmap(-1, self.BUFFER, **private))
@@ -2268,10 +3011,14 @@ class Loop:
         self._asleep = False
         self._stopping = False
         self.closed = False
-        self.waker = Waker()
-        self._poller = Poller()
         self._watched = {}              # items by descriptor
         self._stale = set()             # descriptors that may have changed hands since the poll
+        self._poller = Poller()
+        try:
+            self.waker = Waker()
+        except OSError:                 # no descriptors left
+            self._poller.close()
+            raise
         self.watch(self.waker, 0, READ, self)
 
     def call(self, item, function, *args):
@@ -2308,6 +3055,7 @@ class Loop:
             found = poll(0 if inbox else timers.pause(monotonic()), self.ROUND)
             self._asleep = False
             self.now = monotonic()
+            self.share = self.ROUND_TIME / (len(found) or 1)
             for fd, events in found:
                 if fd in stale:
                     continue
@@ -2350,7 +3098,7 @@ class Loop:
         """An exception came out of `item`."""
         log.exception('%s: this is a bug', item.client and item.client.address)
         with contextlib.suppress(Exception):
-            item.close('failed')
+            item.close('failed: this is a bug')
 
     def ready(self, *_):
         """The waker is; the loop watches it as an item does its sockets."""
@@ -2360,11 +3108,13 @@ class Loop:
 class Task:
     """A conversation in a loop, and the client's socket, which it owns.
 
-    The conversation's result is a relay, which takes the socket over, or None.
+    The conversation's result is a relay, which takes the socket over, or None.  If the client
+    resets its connection, ClientReset is raised in the conversation, whatever that waits for.
     """
     __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation', '_wish',
                  '_call')
     NOTHING = Wait()
+    COSTLY_CALLS = 2                    # at a time, of all clients
 
     def __init__(self, client, sock, conversation):
         self.client = client
@@ -2374,7 +3124,7 @@ class Task:
         self._others = []               # sockets that are watched
         self._conversation = conversation
         self._wish = self.NOTHING
-        self._call = None               # what the crew is at
+        self._call = None               # the `Call` or `LookUp` that others are at
 
     traffic = 0, 0
 
@@ -2387,9 +3137,12 @@ class Task:
         found = [sock for sock in (*self._wish.reading, *self._wish.writing) if sock.fileno() == fd]
         if found:
             self._step(self._conversation.send, found)
-        elif self._conversation and self._sock.fileno() == fd:      # not now; _watch() looks again
-            self.loop.watch(self._sock, self._events, 0, self)
-            self._events = 0
+        elif self._conversation and self._sock.fileno() == fd:
+            error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                self._step(self._conversation.throw, ClientReset(os.strerror(error)))
+            else:                       # it says something, or ends its direction: not now
+                self._watch_own(ERRORS)
 
     def expire(self):
         if self._call:
@@ -2416,26 +3169,45 @@ class Task:
         except StopIteration as stop:
             return self._end(stop.value)
         self.loop.timers.set(self, wish.until)
-        if isinstance(wish, Call):
-            self._call = wish
-            try:
-                crew = self.loop.costly_crew if wish.is_costly else self.loop.crew
-                crew.run(self.client.address.host, self._work, wish)
-            except RuntimeError as error:           # no thread to be had
-                self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
-        else:
+        if isinstance(wish, Wait):
             self._wish = wish
             self._watch()
+        else:
+            self._call = wish
+            try:
+                self._delegate(wish)
+            except RuntimeError as error:           # no thread to be had
+                return self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
+        if ERRORS and not self._events and self._conversation and self._sock:
+            self._watch_own(ERRORS)     # a reset ends the conversation
+
+    def _delegate(self, call):
+        """Have other threads do what blocks; RuntimeError if they cannot."""
+        owner = self.client.key
+        if isinstance(call, LookUp):
+            self.loop.resolver.ask(owner, self, call)
+        elif call.is_costly:
+            self.loop.crew.run('costly', self._work, call, limit=self.COSTLY_CALLS)
+        else:
+            self.loop.crew.run(owner, self._work, call)
 
     def _work(self, call):
         """In a thread of the crew."""
-        value = error = None
-        if call is self._call:          # it is still waited for
+        if self.is_waiting_for(call):
+            value = error = None
             try:
                 value = call.function()
             except Exception as caught:
                 error = caught
-            self.loop.call(self, self._resume, call, value, error)
+            self.answer(call, value, error)
+
+    def is_waiting_for(self, call):
+        """Whether the conversation still does; from any thread."""
+        return call is self._call
+
+    def answer(self, call, value=None, error=None):
+        """Resume the conversation with the result of a call, or with its error; from any thread."""
+        self.loop.call(self, self._resume, call, value, error)
 
     def _resume(self, call, value, error):
         if call is not self._call:
@@ -2458,6 +3230,10 @@ class Task:
                     self.loop.watch(sock, self._events, wanted, self)
                     self._events = wanted
 
+    def _watch_own(self, wanted):
+        self.loop.watch(self._sock, self._events, wanted, self)
+        self._events = wanted
+
     def _unwatch(self):
         while self._others:
             self.loop.watch(self._others.pop(), READ, 0, self)
@@ -2473,80 +3249,426 @@ class Task:
             self._sock.close()
 
 
+class Errand(Task):
+    """A conversation on behalf of a relay, in the relay's loop; `relay.errands` has those that are
+    under way.  It has no socket of its own, and its result means nothing."""
+    __slots__ = ('_relay',)
+
+    def __init__(self, relay, conversation):
+        super().__init__(relay.client, None, conversation)
+        self._relay = relay
+
+    def start(self, loop):
+        self.loop = loop
+        self._relay.errands.add(self)
+        self._step(self._conversation.send, None)
+
+    def close(self, outcome):
+        self._relay.close(outcome)
+
+    def cancel(self):
+        self._unwatch()
+        self._call = None
+        self._conversation.close()
+        self._end(None)
+
+    def _end(self, _):
+        self._conversation = None
+        self.loop.timers.set(self, None)
+        self._relay.errands.discard(self)
+
+
+class Share:
+    """What one owner has of the `Crew`'s threads, and its jobs that wait for one."""
+    __slots__ = ('under_way', 'limit', 'waiting')
+
+    def __init__(self, limit):
+        self.under_way = 0
+        self.limit = limit
+        self.waiting = deque()
+
+
 class Crew:
     """Threads that do what blocks; a free one waits a while for the next job before it ends.
 
-    They do at most `share` jobs of one owner at a time, so that nobody keeps them all.
+    An owner may have three times as many threads as are left, of which an eighth of all is kept for
+    owners that have none.  So one alone has most of them, several have equal shares in the long
+    run, and there is one for the first job of another.
     """
+    LONGEST_QUEUE = 1024                # jobs of one owner that wait
 
-    def __init__(self, size=256, share=64, patience=5.0):
-        self._size = size
-        self._share = share
+    def __init__(self, size=256, patience=5.0):
+        self.size = size
         self._patience = patience       # seconds
-        self._jobs = SimpleQueue()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._threads = set()
-        self._free = 0                  # threads that wait, less the jobs that do
-        self._owners = {}               # by owner: (jobs under way, deque of those that wait)
+        self._ready = deque()           # jobs that the next free threads take, as (owner, job)
+        self._taken = 0                 # threads that have a job, or are to take one of those
+        self._shares = {}               # by owner
+        self._turns = deque()           # owners with jobs that wait
+        self._closed = False
 
-    def run(self, owner, *job):
-        """Call job[0](*job[1:]) in some thread; RuntimeError if there is none and none starts."""
-        with self._lock:
-            under_way, waiting = self._owners.get(owner, (0, deque()))
-            if under_way >= self._share:
-                return waiting.append(job)
-            if self._free <= 0 and len(self._threads) < self._size:
-                thread = threading.Thread(target=self._work, args=(owner, job), name='socks-crew',
-                                          daemon=True)
-                thread.start()
-                self._threads.add(thread)
-            else:
-                self._free -= 1
-                self._jobs.put((owner, job))
-            self._owners[owner] = under_way + 1, waiting
+    def run(self, owner, *job, limit=float('inf'), at_once=False):
+        """Call job[0](*job[1:]) in some thread, at most `limit` of the owner's at a time.
 
-    def _work(self, owner, job):
-        while job:
-            function, *args = job
+        Raises RuntimeError if no thread starts, or too many jobs of the owner wait already; with
+        `at_once`, if the job would have to wait at all.
+        """
+        with self._changed:
+            if self._closed:
+                raise RuntimeError('the server is closed')
+            share = self._shares.setdefault(owner, Share(limit))
+            if (len(share.waiting) >= self.LONGEST_QUEUE
+                    or at_once and not self._may_have_thread(share)):
+                raise RuntimeError('too many wait for a thread')
+            if not share.waiting:
+                # A newcomer is before those who have some threads already.
+                (self._turns.append if share.under_way else self._turns.appendleft)(owner)
+            share.waiting.append(job)
+            self._distribute()
+            self._changed.notify()
             try:
-                function(*args)
+                self._start_threads()
+            except RuntimeError:
+                if not self._threads:   # else one of them will do it
+                    self._done(*self._ready.pop())
+                    raise
+
+    def _may_have_thread(self, share):
+        left = self.size - self._taken
+        if not share.under_way:
+            return left > 0
+        return share.under_way < min(share.limit, 3 * (left - self.size // 8))
+
+    def _distribute(self):
+        """Make those jobs ready that may have a thread."""
+        for _ in range(len(self._turns)):
+            if self._taken >= self.size:
+                return
+            owner = self._turns.popleft()
+            share = self._shares[owner]
+            if self._may_have_thread(share):
+                share.under_way += 1
+                self._taken += 1
+                self._ready.append((owner, share.waiting.popleft()))
+            if share.waiting:
+                self._turns.append(owner)
+
+    def _start_threads(self):
+        while self._taken > len(self._threads):
+            thread = threading.Thread(target=self._work, name='socks-crew', daemon=True)
+            thread.start()
+            self._threads.add(thread)
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or self._closed, self._patience)
+                if self._closed or not self._ready:
+                    return self._threads.discard(threading.current_thread())
+                owner, job = self._ready.popleft()
+            try:
+                job[0](*job[1:])
             except Exception:
                 log.exception('this is a bug')
-            job = function = args = None            # hold nothing while waiting
-            job = self._done(owner)
-            if not job:
-                owner, job = self._next()
-        self._threads.discard(threading.current_thread())
+            with self._changed:
+                self._done(owner, job)
+                self._distribute()
+                self._changed.notify(max(0, len(self._ready) - 1))      # one is for this thread
+                with contextlib.suppress(RuntimeError):
+                    self._start_threads()
+            job = None                  # hold nothing while waiting
 
-    def _done(self, owner):
-        """One of the owner's jobs is; the next one, if it had to wait for that."""
-        with self._lock:
-            under_way, waiting = self._owners[owner]
-            if waiting:
-                return waiting.popleft()
-            self._owners[owner] = under_way - 1, waiting
-            if under_way == 1:
-                del self._owners[owner]
-            self._free += 1
-            return None
-
-    def _next(self):
-        try:
-            return self._jobs.get(timeout=self._patience)
-        except Empty:
-            with self._lock:
-                if self._free > 0:
-                    self._free -= 1
-                    return None, None
-            return self._jobs.get()                 # it came at the last moment
+    def _done(self, owner, _):
+        """Account for a job that has ended."""
+        share = self._shares[owner]
+        share.under_way -= 1
+        self._taken -= 1
+        if not (share.under_way or share.waiting):
+            del self._shares[owner]
 
     def dismiss(self):
-        """Have all threads end as soon as they are free."""
-        self._patience = 0
+        """Have all threads end as soon as they are free, and begin no job that waits."""
+        with self._changed:
+            self._closed = True
+            self._turns.clear()
+            self._changed.notify_all()
+
+
+HOSTS_FILE = r'C:\Windows\System32\drivers\etc\hosts' if os.name == 'nt' else '/etc/hosts'
+RESOLV_CONF = '/etc/resolv.conf'
+FAMILIES = socket.AF_INET, socket.AF_INET6              # each has a look-up of its own
+TOGETHER = (socket.AF_UNSPEC,)                          # or both have one
+
+
+def when_written(path):
+    """The time of a file; None if it is not there."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_mtime_ns
+    return None
+
+
+@functools.lru_cache(1)
+def hosts_file_names(path, _):
+    """The names in the system's table of hosts, in lower case; `_` is its time."""
+    names = set()
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        for line in file:
+            names.update(line.lower().partition(b'#')[0].split()[1:])
+    return names
+
+
+@functools.lru_cache(1)
+def has_search_list(path, _):
+    """Whether names may be looked up with domains of this host behind them (resolv.conf(5))."""
+    if '.' in socket.gethostname() or os.name != 'posix':
+        return True
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        return any(re.match(br'(search|domain)\s+[^\s.]', line) for line in file)
+    return False
+
+
+def look_up_plan(name, is_strict):
+    """How to look a name up: (name, families) for one step after the other, until one finds it.
+
+    The table of hosts overrides DNS for both families.  Where a search list may apply, a name with
+    a dot is tried as absolute first: its families must not be found under different domains.  With
+    `is_strict`, no name is looked up through a search list.
+    """
+    plain, has_dot = name.rstrip('.'), '.' in name
+    if (plain == 'localhost'
+            or plain.encode() in hosts_file_names(HOSTS_FILE, when_written(HOSTS_FILE))):
+        return [(plain, TOGETHER)]
+    if not (is_strict and not has_dot or has_search_list(RESOLV_CONF, when_written(RESOLV_CONF))):
+        return [(name, FAMILIES)]
+    steps = [(plain + '.', FAMILIES)] if has_dot or is_strict else []
+    return steps if is_strict or name != plain else [*steps, (name, TOGETHER)]
+
+
+# IPv6 networks of lower precedence than IPv4 (RFC 6724 section 2.1): Teredo, 6to4, unique local.
+AFTER_IPV4 = [ipaddress.ip_network(network)
+              for network in ('2001::/32', '2002::/16', 'fc00::/7')]
+
+
+def preferred(hosts):
+    """IP addresses in the order in which to try them, families in turn, at most ATTEMPTS.
+
+    IPv6 comes first if this host has a route for it, unless one of its two ends is in AFTER_IPV4.
+    """
+    v4, v6 = ([host for host in hosts if (':' in host) == is_v6] for is_v6 in (False, True))
+    if v4 and v6:
+        with contextlib.suppress(OSError):              # there is no route
+            ends = [ipaddress.ip_address(host) for host in (v6[0], way_out(v6[:1], ()))]
+            if not any(end in network for end in ends for network in AFTER_IPV4):
+                return in_turn(v6, v4)[:ATTEMPTS]
+    return in_turn(v4, v6)[:ATTEMPTS]
+
+
+class Query:
+    """The look-up of one name, and who waits for it."""
+    __slots__ = ('name', 'memory', 'owners', 'waiting', 'is_renewal', 'steps', 'missing', 'found',
+                 'failures', 'complete', 'answered')
+
+    def __init__(self, name, memory, is_renewal):
+        self.name = name
+        self.memory = memory            # for the answer
+        self.owners = set()             # among whose jobs it is
+        self.waiting = []               # (task, wish)
+        self.is_renewal = is_renewal    # of an answer that still serves
+        self.steps = None               # that are left of its plan; None: it has not begun
+        self.missing = set()            # families of the step under way
+        self.found = {}                 # family: IP addresses
+        self.failures = []              # (errno, text)
+        self.complete = threading.Event()       # all families of a step are in
+        self.answered = None            # when
+
+
+class Answer(NamedTuple):
+    """What is remembered of a name: `hosts`, or the (errno, text) of a `failure`."""
+    hosts: Sequence
+    failure: Optional[Tuple]
+    renewal: float                      # when to look it up again if it is asked for
+    end: float                          # of its use
+
+
+class Resolver:
+    """Finds the IP addresses of names, in the threads of `crew`.
+
+    A name is looked up once for all who ask at the same time, with one look-up for each family
+    (RFC 8305 section 3): the first addresses are the answer, together with those that come within
+    DELAY.  It is remembered for a while, and renewed in the background while it is in use.
+
+    is_strict   see look_up_plan()
+    """
+    DELAY = 0.05                        # seconds, RFC 8305 section 8
+    LATE = 3                            # times that a family took longer: it is not waited for
+    MEMORY = 60.0                       # seconds, for addresses
+    RETRY = 3.0                         # seconds, for failures
+    LIMIT = 1024                        # names that are remembered
+
+    def __init__(self, crew):
+        self.crew = crew
+        self.is_strict = False
+        self._lock = threading.Lock()
+        self._answers = {}              # name: `Answer`, the latest one last
+        self._queries = {}              # name: `Query`
+        self._late = dict.fromkeys(FAMILIES + TOGETHER, 0)      # how often in succession
+        self._busy = dict.fromkeys(FAMILIES + TOGETHER, 0)      # look-ups under way
+
+    def ask(self, owner, task, wish):
+        """Have `task` get the answer to its `LookUp`; RuntimeError if no thread can find it."""
         with self._lock:
-            for _ in range(max(0, self._free)):
-                self._free -= 1
-                self._jobs.put((None, None))
+            answer, query = self._answers.get(wish.name), self._queries.get(wish.name)
+            now = time.monotonic()
+            is_known = answer is not None and now < answer.end
+            if is_known:
+                self._tell(task, wish, answer)
+                if query or now < answer.renewal:
+                    return
+            if not query:
+                query = self._queries[wish.name] = Query(wish.name, self._answers, is_known)
+            if not is_known:
+                query.waiting.append((task, wish))
+            # If it waits among the jobs of others, it must not wait for all of theirs.
+            if query.steps is None and owner not in query.owners:
+                query.owners.add(owner)
+                try:
+                    self.crew.run(owner, self._begin, query, owner)
+                except RuntimeError:
+                    self._withdraw(query, owner, (task, wish))
+                    if not is_known:
+                        raise
+
+    def _withdraw(self, query, owner, waiting):
+        query.owners.discard(owner)
+        if waiting in query.waiting:
+            query.waiting.remove(waiting)
+        if not query.owners:
+            del self._queries[query.name]
+
+    @staticmethod
+    def _tell(task, wish, answer):
+        error = None if answer.hosts else socket.gaierror(*answer.failure)
+        task.answer(wish, answer.hosts, error)
+
+    # In threads of the crew
+
+    def _begin(self, query, owner):
+        plan = look_up_plan(query.name, self.is_strict)
+        with self._lock:
+            if query.steps is not None:
+                return                  # somebody else's job did
+            query.steps = deque(plan)
+            if not (query.is_renewal
+                    or any(task.is_waiting_for(wish) for task, wish in query.waiting)):
+                return self._remove(query)
+        self._take_step(query, owner)
+
+    def _remove(self, query):
+        if self._queries.get(query.name) is query:      # it may be another's after forget()
+            del self._queries[query.name]
+
+    def _take_step(self, query, owner):
+        with self._lock:
+            name, families = query.steps.popleft()
+            # Look-ups that never end take threads; of a family that is late, one is enough.
+            slow = [family for family in families
+                    if self._busy[family] and self._late[family] >= self.LATE]
+            if len(slow) < len(families):
+                query.steps.extendleft((name, (family,)) for family in slow)
+                families = [family for family in families if family not in slow]
+            query.missing = set(families)
+            query.complete.clear()
+        for family in families[1:]:
+            try:
+                self.crew.run(owner, self._look_up, query, owner, name, family, at_once=True)
+            except RuntimeError:        # no thread is free: one after the other
+                with self._lock:
+                    query.missing.discard(family)
+                    query.steps.appendleft((name, (family,)))
+        self._look_up(query, owner, name, families[0])
+
+    def _look_up(self, query, owner, name, family):
+        with self._lock:
+            self._busy[family] += 1
+        hosts, failure = self._outcome(name, family)
+        with self._lock:
+            is_first, is_last = self._note(query, family, hosts, failure)
+        if is_first:                    # so this thread answers
+            if not is_last and any(self._late[each] < self.LATE for each in list(query.missing)):
+                query.complete.wait(self.DELAY)
+            self._finish(query)
+        elif is_last and not query.found:
+            if query.steps:
+                self._take_step(query, owner)
+            else:
+                self._finish(query)
+
+    @staticmethod
+    def _outcome(name, family):
+        """The IP addresses of a name, and the (errno, text) of the failure if there are none."""
+        try:
+            return hosts_of(name, family), None
+        except OSError as error:
+            number = error.errno if isinstance(error, socket.gaierror) else socket.EAI_FAIL
+            return [], (number, reason(error))
+        except Exception:
+            log.exception('this is a bug')
+            return [], (socket.EAI_FAIL, 'the look-up failed')
+
+    def _note(self, query, family, hosts, failure):
+        """Record the outcome for a family: (is it the first success, is no family missing)."""
+        now = time.monotonic()
+        self._busy[family] -= 1
+        if not query.answered or now - query.answered < self.DELAY:
+            self._late[family] = 0
+        query.missing.discard(family)
+        if hosts:
+            query.found[family] = hosts
+        else:
+            query.failures.append(failure)
+        if not query.missing:
+            query.complete.set()
+        if query.answered and hosts:    # too late for those who asked, but not for the next
+            self._remember(query, self._answer(query, query.answered))
+        return bool(hosts) and len(query.found) == 1, not query.missing
+
+    def _finish(self, query):
+        """Give the answer to all who wait for it."""
+        with self._lock:
+            query.answered = time.monotonic()
+            for family in query.missing:
+                self._late[family] += 1
+            answer = self._answer(query, query.answered)
+            self._remember(query, answer)
+            self._remove(query)
+            waiting, query.waiting = query.waiting, []
+        for task, wish in waiting:
+            self._tell(task, wish, answer)
+
+    def _answer(self, query, now):
+        """What a query has found up to now."""
+        if query.found:
+            hosts = preferred(list(itertools.chain(*query.found.values())))
+            return Answer(hosts, None, now + self.MEMORY / 2, now + self.MEMORY)
+        failure = min(query.failures, key=lambda failure: failure[0] in NO_SUCH_NAME)
+        return Answer((), failure, now + self.RETRY, now + self.RETRY)
+
+    @classmethod
+    def _remember(cls, query, answer):
+        memory, name = query.memory, query.name
+        before = memory.pop(name, None)
+        if before and before.hosts and before.end > answer.end:
+            # It could not be renewed just now, or there was a later query.
+            answer = before._replace(renewal=max(before.renewal, answer.renewal))
+        if len(memory) >= cls.LIMIT:
+            del memory[next(iter(memory))]
+        memory[name] = answer
+
+    def forget(self):
+        """Look everything up anew."""
+        with self._lock:
+            self._answers, self._queries = {}, {}
 
 
 # ----------------------------------------------------------------------------------------- relays
@@ -2573,15 +3695,52 @@ class Relay:
     def expire(self):
         """Close what is idle; come back when it may be."""
         patience = self.client and self.patience
-        if patience and self.moved + patience <= time.monotonic():
-            self.close('idle')
+        if patience and self.moved + patience <= time.monotonic() and not self.goes_on():
+            self.close(self.outcome_of_silence)
         elif patience:
             self.loop.timers.set(self, self.moved + patience)
+
+    outcome_of_silence = 'idle'
+
+    def goes_on(self):
+        """Whether something has moved after all, that the relay itself does not see."""
+        return False
 
     def leave(self):
         """Belong to no loop."""
         self.loop.timers.set(self, None)
         self.loop.items.pop(self, None)
+
+
+def seconds_since_sent(sock):
+    """How long ago the system sent data on a TCP socket; infinity where it does not tell."""
+    with contextlib.suppress(OSError):
+        if sys.platform == 'linux':
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+            return struct.unpack_from('=I', info, 44)[0] / 1000         # tcpi_last_data_sent, ms
+    return float('inf')
+
+
+# Of a half-closed connection: seconds until a silent peer is asked whether it lives, and between
+# questions.
+PROBES = [(getattr(socket, name), seconds) for name, seconds in (
+    ('TCP_KEEPIDLE', 30), ('TCP_KEEPALIVE', 30), ('TCP_KEEPINTVL', 15)) if hasattr(socket, name)]
+
+
+class Spill:
+    """In the place of a sink that takes no more, for what its source may still say."""
+
+    def __init__(self):
+        self._room = 4096               # bytes
+
+    def send(self, data):
+        self._room -= len(data)
+        if self._room < 0:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        return len(data)
+
+    def shutdown(self, _):
+        """As of a socket."""
 
 
 class Pipe:
@@ -2590,6 +3749,18 @@ class Pipe:
     hungry    waits for the source; holds nothing
     loaded    holds what the sink did not take, and waits for it; reads nothing meanwhile
     done      the source has ended, or the sink is gone
+
+    Theory of operation.  A tunnel has two sockets and two pipes, each the other's `twin`: the
+    source of one is the sink of the other.  So an event of a socket concerns both, and only the
+    pipe whose source it is watches it: for reading on its own behalf while it is hungry, for
+    writing on behalf of its twin while that is loaded.
+
+    A pipe ends in one of two ways.  end(): the source has said all, which is passed on; the twin
+    goes on.  lose(): the sink takes no more.  That alone is no fault.  A side that has ended has
+    often closed its socket, and refuses what the other still says to take its leave, as TLS does.
+    So the pipe reads on for a while, into a `Spill`, and if then its source ends too, both have
+    ended and the tunnel is done.  It is a fault if the source does not end (GRACE), has much more
+    to say, or if the sink's side had not ended before; then the tunnel ends by RST both ways.
     """
     # One read takes `size` bytes at most: more while the source fills it, because few large system
     # calls are what makes it fast; little at first and after the sink did not take all, and when
@@ -2637,7 +3808,7 @@ class Pipe:
         except BLOCKED:
             return
         except OSError as error:
-            return tunnel.close(reason(error), reset=True)
+            return tunnel.close(tunnel.fault_of(self.source, error))
         if not count:
             return self.end()
         tunnel.moved = loop.now
@@ -2674,8 +3845,10 @@ class Pipe:
                 return self.lose(error)
             self.tunnel.watch()
         elif getattr(self.sink, 'unsent', False):
-            with contextlib.suppress(OSError):
+            try:
                 self.sink.flush()
+            except OSError as error:
+                return self.lose(error)
             self.tunnel.watch()
 
     def keep(self, load):
@@ -2685,20 +3858,34 @@ class Pipe:
     def end(self):
         """The source has said all: tell the sink; the other direction goes on (half-close)."""
         self.done = True
-        if not self.twin.done:                  # else the tunnel's close says it
+        tunnel, twin = self.tunnel, self.twin
+        if not twin.done:                       # else the tunnel's close says it
+            tunnel.moved = tunnel.loop.now
             try:
                 self.sink.shutdown(socket.SHUT_WR)
+                for option, value in PROBES:    # each may be dead, and nothing would tell
+                    self.source.setsockopt(socket.IPPROTO_TCP, option, value)
+                    twin.source.setsockopt(socket.IPPROTO_TCP, option, value)
             except OSError:                     # gone, as the twin will notice
                 pass
-            self.tunnel.expire()                # it may have to end in time now
-        self.tunnel.watch()
+            tunnel.expire()                     # it may have to end in time now
+        tunnel.watch()
 
     def lose(self, error):
-        """The sink is gone.  What it sent before that is still to be read: the twin goes on."""
-        self.done = True
+        """The sink takes no more, see above; the twin goes on, to read what it sent before."""
+        tunnel = self.tunnel
         self.keep(b'')
-        self.tunnel.error = error
-        self.tunnel.watch()
+        fault = tunnel.fault_of(self.twin.source, error)
+        if isinstance(self.sink, Spill):
+            self.done, tunnel.fault = True, tunnel.lost
+        else:
+            # EPIPE: the end of the sink's side is there, if not read yet.
+            if not (self.twin.done or isinstance(error, BrokenPipeError)):
+                tunnel.fault = fault
+            self.sink, tunnel.lost = Spill(), fault
+            tunnel.moved = tunnel.loop.now
+            tunnel.expire()
+        tunnel.watch()
 
     def watch(self):
         """Have the loop watch the source for what this pipe and its twin wait for there."""
@@ -2716,21 +3903,42 @@ class Pipe:
 class Tunnel(Relay):
     """Two sockets, joined; owns both from its making on.
 
-    Ends when both directions are done, when a side resets (which is passed on as a reset), when
-    nothing has moved for too long, or with its loop.
+    Ends when both directions are done; and by RST both ways when a side resets, when nothing has
+    moved for too long, or with its loop, so that what was cut does not look complete.
     """
-    __slots__ = ('up', 'down', 'error')
+    GRACE = 0.5                         # seconds, see `Pipe`
+
+    __slots__ = ('up', 'down', 'lost', 'fault')
 
     def __init__(self, client, near, far, surplus=b''):
         super().__init__(client)
         self.up = Pipe(self, near, far, surplus)
         self.down = Pipe(self, far, near)
         self.up.twin, self.down.twin = self.down, self.up
-        self.error = None               # what took one side away
+        self.lost = None                # why one side takes no more
+        self.fault = None               # the same, if that is a fault
 
     @property
     def patience(self):
+        if self.lost and (self.up.done or self.down.done):
+            return self.GRACE
         return self.client.idle_timeout or self.up.done and self.client.linger
+
+    @property
+    def outcome_of_silence(self):
+        return self.lost or 'idle'
+
+    def goes_on(self):
+        """Whether one side took something of late that it was sent before."""
+        if not self.lost:
+            self.moved = max(self.moved, time.monotonic() - min(
+                seconds_since_sent(self.up.source), seconds_since_sent(self.down.source)))
+        return self.moved + self.patience > time.monotonic()
+
+    def fault_of(self, sock, error):
+        """The outcome for an error of one of the two sockets."""
+        side = 'client' if sock is self.up.source else 'target'
+        return f'{side}: {printable(reason(error))}'
 
     @property
     def traffic(self):
@@ -2741,6 +3949,9 @@ class Tunnel(Relay):
         """Go on in `loop`, which watches the client's socket for `near_events` already."""
         self.begin(loop)
         loop.held += len(self.up.load) + len(self.down.load)
+        for sock in (self.up.source, self.down.source):
+            if isinstance(sock, Layer):
+                sock.count_in(loop)
         loop.watch(self.up.source, near_events, near_events, self.up)
         self.up.events = near_events
         self.up.watch()
@@ -2760,29 +3971,29 @@ class Tunnel(Relay):
             if pipe.events:
                 self.loop.watch(pipe.source, pipe.events, 0, pipe)
                 pipe.events = 0
+            if isinstance(pipe.source, Layer):
+                pipe.source.count_in(None)
         self.loop.held -= len(self.up.load) + len(self.down.load)
 
     def watch(self):
-        if not (self.up.done and self.down.done):
+        if self.up.done and self.down.done:
+            self.close(self.fault or 'done')
+        else:
             self.up.watch()
             self.down.watch()
-        elif self.error:
-            self.close(reason(self.error), reset=True)
-        else:
-            self.close('done')
 
-    def close(self, outcome, reset=False):
-        """Close both sockets, by RST if asked to; only the first call counts."""
+    def close(self, outcome):
+        """Close both sockets, by RST unless all is done; only the first call counts."""
         client, self.client = self.client, None
         if not client:
             return
         self.leave()
         for pipe in (self.up, self.down):
             pipe.done, pipe.load = True, b''
-            if reset:
-                abort(pipe.source)
-            else:
+            if outcome == 'done':
                 pipe.source.close()
+            else:
+                abort(pipe.source)
         client.end(outcome, self.up.count, self.down.count)
 
 
@@ -2821,112 +4032,264 @@ class Reassembly:
         return None
 
 
+class Latest(dict):
+    """What was remembered last: at most `limit` items, and at most ROOM bytes of keys."""
+    ROOM = 1 << 16
+
+    def __init__(self, limit):
+        super().__init__()
+        self._limit = limit
+        self._size = 0                  # bytes of keys
+
+    def remember(self, key, value):
+        """Have `value` for `key`, as the latest; what was remembered first makes room."""
+        if key in self:
+            self.forget(key)
+        self._size += len(key)
+        while len(self) >= self._limit or self and self._size > self.ROOM:
+            oldest = next(iter(self))
+            self._size -= len(oldest)
+            del self[oldest]
+        self[key] = value
+
+    def forget(self, key):
+        if key in self:
+            self._size -= len(key)
+            del self[key]
+
+    def clear(self):
+        super().clear()
+        self._size = 0
+
+
+class Target:
+    """Where the datagrams go that have the same header.
+
+    route    the socket that sends them, and the IP address
+    until    the time from which Routes.follow() has to see them; never for an IP address
+    found    when the name was looked up
+    spare    an IP address of the other family, as long as nothing has come back; or None
+    """
+    __slots__ = ('route', 'until', 'found', 'spare')
+
+    def __init__(self, route, until=float('inf'), found=0.0, spare=None):
+        self.route = route
+        self.until = until
+        self.found = found
+        self.spare = spare
+
+
 class Routes:
     """Which way one client's datagrams go, and from whom answers may come.
 
-    The bytes of a header are the key to its route, so that a target is unpacked, resolved and
-    judged once, and the address of a sender is the key to the header of its answers.  `relay` is
-    the `UdpRelay` that sends.
+    The bytes of a header are the key to its target, so that this is unpacked, looked up and judged
+    once, and the address of a sender is the key to the header of its answers.  `relay` is the
+    `UdpRelay` that sends.
+
+    A name is looked up again while it is used.  If it has addresses of both families, and nothing
+    comes back from the first one, the other one gets datagrams too, until one of them answers.
     """
     LIMIT = 1024                        # targets, and senders, that are known at a time
-    LOOKUPS = 8                         # at a time
-    QUEUE = 64                          # datagrams that wait for them
+    LOOKUPS = 16                        # at a time
+    QUEUE, ROOM = 512, 1 << 18          # datagrams that wait for them, and bytes of these
+    PATIENCE = 10.0                     # seconds that they wait for one
     RETRY = 5.0                         # seconds until a failed look-up is tried again
+    REFRESH = Resolver.MEMORY + 1       # seconds until a name is looked up again
+    TRIAL = 1.0                         # seconds until the other family is tried, and tried again
 
     def __init__(self, relay):
         self.relay = relay
-        self.known = {}                 # header: (socket, address) of the target
-        self.headers = {}               # address of a sender: header
-        self._queues = {}               # header: payloads that wait for its look-up
-        self._failed = {}               # header: when to try again
+        self.known = Latest(self.LIMIT)         # header: `Target`
+        self.headers = Latest(self.LIMIT)       # address of a sender: header, b'' before it answers
+        self._failed = Latest(self.LIMIT)       # header: when to try again
+        self._on_trial = Latest(self.LIMIT)     # address of a sender: `Target` with a spare
+        self._queues = {}                       # header: payloads that wait for its look-up
+        self._count = self._size = 0            # of these: how many, and bytes with their headers
+        self._waiting = deque()                 # headers of names to look up
+        self._under_way = 0                     # conversations that do so
 
     def follow(self, header, datagram):
         """Send the payload of `datagram` now, or when the way is found."""
-        if header in self.known:
-            self.relay.send(self.known[header], datagram.payload)
+        target = self.known.get(header)
+        if target:
+            self.relay.send(target.route, datagram.payload)
+            if self.relay.loop.now >= target.until:
+                self._review(header, target, datagram.payload)
         elif header in self._queues:
             self._queue(header, datagram.payload)
         elif self._failed.get(header, 0) > self.relay.loop.now:
             self.relay.drop('its target failed a moment ago')
         else:
-            self._find(header, datagram)
+            self._meet(header, datagram)
 
-    def _find(self, header, datagram):
+    def _meet(self, header, datagram):
+        """A target that is not known."""
         try:
             address = canonical(datagram.address)
             self.relay.client.server.judge_name(self.relay.client, address)
         except ProxyError as error:
             return self.relay.drop(error)
-        literal = ip_bytes(address.host) is not None
-        if not literal and len(self._queues) >= self.LOOKUPS:
-            return self.relay.drop('too many names are looked up')
-        self._queues[header] = []
-        self._queue(header, datagram.payload)
-        if literal:
-            return self._found(header, [address], None)
-        try:
-            self.relay.loop.crew.run(self.relay.client.address.host, self._look_up, header, address)
-        except RuntimeError:            # no thread to be had
-            self._found(header, [], None)
+        if ip_bytes(address.host) is not None:
+            self._found(header, [address], None, [datagram.payload])
+        elif self._queue(header, datagram.payload):
+            self._look_up(header)
 
     def _queue(self, header, payload):
-        if sum(map(len, self._queues.values())) < self.QUEUE:
-            self._queues[header].append(payload)
-        else:
-            self.relay.drop('too many wait for look-ups')
+        """Whether there is room for it."""
+        size = len(header) + len(payload)
+        if self._count >= self.QUEUE or self._size + size > self.ROOM:
+            return self.relay.drop('too many wait for look-ups')
+        self._queues.setdefault(header, []).append(payload)
+        self._count += 1
+        self._size += size
+        return True
 
-    def _look_up(self, header, address):
-        """In a thread of the crew."""
-        addresses = []
-        if self.relay.client:           # it is still waited for
-            with contextlib.suppress(OSError):
-                addresses = run(resolve(address))
-        self.relay.loop.call(self.relay, self._found, header, addresses, address.host)
+    def _review(self, header, target, payload):
+        """Try the other family, or see whether the name has another address by now."""
+        now = self.relay.loop.now
+        target.until = target.found + self.REFRESH
+        if now >= target.until:
+            target.found = now
+            target.until = now + self.REFRESH
+            self._look_up(header)
+        if target.spare:
+            target.until = min(target.until, now + self.TRIAL)
+            self._try(target, payload)
 
-    def _found(self, header, addresses, name):
-        """Send what waits to the first address that may be reached and can be, and remember it."""
-        payloads = self._queues.pop(header)
-        client, why = self.relay.client, 'its name was not found'
-        for address in addresses if client else ():
-            try:
-                client.server.authorize(client, address, name)
-                route = self.relay.far_socket(address.host), address
-            except OSError as error:
-                why = reason(error)
-                continue
-            self._learn(header, route)
-            for payload in payloads:
-                self.relay.send(route, payload)
+    def _try(self, target, payload):
+        """Send to the spare address too."""
+        with contextlib.suppress(OSError):
+            route = self.relay.far_socket(target.spare.host), target.spare
+            self._expect(route, target)
+            self.relay.send(route, payload)
+
+    def _expect(self, route, target):
+        """The first answer from there settles which of its addresses the target has."""
+        _, address = route
+        self.headers.remember(address, b'')
+        self._on_trial.remember(address, target)
+
+    def _look_up(self, header):
+        self._waiting.append(header)
+        if self._under_way < self.LOOKUPS:
+            Errand(self.relay, self._look_ups()).start(self.relay.loop)
+
+    def _look_ups(self):
+        """Conversation: look up all names that wait, one after the other."""
+        self._under_way += 1
+        while self._waiting:
+            yield from self._find(self._waiting.popleft())
+        self._under_way -= 1
+
+    def _find(self, header):
+        """Conversation: look a name up, and send what waits for that."""
+        address = Address.unpack(reader(header[3:])[0])
+        addresses, why = [], None
+        try:
+            addresses = yield from resolve(address, after(self.PATIENCE))
+        except OSError as error:
+            why = error
+        payloads = self._queues.pop(header, ())
+        self._count -= len(payloads)
+        self._size -= sum(len(header) + len(payload) for payload in payloads)
+        self._found(header, addresses, canonical(address).host, payloads, why)
+
+    def _found(self, header, addresses, name, payloads, why=None):
+        """Remember the way to one of the addresses of a target, and send the payloads there.
+
+        `name` is what was looked up, or None; `why` is the error if that failed.  A target that is
+        known already stays as it is if that still is right, or was not found this time.
+        """
+        try:
+            target = self._target(header, addresses, name)
+        except OSError as error:
+            why = why or error
+            if isinstance(why, Refused) or header not in self.known:
+                self._fail(header, why, payloads)
             return
-        if client:                      # else it ended meanwhile
-            for _ in payloads:
-                self.relay.drop(why)
-            if len(self._failed) >= self.LIMIT:
-                self._failed.clear()
-            self._failed[header] = self.relay.loop.now + self.RETRY
+        for payload in payloads:
+            if not self.relay.send(target.route, payload) and target.spare:
+                self._try(target, payload)
+        if target.spare and payloads and len(self.relay.errands) < 4 * self.LOOKUPS:
+            Errand(self.relay, self._repeat(target, payloads[-1])).start(self.relay.loop)
 
-    def _learn(self, header, route):
-        self._remember(self.known, header, route)
-        self._remember(self.headers, tuple(route[1]), Datagram(route[1], b'').pack())
+    def _repeat(self, target, payload):
+        """Conversation: send it to the other family too if nothing has come back by then."""
+        yield Wait((), (), after(self.TRIAL))
+        if target.spare:
+            self._try(target, payload)
 
-    def _remember(self, known, key, value):
-        """As the latest one; what was learned first is forgotten when there are too many."""
-        known.pop(key, None)
-        if len(known) >= self.LIMIT:
-            del known[next(iter(known))]
-        known[key] = value
+    def _fail(self, header, error, payloads):
+        self.known.forget(header)
+        self._failed.remember(header, self.relay.loop.now + self.RETRY)
+        if error.errno in NO_ROOM:
+            self.relay.client.server.starve(error)
+        for _ in payloads:
+            self.relay.drop(reason(error))
+
+    def _target(self, header, addresses, name):
+        """The target with the first address of each family that may be reached; OSError if none.
+
+        One that is known already keeps its address if it still is one of these.
+        """
+        client, known, allowed = self.relay.client, self.known.get(header), {}
+        error = OSError(errno.EHOSTUNREACH, 'no address was found')
+        if known and known.route[1] in addresses:
+            addresses = [known.route[1], *addresses]    # name servers may change their order
+        for address in addresses:
+            family = family_of(address.host)
+            try:
+                if family not in allowed:
+                    client.server.authorize(client, address, name)
+                    allowed[family] = address
+            except OSError as caught:
+                error = caught
+        possible = list(allowed.values())
+        if known and known.route[1] in possible[:1]:
+            return known
+        while possible:
+            try:
+                address = possible.pop(0)
+                route = self.relay.far_socket(address.host), address
+                return self._learn(header, route, name, possible)
+            except OSError as caught:
+                error = caught
+        raise error
+
+    def _learn(self, header, route, name, spares):
+        """The new target for a header."""
+        self.relay.note_target(name, route[1], header not in self.known)
+        target = Target(route)
+        self.known.remember(header, target)
+        if name:
+            target.found = self.relay.loop.now
+            target.until = target.found + (self.TRIAL if spares else self.REFRESH)
+        if spares:
+            target.spare, = spares
+            self._expect(route, target)
+        else:
+            answers = Datagram(route[1], b'').pack()
+            self.headers.remember(route[1], header if header == answers else answers)
+        return target
 
     def forget(self):
         """Judge all targets anew."""
-        for known in (self.known, self.headers, self._failed):
+        for known in (self.known, self.headers, self._failed, self._on_trial):
             known.clear()
 
-    def meet(self, source):
-        """The header for a sender to whom the client did not send, if that is allowed."""
-        if self.relay.client.server.settings.udp_strict:
+    def header_for(self, source, sock):
+        """The header for the answers of `source`, of which the first one came to `sock`; None if
+        they are not to be passed on."""
+        if source not in self.headers and self.relay.client.server.settings.udp_strict:
             return None
-        self._remember(self.headers, source, Datagram(Address.of(source), b'').pack())
-        return self.headers[source]
+        target = self._on_trial.get(source)
+        if target:
+            self._on_trial.forget(source)
+            target.route = sock, Address(*source)
+            target.spare, target.until = None, target.found + self.REFRESH
+        header = Datagram(Address.of(source), b'').pack()
+        self.headers.remember(source, header)
+        return header
 
 
 class UdpRelay(Relay):
@@ -2935,26 +4298,39 @@ class UdpRelay(Relay):
     control    the client's TCP connection, whose end is the relay's
     near       the UDP socket for the client
     hint       the address that the client says it will send from, as far as it knows
+    is_here    whether the client is on this host
+    release    a function to call at the end, when `near` is closed
 
-    Datagrams count only from the client's IP address, and from the port that it announced; but if
-    it did not, or not with this address, so that the port may be another on the way here, from
-    that which is used first, until the announced one is.  Once that is settled, `near` is
-    connected and the system keeps strangers away.  A datagram that goes wrong is never answered.
+    Datagrams count only from the client's IP address, and from the port that it announced.  Until
+    one comes from there, the port counts that is used first.  Once that is settled, `near` is
+    connected and the system keeps strangers away.  A port that was not announced may change on the
+    way here (NAT): after SILENCE seconds without a datagram, the next port that is used counts; but
+    not for a client on this host, where another port is another program.  A datagram that goes
+    wrong is never answered.
+
+    What targets send does not tell whether the client is still there.  If nothing else moves, it
+    keeps the relay for ONE_WAY times the idle time (compare RFC 4787 section 4.3).
     """
-    BATCH = 64                          # datagrams before others get their turn
-    ROOM = 22                           # bytes of the longest header of an answer
+    SILENCE = 20.0
+    ONE_WAY = 4
+    HEADER = 22                         # bytes of the longest header of an answer
 
-    def __init__(self, client, control, near, hint):
+    def __init__(self, client, control, near, hint, is_here=True, release=None):
         super().__init__(client)
         self.control = control
-        self.near = near
+        self.near = self.protected(near)
         self.hint = hint
+        self.is_here = is_here
+        self.release = release
         self.owner = None               # the client's UDP address, once it sent
-        self.connected = False
+        self.answer_to = None           # the same, also while another one may take its place
+        self.connected = self.is_settled = False
         self.far = {}                   # family: the socket that targets see
         self.routes = Routes(self)
+        self.errands = set()            # `Errand`s under way
         self.reassembly = Reassembly()
-        self.up = self.down = self.dropped = 0
+        self.targets = self.sent = self.answers = self.dropped = 0
+        self.up = self.down = 0
 
     @property
     def patience(self):
@@ -2965,8 +4341,16 @@ class UdpRelay(Relay):
         """Bytes of payload from the client, and from targets."""
         return self.up, self.down
 
+    def protected(self, near):
+        """`near`, with its datagrams protected as the control connection is."""
+        if isinstance(self.control, Protected):
+            return ProtectedDatagrams(near, self.control.context)
+        return near
+
     def start(self, loop, control_events=0):
+        self.heard = loop.now           # when the client sent last
         self.begin(loop)
+        self.client.server.roster.associations += 1
         loop.watch(self.control, control_events, READ, self)
         loop.watch(self.near, 0, READ, self)
 
@@ -2986,31 +4370,57 @@ class UdpRelay(Relay):
         except BLOCKED:
             return
         except OSError as error:
-            return self.close(reason(error))
+            return self.close(f'client: {reason(error)}')
         self.close('done')
+
+    def expire(self):
+        """Close what is idle; have another port of the client take over from a silent one."""
+        if not self.client:
+            return
+        now, times = self.loop.now, []
+        if self.owner and not self.is_settled:
+            if now >= self.heard + self.SILENCE:
+                return self.disown()
+            times.append(self.heard + self.SILENCE)
+        if self.patience:
+            times.append(min(max(self.heard, self.moved) + self.patience,
+                             self.heard + self.ONE_WAY * self.patience))
+            if now >= times[-1]:
+                return self.close('idle')
+        self.loop.timers.set(self, min(times, default=None))
 
     # From the client
 
     def from_client(self):
-        buffer, known = self.loop.buffer, self.routes.known
-        for _ in range(self.BATCH):
+        loop, known, reassembly = self.loop, self.routes.known, self.reassembly
+        receive, buffer, now = self.near.recvfrom_into, loop.buffer, loop.now
+        monotonic = time.monotonic
+        end_of_turn = monotonic() + loop.share
+        while monotonic() < end_of_turn:
             try:
-                count, source = self.near.recvfrom_into(buffer)
+                count, source = receive(buffer)
             except BLOCKED:
                 return
             except OSError:             # of an earlier send
                 continue
-            end = self.header_end(buffer, count)
+            # An address of IPv4 is what most have.
+            end = 10 if count >= 10 and buffer[3] == 1 else self.header_end(buffer, count)
             if end > count or source != self.owner and not self.admit(source):
                 self.drop('malformed, or not the client:', source)
                 continue
-            self.moved = self.loop.now
+            self.heard = now
             header = bytes(buffer[:end])
-            route = known.get(header)
-            if route and not self.reassembly.position:
-                self.send(route, buffer[end:count])
-            else:
+            target = known.get(header)
+            if not target or now >= target.until or reassembly.position:
                 self.take(header, bytes(buffer[end:count]))
+                continue
+            sock, address = target.route
+            try:                        # as send() does; a call less for most datagrams
+                sock.sendto(buffer[end:count], address)
+                self.sent += 1
+                self.up += count - end
+            except OSError as error:
+                self.drop(reason(error))
 
     @staticmethod
     def header_end(data, count):
@@ -3030,17 +4440,44 @@ class UdpRelay(Relay):
         if Address.of(source).host != self.client.address.host:
             return False
         announced = source[1] == self.hint.port
-        if not announced and (self.owner or self.hint.host == self.client.address.host):
-            return False
-        self.owner = source
+        if self.owner:
+            if not announced:
+                return False
+            self.close_far()            # what another program asked for, it does not get
+        self.owner = self.answer_to = source
+        self.is_settled = announced or self.is_here
         if announced or not self.hint.port:
             with contextlib.suppress(OSError):
                 self.near.connect(source)
                 self.connected = True
+        self.heard = self.loop.now
+        self.expire()                   # which looks for its silence
         return True
 
+    def close_far(self):
+        self.routes.forget()
+        while self.far:
+            _, sock = self.far.popitem()
+            self.loop.watch(sock, READ, 0, self)
+            sock.close()
+
+    def disown(self):
+        """The next port that the client uses counts; answers go to the last one until then."""
+        if self.connected:              # which only a new socket can undo everywhere
+            address = Address.of(self.near.getsockname())
+            self.loop.watch(self.near, READ, 0, self)
+            self.near.close()
+            try:
+                self.near = self.protected(bound_udp(address))
+            except OSError as error:
+                return self.close(reason(error))
+            self.loop.watch(self.near, 0, READ, self)
+            self.connected = False
+        self.owner = None
+        self.expire()
+
     def take(self, header, payload):
-        """A datagram that is a fragment, or whose route is not known."""
+        """A datagram that is a fragment, or whose route is not known or due for review."""
         datagram = self.reassembly.add(
             Datagram(Address.unpack(reader(header[3:])[0]), payload, header[2]), self.loop.now)
         if datagram:
@@ -3051,45 +4488,59 @@ class UdpRelay(Relay):
         family = family_of(host)
         if family not in self.far:
             source = source_of(family, self.client.server.settings.source)
-            sock = self.far[family] = bound(Address(source, 0), socket.SOCK_DGRAM)
+            sock = self.far[family] = bound_udp(Address(source, 0))
             self.loop.watch(sock, 0, READ, self)
         return self.far[family]
 
+    def note_target(self, name, address, is_new):
+        self.targets += is_new
+        self.client.target = f'{self.targets} targets'
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: datagrams to %s%s', self.client.address, f'{name}, ' if name else '',
+                      address)
+
     def send(self, route, payload):
+        """Whether the system takes it."""
         sock, address = route
         try:
             sock.sendto(payload, address)
-            self.up += len(payload)
         except OSError as error:
-            self.drop(reason(error))
+            return self.drop(reason(error))
+        self.sent += 1
+        self.up += len(payload)
+        return True
 
     # To the client.  The header of an answer goes into the room before it, so that nothing is
     # copied.
 
     def from_target(self, sock):
-        buffer, headers = self.loop.buffer, self.routes.headers
-        for _ in range(self.BATCH):
+        loop, headers, room = self.loop, self.routes.headers, self.HEADER
+        buffer, now, monotonic = loop.buffer, loop.now, time.monotonic
+        payload = buffer[room:]
+        end_of_turn = monotonic() + loop.share
+        while monotonic() < end_of_turn:
             try:
-                count, source = sock.recvfrom_into(buffer[self.ROOM:])
+                count, source = sock.recvfrom_into(payload)
             except BLOCKED:
                 return
             except OSError:             # of an earlier send
                 continue
-            header = headers.get(source[:2]) or self.routes.meet(source[:2])
+            header = headers.get(source[:2]) or self.routes.header_for(source[:2], sock)
             if not header:
                 self.drop('nothing was sent to', source)
                 continue
-            self.moved = self.loop.now
-            start = self.ROOM - len(header)
-            buffer[start:self.ROOM] = header
-            self.answer(buffer[start:self.ROOM + count], count)
+            self.moved = now
+            start = room - len(header)
+            buffer[start:room] = header
+            self.answer(buffer[start:room + count], count)
 
     def answer(self, datagram, count):
         try:
             if self.connected:
                 self.near.send(datagram)
             else:
-                self.near.sendto(datagram, self.owner)
+                self.near.sendto(datagram, self.answer_to)
+            self.answers += 1
             self.down += count
         except OSError as error:        # too large with its header, or nobody listens any more
             self.drop(reason(error))
@@ -3103,9 +4554,18 @@ class UdpRelay(Relay):
         client, self.client = self.client, None
         if client:
             self.leave()
-            for sock in (self.control, self.near, *self.far.values()):
-                self.loop.watch(sock, READ, 0, self)
-                sock.close()
+            for errand in list(self.errands):
+                errand.cancel()
+            self.close_far()
+            for sock in self.control, self.near:
+                if sock.fileno() >= 0:
+                    self.loop.watch(sock, READ, 0, self)
+                    sock.close()
+            if self.release:
+                self.release()
+            client.server.roster.associations -= 1
+            client.target = (f'{self.targets} targets, {self.sent} datagrams up, '
+                             f'{self.answers} down')
             if self.dropped:
                 outcome = f'{outcome}, {self.dropped} datagrams dropped'
             client.end(outcome, self.up, self.down)
@@ -3184,8 +4644,12 @@ class Proxy(NamedTuple):
     def __str__(self):
         kind = ''.join((TYPE_NAMES[self.type & ~LAYERS], '+TLS' if self.type & TLS else '',
                         '+GSSAPI' if self.type & GSSAPI else ''))
-        place = self.addr if self.is_path else Address(self.addr, self.sure_port)
-        return f'{kind} proxy {place}'
+        return f'{kind} proxy {self.place}'
+
+    @property
+    def place(self):
+        """Where it is, as text."""
+        return self.addr if self.is_path else str(Address(self.addr, self.sure_port))
 
     @property
     def is_path(self):
@@ -3210,6 +4674,9 @@ def parse_proxy_url(url):
     except ValueError:                  # its text may have the password
         raise ValueError('proxy URL: malformed') from None
     scheme, *layers = parts.scheme.split('+')
+    if '://' not in url:                # which may have a password
+        example = url if re.match(r'[\w.-]+(:[0-9]+)?$', url) else 'HOST:PORT'
+        raise ValueError(f'proxy URL: scheme missing, expected socks5h://{example} for example')
     if scheme not in SCHEMES or set(layers) - {'tls', 'gssapi', 'unix'}:
         raise ValueError(f'proxy URL: scheme {parts.scheme!r}, expected one of '
                          f'{", ".join(SCHEMES)}, with +tls, +gssapi or +unix')
@@ -3305,7 +4772,7 @@ def ask(stream, proxy, command, address):
     if kind == SOCKS5 and not proxy.type & GSSAPI:
         yield from authenticate5(stream, proxy)
     if not proxy.rdns and ip_bytes(address.host) is None:
-        found = yield from resolve(canonical(address), stream.until)
+        found = yield from resolve(address, stream.until)
         address = min(found, key=lambda address: kind == SOCKS4 and ':' in address.host)
         if kind == SOCKS4 and ':' in address.host:
             raise SOCKS4Error(f'{address.host}: SOCKS4 has no IPv6 addresses')
@@ -3366,7 +4833,7 @@ def answer_http(stream):
             if not 200 <= code < 300 and code not in INTERIM:
                 note = ('; it may be that this proxy makes no tunnels (CONNECT)'
                         if code in (400, 403, 405) else '')
-                raise HTTPError(f'{code}: {phrase}{note}')
+                raise HTTPError(f'{code}: {printable(phrase)}{note}')
         elif not (yield from stream.read(http_line)):
             if code not in INTERIM:
                 return UNSPECIFIED
@@ -3423,6 +4890,7 @@ def secured(sock, proxy, context, until):
     context = context or usual_context(
         *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
     name = 'localhost' if proxy.is_path else proxy.addr
+    keep_urgent(sock)
     tls = Secure(sock.dup(), context, server_hostname=name)
     try:
         yield from tls.handshake(until)
@@ -3462,6 +4930,7 @@ def protected(sock, proxy, in_sequence, until):
         context = yield from initiate(stream, proxy, in_sequence)
     except GssError as error:
         raise SOCKS5AuthError(error.strerror) from None
+    keep_urgent(sock)
     layer = Protected(sock.dup(), context)
     try:
         return in_front(layer, context)
@@ -3550,12 +5019,11 @@ def destination(pair, chain):
             and 0 <= pair[1] < 65536):
         raise GeneralProxyError('Invalid destination-connection (host, port) pair')
     host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
-    host = host[1:-1] if host.startswith('[') and host.endswith(']') else host
-    address = Address.of((host, pair[1]))
-    address = Address(plain_ip(address.host) or address.host, address.port)
+    bare = without_brackets(host)
+    address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
     for proxy, (host, port) in zip(chain, targets(chain, address)):
         if proxy.type & ~LAYERS == SOCKS4 and ':' in host:
-            raise GeneralProxyError(f'{host}: SOCKS4 has no IPv6 addresses')
+            raise SOCKS4Error(f'{host}: SOCKS4 has no IPv6 addresses')
         canonical(Address(host, port))
         try:
             Address(host, port).pack()
@@ -3628,7 +5096,7 @@ def reachable(bnd, chain, sock, until):
     if len(chain) == 1 and sock.family != socket.AF_UNIX:
         proxy_host = plain_ip(Address.of(sock.getpeername()).host)
     with contextlib.suppress(OSError):
-        for host, port in (yield from resolve(canonical(bnd), until)):
+        for host, port in (yield from resolve(bnd, until)):
             ip = ipaddress.ip_address(host)
             if not ip.is_unspecified and (
                     ip.is_global or not ipaddress.ip_address(proxy_host).is_global):
@@ -3639,15 +5107,16 @@ def reachable(bnd, chain, sock, until):
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
-LOGIN_DELAY = 1.0                       # seconds until a wrong password is answered
 PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
 IDENT_PORT = 113
 IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
 ACCEPT_BATCH = 8                        # at a time: other clients, and workers, have their turn
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
-NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+STARVING_PAUSE = 60.0                   # seconds between warnings of that
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
+FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
+UPSTREAM_ATTEMPTS = 4                   # addresses of one name that another proxy is asked for
 
 HTTP_PAGE = b"""\
 HTTP/1.0 501 Not Implemented\r
@@ -3659,8 +5128,8 @@ Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy.\r
 """
 
 
-METHOD_NAMES = {Method.NO_AUTHENTICATION: '00', Method.GSSAPI: '01, GSSAPI,',
-                Method.USERNAME_PASSWORD: '02, a password'}
+METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
+                Method.GSSAPI: 'GSSAPI', Method.USERNAME_PASSWORD: 'password'}
 
 
 class HttpPage(NamedTuple):
@@ -3681,23 +5150,30 @@ class Line(NamedTuple):
     up: int                             # bytes from the client
     down: int                           # and from the target
     seconds: float
+    target_address: str                 # that was connected to
 
     def __str__(self):
-        return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self
+        return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self[:-1]
+
+    def entries(self):
+        """For JSON, a list of one object."""
+        return [dict(self._asdict(), client=str(self.client), seconds=round(self.seconds, 3))]
 
 
 class Client:
     """What is known of one client, from accept to the log line at its end."""
     linger = 0                          # see `Carried`
-    __slots__ = ('server', 'address', 'peer', 'is_counted', 'protocol', 'user', 'command',
-                 'target', 'started')
+    __slots__ = ('server', 'address', 'peer', 'key', 'is_counted', 'protocol', 'user', 'command',
+                 'target', 'target_address', 'started')
 
     def __init__(self, server, address):
         self.server = server
         self.address = address          # a load balancer may tell of another than the peer's
         self.peer = address
+        self.key = client_key(address.host)
         self.is_counted = False         # see `Roster`
         self.protocol = self.user = self.target = '-'
+        self.target_address = ''        # that we are connected to; None: it is the target
         self.command = None             # a `Command`
         self.started = time.monotonic()
 
@@ -3707,18 +5183,23 @@ class Client:
         return self.server.settings.idle_timeout
 
     def end(self, outcome, up=0, down=0):
-        """Write the client's line, if there is an outcome.
+        """Write the client's line; it is served no more.
 
         up and down are the bytes that came from the client and from the target.
         """
         self.server.client_ended(self, up, down)
-        if outcome and log.isEnabledFor(logging.INFO):
+        self.report(outcome, up, down)
+
+    def report(self, outcome, up=0, down=0):
+        """Write the client's line, with the time that it took up to here."""
+        if log.isEnabledFor(logging.INFO):
             log.info(self.line(outcome, up, down))
 
     def line(self, outcome, up, down):
         return Line(self.address, self.user, self.protocol,
                     self.command.name if self.command else '-', self.target, outcome, up, down,
-                    time.monotonic() - self.started)
+                    time.monotonic() - self.started,
+                    self.target if self.target_address is None else str(self.target_address))
 
 
 class Login(socketserver.BaseRequestHandler):
@@ -3733,9 +5214,14 @@ class Login(socketserver.BaseRequestHandler):
         self.stream = Stream(request, after(self.settings.handshake_timeout))
         self.connection = request       # what carries the bytes: the socket, or a layer over it
         self.reached = None             # where, if a load balancer says so
-        self.is_known = False           # and needs no password
+        self.is_known = False           # it has shown who it is
+        self.login = None               # by a password: (user name, password), see `Users`
         self.answer_form = None         # (reply, bound address) -> the message that says so now
-        self.outcome = None             # the end of the client's log line; None: no line
+        self.is_verbose = log.isEnabledFor(logging.DEBUG)       # else note() is not worth its call
+
+    def note(self, text, *args):
+        """Log a step."""
+        log.debug('%s: ' + text, self.client.address, *args)
 
     def secure(self):
         """Go on inside of TLS; a client that shows a certificate is known by its name."""
@@ -3743,53 +5229,95 @@ class Login(socketserver.BaseRequestHandler):
         if first != TLS_HANDSHAKE:      # who speaks SOCKS would wait for us, and we for more
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
-        tls = Secure(self.request, self.settings.tls, server_side=True)
+        tls = Secure(self.request, self.server.settings.tls or self.settings.tls, server_side=True)
         yield from tls.handshake(self.stream.until)
         self.stream = Stream(tls, self.stream.until, self.request)
         self.connection = tls
-        subject = dict(pair for part in tls.peer_certificate().get('subject', ()) for pair in part)
+        subject = [pair for part in tls.peer_certificate().get('subject', ()) for pair in part]
+        names = [value for name, value in subject if name == 'commonName']
+        if len(names) > 1:
+            raise ProtocolError(f'a certificate with {len(names)} common names, expected one')
         if subject:
-            self.client.user = shown(subject.get('commonName', ''))
-            self.is_known = True
+            self.know(*names or [''])
+
+    def know(self, user):
+        """Note the user that the client has authenticated as; the first one counts."""
+        if not self.is_known:
+            self.client.user = shown(user)
+        self.is_known = True
 
     @property
     def needs_login(self):
-        return bool(self.settings.users or self.settings.gssapi) and not self.is_known
+        """By the current settings, which may have been reloaded since the client connected."""
+        settings = self.server.settings
+        return bool(settings.users or settings.gssapi) and not (
+            self.is_known or settings.trusted.has(self.client.address.host))
 
     def choose(self, offered):
         """The authentication method to use, of those offered.
 
         A client that needs no password but insists on one may send any.
         """
-        methods = [] if self.needs_login else [Method.NO_AUTHENTICATION]
-        if self.settings.gssapi:
+        settings, needs_login = self.server.settings, self.needs_login
+        methods = [] if needs_login else [Method.NO_AUTHENTICATION]
+        if settings.gssapi:
             methods.append(Method.GSSAPI)
-        if self.settings.users or not self.needs_login:
+        if settings.users or not needs_login:
             methods.append(Method.USERNAME_PASSWORD)
         for method in methods:
             if method in offered:
                 return method
-        raise Refused(f'methods offered: {offered.hex() or "none"}, expected '
-                      + ' or '.join(METHOD_NAMES[method] for method in methods))
+        missing = ' and '.join(f'no {METHOD_NAMES[method]}' for method in methods)
+        expected = ' or '.join(f'{method:02x}' for method in methods)
+        raise Refused(f'the client offered {missing}; methods offered: {offered.hex() or "none"}, '
+                      f'expected {expected}')
 
     def authenticate(self, credentials):
         """Raise Refused, but not at once, unless the credentials are right.
 
         The time that a failure takes does not tell why, and slows down who tries all passwords.
         """
-        if not (self.needs_login and self.settings.users):
+        if not self.needs_login:
             return
-        self.client.user = shown(name_text(credentials.username))
-        host, until = self.client.address.host, after(LOGIN_DELAY)
+        client, username = self.client, credentials.username
+        until = time.monotonic() + self.settings.login_delay
+        # The name of a user that does not exist is not logged: it may be a password.
+        name = shown(name_text(username)) if username in self.server.settings.users else '-'
         failures, why = self.server.failures, 'too many wrong passwords'
-        if not failures.too_many(host):
-            if (yield from authenticate(self.settings.users, credentials, self.stream.until,
-                                        functools.partial(failures.too_many, host))):
+        if not failures.too_many(client.key, username):
+            if (yield from self.verify(credentials)):
+                client.user = name
+                self.is_known = True
+                self.login = username, self.server.settings.users[username]
                 return
-            failures.note(host)
             why = 'wrong user name or password'
+            for user, number in failures.note(client.key, username):
+                whose = '' if user is None else f' of {name}'
+                log.warning('%s: blocked for %d s after %d wrong passwords%s', client.address.host,
+                            failures.WINDOW, number, whose)
         yield Wait((), (), until)
+        client.user = name
         raise Refused(why)
+
+    def verify(self, credentials):
+        """Conversation: whether they are right by the current users; if those are reloaded
+        meanwhile, it verifies again."""
+        is_hopeless = functools.partial(
+            self.server.failures.too_many, self.client.key, credentials.username)
+        right = users = None
+        while users is not self.server.settings.users:
+            users = self.server.settings.users
+            right = yield from users.verify(credentials, self.stream.until, is_hopeless)
+        return right
+
+    def reconsider(self):
+        """Judge the client again, because the settings were reloaded since it connected."""
+        self.settings = self.server.settings
+        if self.login and self.settings.users.get(self.login[0]) != self.login[1]:
+            raise Refused('the password has changed')
+        if self.needs_login:
+            raise Refused('not logged in')
+        self.server.judge_client(self.client)
 
     def protect(self):
         """GSSAPI (RFC 1961): authenticate each other, and go on at the level that is agreed on."""
@@ -3799,7 +5327,7 @@ class Login(socketserver.BaseRequestHandler):
             yield from self.agree(context)
         except GssError as error:
             raise Refused(error.strerror) from None
-        self.client.user = shown(context.peer)
+        self.know(context.peer)
         if context.level:
             self.connection = Protected(self.connection, context, self.stream.surplus)
             self.stream = Stream(self.connection, self.stream.until, self.request)
@@ -3836,11 +5364,11 @@ class Login(socketserver.BaseRequestHandler):
     def identify(self, userid):
         """Raise Refused unless the client's host says that this is who has the connection."""
         until, userid_there = after(IDENT_TIMEOUT), None
-        reached = self.reached or Address.of(self.request.getsockname())
+        reached = self.reached or local_address(self.request)
         query = IdentQuery(self.client.address.port, reached.port)
         try:
-            source = () if self.reached else (canonical(reached).host,)
-            ident = Address(self.client.address.host, IDENT_PORT)
+            source = () if self.reached else (reached.host,)
+            ident = Address(in_zone_of(reached.host, self.client.address.host), IDENT_PORT)
             sock = yield from dial([ident], until, source)
             with sock:
                 stream = Stream(sock, until)
@@ -3850,10 +5378,10 @@ class Login(socketserver.BaseRequestHandler):
             raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
         if userid_there is None:
             raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
-        if userid_there != userid:
-            raise Refused(f'ident: it is {shown(name_text(userid_there))}',
-                          reply=Reply4.IDENT_MISMATCH)
-        self.client.user = shown(name_text(userid))
+        user = shown(name_text(userid_there))
+        if userid_there != userid or self.is_known and self.client.user != user:
+            raise Refused(f'ident: it is {user}', reply=Reply4.IDENT_MISMATCH)
+        self.client.user = user
 
 
 class Negotiation(Login):
@@ -3868,26 +5396,29 @@ class Negotiation(Login):
             relay = yield from self.handle()
         finally:
             if relay is None:
-                self.client.end(self.outcome)
+                self.server.client_ended(self.client, 0, 0)
         return relay
 
     def handle(self):
         try:
             yield from self.prepare()
             request = yield from self.negotiate()
-            self.server.roster.negotiating.pop(self.client, None)
+            if self.settings is not self.server.settings:
+                self.reconsider()
+            self.server.roster.negotiated(self.client)
         except ProxyError as error:
             return (yield from self.refuse(error))
-        except (OSError, EOFError) as error:    # the client's own connection: nobody to answer
+        # The client's own connection: nobody to answer.
+        except (OSError, EOFError, ClientReset) as error:
             if self.answer_form or self.client.protocol != '-':
-                self.outcome = f'no request: {reason(error)}'
+                self.client.report(f'no request: {printable(reason(error))}')
             return None
         try:
             return (yield from self.command(request))
         except OSError as error:                # on the way to the target
             return (yield from self.refuse(error))
-        except EOFError as error:
-            self.outcome = reason(error)
+        except (EOFError, ClientReset) as error:        # the client's connection again
+            self.client.report(f'client: {printable(reason(error))}')
             return None
 
     def answer(self, reply, address=UNSPECIFIED):
@@ -3896,28 +5427,41 @@ class Negotiation(Login):
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
         is_ours = isinstance(error, ProxyError) and not error.socket_err        # not a proxy's
-        outcome = f'{"refused" if is_ours else "failed"}: {reason(error)}'
-        self.outcome = outcome if outcome.isprintable() else ascii(outcome)
+        self.client.report(f'{"refused" if is_ours else "failed"}: {printable(reason(error))}')
+        cause = getattr(error, 'socket_err', None) or error
+        if getattr(cause, 'errno', None) in NO_ROOM:
+            self.server.starve(cause)
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.answer_form:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 yield from self.answer(reply_for(error), address)
                 yield from self.stream.linger(after(LINGER))
 
     def prepare(self):
         """What comes before the first byte of SOCKS."""
         settings = self.settings
-        if settings.balancers and is_in(self.client.peer.host, settings.balancers):
+        if settings.balancers and settings.balancers.has(self.client.peer.host):
             header = yield from ExactStream(self.request, after(PROXY_TIMEOUT)).read(
                 ProxyHeader.unpack)
             if header.source:
-                self.client.address = canonical(header.source)
-                self.reached = header.destination
+                self.announced(header)
         self.server.admit(self.client)
-        if settings.trusted:
-            self.is_known = is_in(self.client.address.host, settings.trusted)
         if settings.tls:
             yield from self.secure()
+
+    def announced(self, header):
+        """Take the client's address from a load balancer's header.
+
+        A loopback address is the balancer's own host, so from another host it is not believed: the
+        client stays at the balancer's address.
+        """
+        client, source = self.client, canonical(header.source)
+        if is_loopback(client.peer.host) or not is_loopback(source.host):
+            roster = self.server.roster
+            task = roster.negotiated(client)
+            client.address, self.reached = source, header.destination
+            client.key = client_key(source.host)
+            roster.add(client, task)
 
     def negotiate(self):
         """The client's request, after all that comes before it."""
@@ -3948,6 +5492,9 @@ class Negotiation(Login):
         self.answer_form = lambda *_: Choice(Method.NO_ACCEPTABLE)
         greeting = yield from self.stream.read(Greeting.unpack)
         method = self.choose(greeting.methods)
+        if self.is_verbose:
+            self.note('SOCKS5, methods offered: %s, chosen: %02x, %s', greeting.methods.hex(),
+                      method, METHOD_NAMES[method])
         yield from self.stream.write(Choice(method))
         if method == Method.GSSAPI:
             yield from self.protect()
@@ -3978,7 +5525,9 @@ class Handler(Negotiation):
                                 reply=Reply.COMMAND_NOT_SUPPORTED)
         self.client.command = command
         self.client.target = shown(str(request.address))
-        log.debug('%s: %s', self.client.address, request)
+        if self.is_verbose:
+            self.note('%s %s %s, user %s', self.client.protocol, command.name, self.client.target,
+                      self.client.user)
         return method(request)
 
     def offered(self, command, is_socks4):
@@ -4000,14 +5549,19 @@ class Handler(Negotiation):
         if self.settings.upstream:
             return (yield from self.connect_through(request.address, until))
         addresses = yield from self.destinations(request.address, until)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
-        target = yield from dial(addresses, until, self.settings.source)
+        target = yield from dial(addresses, until, self.settings.source,
+                                 self.note if self.is_verbose else None)
+        self.client.target_address = None
+        if addresses[0] != request.address:
+            self.client.target_address = Address.of(target.getpeername())
+        if self.is_verbose:
+            self.note('connected to %s', self.client.target_address or addresses[0])
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def join(self, target, bnd):
         """Answer, and join the client to the socket `target`."""
         try:
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             yield from self.answer(Reply.SUCCEEDED, bnd)
             return Tunnel(self.client, self.connection, target, self.stream.surplus)
         except BaseException:
@@ -4015,15 +5569,46 @@ class Handler(Negotiation):
             raise
 
     def connect_through(self, address, until):
-        """CONNECT by way of other proxies, the last of which looks a name up; we do not."""
-        settings, address = self.settings, self.permitted(address)
-        if ip_bytes(address.host) is not None:
-            self.server.authorize(self.client, address)
-        target, bnd = yield from reach(
-            settings.upstream, destination(address, settings.upstream), until, settings.source)
+        """CONNECT by way of other proxies.
+
+        Where the last one looks names up, we do not.  Where we do, it is asked for the addresses
+        that the client may reach, one after the other as long as it cannot reach them.
+        """
+        chain = self.settings.upstream
+        if chain[-1].rdns:
+            addresses = [self.passed_on(address)]
+        else:
+            addresses = (yield from self.destinations(address, until))[:UPSTREAM_ATTEMPTS]
+        if self.is_verbose:
+            self.note('through %s', ', then '.join(map(str, chain)))
+        for wanted in addresses:
+            try:
+                target, bnd = yield from reach(
+                    chain, destination(wanted, chain), until, self.settings.source)
+                break
+            except (SOCKS5Error, SOCKS4Error):
+                if wanted is addresses[-1]:
+                    raise
+        if ip_bytes(wanted.host) is not None:
+            self.client.target_address = None if wanted == address else wanted
+        if self.is_verbose:
+            self.note('the last proxy connects from %s', shown(str(bnd)))
         if ip_bytes(bnd.host) is None:
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
+
+    def passed_on(self, address):
+        """What the last proxy is asked for: an IP address that the client may reach, or a name.
+
+        What its own host is called is judged as the loopback addresses that it has.
+        """
+        wanted = self.permitted(address)
+        if ip_bytes(wanted.host) is not None:
+            self.server.authorize(self.client, wanted)
+        elif LOOPBACK_NAME.match(wanted.host):
+            for host in ('127.0.0.1', '::1'):
+                self.server.authorize(self.client, Address(host, wanted.port), wanted.host)
+        return absolute(address)
 
     def do_BIND(self, request):
         """Accept one connection, of the peer that the client named, on its behalf.
@@ -4054,23 +5639,35 @@ class Handler(Negotiation):
             except (*BLOCKED, ConnectionError):     # he has left already
                 continue
             address = Address.of(address)
-            if any(host in (address.host, *ZEROS) for host in expected):
+            if self.is_expected(address, expected):
                 peer.setblocking(False)
                 return peer, address
             stranger = address
             peer.close()
 
+    def is_expected(self, peer, expected):
+        """Whether BIND accepts this peer; with zeros expected, any that no rule denies."""
+        rules = self.server.settings.rules
+        rule = rules.first(self.client, peer) if rules else None
+        return (peer.host in expected
+                or not set(expected).isdisjoint(ZEROS) and not (rule and not rule.allow))
+
     def do_UDP_ASSOCIATE(self, request):
         """Relay datagrams; DST may be where the client will send from, or anything."""
-        host, told = self.own_address()
-        near = bound_in(host, self.settings.udp_ports)
-        if isinstance(self.connection, Protected):
-            near = ProtectedDatagrams(near, self.connection.context)
+        client, host = self.client, self.client.address.host
+        client.target = '-'
+        self.server.judge_association(client)
+        own, told = self.own_address()
+        is_here = is_loopback(host) or is_ours(host)
+        near, release = self.server.udp_ports.bind(
+            own, self.settings.udp_ports, None if is_here else client_key(host))
         try:
             yield from self.answer(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
-            return UdpRelay(self.client, self.connection, near, self.hint(request.address))
+            return UdpRelay(client, self.connection, near, self.hint(request.address), is_here,
+                            release)
         except BaseException:
             near.close()
+            release()
             raise
 
     def hint(self, address):
@@ -4084,10 +5681,8 @@ class Handler(Negotiation):
     def do_RESOLVE(self, request):
         """Tor's command for a look-up; an IPv4 address is what its users expect."""
         until = self.stream.until = after(self.settings.connect_timeout)
-        wanted = self.permitted(request.address)
-        addresses = yield from resolve(wanted, until)
+        addresses = yield from self.destinations(request.address, until, self.server.judge)
         address = min(addresses, key=lambda address: ':' in address.host)
-        self.server.judge(self.client, address, wanted.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
         yield from self.tell(Address(address.host, 0))
@@ -4106,8 +5701,8 @@ class Handler(Negotiation):
 
     def tell(self, address):
         """Answer with an address, which is all that was asked for."""
-        self.outcome = f'done, {address.host}'
         yield from self.answer(Reply.SUCCEEDED, address)
+        self.client.report(f'done, {address.host}')
         yield from self.stream.linger(after(LINGER))
 
     def own_address(self, peers=ZEROS):
@@ -4117,15 +5712,16 @@ class Handler(Negotiation):
         client reached us at; or the one to advertise; that may be another host's which forwards to
         us, so it is not always one to listen on.
         """
-        host, _ = canonical(Address.of(self.request.getsockname()))
+        host = local_address(self.request).host
         if not set(peers) & set(ZEROS):
             family = family_of(host)    # which the client knows how to use
+            peers = [in_zone_of(host, peer) for peer in peers]
             host = way_out(sorted(peers, key=lambda peer: family_of(peer) != family),
                            self.settings.source)
         for told in self.settings.advertise:
             if family_of(told) == family_of(host) and not is_loopback(host):
                 return (told if is_ours(told) else host), told
-        return host, host
+        return host, host.partition('%')[0]
 
     def permitted(self, address):
         """The canonical address; Refused if rules forbid its name."""
@@ -4133,15 +5729,23 @@ class Handler(Negotiation):
         self.server.judge_name(self.client, address)
         return address
 
-    def destinations(self, address, until):
-        """The IP addresses behind `address` that this client may reach; at least one."""
+    def destinations(self, address, until, judge=None):
+        """The IP addresses behind `address` that this client may reach; at least one.
+
+        `judge` raises Refused for one that it may not: the server's authorize().
+        """
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
-        for candidate in (yield from resolve(wanted, until)):
+        judge, found = judge or self.server.authorize, (yield from resolve(address, until))
+        if name and self.is_verbose:
+            self.note('%s is %s', name, ', '.join(address.host for address in found))
+        for candidate in found:
             try:
-                self.server.authorize(self.client, candidate, name)
+                judge(self.client, candidate, name)
             except Refused as error:
                 refusal = error
+                if self.is_verbose:
+                    self.note('not allowed: %s', reason(error))
             else:
                 allowed.append(candidate)
         if not allowed:
@@ -4149,17 +5753,150 @@ class Handler(Negotiation):
         return allowed
 
 
+def listening_addresses(server_address):
+    """The list of (host, port) that a server is to listen on, of one or several of them."""
+    several = [server_address] if is_pair(server_address) else server_address
+    if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
+        several = [several]
+    for address in several:
+        if not (is_pair(address) and isinstance(address[0], str)
+                and type(address[1]) is int and 0 <= address[1] < 65536):
+            raise ValueError(f"server_address: {address!r}: expected (host, port), for example "
+                             f"('127.0.0.1', 1080), or a list of those")
+    return [tuple(address[:2]) for address in several]
+
+
+def is_pair(address):
+    return isinstance(address, (tuple, list)) and len(address) > 1 and isinstance(address[0], str)
+
+
+# What texts stand for in `Settings`, as on the command line.
+
+def as_networks(value):
+    return tuple(parse_network(str(item)) for item in several(value))
+
+
+def as_rules(value):
+    return None if value is None else tuple(
+        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
+        for number, item in enumerate(several(value), 1))
+
+
+def as_hosts(value):
+    hosts = tuple(str(item) for item in several(value))
+    for host in hosts:
+        if ip_bytes(host.partition('%')[0]) is None:
+            raise ValueError(f'{host!r}: expected an IP address')
+    if len(set(map(family_of, hosts))) < len(hosts):
+        raise ValueError('expected one address of a family')
+    return hosts
+
+
+def as_users(value):
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a mapping from names to passwords')
+    users = {encoded(name): encoded(password) for name, password in value.items()}
+    for name, password in users.items():
+        if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
+            raise ValueError('expected names and passwords as text or bytes')
+        if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
+            raise ValueError(f'{shown(name_text(name))}: expected at most 255 bytes each')
+    return MappingProxyType(users)
+
+
+def as_chain(value):
+    if isinstance(value, tuple) and value and not isinstance(value[0], int):    # as a `Proxy` has
+        value = list(value)
+    if value and not isinstance(value, (str, tuple, list)):
+        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
+    return tuple(hops(value))
+
+
+def as_ports(value):
+    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
+    low, high = int(low), int(low if high == '' else high)
+    if not 0 <= low <= high < 65536 or high and not low:
+        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
+    return low, high
+
+
+def as_levels(value):
+    levels = several(value)
+    if not all(level in (0, 1, 2) for level in levels):
+        raise ValueError(f'{value!r}: expected levels of GssContext')
+    return levels
+
+
+def as_number(kind, value):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = kind(value or 0)
+        if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
+            return number
+    raise ValueError(f'{value!r}: expected a number, 0 or more'
+                     if kind is float else f'{value!r}: expected a whole number, 0 or more')
+
+
+def as_context(value):
+    if value is not None and not hasattr(value, 'wrap_bio'):
+        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
+    return value
+
+
+def several(value):
+    """The items of a setting, a tuple; one text is one item."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f'{value!r}: expected a text, or a sequence')
+    return tuple(value)
+
+
+CONVERSIONS = {
+    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
+    'rules': as_rules, 'upstream': as_chain,
+    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
+    'udp_ports': as_ports}
+CONVERSIONS.update(
+    (name, functools.partial(as_number, kind)) for name, kind in Settings.__annotations__.items()
+    if kind in (int, float))
+CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
+
+
+def converted(settings):
+    """The settings, checked, with all values as they are documented; ValueError names the field
+    that is wrong."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
+    values = {}
+    for name, convert in CONVERSIONS.items():
+        try:
+            values[name] = convert(getattr(settings, name))
+        except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
+            raise ValueError(f'Settings.{name}: {error}') from None
+    return settings._replace(**values)
+
+
 def prepared(settings):
-    """The settings with users as bytes; OSError if `source` is not ours, or GSSAPI has no keys."""
+    """The settings, converted, with networks and rules compiled; OSError if `source` is not ours,
+    or GSSAPI has no keys."""
+    settings = converted(settings)
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
     if settings.gssapi:
         with gss_library().keys():
             pass
-    users = {encoded(name): encoded(password)
-             for name, password in settings.users.items()}
-    return settings._replace(users=MappingProxyType(users))
+    return settings._replace(
+        users=Users(settings.users), clients=Networks(settings.clients),
+        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
+        rules=None if settings.rules is None else Rules(settings.rules))
+
+
+def processors():
+    """How many this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def clients_possible():
@@ -4170,14 +5907,33 @@ def clients_possible():
     return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
 
 
-def bound_to_all(host, port):
-    """Sockets bound to all addresses of `host` that are here; OSError if none is."""
-    try:
-        addresses = run(resolve(Address(host, 0)))
-    except OSError as error:
-        raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+def addresses_to_bind(addresses):
+    """[(IP addresses, port)] for each (host, port): those of a name, or one.
+
+    `::` stands for both families, unless there is an IPv4 address with the same port beside it.
+    """
+    found = []
+    for host, port in addresses:
+        if ip_bytes(host) is not None:
+            hosts = [plain_ip(host) or host]
+        elif host in ('', '*'):         # which resolvers take for loopback, or for all
+            raise ValueError(f'cannot listen on {host!r}: expected 0.0.0.0 for all IPv4 addresses, '
+                             f':: for all of both families')
+        else:
+            try:
+                hosts = [ip for ip, _ in run(resolve(Address(host, 0)))]
+            except OSError as error:
+                raise OSError(error.errno, f'cannot listen on {host}: {reason(error)}') from None
+        found.append((hosts, port))
+    ipv4 = {port for hosts, port in found for host in hosts if ':' not in host}
+    return [(hosts if port in ipv4 or '::' not in hosts else [*hosts, '0.0.0.0'], port)
+            for hosts, port in found]
+
+
+def bound_to_all(hosts, port):
+    """Sockets bound to those of the IP addresses that are here; OSError if none is."""
     missing, sockets = None, []
-    for ip, _ in addresses:
+    for ip in hosts:
         try:
             sockets.append(bound(Address(ip, port)))
         except OSError as error:
@@ -4191,6 +5947,23 @@ def bound_to_all(host, port):
     if not sockets:
         raise missing
     return sockets
+
+
+def listening_sockets(addresses, tries=FREE_PORT_TRIES):
+    """Sockets bound to all of the addresses, (host, port); port 0 is the same free one on all."""
+    wanted, sockets, free_port = addresses_to_bind(addresses), [], 0
+    try:
+        for hosts, port in wanted:
+            sockets += bound_to_all(hosts, port or free_port)
+            if not port:
+                free_port = sockets[-1].getsockname()[1]
+        return sockets
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        if error.errno != errno.EADDRINUSE or tries == 1 or all(port for _, port in wanted):
+            raise
+    return listening_sockets(addresses, tries - 1)      # what is free on one is not on another
 
 
 def refuse_open_proxy(settings, addresses):
@@ -4207,43 +5980,70 @@ def refuse_open_proxy(settings, addresses):
 class Roster:
     """Whom a server serves, and what it did for others before.
 
-    negotiating   tasks by client, in the order in which they began, of those that have not said
-                  yet what they want
-    hosts         connections by client's IP address, if that is limited
+    associations  how many there are
+    connections   by client (see client_key), if they are limited
     ended         clients before, who sent `up` bytes and got `down`
+
+    The number of clients that have not made their request yet is limited.  For one more, the oldest
+    of the key with most of them is closed, so that one host cannot push out the others.
     """
 
     def __init__(self):
-        self.negotiating, self.hosts = {}, {}
-        self.ended = self.up = self.down = 0
+        self.connections = {}
+        self.ended = self.up = self.down = self.associations = 0
+        self.negotiating = 0            # clients that have not made their request yet
+        self._tasks = {}                # theirs, by key: {client: task}, in the order they came
+        self._keys = [{}]               # by how many tasks they have: the keys, as a set in order
         self._lock = threading.Lock()   # for the threads of all loops
 
-    def add(self, client, task, limit):
-        """A client begins to negotiate; the first of more than `limit` makes room."""
-        self.negotiating[client] = task
-        if len(self.negotiating) > limit:
-            next(iter(self.negotiating.values())).close('others want to begin, too')
+    def add(self, client, task, limit=None):
+        """A client begins to negotiate; if there are more than `limit` then, one makes room."""
+        key = client.key
+        tasks = self._tasks.setdefault(key, {})
+        self._keys[len(tasks)].pop(key, None)
+        tasks[client] = task
+        self.negotiating += 1
+        if len(tasks) == len(self._keys):
+            self._keys.append({})
+        self._keys[len(tasks)][key] = True
+        if limit is not None and self.negotiating > limit:
+            key = next(iter(self._keys[-1]))
+            next(iter(self._tasks[key].values())).close('others want to begin, too')
+
+    def negotiated(self, client):
+        """A client has made its request, or ends; its task if it was negotiating, else None."""
+        tasks = self._tasks.get(client.key, {})
+        task = tasks.pop(client, None)
+        if task:
+            self.negotiating -= 1
+            del self._keys[len(tasks) + 1][client.key]
+            if tasks:
+                self._keys[len(tasks)][client.key] = True
+            else:
+                del self._tasks[client.key]
+            while len(self._keys) > 1 and not self._keys[-1]:
+                self._keys.pop()
+        return task
 
     def count(self, client, limit):
-        """Raise Refused if there are so many connections from its address."""
-        host = client.address.host
+        """Raise Refused if there are so many connections of the client."""
         with self._lock:
-            if self.hosts.get(host, 0) >= limit:
+            if self.connections.get(client.key, 0) >= limit:
                 raise Refused('too many connections from there')
-            self.hosts[host] = self.hosts.get(host, 0) + 1
+            self.connections[client.key] = self.connections.get(client.key, 0) + 1
             client.is_counted = True
 
     def remove(self, client, up, down):
+        if client in self._tasks.get(client.key, ()):
+            self.negotiated(client)
         with self._lock:
-            self.negotiating.pop(client, None)
             self.ended += 1
             self.up += up
             self.down += down
             if client.is_counted:
-                host = client.address.host
-                self.hosts[host] -= 1
-                if not self.hosts[host]:
-                    del self.hosts[host]
+                self.connections[client.key] -= 1
+                if not self.connections[client.key]:
+                    del self.connections[client.key]
 
 
 class Helpers:
@@ -4266,7 +6066,7 @@ class Helpers:
             with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
                 self._start()
         if self._threads and tunnel.client and tunnel.loop not in self._threads:
-            log.debug('%s: carries much', tunnel.client.address)
+            log.debug('%s: heavy traffic, goes on in another thread', tunnel.client.address)
             tunnel.move(min(self.loops, key=lambda loop: len(loop.items)))
 
     def _start(self):
@@ -4285,34 +6085,48 @@ class Helpers:
             thread.join()
 
 
+class Listening:
+    """A server as an item of its own loop, which watches the listeners for it."""
+    client = due = None                 # `due`: the end of a pause
+
+    def __init__(self, server):
+        self.ready, self.expire = server._accept, server._expire
+
+    def close(self, outcome):
+        """The listeners are closed by server_close()."""
+
+
 class Acceptor(socketserver.ThreadingTCPServer):
-    """What accepts clients: in a loop, as the item that it watches the listeners for.
+    """What accepts clients, in a loop.
 
     So one thread does all that is quick, and no connection has to wait for another one to wake up.
-    The subclass has listeners, loop, roster, settings, max_clients, loops() and clients.
+    The subclass has listeners, loop, roster, settings, max_clients, places, loops() and clients.
     """
-    client = due = None                 # as an item of its loop; `due`: the end of a pause
-    _accepting = _starving = _draining = False
+    _accepting = _draining = False
+    _starved = _warned = float('-inf')  # when it was last logged that something is used up
 
     def _watch_listeners(self, accepting):
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self.listeners:
-                self.loop.watch(sock, READ * (not accepting), READ * accepting, self)
+                self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
 
-    def ready(self, fd, _):
+    def _accept(self, fd, _):
+        """A listener is ready."""
         listener = next(sock for sock in self.listeners if sock.fileno() == fd)
-        for _ in range(min(ACCEPT_BATCH, self._room())):
+        room = self._room()
+        if room <= 0:
+            self._warn()
+        for _ in range(min(ACCEPT_BATCH, room)):
             try:
                 request, client_address = listener.accept()
             except BLOCKED:
                 return
             except OSError as error:
                 if error.errno in NO_ROOM:
-                    self._starve(error)
+                    self.starve(error)
                     return self._pause()
                 continue                # that client has left already
-            self._starving = False
             self._receive(request, client_address)
         if self._room() <= 0:
             self._pause()
@@ -4327,24 +6141,37 @@ class Acceptor(socketserver.ThreadingTCPServer):
             self.handle_error(request, client_address)
             self.shutdown_request(request)
 
-    def _starve(self, error):
-        if not self._starving:          # one line is enough until it is over
-            log.warning('cannot accept clients: %s', reason(error))
-        self._starving = True
+    def starve(self, error):
+        """Warn, but not all the time, that descriptors or memory are used up."""
+        now = time.monotonic()
+        if now >= self._starved + STARVING_PAUSE:
+            self._starved = now
+            log.warning('cannot accept clients, or not serve them: %s', reason(error))
+
+    def _warn(self):
+        """Say that clients wait, but once a minute is enough."""
+        if self.loop.now - self._warned >= 60:
+            self._warned = self.loop.now
+            log.warning('%d clients are served, more have to wait (--max-clients)',
+                        self.max_clients)
 
     def _room(self):
-        """For how many more clients."""
-        return self.max_clients - sum(
-            len(loop.items) for loop in self.loops()) if self.max_clients else ACCEPT_BATCH
+        """For how many more clients.
+
+        By descriptors, an association counts as two, since it may take four.
+        """
+        clients = sum(len(loop.items) for loop in self.loops())
+        room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
+        return min(room, self.places - clients - self.roster.associations) if self.places else room
 
     def _pause(self):
         """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
         self._watch_listeners(False)
-        self.loop.timers.set(self, self.loop.now + ACCEPT_PAUSE)
+        self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
 
-    def expire(self):
+    def _expire(self):
         """Accept again; or the time for draining has passed."""
-        self.loop.timers.set(self, None)
+        self.loop.timers.set(self._item, None)
         if self._draining:
             self.loop.stop()
         else:
@@ -4353,20 +6180,21 @@ class Acceptor(socketserver.ThreadingTCPServer):
     def drain(self, seconds):
         """Accept no more clients, and have serve_forever() return when those that are served have
         ended, or after so many seconds."""
-        self.loop.call(self, self._drain, seconds)
+        self.loop.call(self._item, self._drain, seconds)
 
     def _drain(self, seconds):
         self._watch_listeners(False)
         self._draining = True
         for sock in self.listeners:
             sock.close()
-        self.loop.timers.set(self, self.loop.now + seconds)
+        log.info('draining %d clients, up to %g s', len(self.clients), seconds)
+        self.loop.timers.set(self._item, self.loop.now + seconds)
         self._go_on()
 
     def _go_on(self):
         """There is room again; or the last client may have ended."""
         if not self._draining:
-            self.expire()
+            self._expire()
         elif not self.clients:
             self.loop.stop()
 
@@ -4374,63 +6202,69 @@ class Acceptor(socketserver.ThreadingTCPServer):
         """A client is served no more; called in the thread of any loop."""
         self.roster.remove(client, up, down)
         if not self._accepting:
-            self.loop.call(self, self._go_on)
+            self.loop.call(self._item, self._go_on)
 
     def admit(self, client):
         """Raise Refused unless `client` may use the server at all."""
         settings = self.settings
-        if settings.clients and not is_in(client.address.host, settings.clients):
-            raise Refused('not from the networks served')
-        if settings.max_per_client:
-            self.roster.count(client, settings.max_per_client)
+        if settings.clients:
+            self.judge_client(client)
+        limit = settings.max_per_client
+        if limit is None and not is_loopback(client.address.host):
+            limit = self.max_per_client
+        if limit:
+            self.roster.count(client, limit)
 
-    def close(self, outcome):
-        """As an item of its loop; the listeners are closed by server_close()."""
+    def judge_client(self, client):
+        """Raise Refused unless `client` is from one of the networks that are served."""
+        clients = self.settings.clients
+        if clients and not clients.has(client.address.host):
+            raise Refused('not from the networks served')
 
 
 class Server(Acceptor):
     """A SOCKS server on one or several addresses.
 
-    server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
-                     for a free port, the same on all of them
+    server_address   (host, port), or a list of them; a name stands for all its addresses, `::` for
+                     all of both families, port 0 for a free port, the same on all of them
     listeners        sockets that listen already, to use instead
     settings         a `Settings`
     handler_class    a `Handler`
 
     To run it: serve_forever(), which returns after shutdown() from another thread or from a signal
-    handler; or start(), which runs it in the background until it is closed::
+    handler; or start(), which runs it in the background until stop(), or to the end of a `with`::
 
         with Server(('127.0.0.1', 0)).start() as server:
             print(server.server_address)
 
+    After shutdown() the listeners stay open, for another serve_forever(): clients that connect wait
+    in the queue.  stop(), which is server_close(), closes them and everything else.
+
     To decide more: override verify_request() for who may connect, authorize() for where they may
     go, or a do_COMMAND method of the handler.
 
-    Raises OSError for an address that cannot be listened on, and ValueError for an address beyond
-    loopback if the settings would have it serve everybody there.
+    Raises OSError for an address that cannot be listened on, and ValueError for settings that are
+    wrong, or an address beyond loopback if the settings would have it serve everybody there.
     """
     request_queue_size = 1024
-    heavy_loops = min(4, os.cpu_count() or 1)       # threads for what carries much
+    heavy_loops = min(4, processors())      # threads for what carries much
 
     def __init__(self, server_address=('127.0.0.1', 1080), settings=None, handler_class=Handler,
                  bind_and_activate=True, listeners=()):
-        addresses = server_address
-        if addresses and isinstance(addresses[0], str):
-            addresses = [addresses]
-        socketserver.BaseServer.__init__(self, addresses, handler_class)
-        self.settings = prepared(settings or Settings())
-        self.max_clients = self.settings.max_clients or clients_possible()
-        self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
+        socketserver.BaseServer.__init__(self, listening_addresses(server_address), handler_class)
+        self._crew = Crew()
+        self.resolver = Resolver(self._crew)
+        self.udp_ports = UdpPorts()
+        self._configure(Settings() if settings is None else settings)
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
         self.failures = Failures()
         self.roster = Roster()
         self._thread = None             # that of start()
         self._serving = threading.RLock()
-        self._crew = Crew()
         self._helpers = Helpers(self.heavy_loops)
-        self._costly_crew = Crew(2)
-        self.loop = Loop(self._crew, self._helpers.take, self._costly_crew)
+        self._item = Listening(self)
+        self.loop = Loop(self._crew, self._helpers.take, self.resolver)
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -4440,14 +6274,13 @@ class Server(Acceptor):
                 raise
 
     def server_bind(self):
-        free_port = 0
-        for host, port in () if self.listeners else self.server_address:
-            self.listeners += bound_to_all(host, port or free_port)
-            if not port:
-                free_port = self.listeners[-1].getsockname()[1]
+        self.listeners = self.listeners or listening_sockets(self.server_address)
+        if not self.listeners:
+            raise ValueError('server_address: expected at least one address')
         for sock in self.listeners:
             sock.setblocking(False)
-            self.addresses.append(canonical(Address.of(sock.getsockname())))
+            keep_urgent(sock)           # accepted sockets inherit it
+            self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
@@ -4485,15 +6318,16 @@ class Server(Acceptor):
             thread.join()
 
     def server_close(self):
-        """Stop serving, close every connection, end every thread."""
+        """Stop serving, close every listener and connection, end every thread."""
         self.shutdown()
         for sock in self.listeners:
             sock.close()
         self._crew.dismiss()
-        self._costly_crew.dismiss()
         self._helpers.stop()
         for loop in self.loops():
             loop.close()
+
+    stop = server_close                 # the end of what start() began
 
     # One client
 
@@ -4502,7 +6336,7 @@ class Server(Acceptor):
         request.setblocking(False)
         address = Address.of(client_address)
         if ':' in address.host:         # it may be IPv4 on a socket for both
-            address = canonical(address)
+            address = Address(plain_ip(address.host), address.port)
         client = Client(self, address)
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
@@ -4516,31 +6350,51 @@ class Server(Acceptor):
         """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP
         address, for which it asked by `name`, if it did.
 
-        Only a rule on a network can allow what is local to the proxy.
+        Only a rule on a network inside of a local one can allow what is local to the proxy.
         """
         rule = self.judge(client, target, name)
-        if not (rule and rule.networks and is_in(target.host, rule.networks)
-                and target.host not in ZEROS):
-            authorize(client.address, client.command, target, self.addresses)
+        authorize(client.address, client.command, target, self.addresses, rule)
 
     def judge(self, client, target, name=None):
         """Raise Refused if the rules do not allow it; else the one that does, or None."""
-        if self.settings.rules is None:
-            return None
-        rule = first_rule(self.settings.rules, client, target, name)
-        if not rule.allow:
-            raise Refused(f'{rule.place} denies {target}')
-        return rule
+        rules = self.settings.rules
+        return None if rules is None else allowing(rules.first(client, target, name), target)
 
     def judge_name(self, client, target):
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
-            judge_name(settings.rules, client, target, bool(settings.upstream))
+            is_final = bool(settings.upstream) and settings.upstream[-1].rdns
+            allowing(settings.rules.first_for_name(client, target, is_final), target)
+
+    def _configure(self, settings):
+        self.settings = settings = prepared(settings)
+        self.places = clients_possible()        # clients that there are descriptors for
+        self.max_clients = settings.max_clients or self.places
+        clients = self.max_clients or 1 << 16
+        share = min(max(64, clients // 2), max(2, clients * 3 // 4))
+        self.max_handshakes = settings.max_handshakes or share
+        self.max_per_client = share     # for other hosts, unless the settings have a number
+        self.resolver.is_strict = settings.rules is not None
+        self.resolver.forget()
+
+    def judge_association(self, client):
+        """Raise Refused if no rule can allow a datagram of `client`, OSError if there are no
+        descriptors for it."""
+        rules = self.settings.rules
+        if rules is not None and not rules.may_allow(client, Command.UDP_ASSOCIATE):
+            raise Refused('no rule allows a datagram')
+        served = sum(len(loop.items) for loop in self.loops())
+        if self.places and served + self.roster.associations >= self.places:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def reconfigure(self, settings):
-        """Have other settings from now on: who is served goes on, datagrams are judged anew."""
-        self.settings = prepared(settings)
+        """Have other settings from now on: who is served goes on, datagrams are judged anew.
+
+        Raises as the constructor does.
+        """
+        refuse_open_proxy(settings, self.addresses)
+        self._configure(settings)
         for loop in self.loops():
             for item in list(loop.items):
                 if isinstance(item, UdpRelay):
@@ -5115,7 +6969,7 @@ class _BaseSocket(_Descriptor):
         if virtual_addresses.is_on and not self.proxy_peername:
             self._note_receiver(dest_pair)
         if not chain[-1].rdns and ip_bytes(address.host) is None:
-            address = run(resolve(canonical(address)))[0]
+            address = run(resolve(address))[0]
         header = Datagram(address, b'').pack()
         whole = b''.join((header, data))
         if self._gss_context:
@@ -5409,7 +7263,7 @@ class socksocket(_BaseSocket):
         if given is not dest_pair:      # the program knows it by this
             address = Address.of(dest_pair)
         elif not chain[-1].rdns:
-            address = run(resolve(canonical(address)))[0]
+            address = run(resolve(address))[0]
         anybody = address.host in ('0.0.0.0', '::') and not address.port
         self.proxy_peername = None if anybody else tuple(address)
 
@@ -5524,7 +7378,7 @@ def create_connection(dest_pair: Tuple[str, int], timeout=None, source_address=N
         proxy = arguments(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
-    dest_pair = (host.strip('[]') if host.startswith('[') else host, *dest_pair[1:])
+    dest_pair = (without_brackets(host), *dest_pair[1:])
     chain = chosen(proxy, dest_pair)
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
@@ -5712,7 +7566,7 @@ async def fulfil(wish):
     """What a conversation asks for."""
     import asyncio
     loop = asyncio.get_event_loop()
-    if isinstance(wish, Call):
+    if not isinstance(wish, Wait):
         return await within(wish.until, loop.run_in_executor(None, wish.function))
     found, watched = loop.create_future(), []
 
@@ -5754,7 +7608,10 @@ def tls_context(certificate, key=None, client_ca=None):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:                               # Python 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)       # since Python 3.7
     try:
+        for name in filter(None, (certificate, key, client_ca)):        # ssl would not say which
+            open(name, 'rb').close()
         name = key or certificate
         context.load_cert_chain(certificate, key)
         if client_ca:
@@ -5819,6 +7676,47 @@ class Notifier:
         self.tell('WATCHDOG=1')
         self._loop.timers.set(self, time.monotonic() + self.interval)
 
+    def close(self, outcome):
+        """Nothing to give back."""
+
+
+class Pulse(Notifier):
+    """A worker's: the time of its last sign of life, where its supervisor sees it."""
+
+    def __init__(self, memory, place, interval):
+        self._memory, self.place, self.interval = memory, place, interval
+        self.tell()
+
+    def tell(self, *_):
+        struct.pack_into('d', self._memory, 8 * self.place, time.monotonic())
+
+    def silence(self):
+        """Seconds since then."""
+        return time.monotonic() - struct.unpack_from('d', self._memory, 8 * self.place)[0]
+
+
+def has_terminal():
+    """Whether this process has a controlling terminal that is still there."""
+    try:
+        with open('/dev/tty', 'rb', 0) as terminal:
+            os.tcgetpgrp(terminal.fileno())
+        return True
+    except OSError:
+        return False
+
+
+class Terminal:
+    """That from which this process was started, if it should end with it; nohup and setsid say
+    that it should not."""
+
+    def __init__(self):
+        self._matters = (hasattr(signal, 'SIGHUP') and has_terminal()
+                         and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+
+    def is_gone(self):
+        """Whether it was closed, so that HUP is a request to end, not to reload."""
+        return self._matters and not has_terminal()
+
 
 class Lifeline:
     """As an item of a loop: has a server stop when the process at the other end is gone."""
@@ -5846,6 +7744,7 @@ class Service:
         self._notifier = notifier
         self._announce = announce
         self._stopping = False
+        self._terminal = Terminal()
 
     def run(self, lifeline=None):
         """Serve; `lifeline` is a descriptor that is readable when it is time to end."""
@@ -5876,12 +7775,13 @@ class Service:
         self._notifier.tell('STOPPING=1')
         self.server.drain(seconds)
 
-    def reload(self, *_):
-        self.server.loop.call(self.server, self._reload)
+    def reload(self, number, _):
+        if self._terminal.is_gone():
+            return self.stop(number, _)
+        self.server.loop.call(self._notifier, self._reload)
 
     def _reload(self):
         self._notifier.tell_reloading()
-        reopen_log()
         try:
             self.server.reconfigure(self._configure())
             log.info('reloaded')
@@ -5890,24 +7790,50 @@ class Service:
         self._notifier.tell('READY=1')
 
     def show(self, *_):
-        self.server.loop.call(self.server, self._show)
+        self.server.loop.call(self._notifier, self._show)
 
     def _show(self):
-        print(table(self.server), file=sys.stderr, flush=True)
+        """In a thread, because many clients make a long table."""
+        threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
+
+    def _log_table(self):
+        record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
+        log.handle(record)              # whatever the level is: it was asked for
 
 
-def table(server):
-    """All that is served now, a line each, and what was before."""
-    items = [item for loop in server.loops() for item in list(loop.items) if item.client]
-    lines = [item.client.line('', *item.traffic) for item in items if item.client]
-    rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
-    rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
-             for line in sorted(lines, key=lambda line: -line.seconds)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    roster = server.roster
-    return '\n'.join([f'process {os.getpid()}: {len(lines)} clients now, {roster.ended} before, '
-                      f'with {roster.up} bytes up and {roster.down} down'] + [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows])
+class Table(NamedTuple):
+    """All that a server serves now, a `Line` each, and what it did before."""
+    limit: int                          # of clients at once; 0: none
+    lines: Sequence[Line]
+    ended: int
+    up: int
+    down: int
+
+    @classmethod
+    def of(cls, server):
+        items = [item for loop in server.loops() for item in list(loop.items) if item.client]
+        pairs = [(item, item.client) for item in items]
+        lines = [client.line('open', *item.traffic) for item, client in pairs if client]
+        roster = server.roster
+        return cls(server.settings.max_clients, sorted(lines, key=lambda line: -line.seconds),
+                   roster.ended, roster.up, roster.down)
+
+    def __str__(self):
+        number = f'{len(self.lines)} of {self.limit}' if self.limit else len(self.lines)
+        rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
+        rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
+                 for line in self.lines]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return '\n'.join([f'process {os.getpid()}: {number} clients now, {self.ended} before, '
+                          f'with {self.up} bytes up and {self.down} down'] + [
+            '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in rows])
+
+    def entries(self):
+        """For JSON: an object about the process, and one for each client."""
+        about = dict(process=os.getpid(), clients=len(self.lines), limit=self.limit,
+                     before=self.ended, up=self.up, down=self.down)
+        return [about] + [entry for line in self.lines for entry in line.entries()]
 
 
 class Supervisor:
@@ -5925,7 +7851,10 @@ class Supervisor:
         self._notifier = notifier
         self._announce = announce
         server.server_close()
-        self._started = {}              # by pid: when
+        self._started = {}              # by pid: when, and its `Pulse`
+        self._memory = mmap.mmap(-1, 8 * size)          # shared with the workers
+        self._looked = time.monotonic()
+        self._terminal = Terminal()
         self._due = 0.0                 # when the next one may be started
         self._pause = 0.1               # seconds until one that died early is replaced
         self._stopping = False
@@ -5952,17 +7881,19 @@ class Supervisor:
             signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
             self._take(signal.sigwait(self._signals))
             self._reap()
+            self._end_frozen()
             self._start_missing()
         self._notifier.tell('STOPPING=1')
 
     def _take(self, number):
+        if number == signal.SIGHUP and self._terminal.is_gone():
+            number = signal.SIGTERM
         if number in (signal.SIGINT, signal.SIGTERM):
             self._stopping = True
             for sock in self._listeners:
                 sock.close()
         elif number == signal.SIGHUP:
             # For workers to come; those that there are say what is wrong with the new settings.
-            reopen_log()
             with contextlib.suppress(ValueError, OSError):
                 self._settings = self._configure()
         if number not in (signal.SIGCHLD, signal.SIGALRM):
@@ -5970,7 +7901,7 @@ class Supervisor:
                 os.kill(pid, number)    # it is not reaped yet, so this is still its number
 
     def _reap(self):
-        for pid, started in list(self._started.items()):
+        for pid, (started, _) in list(self._started.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 del self._started[pid]
@@ -5978,21 +7909,44 @@ class Supervisor:
                 if not self._stopping:
                     log.error('worker %d ended with status %#x', pid, status)
                 if now - started < LONG_LIFE:
-                    self._due = now + self._pause
-                    self._pause = min(BACK_OFF, 2 * self._pause)
+                    self._back_off()
                 else:
                     self._pause = 0.1
+
+    def _back_off(self):
+        """Start the next one only after a pause, which grows."""
+        self._due = time.monotonic() + self._pause
+        self._pause = min(BACK_OFF, 2 * self._pause)
+
+    def _end_frozen(self):
+        """Kill workers that gave no sign of life for as long as systemd would wait for ours."""
+        now, patience = time.monotonic(), 2 * self._notifier.interval
+        were_stopped, self._looked = now - self._looked > patience, now     # all of us, that is
+        for pid, (_, pulse) in self._started.items() if patience else ():
+            if were_stopped:
+                pulse.tell()
+            elif pulse.silence() > patience:
+                log.error('worker %d does not answer', pid)
+                os.kill(pid, signal.SIGKILL)
+                pulse.tell()            # it is a while until it has ended
 
     def _start_missing(self):
         while len(self._started) < self._size and not self._stopping:
             if time.monotonic() < self._due:
                 return
-            pid = os.fork()
+            taken = {pulse.place for _, pulse in self._started.values()}
+            pulse = Pulse(self._memory, min(set(range(self._size)) - taken),
+                          self._notifier.interval / 2)
+            try:
+                pid = os.fork()
+            except OSError as error:    # no process, no memory: there may be again
+                log.error('cannot start a worker: %s', reason(error))
+                return self._back_off()
             if not pid:
-                self._be_worker()
-            self._started[pid] = time.monotonic()
+                self._be_worker(pulse)
+            self._started[pid] = time.monotonic(), pulse
 
-    def _be_worker(self):
+    def _be_worker(self, pulse):
         status = 1
         try:
             os.close(self._held)
@@ -6000,7 +7954,7 @@ class Supervisor:
             if settings.max_clients:
                 settings = settings._replace(max_clients=-(-settings.max_clients // self._size))
             server = Server((), settings, listeners=self._listeners)
-            Service(server, self._configure, Notifier({}), lambda: None).run(self._lifeline)
+            Service(server, self._configure, pulse, lambda: None).run(self._lifeline)
             status = 0
         except Exception:
             log.exception('this is a bug')
@@ -6009,69 +7963,204 @@ class Supervisor:
             os._exit(status)
 
 
-class LogFile(logging.FileHandler):
-    """A file to append to; that it cannot be written to, for a time, is no reason to stop."""
-    is_moved = False                    # so the next line begins a new one
+class LogWriter(logging.Handler):
+    """Writes the log to a file, or to stderr, in a thread of its own, so that logging never waits.
 
-    def emit(self, record):
+    What comes while the thread is at work, or pauses, goes out together.  What the file does not
+    take is queued, LIMIT lines at most; the number of those lost beyond is one line, as soon as it
+    takes more.  After an error, which stderr is told once, the same is tried again.  A file that
+    was moved away is begun anew.
+    """
+    LIMIT = 10000                       # lines
+    CHUNK = getattr(select, 'PIPE_BUF', 512)    # bytes that others' lines never come between
+    PAUSE = 0.05                        # seconds between two rounds of writing
+    RETRY = 1.0                         # seconds from an error to the next try
+    PATIENCE = 1.0                      # seconds for what is still queued at the end
+
+    def __init__(self, path=None):
+        """`path` names a file, None stands for stderr; OSError if it cannot be opened."""
+        super().__init__()
+        self._path = path
+        self._file = None
+        self._process = None            # that the thread is in
+        self._error = None              # the one that was told last
+        self._hurry = self._ended = False
+        self._lines = deque()
         try:
-            if self.is_moved:
-                old, self.stream = self.stream, self._open()
-                self.is_moved = False
-                old.close()
-        except OSError:
-            self.handleError(record)
-        super().emit(record)
+            self._open()
+        except OSError as error:
+            if error.errno != errno.ENXIO:      # a fifo that has no reader yet
+                raise
 
-    def handleError(self, record):
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif sys.stderr:
-            with contextlib.suppress(OSError):
-                print(f'socks.py: {self.baseFilename}: {reason(error)}: {self.format(record)}',
-                      file=sys.stderr, flush=True)
+    def handle(self, record):
+        """Queue the record.  There is no lock that whoever writes could hold."""
+        if self._process != os.getpid():
+            self._begin()
+        if len(self._lines) < self.LIMIT:
+            self._lines.append(self.format(record).encode('ascii', 'backslashreplace') + b'\n')
+        else:
+            self._lost += 1
+        if self._is_idle:
+            self._is_idle = False
+            with contextlib.suppress(RuntimeError):     # another thread has done it just now
+                self._wake.release()
+
+    def _begin(self):
+        """Have a thread in this process; what a fork has got in the queue is its parent's."""
+        with self.lock:
+            if self._process == os.getpid():            # another thread came first
+                return
+            if self._process:
+                self._lines.clear()
+            self._process, self._lost, self._is_idle = None, 0, False
+            self._wake = threading.Lock()               # held while there is nothing to do
+            self._wake.acquire()
+            self._thread = threading.Thread(target=self._work, name='socks-log', daemon=True)
+            with contextlib.suppress(RuntimeError), signals_blocked():  # no thread: the next time
+                self._thread.start()
+                self._process = os.getpid()
+
+    def _work(self):
+        told = 0
+        while not self._ended:
+            self._is_idle = True        # before the look at the queue: handle() may come between
+            if not self._lines:
+                self._wake.acquire()
+            self._is_idle = False
+            while self._lines:
+                self._write(self._chunk())
+            lost = self._lost - told
+            if lost:
+                told += lost
+                record = log.makeRecord(log.name, logging.WARNING, '', 0,
+                                        '%d lines of the log were lost here', (lost,), None)
+                self._write(self.format(record).encode() + b'\n')
+            if not self._hurry:
+                time.sleep(self.PAUSE)
+
+    def _chunk(self):
+        """The next lines, as many as a pipe takes in one piece."""
+        lines = [self._lines.popleft()]
+        room = self.CHUNK - len(lines[0])
+        while self._lines and len(self._lines[0]) <= room:
+            lines.append(self._lines.popleft())
+            room -= len(lines[-1])
+        return b''.join(lines)
+
+    def _write(self, data):
+        while data:
+            try:
+                self._open()
+                count = self._file.write(data)
+                if count:
+                    data, self._error = data[count:], None
+                else:                   # it is non-blocking: a fifo, or whoever shares it did so
+                    poll((), [self._file], after(self.RETRY))
+            except OSError as error:
+                self._tell(error)
+                time.sleep(self.RETRY)
+
+    def _open(self):
+        """Open the file if that is not done, or if it was moved."""
+        if self._path is None:
+            self._file = self._file or open(sys.stderr.fileno(), 'wb', 0, closefd=False)
+            return
+        if self._file:
+            there = os.fstat(self._file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(there, os.stat(self._path)):
+                    return
+        file = open(self._path, 'ab', 0, opener=lambda path, flags: os.open(
+            path, flags | getattr(os, 'O_NONBLOCK', 0), 0o666))
+        old, self._file = self._file, file
+        if old:
+            old.close()
+
+    def _tell(self, error):
+        if error.errno != self._error and self._path and sys.stderr:
+            self._error = error.errno
+            with contextlib.suppress(OSError, ValueError):
+                if os.name != 'posix' or poll((), [sys.stderr], time.monotonic()):
+                    print(f'socks.py: {self._path}: {reason(error)}: lines of the log have to wait',
+                          file=sys.stderr, flush=True)
+
+    def flush(self):
+        """Wait until all is written, but PATIENCE seconds at most: there may be no reader."""
+        if self._process == os.getpid() and not self._hurry:
+            self._hurry = True
+            until = after(self.PATIENCE)
+            while (self._lines or not self._is_idle) and time.monotonic() < until:
+                time.sleep(0.005)
+
+    def close(self):
+        self.flush()
+        if self._process == os.getpid() and self._is_idle:
+            self._ended = True
+            with contextlib.suppress(RuntimeError):
+                self._wake.release()
+            self._thread.join()
+        if self._file and (self._ended or not self._process):
+            self._file.close()
+        super().close()
 
 
-def reopen_log():
-    """Go on in a new file, in case that the log's was moved away."""
-    for handler in logging.getLogger().handlers:
-        handler.is_moved = True         # means something to a `LogFile`
+@contextlib.contextmanager
+def signals_blocked():
+    """What starts a thread that must take no signal, as it has this from who starts it."""
+    if not hasattr(signal, 'pthread_sigmask'):          # Windows
+        yield
+        return
+    signals = getattr(signal, 'valid_signals', lambda: range(1, signal.NSIG))     # Python 3.8
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TextFormatter(logging.Formatter):
-    """A record as one line of text: time, unless whoever reads it has one, level, message."""
+    """A record as a line of text: time, unless whoever reads it has one, level, message.
+
+    A table has several; those of a traceback are indented, so that none can be taken for another
+    record.
+    """
 
     def __init__(self, has_time):
         super().__init__()
         self._has_time = has_time
-        self._second = self._text = None
+        self._second = None, ''         # one, and its text, which is made once
 
-    def formatMessage(self, record):
-        line = f'{record.levelname} {record.message}'
-        if not self._has_time:
-            return line
-        second = int(record.created)
-        if second != self._second:              # its text is made once
-            self._second = second
-            self._text = time.strftime(self.default_time_format, time.localtime(second))
-        return '%s,%03d %s' % (self._text, record.msecs, line)
+    def format(self, record):
+        head = f'{record.levelname} '
+        if self._has_time:
+            second, text = self._second
+            if second != int(record.created):
+                second = int(record.created)
+                text = time.strftime(self.default_time_format, time.localtime(second))
+                self._second = second, text
+            head = '%s,%03d %s' % (text, record.msecs, head)
+        message = record.getMessage()
+        lines = message.split('\n') if isinstance(record.msg, Table) else [printable(message)]
+        lines = [head + line for line in lines]
+        if record.exc_info:
+            trace = self.formatException(record.exc_info)
+            lines += ['  ' + printable(line) for line in trace.splitlines()]
+        return '\n'.join(lines)
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; a client's `Line` with its fields."""
+    """A record as a line of JSON, a client's `Line` with its fields; a `Table` as several."""
 
     def format(self, record):
         import json
-        entry = {'time': round(record.created, 3), 'level': record.levelname}
-        if isinstance(record.msg, Line):
-            entry.update(record.msg._asdict(), client=str(record.msg.client),
-                         seconds=round(record.msg.seconds, 3))
+        about = {'time': round(record.created, 3), 'level': record.levelname}
+        if isinstance(record.msg, (Line, Table)):
+            entries = record.msg.entries()
         else:
-            entry['message'] = record.getMessage()
+            entries = [{'message': record.getMessage()}]
         if record.exc_info:
-            entry['traceback'] = self.formatException(record.exc_info)
-        return json.dumps(entry)
+            about['traceback'] = self.formatException(record.exc_info)
+        return '\n'.join(json.dumps(dict(about, **entry)) for entry in entries)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -6088,13 +8177,14 @@ examples:
 
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
-  ALL_PROXY, NO_PROXY                   for a client: -x where none is given, and what to reach
-                                        without it
+  SOCKS_PROXY                           -x where none is given: URLs, separated by white space
+  ALL_PROXY, NO_PROXY                   the same for a client, and what to reach without it
 
 signals:
   TERM                                  stop, after --drain; a second one, or INT: at once
-  HUP                                   read users, rules and certificates anew; new log file
-  USR1                                  print whom we serve
+  HUP                                   read users, rules, certificates and proxies anew; when the
+                                        terminal is gone, as TERM
+  USR1                                  log a table of the clients that are served
 
 exit status:
   0 stopped by a signal, 1 cannot start, 2 wrong usage; of --run, that of the program
@@ -6124,6 +8214,9 @@ def host_and_port(text):
     host, colon, port = text.rpartition(':')
     if not colon or text.endswith(']'):
         host, port = text, None
+    if host == '*':
+        raise argparse.ArgumentTypeError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: '
+                                         f'for all of both families')
     if host.startswith('[') and host.endswith(']') and ':' in host:
         host = host[1:-1]
     elif not host or set(host) & set('[]:'):
@@ -6152,9 +8245,15 @@ def gssapi_levels(text):
 
 def ip_address(text):
     """argparse type: the text of an IP address."""
-    if ip_bytes(text) is None:
+    ip = plain_ip(text)
+    if ip is None:
         raise argparse.ArgumentTypeError(f'{text!r}: expected an IP address')
-    return text
+    return ip
+
+
+def source_address(text):
+    """argparse type: the text of an IP address; a link-local one may have a zone."""
+    return text if '%' in text and ip_bytes(text) else ip_address(text)
 
 
 def seconds(text):
@@ -6177,12 +8276,12 @@ def network(text):
     try:
         return parse_network(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{error}, expected 192.0.2.0/24 for example') from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def workers(text):
     """argparse type: a number of processes."""
-    number = os.cpu_count() or 1
+    number = min(1024, processors())
     if text != 'auto':
         number = int(text) if re.match('[0-9]+$', text) else 0
     if not 0 < number <= 1024 or number > 1 and not hasattr(os, 'fork'):
@@ -6214,13 +8313,14 @@ OPTIONS = [
     ('listening', [
         (('-b', '--bind'), dict(
             metavar='ADDRESS[:PORT]', type=host_and_port, action='append', default=[],
-            help='address or name to listen on, repeatable (default: 127.0.0.1)')),
+            help='address or name to listen on, :: for all of both families, repeatable '
+                 '(default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
             help='port where --bind has none, 0 for a free one (default: %(default)s)')),
         (('-w', '--workers'), dict(
             metavar='N', type=workers, default=1,
-            help='serve with so many processes, or auto: one for each processor '
+            help='serve with so many processes, or auto: one for each processor that it may use '
                  '(default: %(default)s)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
@@ -6277,18 +8377,22 @@ OPTIONS = [
                  '(default: as many as open files allow)')),
         (('--max-per-client',), dict(
             metavar='N', type=count, default=DEFAULTS.max_per_client,
-            help='connections at once from one address (default: any number)')),
+            help='connections at once from one IPv4 address or IPv6 /64, 0 for any number '
+                 '(default: any from this host, else half of --max-clients, or 64 if that is more, '
+                 'but at most three quarters)')),
         (('--max-handshakes',), dict(
             metavar='N', type=count, default=DEFAULTS.max_handshakes,
-            help='clients at once that have not yet said what they want; the oldest is closed for '
-                 'one more (default: half of --max-clients, at least 64)'))]),
+            help='clients at once that have not yet said what they want; for one more, the oldest '
+                 'of the address that has most is closed (default: half of --max-clients, or 64 if '
+                 'that is more, but at most three quarters)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
             help='what they may reach, see the README (default: all but what is local to the '
                  'proxy)')),
         (('--check',), dict(
-            action='store_true', help='check all options and files, not addresses, and end')),
+            action='store_true', help='check all options and files, not addresses, print all that '
+                                      'is wrong or a summary, and end')),
         (('--tor-extensions',), dict(
             action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
         (('--udp-strict',), dict(
@@ -6296,7 +8400,7 @@ OPTIONS = [
                                       '(default: from anywhere)'))]),
     ('addresses', [
         (('--source',), dict(
-            metavar='ADDRESS', type=ip_address, action='append', default=[],
+            metavar='ADDRESS', type=source_address, action='append', default=[],
             help='connect from this address, repeatable: one IPv4, one IPv6 '
                  '(default: as the system routes)')),
         (('--advertise',), dict(
@@ -6315,7 +8419,8 @@ OPTIONS = [
             ('connect', 'for connecting to the target'),
             ('bind', 'for the peer that a BIND waits for'),
             ('idle', 'for a connection through which nothing moves'),
-            ('udp', 'for an association without datagrams'))] + [
+            ('udp', 'for an association without datagrams, four times that where only targets '
+                    'send'))] + [
         (('--drain',), dict(
             metavar='SECONDS', type=seconds, default=DEFAULTS.drain_timeout, dest='drain_timeout',
             help='for clients to end after TERM (default: %(default)g)'))]),
@@ -6325,7 +8430,11 @@ OPTIONS = [
             help='send CONNECT through this proxy, repeatable: a chain, first hop first; '
                  'SCHEME://[USER:PASSWORD@]HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, '
                  'socks4, http, https, also with +tls, +gssapi or +unix (default: none; for '
-                 'the next three, that in ALL_PROXY)')),
+                 '--connect, --resolve and --run, that in ALL_PROXY); others on this machine can '
+                 'see a password, see SOCKS_PROXY below')),
+        (('--proxy-file',), dict(
+            metavar='FILE', help='read them from a file, one a line (default: those in '
+                                 'SOCKS_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
             help='do not serve: join stdin and stdout to a connection through the proxy, or a '
@@ -6341,8 +8450,9 @@ OPTIONS = [
         (('-v', '--verbose'), dict(action='store_true', help='log every step')),
         (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
         (('--log-file',), dict(
-            metavar='FILE', help='append to a file; after it is moved, HUP begins another '
-                                 '(default: stderr)')),
+            metavar='FILE',
+            help='append to a file, or write to a fifo; a file that is moved away is begun anew '
+                 '(default: stderr)')),
         (('--log-format',), dict(
             choices=('text', 'json'), default='text', help='(default: %(default)s)')),
         (('-V', '--version'), dict(action='version', version=f'socks.py {__version__}'))]),
@@ -6362,6 +8472,16 @@ def build_parser():
     return parser
 
 
+def hint(parser, unknown):
+    """A suggestion for an option that does not exist, or nothing."""
+    import difflib                      # here, because it is only needed to fail
+    word = unknown[0].partition('=')[0]
+    options = [flag for flag in parser._option_string_actions if flag.startswith('--')]
+    shortened = re.compile('.*'.join(map(re.escape, word)))
+    similar = [*filter(shortened.match, options), *difflib.get_close_matches(word, options, 2, 0.7)]
+    return f'; is {" or ".join(dict.fromkeys(similar))} meant?' if word[2:] and similar else ''
+
+
 def settings_from(args, environ):
     """The `Settings` of parsed arguments and the environment; ValueError if they contradict."""
     try:
@@ -6372,10 +8492,6 @@ def settings_from(args, environ):
     users = dict(pairs)
     if len(users) < len(pairs):
         raise ValueError('-u, SOCKS_USERS: a user is given twice')
-    if args.users_file:
-        users.update(read_users(args.users_file))
-        if not users:
-            raise FileError(f'{args.users_file}: there are no users, so nobody would be asked')
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
@@ -6388,11 +8504,32 @@ def settings_from(args, environ):
             os.environ['KRB5_KTNAME'] = args.keytab     # the library has no other way
     elif args.keytab or args.gssapi_nec or args.gssapi_level:
         raise ValueError('--gssapi-level, --gssapi-nec, --keytab: expected --gssapi')
-    rules = read_rules(args.rules_file) if args.rules_file else None
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
-    tls = tls_context(args.tls_cert, args.tls_key, args.tls_client_ca) if args.tls_cert else None
-    return Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls))
+    more_users, rules, tls = all_of(lambda read, path, *more: read(path, *more) if path else None, [
+        (read_users, args.users_file), (read_rules, args.rules_file),
+        (tls_context, args.tls_cert, args.tls_key, args.tls_client_ca)])
+    users.update(more_users or {})
+    settings = Settings(**dict(fields, users=MappingProxyType(users), rules=rules, tls=tls,
+                               upstream=tuple(chain_from(args, environ))))
+    for warning in warnings_about(settings):
+        log.warning('%s', warning)
+    return settings
+
+
+def warnings_about(settings):
+    """A warning for each rule that is probably a mistake."""
+    rules, names = settings.rules or (), {'-', *map(shown, map(name_text, settings.users))}
+    by_other_ways = (settings.gssapi or settings.ident
+                     or settings.tls and settings.tls.verify_mode)      # CERT_NONE is 0
+    for rule in rules if not by_other_ways else ():
+        for user in rule.users:
+            if user not in names:
+                yield f'{rule.place}: user {user} does not exist'
+    for rule, further in zip(rules, rules[1:]):
+        if not any(rule[1:-1]):         # no condition
+            yield f'{further.place}: never reached, {rule.place} matches everything'
+            break
 
 
 def raise_descriptor_limit(wanted=65536):
@@ -6406,17 +8543,39 @@ def raise_descriptor_limit(wanted=65536):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def set_up_logging(args, environ):
+def set_up_logging(args, environ, serves):
     """OSError if the log file cannot be opened."""
+    handler = logging.StreamHandler()
     if args.log_file and not args.check:
-        handler = LogFile(args.log_file, encoding='utf-8')
-    else:
-        handler = logging.StreamHandler()
+        handler = LogWriter(args.log_file)
+    elif serves:
+        with contextlib.suppress(OSError, AttributeError):      # stderr is closed, or replaced
+            handler = LogWriter()
     is_journal = 'JOURNAL_STREAM' in environ and not args.log_file      # which has a time
     handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
                          TextFormatter(has_time=not is_journal))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def chain_from(args, environ):
+    """The proxies for CONNECT: those of -x, or of the file, or of SOCKS_PROXY."""
+    if args.upstream and args.proxy_file:
+        raise ValueError('-x, --proxy-file: expected one of them')
+    urls = [('SOCKS_PROXY', url) for url in environ.get('SOCKS_PROXY', '').split()]
+    if args.proxy_file:
+        urls = [(place, line.decode('utf-8', 'replace'))
+                for place, line in read_lines(args.proxy_file)]
+        warn_if_readable(args.proxy_file)
+        if not urls:
+            raise FileError(f'{args.proxy_file}: there are no proxies')
+    chain = [*args.upstream]
+    for place, url in () if chain else urls:
+        try:
+            chain.append(parse_proxy_url(url))
+        except (ValueError, GeneralProxyError) as error:
+            raise (FileError if args.proxy_file else ValueError)(f'{place}: {error}') from None
+    return hops(chain)
 
 
 def environment_hops(host=None):
@@ -6434,7 +8593,7 @@ def client_command(args):
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
-    chain = args.upstream or environment_hops(args.connect and host)
+    chain = chain_from(args, os.environ) or environment_hops(args.connect and host)
     bypass = os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''
     if args.connect and not chain and not is_bypassed(host, bypass):
         raise ValueError(f'--connect: expected a proxy, -x URL or ALL_PROXY, or {shown(host)} in '
@@ -6451,7 +8610,7 @@ def client_command(args):
     except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
         return 1
     except OSError as error:
-        print(f'socks.py: {Address(host, port) if port else host}: {reason(error)}',
+        print(printable(f'socks.py: {Address(host, port) if port else host}: {reason(error)}'),
               file=sys.stderr)
         return 1
     return 0
@@ -6576,22 +8735,24 @@ def wrap_child():
 def main(argv=None):
     """Run the command line; returns the exit status."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown)}')
+    tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     try:
         if args.run is None or args.verbose or args.log_file:       # else that is the program's
-            set_up_logging(args, os.environ)
+            set_up_logging(args, os.environ, not (tasks or args.check))
     except OSError as error:
         print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
         return 1
     if args.hash_password:
         return print_hash()
-    tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     if len(tasks) + args.check > 1:
         parser.error('--check, --connect, --resolve, --run: expected one of them')
     try:
         if args.run is None:
             return client_command(args) if tasks else serve(args)
-        program = program_runner(args.run, args.upstream or environment_hops())
+        program = program_runner(args.run, chain_from(args, os.environ) or environment_hops())
     except ValueError as error:
         parser.error(str(error))
     program()
@@ -6601,12 +8762,18 @@ def main(argv=None):
 def print_hash():
     """Read a password, and print its hash for a file of users."""
     password = b''
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    try:
         if sys.stdin and sys.stdin.isatty():
             from getpass import getpass
             password = os.fsencode(getpass('Password: '))
+            if password and os.fsencode(getpass('Again: ')) != password:
+                print('socks.py: the passwords differ', file=sys.stderr)
+                return 1
         elif sys.stdin:
             password = sys.stdin.buffer.readline().rstrip(b'\r\n')
+    except (EOFError, KeyboardInterrupt):       # somebody thought better of it
+        print(file=sys.stderr)
+        return 1
     if not 0 < len(password) < 256:
         print('socks.py: expected a password of 1 to 255 bytes', file=sys.stderr)
         return 1
@@ -6634,18 +8801,17 @@ def serve(args):
     try:
         settings = configure()
         if args.check:
-            refuse_open_proxy(prepared(settings), [
-                Address(host, port) for host, port in addresses_of(args) if ip_bytes(host)])
-            return 0
+            return check(settings, addresses_of(args))
         notifier = Notifier(os.environ)
         server = Server(addresses_of(args), settings, listeners=activated_sockets(os.environ))
     except (FileError, OSError) as error:
-        print(f'socks.py: {reason(error)}', file=sys.stderr)
+        faults = error.args if args.check and isinstance(error, FileError) else [reason(error)]
+        for fault in faults:
+            print(f'socks.py: {fault}', file=sys.stderr)
         return 1
-    if args.users:
-        log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
+    warn_of_shown_passwords(args)
     announce = functools.partial(announce_addresses, server.addresses,
-                                 0 in (port for _, port in addresses_of(args)))
+                                 0 in (port for _, port in addresses_of(args)), settings.upstream)
     if args.workers == 1:
         Service(server, configure, notifier, announce).run()
     else:
@@ -6654,11 +8820,31 @@ def serve(args):
     return 0
 
 
-def announce_addresses(addresses, to_stdout):
+def check(settings, addresses):
+    """Raise the errors of a start, except those of binding the addresses, or print a summary."""
+    refuse_open_proxy(prepared(settings), [
+        Address(host, port) for host, port in addresses if ip_bytes(host)])
+    numbers = [(len(settings.users), 'user')]
+    if settings.rules is not None:
+        numbers.append((len(settings.rules), 'rule'))
+    summary = ', '.join(f'{number} {what}{"s" * (number != 1)}' for number, what in numbers)
+    return 0 if print_at_once(summary + ': ok') else 1
+
+
+def warn_of_shown_passwords(args):
+    if args.users:
+        log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
+    if any(proxy.password for proxy in args.upstream):
+        log.warning('-x shows passwords to all users of this machine, SOCKS_PROXY does not')
+
+
+def announce_addresses(addresses, to_stdout, chain):
     for address in addresses:
         if to_stdout:
             print_at_once(f'listening on {address}')
         log.info('listening on %s', address)
+    if chain:
+        log.info('through %s', ', then '.join(proxy.place for proxy in chain))
 
 
 def addresses_of(args):

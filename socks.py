@@ -5857,8 +5857,8 @@ CONVERSIONS = {
     'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
     'udp_ports': as_ports}
 CONVERSIONS.update(
-    (name, functools.partial(as_number, kind)) for name, kind in Settings.__annotations__.items()
-    if kind in (int, float))
+    (name, functools.partial(as_number, type(default)))
+    for name, default in Settings()._asdict().items() if type(default) in (int, float))
 CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
 
 
@@ -7794,7 +7794,10 @@ class Service:
 
     def _show(self):
         """In a thread, because many clients make a long table."""
-        threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
+        try:
+            threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
+        except RuntimeError:            # there is none to be had
+            self._log_table()
 
     def _log_table(self):
         record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
@@ -7996,10 +7999,14 @@ class LogWriter(logging.Handler):
         """Queue the record.  There is no lock that whoever writes could hold."""
         if self._process != os.getpid():
             self._begin()
-        if len(self._lines) < self.LIMIT:
-            self._lines.append(self.format(record).encode('ascii', 'backslashreplace') + b'\n')
-        else:
+        if len(self._lines) >= self.LIMIT:
             self._lost += 1
+        else:
+            try:
+                text = self.format(record)
+            except Exception:
+                return self.handleError(record)
+            self._lines.append(text.encode('ascii', 'backslashreplace') + b'\n')
         if self._is_idle:
             self._is_idle = False
             with contextlib.suppress(RuntimeError):     # another thread has done it just now
@@ -8070,9 +8077,10 @@ class LogWriter(logging.Handler):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(there, os.stat(self._path)):
                     return
-        file = open(self._path, 'ab', 0, opener=lambda path, flags: os.open(
-            path, flags | getattr(os, 'O_NONBLOCK', 0), 0o666))
-        old, self._file = self._file, file
+        # Not by mode 'a', with which Python 3.6 seeks, as a fifo cannot; nor may a fifo block.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NONBLOCK', 0)
+        fd = os.open(self._path, flags | getattr(os, 'O_BINARY', 0), 0o666)
+        old, self._file = self._file, open(fd, 'wb', 0)
         if old:
             old.close()
 
@@ -8139,6 +8147,8 @@ class TextFormatter(logging.Formatter):
                 text = time.strftime(self.default_time_format, time.localtime(second))
                 self._second = second, text
             head = '%s,%03d %s' % (text, record.msecs, head)
+        if isinstance(record.msg, Line):        # in which all is printable, and by far the most
+            return head + str(record.msg)
         message = record.getMessage()
         lines = message.split('\n') if isinstance(record.msg, Table) else [printable(message)]
         lines = [head + line for line in lines]

@@ -29,6 +29,7 @@ Sections, each of which uses only those before it: words, errors, wire format, s
 loops, relays, client, server, socket face, operation, command line.
 """
 
+import _socket
 import argparse
 import atexit
 import codecs
@@ -55,7 +56,7 @@ import time
 import unicodedata
 import weakref
 from binascii import b2a_base64
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from types import MappingProxyType
 from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, List,
                     Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union, overload)
@@ -1061,6 +1062,111 @@ def ready(reading, writing, until, pause=None):
     return found
 
 
+class VirtualAddresses:
+    """IP addresses that stand for names, for programs that need an address of a name that is not
+    to be looked up.  Threads may share it.
+
+    A name has an IPv4 address of 198.18.0.0/15 (RFC 2544) and the IPv6 address of 100::/64
+    (RFC 6666) that ends with it.  No host on the Internet has one of these.
+
+    The SIZE names that were used last are known.  The address of any other stands for nothing, and
+    is given to another name only when all the rest have been given away.
+
+    is_on   whether programs get such addresses; they know no others of these networks then
+    """
+    SIZE = 1 << 15
+    FIRST, COUNT = 0xc6120000, 1 << 17  # 198.18.0.0/15
+    IPV6_PREFIX = b'\1' + bytes(11)
+
+    def __init__(self):
+        self.is_on = False
+        self._numbers = OrderedDict()   # by name, the one used last at the end
+        self._names = {}                # by number, which is counted from FIRST
+        self._origins = OrderedDict()   # names by real address, see remember()
+        self.after_fork()
+
+    def after_fork(self):
+        """Have a lock that is free, and give away other addresses than the parent."""
+        self._lock = threading.Lock()
+        self._last = int.from_bytes(os.urandom(4), 'big') % self.COUNT
+
+    def of(self, name, family=socket.AF_INET):
+        """The address of a name, as text."""
+        with self._lock:
+            number = self._numbers.get(name)
+            if number is None:
+                if len(self._numbers) >= self.SIZE:
+                    del self._names[self._numbers.popitem(last=False)[1]]
+                number = self._unused()
+                self._names[number] = name
+                self._numbers[name] = number
+            self._numbers.move_to_end(name)
+        packed = (self.FIRST + number).to_bytes(4, 'big')
+        return ip_text(self.IPV6_PREFIX + packed if family == socket.AF_INET6 else packed)
+
+    def _unused(self):
+        while True:
+            self._last = (self._last + 1) % self.COUNT
+            # Some programs take the first and the last of 256 for a network and for broadcast.
+            if self._last not in self._names and self._last % 256 not in (0, 255):
+                return self._last
+
+    def name(self, host):
+        """The name that the address `host` stands for, None for any other host.
+
+        Raises GeneralProxyError for an address that stands for nothing.
+        """
+        number = self.number(host) if self.is_on or self._names else None
+        if number is None:
+            return None
+        with self._lock:
+            name = self._names.get(number)
+            if name is not None:
+                self._numbers.move_to_end(name)
+                return name
+        error = GeneralProxyError(f'{host} stands for no name, or for one used long ago')
+        error.errno = errno.EHOSTUNREACH
+        raise error
+
+    def number(self, host):
+        """Which of these addresses `host` is; None if it is another."""
+        packed = ip_bytes(host.partition('%')[0]) or b''
+        if packed[:12] in (V4_MAPPED, self.IPV6_PREFIX):
+            packed = packed[12:]
+        number = int.from_bytes(packed, 'big') - self.FIRST
+        return number if len(packed) == 4 and 0 <= number < self.COUNT else None
+
+    def knows(self, name):
+        """Whether `name` has an address."""
+        return name in self._numbers
+
+    def remember(self, host, name):
+        """Let `name` be the origin of a real IP address."""
+        host = plain_ip(host) or host
+        with self._lock:
+            self._origins[host] = name
+            self._origins.move_to_end(host)
+            if len(self._origins) > self.SIZE:
+                self._origins.popitem(last=False)
+
+    def forget_origins(self):
+        self._origins.clear()
+
+    def origin(self, host):
+        """The name for which a real IP address was found, or None."""
+        return self._origins and self._origins.get(plain_ip(host) or host) or None
+
+
+virtual_addresses = VirtualAddresses()
+if hasattr(os, 'register_at_fork'):     # Python 3.7
+    os.register_at_fork(after_in_child=virtual_addresses.after_fork)
+
+
+def stock(function):
+    """The resolver function of `socket` that `function` is, or in whose place it is."""
+    return getattr(function, '__dict__', {}).get('stock', function)    # a mock has all attributes
+
+
 def need_descriptor():
     """Raise OSError if no further file can be opened."""
     try:
@@ -1072,16 +1178,16 @@ def need_descriptor():
 
 def look_up(host, port, family=0):
     """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
-    one that hands names through."""
+    one that hands names through, or gives addresses that stand for them."""
     try:
-        found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        found = stock(socket.getaddrinfo)(host, port, family, socket.SOCK_STREAM)
     except socket.gaierror:             # also what resolvers say who cannot open their files
         need_descriptor()
         raise
     except UnicodeError:
         raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
-    if any(plain_ip(str(sockaddr[0]).partition('%')[0]) is None
-           for *_, sockaddr in found[:ATTEMPTS]):
+    hosts = [str(sockaddr[0]).partition('%')[0] for *_, sockaddr in found[:ATTEMPTS]]
+    if any(plain_ip(host) is None or virtual_addresses.number(host) is not None for host in hosts):
         found = _orig_getaddrinfo(host, port, family, socket.SOCK_STREAM)
     return found
 
@@ -1369,8 +1475,8 @@ class Secure(Layer):
     """
     QUICK = 0.001                       # seconds that a step of a handshake may take in a loop
     UNASKED = 1 << 12                   # bytes of answers to a peer that sends no data meanwhile
-    # Bytes for TLS at a time; FAST after bytes of which at least half were data: one KiB may ask for
-    # new keys forty times, which takes over a millisecond.
+    # Bytes for TLS at a time; FAST after bytes of which at least half were data: one KiB may ask
+    # for new keys forty times, which takes over a millisecond.
     CAREFUL, FAST = 1 << 10, 1 << 14
     costly = weakref.WeakSet()          # contexts of servers whose steps take longer: RSA keys
 
@@ -2092,6 +2198,33 @@ class UdpPorts:
         free, _ = self._ranges[key]
         if free.count == free.size:
             del self._ranges[key]
+
+
+def tcp_pair():
+    """Two non-blocking TCP sockets that are connected to each other, unlike those of socketpair(),
+    which programs could not set TCP's options on."""
+    with bound(Address('127.0.0.1', 0)) as listener:
+        listener.listen(1)
+        near, _ = start_connect(Address.of(listener.getsockname()), ())
+        try:
+            poll([listener], (), after(1))
+            far, address = listener.accept()
+            if address != near.getsockname():
+                far.close()
+                raise OSError(errno.ECONNABORTED, 'somebody else connected')
+        except BaseException:
+            near.close()
+            raise
+    far.setblocking(False)
+    return near, far
+
+
+def stock_pair():
+    """Two connected stock sockets for our own use, whatever class socket.socket is."""
+    if not hasattr(_socket, 'socketpair'):      # Windows
+        return tcp_pair()
+    return [_orig_socket(half.family, half.type, half.proto, half.detach())
+            for half in _socket.socketpair()]
 
 
 # ----------------------------------------------------------------------------------------- access
@@ -2865,7 +2998,7 @@ class Waker:
     """A socket that is readable after wake(), which any thread may call, until clear()."""
 
     def __init__(self):
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = stock_pair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
 
@@ -4872,25 +5005,6 @@ def deliver(loop, patience=5.0):
         time.sleep(0.01)
 
 
-def tcp_pair():
-    """Two non-blocking TCP sockets that are connected to each other, unlike those of socketpair(),
-    which programs could not set TCP's options on."""
-    with bound(Address('127.0.0.1', 0)) as listener:
-        listener.listen(1)
-        near, _ = start_connect(Address.of(listener.getsockname()), ())
-        try:
-            poll([listener], (), after(1))
-            far, address = listener.accept()
-            if address != near.getsockname():
-                far.close()
-                raise OSError(errno.ECONNABORTED, 'somebody else connected')
-        except BaseException:
-            near.close()
-            raise
-    far.setblocking(False)
-    return near, far
-
-
 @functools.lru_cache(4)
 def usual_context(*_):
     """The ssl.SSLContext of a client; to read all certificates that it trusts takes long."""
@@ -5737,7 +5851,7 @@ class Handler(Negotiation):
         self.server.judge(self.client, Address(host, 0))
         until = self.stream.until = after(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
-            socket.getnameinfo, (host, 0), socket.NI_NAMEREQD), until)
+            stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
         yield from self.tell(canonical(Address(name, 0)))
 
     def tell(self, address):
@@ -6466,6 +6580,15 @@ PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 PRINTABLE_PROXY_TYPES = TYPE_NAMES
 NO_PROXY = (None,) * 6
 IP_FAMILIES = socket.AF_INET, socket.AF_INET6
+# Of sockets, (type, protocol): what proxies carry, over IPv4 and IPv6.
+TCP_KINDS = {(socket.SOCK_STREAM, proto) for proto in (0, socket.IPPROTO_TCP, 262)}     # 262: MPTCP
+UDP_KINDS = {(socket.SOCK_DGRAM, proto) for proto in (0, socket.IPPROTO_UDP)}
+# What other families have to say stays on this host, or on one bus or link.
+WIDE_FAMILIES = {getattr(socket, name) for name in ('AF_INET', 'AF_INET6', 'AF_PACKET')
+                 if hasattr(socket, name)}
+MSG_FASTOPEN = 0x20000000 if sys.platform == 'linux' else 0
+SO_ACCEPTCONN = getattr(socket, 'SO_ACCEPTCONN', 2)     # Windows has it, its module socket not
+MOST_RECEIVERS = 1024                   # ports that a socket remembers whom it sent to on
 # The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
 STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
 
@@ -6538,7 +6661,8 @@ def default_proxy(proxy: ProxyArgument, bypass: str = '') -> Iterator[None]:
 def _default(kind=None):
     """The default proxy of a class of sockets, as a 6-tuple, and what to bypass it for."""
     kind = kind or socksocket
-    return _scope.get() or (kind.default_proxy, kind.default_bypass)
+    return (_scope.get() or not kind.default_proxy and _wrapped_with
+            or (kind.default_proxy, kind.default_bypass))
 
 
 def get_default_proxy() -> Optional[ProxyTuple]:
@@ -6547,48 +6671,244 @@ def get_default_proxy() -> Optional[ProxyTuple]:
 
 
 getdefaultproxy = get_default_proxy
+_wrapped_with = None                    # as _default() gives it
 
 
 def wrap_module(module: Any, dns: bool = False) -> None:
     """Have the module `socket` that `module` imported make socksockets, for the whole process.
 
-    With `dns`, names are not looked up here any more but handed to the proxy, see getaddrinfo().
+    Inside of default_proxy(), that proxy is also for threads that have no default proxy, as those
+    of asyncio.
+
+    With `dns`, names are not looked up here but handed to the proxy, see getaddrinfo().
+
+    The import of modules that would go past the proxy, see PAST_SOCKET, is logged as a warning, and
+    with `dns` it fails.
+
     Raises GeneralProxyError if there is no default proxy.
     """
+    global _wrapped_with
     if not get_default_proxy():
         raise GeneralProxyError('No default proxy specified')
+    _wrapped_with = _scope.get() or _wrapped_with
     module.socket.socket = socksocket
     if dns:
-        module.socket.getaddrinfo = getaddrinfo
+        for function in RESOLVER:
+            setattr(module.socket, function.__name__, function)
+        virtual_addresses.is_on = True
+    if ImportGuard not in sys.meta_path:
+        sys.meta_path.insert(0, ImportGuard)
+        for name in PAST_SOCKET & sys.modules.keys():
+            log.warning(ImportGuard.TEXT, name)
+    if sys.platform == 'win32':
+        from asyncio.windows_events import IocpProactor
+        wrap_proactor(IocpProactor)
 
 
 def unwrap_module(module: Any) -> None:
     """Undo wrap_module()."""
+    global _wrapped_with
+    _wrapped_with = None
     module.socket.socket = _orig_socket
-    if module.socket.getaddrinfo is getaddrinfo:
-        module.socket.getaddrinfo = _orig_getaddrinfo
+    for function in RESOLVER:
+        if getattr(module.socket, function.__name__) is function:
+            setattr(module.socket, function.__name__, function.stock)
+    virtual_addresses.is_on = False
+    virtual_addresses.forget_origins()
+    if ImportGuard in sys.meta_path:
+        sys.meta_path.remove(ImportGuard)
 
 
 wrapmodule, unwrapmodule = wrap_module, unwrap_module
 
+# Modules with sockets or a resolver of their own, which do not know of ours.
+PAST_SOCKET = {'curl_cffi', 'eventlet', 'gevent', 'grpc', 'pycares', 'pycurl', 'uvloop', 'winloop'}
 
+
+class ImportGuard:
+    """A finder of modules, for sys.meta_path, that refuses those of PAST_SOCKET, or warns of them.
+    """
+    TEXT = 'what the module %s connects goes past the proxy'
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name in PAST_SOCKET or name == 'socket':     # the stock one, again
+            if virtual_addresses.is_on:
+                raise ModuleNotFoundError(f'refused: {cls.TEXT % name}', name=name)
+            log.warning(cls.TEXT, name)
+
+
+def host_text(host):
+    """A host as a caller gave it, as text; '' for what is none."""
+    return name_text(host) if isinstance(host, bytes) else host if isinstance(host, str) else ''
+
+
+def named(dest_pair):
+    """A caller's (host, port, ...), with the name instead of an address that stands for one."""
+    name = None
+    if isinstance(dest_pair, (tuple, list)) and dest_pair:
+        name = virtual_addresses.name(host_text(dest_pair[0]))
+    return dest_pair if name is None else (name, *dest_pair[1:])
+
+
+def is_looked_up(host):
+    """Whether the host is for this machine's resolver: no default proxy resolves it."""
+    default, bypass = _default()
+    chain = hops(default)
+    return not chain or not chain[-1].rdns or is_bypassed(host, bypass)
+
+
+def withheld(host):
+    """(what the stock resolver may have instead of `host`, the name that it must not see or None).
+
+    Raises socket.gaierror for what can be no name.
+    """
+    text = host_text(host)
+    if text in ('', '<broadcast>') or ip_bytes(text.partition('%')[0]) or is_looked_up(text):
+        return host, None
+    try:
+        address = canonical(Address(text, 0))
+        address.pack()
+    except (ProtocolError, ValueError) as error:
+        raise socket.gaierror(socket.EAI_NONAME, f'{shown(text)}: {error}') from None
+    return (address.host, None) if ip_bytes(address.host) else (None, text)
+
+
+def remember(host, found):
+    """Remember the IP addresses that were found for a host that is reached directly by its name."""
+    text = host_text(host)
+    if text and not ip_bytes(text) and is_bypassed(text, _default()[1]):
+        for ip in found:
+            virtual_addresses.remember(ip, text)
+
+
+def resolver(function):
+    """Decorator of a function that wrap_module() puts in the place of the one in `socket`."""
+    function.stock = getattr(socket, function.__name__)
+    return function
+
+
+# No name leaves this machine by these, unless its host is reached without a proxy, or the default
+# proxy leaves it to us (socks5, socks4).  getfqdn() and create_connection() use them.
+
+@resolver
 def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None], family: int = 0,
                 type: int = 0, proto: int = 0,
                 flags: int = 0) -> List[Tuple[Any, Any, int, str, Any]]:
-    """socket.getaddrinfo(), but a name that the default proxy is to resolve is its own address.
+    """socket.getaddrinfo(), but a name that the default proxy is to resolve has an address of
+    `VirtualAddresses`, which connect() and sendto() turn into the name again."""
+    ask = getaddrinfo.stock
+    host, name = withheld(host) if not flags & socket.AI_NUMERICHOST else (host, None)
+    if name is None:
+        found = ask(host, port, family, type, proto, flags)
+        remember(host, [info[4][0] for info in found])
+        return found
+    kept = flags & (socket.AI_PASSIVE | socket.AI_CANONNAME | getattr(socket, 'AI_NUMERICSERV', 0))
+    found = ask(virtual_addresses.of(name, family), port, family or socket.AF_INET, type, proto,
+                kept | socket.AI_NUMERICHOST)
+    if flags & socket.AI_CANONNAME:
+        found[0] = (*found[0][:3], name, found[0][4])
+    return found
 
-    So no look-up leaves this machine, and connect() has the name, also one to be reached directly.
-    """
-    text = name_text(host) if isinstance(host, bytes) else host
-    chain = hops(get_default_proxy())
-    if (not text or not chain or not chain[-1].rdns or flags & socket.AI_NUMERICHOST
-            or ip_bytes(text.partition('%')[0]) is not None):
-        return _orig_getaddrinfo(host, port, family, type, proto, flags)
-    number = _orig_getaddrinfo(None, port, 0, type)[0][4][1] if port else 0
-    sockaddr = (text, number, 0, 0) if family == socket.AF_INET6 else (text, number)
-    kinds = [(socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)]
-    return [(family or socket.AF_INET, kind, protocol, '', sockaddr) for kind, protocol in kinds
-            if type in (0, kind) and proto in (0, protocol)]
+
+@resolver
+def gethostbyname(host):
+    """socket.gethostbyname(), as getaddrinfo()."""
+    stand_in, name = withheld(host)
+    if name is not None:
+        return virtual_addresses.of(name)
+    found = gethostbyname.stock(stand_in)
+    remember(host, [found])
+    return found
+
+
+@resolver
+def gethostbyname_ex(host):
+    """socket.gethostbyname_ex(), as getaddrinfo()."""
+    stand_in, name = withheld(host)
+    if name is not None:
+        return name, [], [virtual_addresses.of(name)]
+    found = gethostbyname_ex.stock(stand_in)
+    remember(host, found[2])
+    return found
+
+
+def name_of(ip):
+    """The name that an IP address stands for, '' if it has none, None if that may be looked up."""
+    with contextlib.suppress(GeneralProxyError):
+        name = virtual_addresses.name(ip)
+        return name or virtual_addresses.origin(ip) or (None if is_looked_up(ip) else '')
+    return ''
+
+
+@resolver
+def gethostbyaddr(ip_address):
+    """socket.gethostbyaddr(); other addresses than those of getaddrinfo() have no name."""
+    text = host_text(ip_address)
+    if not ip_bytes(text):
+        stand_in, name = withheld(ip_address)
+        return (gethostbyaddr.stock(stand_in) if name is None
+                else (name, [], [virtual_addresses.of(name)]))
+    name = name_of(text)
+    if name == '':
+        raise socket.herror(1, 'Unknown host')
+    return gethostbyaddr.stock(ip_address) if name is None else (name, [], [text])
+
+
+@resolver
+def getnameinfo(sockaddr, flags):
+    """socket.getnameinfo(); other addresses than those of getaddrinfo() have no name."""
+    ask = getnameinfo.stock
+    host, service = ask(sockaddr, flags & ~socket.NI_NAMEREQD | socket.NI_NUMERICHOST)
+    name = '' if flags & socket.NI_NUMERICHOST else name_of(host)
+    if name is None:
+        return ask(sockaddr, flags)
+    if not name and flags & socket.NI_NAMEREQD:
+        raise socket.gaierror(socket.EAI_NONAME, f'{host} has no name')
+    return name or host, service
+
+
+RESOLVER = (getaddrinfo, gethostbyname, gethostbyname_ex, gethostbyaddr, getnameinfo)
+
+_listeners = set()                      # weak references to sockets that listen
+_proxied = weakref.WeakValueDictionary()        # by descriptor, the last socket with a proxy
+
+
+def check_own_name(sockaddr):
+    """Raise OSError if the resolver should not look up a host that a program binds to."""
+    host = host_text(sockaddr[0]) if isinstance(sockaddr, (tuple, list)) and sockaddr else ''
+    if (not virtual_addresses.is_on or host in ('', '<broadcast>', 'localhost')
+            or ip_bytes(host.partition('%')[0]) or is_looked_up(host)):
+        return
+    if host.lower().partition('.')[0] != socket.gethostname().lower().partition('.')[0]:
+        raise OSError(errno.EADDRNOTAVAIL, f'{shown(host)} is not known as a name of this host, '
+                                           f'and is not looked up')
+
+
+def is_named(dest_pair, bypass):
+    """Whether the patterns `bypass` name the host of (host, port, ...), or that for which the
+    resolver found it."""
+    host = host_text(named(dest_pair)[0])
+    return any(is_bypassed(known, bypass, dest_pair[1])
+               for known in (host, virtual_addresses.origin(host)) if known)
+
+
+def listens_here(dest_pair):
+    """Whether a socksocket of this process listens there, on the loopback interface."""
+    if not _listeners:
+        return False
+    host, port = host_text(named(dest_pair)[0]), dest_pair[1]
+    ip, name = plain_ip(host), host.lower().rstrip('.')
+    if not (is_loopback(ip) if ip else ('.' + name).endswith('.localhost')):
+        return False
+    for listener in [reference() for reference in list(_listeners)]:
+        with contextlib.suppress(OSError):      # closed
+            sockaddr = _orig_socket.getsockname(listener) if listener is not None else ('', -1)
+            own = plain_ip(sockaddr[0].partition('%')[0])
+            if sockaddr[1] == port and (own in ('0.0.0.0', '::', ip)
+                                        or not ip and is_loopback(own)):
+                return True
+    return False
 
 
 def set_self_blocking(function: Function) -> Function:
@@ -6641,7 +6961,7 @@ class _Descriptor(_orig_socket):
 
     def _replace(self, sock):
         """Have the descriptor of `sock` instead, by the old number where the system lets us."""
-        timeout, fd, family, kind, proto = (self.gettimeout(), self.detach(), sock.family,
+        timeout, fd, family, kind, proto = (self.gettimeout(), super().detach(), sock.family,
                                             sock.type, sock.proto)
         other = sock.detach()
         if os.name == 'posix':
@@ -6660,15 +6980,20 @@ class _BaseSocket(_Descriptor):
     The relay is asked for by bind(), connect() or the first datagram (RFC 1928 section 7).
     """
     _is_datagram = False                # UDP over IPv4 or IPv6
+    _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
+    _is_local = True                    # of a family that reaches no other network
+    _is_default = False                 # whether `proxy` is the default one
+    _goes_directly = False              # whether connect() has found that it needs no proxy
     _bypass = ''                        # what to reach without the proxy
     # (host, port) of the destination, and that it sees, as far as the proxy says
     proxy_peername: Optional[Tuple[Any, ...]] = None
     proxy_sockname: Optional[Tuple[Any, ...]] = None
     ssl_context: Optional['ssl.SSLContext'] = None      # for proxies inside of TLS; None: the usual
     _proxyconn = None                   # TCP connection that keeps the relay alive
-    _context = None                     # `GssContext` that protects datagrams
+    _gss_context = None                 # `GssContext` that protects datagrams
     _relay = None                       # where it is, if other hosts may send directly
     _peeked = None, b''                 # one that stays, and what it protects
+    _receivers = None                   # hosts by port, as sendto() had them; None for several
 
     def _use_relay(self, dest_pair=None):
         """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
@@ -6743,7 +7068,7 @@ class _BaseSocket(_Descriptor):
         except BaseException:
             control.close()
             raise
-        self._proxyconn, self._context = control, getattr(control, 'context', None)
+        self._proxyconn, self._gss_context = control, getattr(control, 'context', None)
         self.proxy_sockname = tuple(UNSPECIFIED)
 
     def _control_source(self):
@@ -6765,26 +7090,46 @@ class _BaseSocket(_Descriptor):
             if not source or self._relay and (      # none: shut down
                     Address.of(source) != Address.of(self._relay)):
                 return data[:size], source, len(data) > size
-            data = self._opened(data, flags & socket.MSG_PEEK) if self._context else data
+            data = self._opened(data, flags & socket.MSG_PEEK) if self._gss_context else data
             with contextlib.suppress(EOFError, ProtocolError):
                 datagram = Datagram.unpack(data)
                 if not datagram.fragment and self._is_from_peer(datagram.address):
                     payload = datagram.payload
-                    return payload[:size], self._name(datagram.address), len(payload) > size
+                    return payload[:size], self._sender(datagram.address), len(payload) > size
             if flags & socket.MSG_PEEK:
                 super().recv(1)         # else it would come again
 
     def _opened(self, message, stays):
         """What a datagram protects; one that stays will come again, and is no replay then."""
         data = (self._peeked[1] if message == self._peeked[0]
-                else opened(self._context, message))
+                else opened(self._gss_context, message))
         self._peeked = (message, data) if stays else (None, b'')
         return data
 
     def _is_from_peer(self, address):
         """Whether connect() lets it in; of a name that the proxy resolved only the port counts."""
-        host, port = (self.proxy_peername or ('', 0))[:2]
+        host, port = named(self.proxy_peername or ('', 0))[:2]
         return port in (0, address.port) and plain_ip(host) in (None, plain_ip(address.host))
+
+    def _sender(self, address):
+        """The tuple for the sender of a datagram.  It is the address that stands for a name, if the
+        program sent to that name and to no other host with this port: the proxy tells another."""
+        host, port = address
+        receiver = (self.proxy_peername[0] if self.proxy_peername
+                    else (self._receivers or {}).get(port))
+        if receiver and virtual_addresses.number(receiver) is not None:
+            host = receiver
+        elif virtual_addresses.is_on and virtual_addresses.knows(host):
+            host = virtual_addresses.of(host)
+        return self._name(Address(host, port))
+
+    def _note_receiver(self, dest_pair):
+        self._receivers = self._receivers or {}
+        host, port = host_text(dest_pair[0]), dest_pair[1]
+        if self._receivers.setdefault(port, host) != host:
+            self._receivers[port] = None
+        elif len(self._receivers) > MOST_RECEIVERS:
+            del self._receivers[port]
 
     def _name(self, address):
         """The tuple that a socket of this family calls `address`."""
@@ -6803,21 +7148,40 @@ class _BaseSocket(_Descriptor):
         if dest_pair is None:
             raise OSError(errno.EDESTADDRREQ, 'Destination address required')
         chain = self._chain()
-        address = destination(dest_pair, chain)
+        address = destination(named(dest_pair), chain)
+        if virtual_addresses.is_on and not self.proxy_peername:
+            self._note_receiver(dest_pair)
         if not chain[-1].rdns and ip_bytes(address.host) is None:
             address = run(resolve(address))[0]
         header = Datagram(address, b'').pack()
         whole = b''.join((header, data))
-        if self._context:
-            self._send_to_relay(self._context.seal(whole), flags)
+        if self._gss_context:
+            self._send_to_relay(self._gss_context.seal(whole), flags)
             return len(data)
         return max(0, self._send_to_relay(whole, flags) - len(header))
 
-    def sendto(self, *args: Any, **kwargs: Any) -> int:
-        """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI."""
-        if self._is_datagram and len(args) > 1 and self._use_relay(args[-1]):
-            return self._transmit(args[0], args[1] if len(args) > 2 else 0, args[-1])
-        return super().sendto(*args, **kwargs)
+    def sendto(self, *args: Any) -> int:
+        """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI.
+
+        A TCP socket with a proxy connects first, as with MSG_FASTOPEN.
+        """
+        if len(args) > 1:
+            flags, dest_pair = args[1] if len(args) > 2 else 0, args[-1]
+            if self._is_datagram and self._use_relay(dest_pair):
+                return self._transmit(args[0], flags, dest_pair)
+            if self._must_connect(dest_pair):
+                return self._connect_and_send(args[0], flags, dest_pair)
+            args = (*args[:-1], self._sockaddr(dest_pair))
+        return super().sendto(*args)
+
+    def _must_connect(self, dest_pair):
+        """Whether what is sent to `dest_pair` needs a connection through the proxy first."""
+        return bool(self.proxy[0] and not self._is_datagram and not self.proxy_peername
+                    and self._chain(dest_pair) and not self._is_direct())
+
+    def _connect_and_send(self, data, flags, dest_pair):
+        socksocket.connect(self, dest_pair)
+        return self.send(data, flags & ~MSG_FASTOPEN)
 
     @relayed
     def send(self, bytes: Any, flags: int = 0) -> int:
@@ -6828,11 +7192,12 @@ class _BaseSocket(_Descriptor):
         self._transmit(bytes, flags, self.proxy_peername)
 
     def sendmsg(self, *args: Any) -> int:
-        address = args[3] if len(args) > 3 else None
+        flags, address = args[2] if len(args) > 2 else 0, args[3] if len(args) > 3 else None
         if self._is_datagram and self._use_relay(address):
-            return self._transmit(b''.join(args[0]), args[2] if len(args) > 2 else 0,
-                                  address or self.proxy_peername)
-        return super().sendmsg(*args)
+            return self._transmit(b''.join(args[0]), flags, address or self.proxy_peername)
+        if address and self._must_connect(address):
+            return self._connect_and_send(b''.join(args[0]), flags, address)
+        return super().sendmsg(*args[:3], *map(self._sockaddr, args[3:]))
 
     @relayed
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
@@ -6870,10 +7235,12 @@ class _BaseSocket(_Descriptor):
             stream.readinto(view)
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
-    def _leave_relay(self):
+    def _leave_proxy(self):
+        """Go on without the proxy, to a destination that is reached directly."""
+        self._goes_directly = True
         if self._proxyconn:
             self._proxyconn.close()
-            self._proxyconn = self._relay = self._context = self.proxy_peername = None
+            self._proxyconn = self._relay = self._gss_context = self.proxy_peername = None
 
 
 class socksocket(_BaseSocket):
@@ -6895,21 +7262,34 @@ class socksocket(_BaseSocket):
                  fileno: Optional[int] = None, *, proxy: ProxyArgument = None) -> None:
         default, bypass = _default(self.__class__) if proxy is None else (arguments(proxy), '')
         super().__init__(family, type, proto, fileno)
-        kind = self.type & 0xF          # before Python 3.7 there are flags in it
-        if (self.family in IP_FAMILIES
-                and self.proto in (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)):
-            self._is_datagram = kind == socket.SOCK_DGRAM
-            self._is_proxied = kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+        kind = self.type & 0xF, self.proto      # before Python 3.7 there are flags in the type
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            self._is_datagram = kind in UDP_KINDS
+            self._is_proxied = self._is_datagram or kind in TCP_KINDS
         if self._is_datagram:
             self._associating = threading.Lock()
-        self.proxy = default or NO_PROXY
-        self._bypass = bypass
+        self._is_local = self.family not in WIDE_FAMILIES
+        self.proxy, self._is_default, self._bypass = default or NO_PROXY, proxy is None, bypass
+        if fileno is not None and self._twin():         # as ssl does, which will detach that one
+            self._take_over(self._twin())
+        if self.proxy[0]:
+            _proxied[self.fileno()] = self
 
-    _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
     _hops = None, []                    # a value of `proxy`, and the chain that it means
     _options = None                     # of setsockopt(), for another descriptor
     _local = None                       # address that the program has bound it to
     _proxy_address = None
+
+    def _twin(self):
+        """Another socket that has this one's descriptor and has, or had, a proxy."""
+        twin = _proxied.get(self.fileno())
+        return twin if twin is not self and twin and twin.fileno() == self.fileno() else None
+
+    def _take_over(self, other):
+        """Know what a socket with the same connection knows about it."""
+        for name in ('proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername',
+                     'proxy_sockname', '_proxy_address', '_gss_context', '_relay'):
+            setattr(self, name, getattr(other, name))
 
     def set_proxy(self, proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
                   port: Optional[int] = None, rdns: bool = True, username: Secret = None,
@@ -6925,7 +7305,8 @@ class socksocket(_BaseSocket):
         Raises ValueError or GeneralProxyError for what cannot be.
         """
         self.proxy = arguments(proxy_type, addr, port, rdns, username, password)
-        self._bypass = ''
+        self._is_default, self._bypass = False, ''
+        _proxied[self.fileno()] = self
 
     def setproxy(self, *args: Any, **kwargs: Any) -> None:
         """set_proxy(), also with `proxytype` for `proxy_type`."""
@@ -6934,17 +7315,43 @@ class socksocket(_BaseSocket):
         return self.set_proxy(*args, **kwargs)
 
     def _chain(self, dest_pair=None):
-        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket."""
-        if not self._is_proxied or not self.proxy[0]:
+        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket.
+
+        Raises OSError for what no proxy carries.
+        """
+        if self._is_local or not self.proxy[0] or dest_pair and self._is_bypassed(dest_pair):
             return []
-        if dest_pair and self._bypass:
-            host, port = dest_pair[:2]
-            host = name_text(host) if isinstance(host, bytes) else str(host)
-            if is_bypassed(host, self._bypass, port):
-                return []
+        if not self._is_proxied:
+            raise OSError(errno.EOPNOTSUPP, 'only TCP and UDP go through a proxy, not sockets of '
+                                            f'type {self.type & 15}, protocol {self.proto}')
         if self._hops[0] is not self.proxy:     # programs may set it themselves
             self._hops = self.proxy, hops(tuple(self.proxy))
         return self._hops[1]
+
+    def _is_bypassed(self, dest_pair):
+        """Whether `dest_pair` is reached without the proxy."""
+        if not isinstance(dest_pair, (tuple, list)) or len(dest_pair) < 2:
+            return False
+        return bool(self._bypass) and is_named(dest_pair, self._bypass) or (
+            self._is_default and not self._is_datagram and listens_here(dest_pair))
+
+    def _sockaddr(self, address):
+        """`address` as the system may have it: found by the resolver, if it stands for a name."""
+        pair = named(address)
+        if pair is address:
+            return address
+        return _orig_getaddrinfo(*pair[:2], self.family, self.type & 15)[0][4]
+
+    def _resolved(self, dest_pair):
+        """_sockaddr() for connect(), of another family if the name has no address of this one."""
+        pair = named(dest_pair)
+        if pair is dest_pair or self._is_datagram:
+            return self._sockaddr(dest_pair)
+        # One of this socket's family, if there is one.
+        family, *_, sockaddr = min(look_up(*pair[:2]), key=lambda info: info[0] != self.family)
+        if family != self.family:
+            self._exchange(_orig_socket(family, socket.SOCK_STREAM))
+        return sockaddr
 
     def setsockopt(self, *args: Any) -> None:
         """As in stock; to a proxy on a unix socket, options of TCP and IP mean nothing."""
@@ -6964,6 +7371,10 @@ class socksocket(_BaseSocket):
         """As in stock; an option that means nothing is 0, or b''."""
         if args and self._ignores(args[0]):
             return b'' if len(args) > 2 else 0
+        if args == (socket.SOL_SOCKET, socket.SO_TYPE) and self._is_proxied:
+            # ssl asks for this before its sockets, unless they are ours, take the descriptor.
+            if not issubclass(getattr(sys.modules.get('ssl'), 'SSLSocket', object), socksocket):
+                self._keep_descriptor()
         return super().getsockopt(*args)
 
     def _ignores(self, level):
@@ -6972,10 +7383,33 @@ class socksocket(_BaseSocket):
 
     def bind(self, *address: Any) -> None:
         """As in stock; a UDP socket with a proxy gets its relay now."""
-        super().bind(*address)
+        if address and self.family in IP_FAMILIES:
+            check_own_name(named(address[0]))
+        elif address:
+            self._chain(address[0])     # a packet socket could send then
+        super().bind(*map(self._sockaddr, address))
         self._local = address[0]
         if self._is_datagram:
             self._use_relay()
+
+    def listen(self, *backlog: int) -> None:
+        super().listen(*backlog)
+        if not self._is_local:
+            _listeners.add(weakref.ref(self, _listeners.discard))
+
+    def _keep_descriptor(self):
+        """Raise GeneralProxyError if the descriptor could yet be connected past the proxy."""
+        if (self.fileno() < 0 or self._is_local or not self.proxy[0] or self.proxy_peername
+                or self._proxyconn or self._goes_directly or self._is_direct()):
+            return
+        if not super().getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN):
+            raise GeneralProxyError('Connect first: whatever takes the descriptor of this socket '
+                                    'would go past the proxy')
+
+    def detach(self) -> int:
+        if not self._twin():
+            self._keep_descriptor()
+        return super().detach()
 
     def connect(self, dest_pair: Any, catch_errors: Optional[bool] = None) -> None:
         """Connect to `dest_pair`, (host, port), through the proxy, if there is one.
@@ -6986,9 +7420,9 @@ class socksocket(_BaseSocket):
         """
         chain = self._chain(dest_pair)
         if not chain:
-            self._leave_relay()
+            self._leave_proxy()
             self._use_source(dest_pair)
-            return super().connect(dest_pair)
+            return super().connect(self._resolved(dest_pair))
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
         if self.proxy_peername:
@@ -7003,12 +7437,14 @@ class socksocket(_BaseSocket):
 
     def connect_ex(self, dest_pair: Any) -> int:
         """connect(), but return an errno, 0 for success; unknown names are still raised."""
-        if not self._chain(dest_pair):
-            self._leave_relay()
-            self._use_source(dest_pair)
-            return super().connect_ex(dest_pair)
         try:
-            socksocket.connect(self, dest_pair)         # whatever a subclass makes of that
+            goes_directly = not self._chain(dest_pair)
+            if goes_directly:
+                self._leave_proxy()
+                self._use_source(dest_pair)
+                dest_pair = self._resolved(dest_pair)
+            else:
+                socksocket.connect(self, dest_pair)     # whatever a subclass makes of that
         except OSError as error:
             cause = getattr(error, 'socket_err', error)
             if isinstance(cause, socket.timeout):
@@ -7016,23 +7452,26 @@ class socksocket(_BaseSocket):
             if isinstance(cause, socket.gaierror) or not system_errno(error):
                 raise
             return error.errno
-        return 0
+        return super().connect_ex(dest_pair) if goes_directly else 0
 
     def _connect_datagrams(self, dest_pair, chain):
         """Send to `dest_pair`, and receive from there only; from all if that is 0.0.0.0, 0."""
-        address = destination(dest_pair, chain)
+        given = named(dest_pair)
+        address = destination(given, chain)
         self._use_relay(dest_pair)
         if self._relay:
             super().connect(self._relay)
             self._relay = None          # now everything comes from there
-        if not chain[-1].rdns:
+        if given is not dest_pair:      # the program knows it by this
+            address = Address.of(dest_pair)
+        elif not chain[-1].rdns:
             address = run(resolve(address))[0]
         anybody = address.host in ('0.0.0.0', '::') and not address.port
         self.proxy_peername = None if anybody else tuple(address)
 
     def _connect_through(self, dest_pair, chain, sockaddr=None):
         """connect() by way of the chain, whose first proxy is at `sockaddr`, if that is known."""
-        destination(dest_pair, chain)   # before anything is sent
+        destination(named(dest_pair), chain)    # before anything is sent
         until = self._deadline()
         with connecting(chain[0]):
             self._connect_first(chain[0], sockaddr, until)
@@ -7041,11 +7480,13 @@ class socksocket(_BaseSocket):
     def _negotiate(self, dest_pair, chain, until):
         """The rest of connect(), when this socket is connected to the first proxy."""
         with self._bare() as sock:
-            last, bnd = run(through(sock, chain, Command.CONNECT, destination(dest_pair, chain),
-                                    until, self.ssl_context))
+            address = destination(named(dest_pair), chain)
+            last, bnd = run(through(sock, chain, Command.CONNECT, address, until,
+                                    self.ssl_context))
             if last is not sock:        # before this one's mode is what TLS over it has
                 self._replace(last)
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
+        _proxied[self.fileno()] = self
 
     def _connect_first(self, proxy, sockaddr, until):
         """Connect to the first proxy, at `sockaddr` or at any of its addresses in turn."""
@@ -7092,9 +7533,7 @@ class socksocket(_BaseSocket):
     def dup(self) -> 'socksocket':
         """As in stock; what goes through a relay goes on so."""
         other = super().dup()
-        for name in ('proxy', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
-                     '_context', '_relay'):
-            setattr(other, name, getattr(self, name))
+        other._take_over(self)
         if self._proxyconn:
             other._proxyconn = self._proxyconn.dup()
         return other
@@ -7117,11 +7556,19 @@ class socksocket(_BaseSocket):
     getproxypeername = get_proxy_peername
 
     def get_peername(self) -> Any:
-        """The destination, as it was given to connect(); without a proxy as in stock."""
+        """The destination, as it was given to connect(); without a proxy as in stock.
+
+        After wrap_module() with `dns`, a name is an address that stands for it.
+        """
         address = super().getpeername()
         if self._proxyconn and not self.proxy_peername:         # connected to the relay only
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-        return self.proxy_peername or address
+        if not self.proxy_peername:
+            return address
+        host, port = host_text(self.proxy_peername[0]), self.proxy_peername[1]
+        if virtual_addresses.is_on and not ip_bytes(host.partition('%')[0]):
+            return self._name(Address(virtual_addresses.of(host, self.family), port))
+        return self.proxy_peername
 
     getpeername = get_peername
 
@@ -7162,7 +7609,7 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
     dest_pair = (without_brackets(host), *dest_pair[1:])
-    chain = chosen(proxy, *dest_pair[:2])
+    chain = chosen(proxy, dest_pair)
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
         sock = socksocket(family, kind, proto, proxy=chain)
@@ -7191,18 +7638,20 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
         error = None                    # it has this frame, which has it
 
 
-def chosen(proxy, host=None, port=None):
+def chosen(proxy, dest_pair=None):
     """The chain that is meant by an argument `proxy`; the default one if it is None."""
     if proxy is not None:
         return hops(proxy)
     default, bypass = _default()
-    return [] if host and is_bypassed(host, bypass, port) else hops(default)
+    if dest_pair and (is_named(dest_pair, bypass) or listens_here(dest_pair)):
+        return []
+    return hops(default)
 
 
 def first_addresses(chain, dest_pair):
     """What getaddrinfo() gives for the first proxy; or for the destination, without one."""
     if not chain:
-        return socket.getaddrinfo(*dest_pair[:2], 0, socket.SOCK_STREAM)
+        return look_up(*named(dest_pair)[:2])
     if chain[0].is_path:                # connect() replaces the descriptor by one that fits
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, '', None)]
     with connecting(chain[0]):
@@ -7256,7 +7705,7 @@ def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = 
     chain = chosen(proxy)
     if not chain:
         raise GeneralProxyError('No proxy specified')
-    expected = destination((address[0] or UNSPECIFIED.host, address[1]), chain)
+    expected = destination(named((address[0] or UNSPECIFIED.host, address[1])), chain)
     near, bnd = run(reach(chain, expected, after(timeout), socksocket.default_source, ssl_context,
                           Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
@@ -7265,6 +7714,38 @@ def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = 
     sock._unpack = unpack_answer4 if chain[-1].type & ~LAYERS == SOCKS4 else unpack_answer5
     sock.proxy_sockname = tuple(bnd)
     return sock
+
+
+def wrap_proactor(kind):
+    """Have a class of asyncio's proactors, usual on Windows, connect by our sockets' connect(): it
+    would connect the descriptor.  Datagrams through a proxy are an error there."""
+    stock_connect, stock_sendto = kind.connect, getattr(kind, 'sendto', None)
+    if hasattr(stock_connect, '__wrapped__'):
+        return
+
+    def chain_of(conn, address):
+        chain = conn._chain(address) if isinstance(conn, socksocket) else []
+        if chain and conn._is_datagram:
+            raise OSError(errno.EOPNOTSUPP, "UDP through a proxy needs asyncio's SelectorEventLoop")
+        return chain
+
+    @functools.wraps(stock_connect)
+    def connect(self, conn, address):
+        if not chain_of(conn, address):
+            address = conn._resolved(address) if isinstance(conn, socksocket) else address
+            return stock_connect(self, conn, address)
+        connected = self._loop.create_future()
+        conn.connect(address)
+        connected.set_result(None)
+        return connected
+
+    def sendto(self, conn, buf, flags=0, addr=None):
+        chain_of(conn, addr)
+        return stock_sendto(self, conn, buf, flags, addr)
+
+    kind.connect = connect
+    if stock_sendto:                    # since Python 3.8
+        kind.sendto = sendto
 
 
 async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
@@ -7278,11 +7759,11 @@ async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
     options               of asyncio.open_connection(): ssl, server_hostname, limit, local_addr
     """
     import asyncio
-    chain = chosen(proxy, host, port)
+    chain = chosen(proxy, (host, port))
     until = after(timeout)
     if not chain:
         return await within(until, asyncio.open_connection(host, port, **options))
-    address = destination((host, port), chain)
+    address = destination(named((host, port)), chain)
     source = await drive(local_source(options.pop('local_addr', None), until))
     sock, _ = await drive(reach(chain, address, until, source, ssl_context))
     if options.get('ssl'):
@@ -8213,7 +8694,8 @@ OPTIONS = [
                                  'SOCKS_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
-            help='do not serve: join stdin and stdout to a connection')),
+            help='do not serve: join stdin and stdout to a connection through the proxy, or a '
+                 'direct one if NO_PROXY names the host')),
         (('--resolve',), dict(
             metavar='NAME', help='do not serve: print the address of a name, or the name of an '
                                  "address, by Tor's extension")),
@@ -8369,6 +8851,10 @@ def client_command(args):
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
     chain = chain_from(args, os.environ) or environment_hops(args.connect and host, port)
+    bypass = os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''
+    if args.connect and not chain and not is_bypassed(host, bypass, port):
+        raise ValueError(f'--connect: expected a proxy, -x URL or ALL_PROXY, or {shown(host)} in '
+                         f'NO_PROXY, to connect directly')
     until = after(args.connect_timeout)
     try:
         if args.resolve:
@@ -8429,15 +8915,68 @@ def program_runner(arguments, chain):
         raise ValueError('--run: expected a proxy, -x URL, and a program')
     if not is_module and not os.path.exists(program):
         raise ValueError(f'--run: there is no {program}')
-    set_default_proxy(chain, bypass=os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
-    wrap_module(sys.modules[__name__], dns=True)
-    sys.modules['socks'] = sys.modules[__name__]        # should the program import it
+    wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
     sys.argv = [program, *rest]
     if is_module:
         sys.path[0] = os.getcwd()
         return functools.partial(runpy.run_module, program, run_name='__main__', alter_sys=True)
     sys.path[0] = os.path.dirname(os.path.abspath(program))
     return functools.partial(runpy.run_path, program, run_name='__main__')
+
+
+# What a process that multiprocessing starts anew does first.
+CHILD_START = ("import json, os, sys; from importlib import machinery, util; "
+               "s = util.spec_from_loader('socks', machinery.SourceFileLoader("
+               "'socks', json.loads(os.environ['SOCKS_RUN'])['file'])); "
+               "sys.modules['socks'] = m = util.module_from_spec(s); s.loader.exec_module(m); "
+               "m.wrap_child(); ")
+
+
+def wrap_process(chain, bypass):
+    """Send all of this process, and of those that its multiprocessing starts, through the proxies.
+
+    These learn of them by the environment variable SOCKS_RUN, in JSON.
+    """
+    import json
+    os.environ['SOCKS_RUN'] = json.dumps({
+        'file': os.path.abspath(__file__), 'bypass': bypass,
+        'chain': [[field.decode('latin-1') if isinstance(field, bytes) else field
+                   for field in proxy] for proxy in chain]})
+    set_default_proxy(chain, bypass=bypass)
+    wrap_module(sys.modules[__name__], dns=True)
+    try:
+        from multiprocessing import spawn, util     # after socket.socket was replaced
+    except ImportError:                 # there are no such processes then
+        return
+    for module, name in ((spawn, 'get_command_line'), (util, 'spawnv_passfds')):
+        setattr(module, name, starting_wrapped(getattr(module, name)))
+
+
+def starting_wrapped(function):
+    """A function of multiprocessing whose arguments or result may be the command of a child; this
+    becomes one that begins with CHILD_START."""
+    def begun(value):
+        if isinstance(value, list) and '-c' in value[:-1]:
+            place = value.index('-c') + 1
+            code = value[place]
+            # The trackers of resources connect nothing.
+            if 'multiprocessing' in code and not code.startswith(CHILD_START) and (
+                    '_tracker' not in code):
+                return [*value[:place], CHILD_START + code, *value[place + 1:]]
+        return value
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return begun(function(*map(begun, args), **kwargs))
+    return wrapper
+
+
+def wrap_child():
+    """wrap_process() as the parent did it."""
+    import json
+    parent = json.loads(os.environ['SOCKS_RUN'])
+    wrap_process([Proxy(*fields[:4], *(field and field.encode('latin-1') for field in fields[4:]))
+                  for fields in parent['chain']], parent['bypass'])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -8448,7 +8987,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown)}')
     tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     try:
-        set_up_logging(args, os.environ, not (tasks or args.check))
+        if args.run is None or args.verbose or args.log_file:       # else that is the program's
+            set_up_logging(args, os.environ, not (tasks or args.check))
     except OSError as error:
         print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ import hashlib
 import http.client
 import http.server
 import inspect
+import importlib
 import io
 import ipaddress
 import itertools
@@ -4132,11 +4133,6 @@ class DefaultProxyTest(ClientCase):
                 socks.wrap_module(http.client, dns)
                 with urllib.request.urlopen(url) as page:
                     self.assertEqual(page.read(), b'hello\n')
-            found = socket.getaddrinfo('host.example', 'http', 0, socket.SOCK_STREAM)
-            self.assertEqual(found, [(socket.AF_INET, socket.SOCK_STREAM, 6, '',
-                                      ('host.example', 80))])
-            self.assertEqual(socket.getaddrinfo('h.example', 53, socket.AF_INET6)[1],
-                             (socket.AF_INET6, socket.SOCK_DGRAM, 17, '', ('h.example', 53, 0, 0)))
             self.assertEqual(socket.getaddrinfo('::1', 80)[0][4], ('::1', 80, 0, 0))
             self.assertTrue(socket.getaddrinfo(None, 80))
         self.assertEqual(socket.socket.__module__, 'socks')
@@ -4157,6 +4153,510 @@ class DefaultProxyTest(ClientCase):
                 self.check_echo(sock)
             socks.unwrap_module(http.client)
         eventually(lambda: len(self.lines) == 1)
+
+
+class VirtualAddressesTest(unittest.TestCase):
+
+    def test_both_families(self):
+        addresses = socks.VirtualAddresses()
+        ipv4, ipv6 = addresses.of('host.example'), addresses.of('host.example', socket.AF_INET6)
+        self.assertIn(ipaddress.ip_address(ipv4), ipaddress.ip_network('198.18.0.0/15'))
+        self.assertEqual(ipaddress.ip_address(ipv6), ipaddress.ip_address(f'100::{ipv4}'))
+        self.assertEqual(addresses.of('host.example'), ipv4)
+        self.assertNotEqual(addresses.of('other.example'), ipv4)
+        for host in (ipv4, ipv6, f'::ffff:{ipv4}', f'{ipv6}%1'):
+            self.assertEqual(addresses.name(host), 'host.example')
+        for host in ('198.17.255.255', '198.20.0.0', '127.0.0.1', '100::1', 'host.example', ''):
+            self.assertIsNone(addresses.name(host))
+
+    def test_an_address_of_nobody(self):
+        addresses = socks.VirtualAddresses()
+        self.assertIsNone(addresses.name('198.18.0.1'))         # programs got none yet
+        addresses.is_on = True
+        with self.assertRaisesRegex(GENERAL, '198.18.0.0 stands for no name') as caught:
+            addresses.name('198.18.0.0')
+        self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
+
+    def test_old_addresses(self):
+        """They are errors, for as long as there are others; those in use are kept."""
+        class Small(socks.VirtualAddresses):
+            SIZE, COUNT = 4, 1024
+
+        addresses = Small()
+        first, kept = addresses.of('first.example'), addresses.of('kept.example')
+        seen = set()
+        for number in range(1000):
+            seen.add(addresses.of(f'{number}.example'))
+            self.assertEqual(addresses.name(kept), 'kept.example')
+        self.assertEqual(len(seen), 1000)
+        self.assertFalse({first, kept} & seen)
+        with self.assertRaises(GENERAL):
+            addresses.name(first)
+        for number in range(5000):
+            self.assertNotEqual(addresses.of(f'{number}.test'), kept)
+            self.assertEqual(addresses.name(kept), 'kept.example')
+        for number in range(4):
+            addresses.remember(f'10.0.0.{number}', 'a.example')
+        self.assertEqual(addresses.origin('10.0.0.0'), 'a.example')
+        addresses.remember('10.0.0.4', 'a.example')
+        self.assertIsNone(addresses.origin('10.0.0.0'))
+
+    def test_threads(self):
+        class Small(socks.VirtualAddresses):
+            SIZE = 500
+
+        addresses = Small()
+
+        def use():
+            for number in range(2000):
+                name = f'{number % 100}.example'
+                self.assertEqual(addresses.name(addresses.of(name)), name)
+                addresses.of(f'{threading.get_ident()}-{number}.example')
+
+        for thread in [Background(use) for _ in range(4)]:
+            thread.result()
+
+    @unittest.skipUnless(hasattr(os, 'register_at_fork'), 'Python 3.7 tells of forks')
+    def test_fork(self):
+        """A child gives other addresses, so that none means two names, and its lock is free."""
+        script = """
+import os, socks
+names = socks.virtual_addresses
+first = names.of('own.example')
+with names._lock:
+    child = os.fork()
+assert names.name(first) == 'own.example'
+os.write(1, names.of('new.example').encode() + b'\\n')
+if child:
+    os.waitpid(child, 0)
+"""
+        done = run(sys.executable, '-c', script, cwd=HERE)
+        self.assertEqual(done.stderr, '')
+        self.assertEqual(len(set(done.stdout.split())), 2, done.stdout)
+
+
+def local_host():
+    """The first IP address of localhost."""
+    return resolve(Address('localhost', 0))[0].host
+
+
+def serve_passive_ftp(peer):
+    """FTP, passive, as far as urllib wants it; the address it tells is one that nothing has."""
+    with socks.bound(Address(local_host(), 0)) as listener:
+        listener.listen(1)
+        listener.settimeout(PATIENCE)
+        port = listener.getsockname()[1]
+        peer.send(b'220 ready\r\n')
+        for line in peer.sock.makefile():
+            if line.startswith('RETR'):
+                peer.send(b'150 here\r\n')
+                with listener.accept()[0] as sock:
+                    sock.sendall(b'hello')
+            peer.send({'PASV': b'227 (192,0,2,1,%d,%d)\r\n' % divmod(port, 256),
+                       'PASS': b'230 in\r\n', 'RETR': b'226 done\r\n'}.get(
+                           line[:4], b'200 ok\r\n'))
+
+
+class ResolverTest(ClientCase):
+    """The functions of `socket` that look names up, and the addresses that they give instead."""
+
+    def wrap(self, proxy, bypass=''):
+        """Have socket.socket and the resolver wrapped, up to the end of the test."""
+        self.enter(socks.default_proxy(proxy, bypass))
+        self.addCleanup(socks.unwrap_module, http.client)
+        socks.wrap_module(http.client, dns=True)
+
+    def system(self, **found):
+        """Let the system's resolver find what is given, by name, and fail the test for others."""
+        stock = socks.getaddrinfo.stock
+
+        def getaddrinfo(host, *args):
+            text = host.decode() if isinstance(host, bytes) else host
+            name = text and text.partition('.')[0]
+            if name in found:
+                return stock(found[name], *args)
+            self.assertTrue(text is None or socks.ip_bytes(text), text)
+            return stock(host, *args)
+
+        self.addCleanup(setattr, socks.getaddrinfo, 'stock', stock)
+        socks.getaddrinfo.stock = getaddrinfo
+
+    def test_getaddrinfo(self):
+        self.wrap('socks5h://127.0.0.1:9')
+        tcp, udp = (socket.SOCK_STREAM, 6), (socket.SOCK_DGRAM, 17)
+        (family, *kind, canonical, (host, port)), = socket.getaddrinfo(
+            'host.example', 'http', 0, socket.SOCK_STREAM)
+        self.assertEqual((family, *kind, canonical, port), (socket.AF_INET, *tcp, '', 80))
+        self.assertEqual(socks.virtual_addresses.name(host), 'host.example')
+        found = socket.getaddrinfo('host.example', 53, type=socket.SOCK_DGRAM,
+                                   flags=socket.AI_CANONNAME)
+        self.assertEqual(found, [(family, *udp, 'host.example', (host, 53))])
+        self.assertEqual(socket.getaddrinfo(b'host.example', None, proto=6),
+                         [(family, *tcp, '', (host, 0))])
+        for info in socket.getaddrinfo('host.example', 80, socket.AF_INET6):
+            self.assertEqual((info[0], socks.virtual_addresses.name(info[4][0])),
+                             (socket.AF_INET6, 'host.example'))
+        self.assertEqual(socket.getaddrinfo(host, 80, proto=6), [(family, *tcp, '', (host, 80))])
+        self.assertEqual(socket.getaddrinfo('::1', 80)[0][4], ('::1', 80, 0, 0))
+        self.assertEqual(socket.getaddrinfo('127.1', 80)[0][4], ('127.0.0.1', 80))
+        self.assertEqual(socket.getaddrinfo('127.0.0.1.', 80)[0][4], ('127.0.0.1', 80))
+        self.assertEqual(socket.getaddrinfo(None, 80, socket.AF_INET, tcp[0], 0,
+                                            socket.AI_PASSIVE)[0][4], ('0.0.0.0', 80))
+        for wrong in (('host.example', 'no-such-service'), ('a..example', 80), ('a b', 80),
+                      ('x' * 300, 80), ('host.example', 80, 0, 0, 0, socket.AI_NUMERICHOST),
+                      ('host.example', 80, 77)):
+            with self.assertRaises(socket.gaierror, msg=wrong):
+                socket.getaddrinfo(*wrong)
+
+    def test_other_functions(self):
+        self.wrap('socks5h://127.0.0.1:9')
+        ip = socket.gethostbyname('host.example')
+        self.assertEqual(socks.virtual_addresses.name(ip), 'host.example')
+        for host in ('host.example', ip):
+            self.assertEqual(socket.gethostbyaddr(host), ('host.example', [], [ip]))
+        self.assertEqual(socket.gethostbyname_ex('host.example'), ('host.example', [], [ip]))
+        self.assertEqual(socket.getfqdn('short'), 'short')
+        self.assertEqual(socket.getfqdn(ip), 'host.example')
+        self.assertEqual(socket.getfqdn(), socket.gethostname())
+        self.assertEqual(socket.gethostbyname('127.0.0.1'), '127.0.0.1')
+        self.assertEqual(socket.gethostbyname_ex('127.0.0.1')[2], ['127.0.0.1'])
+        self.assertEqual(socket.gethostbyname('<broadcast>'), '255.255.255.255')
+        self.assertEqual(socket.getnameinfo((ip, 80), 0), ('host.example', 'http'))
+        self.assertEqual(socket.getnameinfo((ip, 80), socket.NI_NUMERICSERV
+                                            | socket.NI_NUMERICHOST), (ip, '80'))
+        self.assertEqual(socket.getnameinfo(('127.0.0.1', 80), 0), ('127.0.0.1', 'http'))
+        with self.assertRaises(socket.gaierror):
+            socket.getnameinfo(('192.0.2.1', 80), socket.NI_NAMEREQD)
+        for host in ('192.0.2.1', '198.18.0.0'):
+            with self.assertRaises(socket.herror):
+                socket.gethostbyaddr(host)
+
+    def test_connect(self):
+        """The proxy gets the name, the program sees an IP address."""
+        def ask(last=echo):
+            proxy = self.scripted(['050100', '0500', f'05010003{NAME}01bb', OK5], last=last)
+            self.wrap(self.url(proxy))
+            return proxy
+
+        ask()
+        with socket.create_connection(('example.org', 443)) as sock:
+            self.check_echo(sock)
+            ip, port = sock.getpeername()
+            self.assertEqual(socket.getnameinfo((ip, port), socket.NI_NUMERICSERV),
+                             ('example.org', '443'))
+            with sock.dup() as other:
+                self.assertEqual(other.getpeername(), (ip, 443))
+        with socket.socket() as sock:
+            sock.connect(('example.org', 443))
+            self.assertEqual(sock.getpeername(), (ip, 443))
+        if socket.has_ipv6:
+            with socket.socket(socket.AF_INET6) as sock:
+                sock.connect(('example.org', 443))
+                ipv6 = socks.virtual_addresses.of('example.org', socket.AF_INET6)
+                self.assertEqual(sock.getpeername(), (ipv6, 443, 0, 0))
+            with socket.socket(socket.AF_INET6) as sock:
+                self.assertEqual(sock.connect_ex((f'::ffff:{ip}', 443, 0, 0)), 0)
+                self.assertEqual(sock.getpeername()[0], f'::ffff:{ip}')
+        with socks.create_connection((ip, 443)) as sock:
+            self.check_echo(sock)
+        with socket.socket() as sock, self.assertRaisesRegex(GENERAL, 'stands for no name'):
+            sock.connect(('198.18.0.0', 443))
+        with socket.socket() as sock:
+            self.assertEqual(sock.connect_ex(('198.18.0.0', 443)), errno.EHOSTUNREACH)
+
+    def test_urllib_and_ftp(self):
+        """It looks the host up by itself, and connects to getpeername() for the data."""
+        server, origin = self.serve(), self.origin(serve_passive_ftp, local_host())
+        self.wrap(self.url(server))
+        with urllib.request.urlopen(f'ftp://localhost:{origin.port}/file') as page:
+            self.assertEqual(page.read(), b'hello')
+        eventually(lambda: len(self.lines) == 2)
+        self.assertEqual(sum('CONNECT localhost:' in line for line in self.lines), 2)
+
+    def test_every_thread(self):
+        """A thread without a context, as asyncio's that look names up, has the proxy, too."""
+        server, origin = self.serve(), self.origin(echo, local_host())
+        self.wrap(self.url(server))
+
+        def fetch():
+            with socket.create_connection(('localhost', origin.port)) as sock:
+                self.check_echo(sock)
+                return sock.get_proxy_peername()
+
+        async def talk():
+            reader, writer = await asyncio.open_connection('localhost', origin.port)
+            peer = writer.get_extra_info('peername')
+            writer.write(b'hello')
+            self.assertEqual(await reader.readexactly(5), b'hello')
+            writer.close()
+            return peer
+
+        (*_, (ip, port)), *_ = Background(socket.getaddrinfo, 'host.invalid', 80).result()
+        self.assertEqual(socks.virtual_addresses.name(ip), 'host.invalid')
+        self.assertEqual(Background(fetch).result(), tuple(server.server_address))
+        ip, port = AsyncTest.run_async(self, talk())
+        self.assertEqual(socks.virtual_addresses.name(ip), 'localhost')
+
+    def test_bypassed(self):
+        """They are looked up as usual, and what is found is reached directly."""
+        ipv4, dead = self.origin(echo), self.refused_port()
+        self.system(intranet='127.0.0.1', outer='127.0.0.1')
+        self.wrap(f'socks5h://127.0.0.1:{dead}', '.local')
+        with socket.create_connection(('intranet.local', ipv4.port)) as sock:
+            self.assertEqual(sock.getpeername(), ('127.0.0.1', ipv4.port))
+        self.assertEqual(socket.getnameinfo(('127.0.0.1', 1), 0)[0], 'intranet.local')
+        with self.assertRaises(socks.ProxyConnectionError):
+            socket.create_connection(('outer.example', ipv4.port))
+
+    @unittest.skipUnless(socket.has_ipv6, 'no IPv6 here')
+    def test_bypassed_with_ipv6_only(self):
+        try:
+            origin = self.origin(echo, '::1')
+        except OSError as error:
+            self.skipTest(str(error))
+        self.system(intranet='::1')
+        self.wrap(f'socks5h://127.0.0.1:{self.refused_port()}', '.local')
+        with socket.create_connection(('intranet.local', origin.port)) as sock:
+            self.check_echo(sock)
+        ip = socket.gethostbyname('intranet.example')           # given by a thread with a proxy
+        socket.getaddrinfo, stock = socks.getaddrinfo.stock, socket.getaddrinfo
+        self.addCleanup(setattr, socket, 'getaddrinfo', stock)
+        with socks.default_proxy(None), socket.socket() as sock:
+            sock.connect((ip, origin.port))
+            self.check_echo(sock)
+
+    def test_datagrams(self):
+        """An answer comes from where the program sent to, as far as it can know that."""
+        local = local_host()
+        server, target, other = self.serve(), self.enter(Echo(local)), self.enter(Echo())
+        self.wrap(self.url(server))
+        name = socket.gethostbyname('localhost'), target.address.port
+        self.assertEqual(socks.virtual_addresses.name(name[0]), 'localhost')
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            self.assertEqual(sock.sendto(b'x', name), 1)
+            self.assertEqual(sock.recvfrom(10), (b'E:x', name))
+            self.assertEqual(sock.sendmsg([b'y'], [], 0, name), 1)
+            self.assertEqual(sock.recvfrom(10), (b'E:y', name))
+            sock.sendto(b'z', tuple(other.address))
+            self.assertEqual(sock.recvfrom(10), (b'E:z', tuple(other.address)))
+            sock.sendto(b'x', (local, name[1]))         # so it could be either
+            self.assertEqual(sock.recvfrom(10)[1][1], name[1])
+            sock.sendto(b'x', name)
+            self.assertEqual(sock.recvfrom(10)[1], (local, name[1]))
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(name)
+            self.assertEqual(sock.getpeername(), name)
+            sock.send(b'x')
+            self.assertEqual(sock.recvfrom(10), (b'E:x', name))
+
+    def test_own_listeners(self):
+        """What a process connects to itself on loopback does not go through the proxy."""
+        self.wrap(f'socks5h://127.0.0.1:{self.refused_port()}')
+        for near in socks.stock_pair():
+            self.assertIs(type(near), socks._orgsocket)
+            near.close()
+        with socket.socket() as listener:
+            listener.bind(('127.0.0.1', 0))
+            address = listener.getsockname()
+            with socket.socket() as sock, self.assertRaises(socks.ProxyConnectionError):
+                sock.connect(address)           # it does not listen yet
+            listener.listen(1)
+            hosts = [address[0]]
+            if local_host() == address[0]:
+                hosts += ['localhost', socket.gethostbyname('localhost')]
+            for host in hosts:
+                with socket.create_connection((host, address[1])) as near:
+                    far, source = listener.accept()
+                    with far:
+                        self.assertEqual(near.getsockname(), source)
+                        self.assertIsNone(near.get_proxy_peername())
+            with socks.create_connection(address) as near:
+                listener.accept()[0].close()
+            with socket.socket() as sock, self.assertRaises(socks.ProxyConnectionError):
+                sock.connect(('192.0.2.1', address[1]))
+        with socket.socket() as sock, self.assertRaises(socks.ProxyConnectionError):
+            sock.connect(address)
+
+    def test_bind(self):
+        """A program's own names are looked up, for nothing else can be bound to."""
+        self.wrap('socks5h://127.0.0.1:9')
+        local = local_host()
+        with socket.socket(socks.family_of(local)) as sock:
+            (*_, sockaddr), *_ = socket.getaddrinfo('localhost', 0, sock.family)
+            self.assertTrue(socks.virtual_addresses.name(sockaddr[0]))
+            sock.bind(sockaddr)
+            self.assertEqual(sock.getsockname()[0], local)
+        for host in ('host.example', socket.gethostbyname('host.example')):
+            with socket.socket() as sock, self.assertRaisesRegex(OSError, 'host.example is not '):
+                sock.bind((host, 0))
+
+
+class PastTheProxyTest(ClientCase):
+    """What cannot go through the proxy is an error that says so."""
+
+    KINDS = [
+        ('raw', socket.SOCK_RAW, 1), ('ICMP', socket.SOCK_DGRAM, 1),
+        ('UDP-Lite', socket.SOCK_DGRAM, 136), ('SCTP', socket.SOCK_STREAM, 132),
+        ('SCTP', getattr(socket, 'SOCK_SEQPACKET', 5), 132), ('DCCP', 6, 33)]
+
+    def test_other_protocols(self):
+        tried = 0
+        for name, kind, proto in self.KINDS:
+            try:
+                sock = self.enter(socks.socksocket(
+                    socket.AF_INET, kind, proto, proxy='socks5h://127.0.0.1:9'))
+            except OSError:                     # not here, or only for root
+                continue
+            tried += 1
+            with self.subTest(name):
+                target = '127.0.0.1', 9
+                for send in (sock.connect, functools.partial(sock.sendto, b'x'),
+                             functools.partial(sock.sendto, b'x', 0),
+                             functools.partial(sock.sendmsg, [b'x'], [], 0)):
+                    with self.assertRaisesRegex(OSError, 'only TCP and UDP') as caught:
+                        send(target)
+                    self.assertEqual(caught.exception.errno, errno.EOPNOTSUPP)
+                self.assertEqual(sock.connect_ex(target), errno.EOPNOTSUPP)
+                sock.set_proxy()
+                with contextlib.suppress(OSError):
+                    sock.connect(target)        # a stock socket
+        if not tried:
+            self.skipTest('this user can make no such sockets')
+
+    @unittest.skipUnless(hasattr(socket, 'AF_PACKET'), 'no packet sockets here')
+    def test_packets(self):
+        try:
+            sock = self.enter(socks.socksocket(socket.AF_PACKET, socket.SOCK_RAW,
+                                               proxy='socks5h://127.0.0.1:9'))
+        except PermissionError as error:
+            self.skipTest(str(error))
+        for function in sock.bind, functools.partial(sock.sendto, b'x'):
+            with self.assertRaisesRegex(OSError, 'only TCP and UDP'):
+                function(('lo', 0))
+
+    def test_mptcp(self):
+        server, origin = self.serve(), self.origin(echo)
+        try:
+            sock = self.enter(socks.socksocket(proto=262, proxy=self.url(server)))
+        except OSError as error:
+            self.skipTest(str(error))
+        sock.connect(('127.0.0.1', origin.port))
+        self.check_echo(sock)
+        self.assertEqual(sock.get_proxy_peername(), tuple(server.server_address))
+
+    def test_data_before_a_connection(self):
+        """MSG_FASTOPEN, with which Linux connects in sendto() and sendmsg()."""
+        server, origin = self.serve(), self.origin(echo)
+        target = '127.0.0.1', origin.port
+        for method, arguments in (('sendto', (b'data', socks.MSG_FASTOPEN)),
+                                  ('sendmsg', ([b'da', b'ta'], [], socks.MSG_FASTOPEN))):
+            with socks.socksocket(proxy=self.url(server)) as sock:
+                self.assertEqual(getattr(sock, method)(*arguments, target), 4)
+                self.assertEqual(sock.recv(10), b'data')
+                self.assertEqual(sock.get_proxy_peername(), tuple(server.server_address))
+
+    def test_descriptor_that_is_not_connected(self):
+        """Who takes it would connect past the proxy."""
+        server, origin = self.serve(), self.origin(echo)
+        target = '127.0.0.1', origin.port
+        with socks.socksocket(proxy=self.url(server)) as sock:
+            for take in sock.detach, functools.partial(client_context().wrap_socket, sock,
+                                                       server_hostname='localhost'):
+                with self.assertRaisesRegex(GENERAL, 'Connect first'):
+                    take()
+            sock.connect(target)                # it is still good
+            self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE),
+                             socket.SOCK_STREAM)
+            with socket.socket(fileno=sock.detach()) as stock:
+                self.check_echo(stock)
+        with socks.socksocket(proxy=self.url(server)) as sock, sock.dup() as other:
+            other.connect(target)
+            self.assertEqual(other.get_proxy_peername(), tuple(server.server_address))
+        with socks.socksocket(proxy=self.url(server)) as sock:
+            sock.bind(('127.0.0.1', 0))
+            sock.listen(1)
+            socket.socket(fileno=sock.detach()).close()
+        with socks.socksocket() as sock:
+            socket.socket(fileno=sock.detach()).close()
+        with socks.default_proxy(self.url(server), bypass='127.0.0.1'):
+            sock = self.enter(socks.socksocket())
+        sock.setblocking(False)
+        sock.connect_ex(('127.0.0.1', self.silent_port()))      # it is on its way
+        socket.socket(fileno=sock.detach()).close()
+
+    def test_tls_and_the_destination(self):
+        """A socket of ssl that is one of ours tells what it is connected to, as FTP_TLS asks."""
+        proxy = self.scripted(['050100', '0500', f'05010003{NAME}01bb', OK5], last=serve_tls)
+        script = f"""
+import socks, socket
+socks.set_default_proxy({self.url(proxy)!r})
+socks.wrap_module(socks, dns=True)
+import ssl
+context = ssl.create_default_context(cadata={CERTIFICATE!r})
+plain = socket.create_connection(('example.org', 443))
+with context.wrap_socket(plain, server_hostname='localhost') as sock:
+    sock.sendall(b'hello')
+    assert sock.recv(5) == b'HELLO'
+    assert socket.getfqdn(sock.getpeername()[0]) == 'example.org', sock.getpeername()
+"""
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=HERE)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+
+    def test_proactor(self):
+        """What asyncio uses on Windows connects a descriptor, not the socket."""
+        class Proactor:
+            _loop = asyncio.new_event_loop()
+
+            def connect(self, conn, address):
+                return 'stock', address
+
+            def sendto(self, conn, buf, flags=0, addr=None):
+                return 'stock', addr
+
+        self.addCleanup(Proactor._loop.close)
+        server, origin = self.serve(), self.origin(echo)
+        target = '127.0.0.1', origin.port
+        socks.wrap_proactor(Proactor)
+        socks.wrap_proactor(Proactor)
+        proactor = Proactor()
+        with socks.socksocket(proxy=self.url(server)) as sock:
+            self.assertIsNone(proactor.connect(sock, target).result())
+            self.check_echo(sock)
+        for kind in socket.SOCK_STREAM, socket.SOCK_DGRAM:
+            with socks.socksocket(type=kind) as sock, socket.socket(type=kind) as stock:
+                self.assertEqual(proactor.connect(sock, target), ('stock', target))
+                self.assertEqual(proactor.sendto(stock, b'x', 0, target), ('stock', target))
+        with socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.url(server)) as sock:
+            for send in proactor.connect, functools.partial(proactor.sendto, buf=b'x', addr=target):
+                with self.assertRaisesRegex(OSError, 'SelectorEventLoop'):
+                    send(sock, *([target] if send == proactor.connect else []))
+
+    def test_imports(self):
+        """Modules that connect in a way of their own."""
+        self.enter(socks.default_proxy('socks5h://127.0.0.1:9'))
+        self.addCleanup(socks.unwrap_module, http.client)
+        socks.wrap_module(http.client, dns=True)
+        for name in ('gevent.monkey', 'eventlet', 'uvloop', 'pycares'):
+            if name.partition('.')[0] not in sys.modules:
+                with self.assertRaisesRegex(ImportError, 'past the proxy'):
+                    importlib.import_module(name)
+        with self.assertRaisesRegex(ImportError, 'past the proxy'):
+            importlib.reload(socket)
+        socks.unwrap_module(http.client)
+        socks.wrap_module(http.client)
+        folder = self.enter(tempfile.TemporaryDirectory())
+        for module in {'winloop', 'pycares'} - sys.modules.keys():
+            open(os.path.join(folder, module + '.py'), 'w').close()
+            sys.path.insert(0, folder)
+            self.addCleanup(sys.path.remove, folder)
+            self.addCleanup(sys.modules.pop, module, None)
+            with self.assertLogs(socks.log, 'WARNING') as caught:
+                importlib.import_module(module)
+            self.assertIn(f'{module} connects goes past the proxy', caught.output[0])
+        socks.unwrap_module(http.client)
+        self.assertNotIn(socks.ImportGuard, sys.meta_path)
 
 
 class WrongTimeTest(ClientCase):
@@ -4285,7 +4785,7 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
         self.assertEqual(caught.exception.errno, errno.EBADF)
 
     def test_names_for_bypassed_hosts(self):
-        """They stay names, so that connect() sees what to bypass; bytes are names as well."""
+        """connect() sees what to bypass; bytes are names as well."""
         origin, server = self.origin(echo), self.serve()
         self.addCleanup(socks.unwrap_module, http.client)
         with socks.default_proxy(self.url(server), bypass='localhost 127.0.0.0/8'):
@@ -4383,7 +4883,7 @@ class AsyncTest(ClientCase):
         with concurrent.futures.ThreadPoolExecutor() as executor:
             loop.set_default_executor(executor)
             try:
-                loop.run_until_complete(job)
+                return loop.run_until_complete(job)
             finally:
                 loop.close()
 
@@ -4807,14 +5307,20 @@ class ToolTest(Case):
     def test_connect(self):
         server, origin = self.serve(users={'bob': 's'}), self.origin(echo)
         url = f'socks5h://bob:s@{server.server_address}'
-        for options, environment in ((('-x', url), {}), (('-x', url, '-x', url), {}), ((), {}),
-                                     ((), {'ALL_PROXY': url})):
-            there = 'localhost' if options or environment else '127.0.0.1'
+        near = {'NO_PROXY': '127.0.0.1'}
+        for options, environment in ((('-x', url), {}), (('-x', url, '-x', url), {}), ((), near),
+                                     ((), {'ALL_PROXY': url}), ((), {'ALL_PROXY': url, **near})):
+            there = '127.0.0.1' if 'NO_PROXY' in environment else 'localhost'
             with self.subTest(options, environment=environment):
+                environment = {'ALL_PROXY': '', 'NO_PROXY': '', **environment}
                 self.assertEqual(self.tool(*options, '--connect', f'{there}:{origin.port}',
-                                           data='some words', NO_PROXY='', **environment),
+                                           data='some words', **environment),
                                  (0, 'some words', ''))
         eventually(lambda: len(self.lines) == 4)
+        status, _, err = self.tool('--connect', f'127.0.0.1:{origin.port}', NO_PROXY='example.org',
+                                   ALL_PROXY='')
+        self.assertEqual(status, 2)
+        self.assertIn('--connect: expected a proxy, -x URL or ALL_PROXY, or 127.0.0.1 in', err)
         refused = self.refused_port()
         self.assertEqual(self.tool('-x', url, '--connect', f'127.0.0.1:{refused}'),
                          (1, '', f'socks.py: 127.0.0.1:{refused}: Socket error: 0x05: Connection '
@@ -4885,6 +5391,39 @@ class ToolTest(Case):
         self.assertIs(function, socks.create_connection)
         self.assertEqual(proxy, socks.parse_proxy_url('socks5h://h'))
 
+    def test_run_with_children(self):
+        """Processes of multiprocessing go the same way, and errors come back from them."""
+        server, site = self.serve(), self.origin(serve_page, local_host())
+        folder = self.enter(tempfile.TemporaryDirectory())
+        path = os.path.join(folder, 'parent.py')
+        with open(path, 'w') as file:
+            file.write(PARENT)
+        done = self.tool('-x', f'socks5h://{server.server_address}', '--run', path,
+                         str(site.port), str(self.refused_port()))
+        methods = multiprocessing.get_all_start_methods()
+        self.assertEqual(done, (0, ''.join(f'{method} hello SOCKS5Error socks\n'
+                                           for method in sorted(methods)), ''))
+        eventually(lambda: len(self.lines) == 2 * len(methods))
+        self.assertEqual(sum('CONNECT localhost:' in line for line in self.lines),
+                         2 * len(methods))
+
+    @unittest.skipUnless(hasattr(sys, 'addaudithook'), 'Python 3.8 tells of what connects')
+    def test_nothing_else(self):
+        """Neither a look-up nor a connection that is not the proxy's, whatever a program uses."""
+        server, site = self.serve(), self.origin(serve_page, local_host())
+        folder = self.enter(tempfile.TemporaryDirectory())
+        path = os.path.join(folder, 'program.py')
+        with open(path, 'w') as file:
+            file.write(WATCHED)
+        port = server.server_address.port
+        self.assertEqual(
+            self.tool('-x', f'socks5h://127.0.0.1:{port}', '--run', path, str(port),
+                      str(site.port)), (0, 'hello hello\n', ''))
+        eventually(lambda: len(self.lines) == 5)
+        self.assertEqual([line.split()[4] for line in self.lines if 'UDP' not in line],
+                         [f'{host}:{site.port}:' for host in
+                          ('localhost', 'localhost', 'ftp.invalid', 'mail.invalid')])
+
 
 KEEP = '''
 import pickle, socks, sys
@@ -4894,6 +5433,66 @@ with open(sys.argv[1], 'wb') as file:
                  socks.parse_proxy_url('socks5h://h')), file)
 '''
 
+
+PARENT = '''
+import multiprocessing, socket, sys, urllib.request
+from socket import socket as name_at_import
+
+def work(site, refused):
+    import socks
+    assert name_at_import is socks.socksocket
+    with urllib.request.urlopen(f'http://localhost:{site}/') as page:
+        answer = page.read().decode().strip()
+    try:
+        socket.create_connection(('localhost', refused))
+    except OSError as error:
+        return answer, error
+
+if __name__ == '__main__':
+    for method in sorted(multiprocessing.get_all_start_methods()):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            answer, error = pool.apply(work, sys.argv[1:])
+            print(method, answer, type(error).__name__, type(error).__module__)
+'''
+
+WATCHED = '''
+import asyncio, ftplib, smtplib, socket, sys, urllib.error, urllib.request
+import logging.handlers
+proxy, site = map(int, sys.argv[1:])
+
+def watch(event, args):
+    if event in ('socket.getaddrinfo', 'socket.gethostbyname', 'socket.gethostbyaddr'):
+        host = args[0] if isinstance(args[0], (str, type(None))) else args[0].decode()
+        if host and host.strip('0123456789.'):
+            print('look-up:', event, args)
+    elif event == 'socket.getnameinfo' or event == 'socket.sendto':
+        print(event, args)
+    elif event == 'socket.connect' and args[1][1] != proxy and args[0].type == socket.SOCK_STREAM:
+        print('connection:', args)
+
+sys.addaudithook(watch)
+
+async def fetch():
+    reader, writer = await asyncio.open_connection('localhost', site)
+    writer.write(b'GET / HTTP/1.0\\r\\n\\r\\n')
+    data = await reader.read()
+    writer.close()
+    return data.split()[-1].decode()
+
+def tried(function, *args):
+    try:
+        function(*args)
+    except (OSError, EOFError, urllib.error.URLError):
+        pass
+
+first = asyncio.new_event_loop().run_until_complete(fetch())
+with urllib.request.urlopen(f'http://localhost:{site}/') as page:
+    print(first, page.read().decode().strip())
+tried(urllib.request.urlopen, f'ftp://ftp.invalid:{site}/')
+tried(smtplib.SMTP, 'mail.invalid', site)
+logging.handlers.SysLogHandler(('log.invalid', 514)).emit(logging.makeLogRecord({'msg': 'x'}))
+socket.getfqdn(), socket.getfqdn('x.invalid'), socket.getfqdn('192.0.2.1')
+'''
 
 FETCH = '''
 import sys, helper, socks

@@ -23,7 +23,8 @@ The client's conversations are the same in shape; run() goes through one in the 
 
 Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
 password), RFC 1961 (GSSAPI), RFC 8305 (connecting to a name with several addresses), RFC 9110
-(CONNECT of HTTP), RFC 1413 (ident), the PROXY protocol, Tor's socks-extensions.
+and RFC 9112 (HTTP), RFC 7617 (its passwords), RFC 1413 (ident), the PROXY protocol, Tor's
+socks-extensions.
 
 Sections, each of which uses only those before it: words, errors, wire format, sockets, access,
 loops, relays, client, server, socket face, operation, command line.
@@ -48,11 +49,12 @@ import selectors
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
 import time
-from binascii import b2a_base64
+from binascii import a2b_base64, b2a_base64
 from collections import deque
 from queue import Empty, Queue
 from types import MappingProxyType
@@ -97,6 +99,17 @@ class Command(enum.IntEnum):
     UDP_ASSOCIATE = 0x03
     RESOLVE = 0xF0                      # these two are Tor's, see its socks-extensions.txt
     RESOLVE_PTR = 0xF1
+    FORWARD = 0x100                     # of HTTP, a request that is no CONNECT; no code of SOCKS
+
+
+class HttpMethod(int):
+    """The method of a request to forward: what CONNECT is to rules, and its own name to the log.
+    """
+
+    def __new__(cls, name):
+        method = int.__new__(cls, Command.CONNECT)
+        method.name = name
+        return method
 
 
 class AddressType(enum.IntEnum):
@@ -136,6 +149,28 @@ class Reply4(Outcome):
     NO_IDENTD = 0x5C, 'Request rejected because SOCKS server cannot connect to identd on the client'
     IDENT_MISMATCH = 0x5D, ('Request rejected because the client program and identd report '
                             'different user-ids')
+
+
+class HttpCode(Outcome):
+    """What became of an HTTP request (RFC 9110 section 15)."""
+    OK = 200, 'Connection established'
+    BAD_REQUEST = 400, 'Bad Request'
+    FORBIDDEN = 403, 'Forbidden'
+    LOGIN_REQUIRED = 407, 'Proxy Authentication Required'
+    HEAD_TOO_LARGE = 431, 'Request Header Fields Too Large'
+    NOT_IMPLEMENTED = 501, 'Not Implemented'
+    BAD_GATEWAY = 502, 'Bad Gateway'
+    GATEWAY_TIMEOUT = 504, 'Gateway Timeout'
+    VERSION_NOT_SUPPORTED = 505, 'HTTP Version Not Supported'
+
+
+# What a `Reply` is in HTTP; any other is BAD_GATEWAY.
+HTTP_CODES = {
+    Reply.SUCCEEDED: HttpCode.OK,
+    Reply.NOT_ALLOWED: HttpCode.FORBIDDEN,
+    Reply.TTL_EXPIRED: HttpCode.GATEWAY_TIMEOUT,
+    Reply.COMMAND_NOT_SUPPORTED: HttpCode.NOT_IMPLEMENTED,
+}
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -260,6 +295,7 @@ def reason(error):
 MAX_USERID = 512                        # bytes; SOCKS4 gives no length, so we bound both strings
 MAX_NAME = 255
 MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
+MAX_HEAD, MAX_FIELDS = 1 << 16, 200     # bytes and fields of a head that is forwarded
 
 
 def reader(data):
@@ -607,6 +643,265 @@ class HttpStatus(NamedTuple):
         return cls(int(match.group(1)), match.group(2) or '')
 
 
+class HttpHead(NamedTuple):
+    """The first line of an HTTP message, and its fields in their order (RFC 9112 sections 2 to 5).
+
+    All is text in Latin-1, which has a character for each byte.
+    """
+    start: str
+    fields: Tuple[Tuple[str, str], ...] = ()
+
+    END = re.compile(rb'\n\r?\n')
+    FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\0-\x08\n-\x1f\x7f]*)")
+    ANY_FIELD = re.compile(r'([^\s:]+)[ \t]*:([^\n]*)')
+    STATUS = re.compile(r'HTTP/1[.][0-9] [1-9][0-9][0-9]( [^\r]*)?')
+    LONGEST = 1024                      # characters of a list that is looked into
+    # For the next hop alone (RFC 9110 section 7.6.1); and what `Connection` cannot add to it.
+    HOP_BY_HOP = {'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authentication-info',
+                  'proxy-authorization', 'proxy-connection', 'te', 'upgrade'}
+    FRAMING = {'host', 'content-length', 'transfer-encoding'}
+
+    def pack(self):
+        lines = [self.start, *map('%s: %s'.__mod__, self.fields)]
+        return '\r\n'.join([*lines, '\r\n']).encode('latin-1')
+
+    @classmethod
+    def unpack(cls, data):
+        """From the bytes of a whole head; ProtocolError for what others may understand otherwise,
+        so for all that RFC 9112 sections 2.2 and 5 have a server refuse."""
+        start, *lines = data.decode('latin-1')[:-4].split('\r\n')
+        if len(lines) > MAX_FIELDS:
+            raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}',
+                                reply=HttpCode.HEAD_TOO_LARGE)
+        matches = [cls.FIELD.fullmatch(line) for line in lines]
+        if not data.endswith(b'\r\n\r\n') or not all(matches):
+            wrong = lines[matches.index(None)] if None in matches else start
+            raise ProtocolError(f'HTTP field {wrong[:40]!r} is malformed',
+                                reply=HttpCode.BAD_REQUEST)
+        return cls(start, tuple((name, value.strip(' \t'))
+                                for name, value in (match.groups() for match in matches)))
+
+    @classmethod
+    def unpack_answer(cls, data):
+        """The same of a target's answer, which may be old or careless: what is malformed is left
+        out; ProtocolError if it is no answer at all."""
+        text = re.sub('\r?\n[ \t]+', ' ', data.decode('latin-1')).replace('\0', ' ')
+        start, *lines = re.split('\r?\n', text.rstrip('\r\n'))
+        if not cls.STATUS.fullmatch(start):
+            raise ProtocolError(f'{start[:40]!r}, expected the status line of an HTTP server')
+        if len(lines) > MAX_FIELDS:
+            raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}')
+        matches = (cls.ANY_FIELD.fullmatch(line.replace('\r', ' ')) for line in lines)
+        return cls(start, tuple((name, value.strip(' \t'))
+                                for name, value in (match.groups() for match in matches if match)))
+
+    def values(self, name):
+        """Those of all fields of this name, given in lower case."""
+        return [value for field, value in self.fields if field.lower() == name]
+
+    def words(self, name):
+        """The members of the lists that these are, in lower case."""
+        text = ','.join(self.values(name)).lower()
+        if len(text) > self.LONGEST:
+            raise ProtocolError(f'HTTP {name} of more than {self.LONGEST} characters',
+                                reply=HttpCode.HEAD_TOO_LARGE)
+        return [word for word in map(str.strip, text.split(',')) if word]
+
+    def end_to_end(self, *without):
+        """The fields to pass on, but those with one of these names."""
+        dropped = self.HOP_BY_HOP | (set(self.words('connection')) - self.FRAMING) | set(without)
+        return tuple(field for field in self.fields if field[0].lower() not in dropped)
+
+
+class HttpRequest(NamedTuple):
+    """A request to an HTTP proxy (RFC 9112 section 3): CONNECT, or another to forward."""
+    method: str
+    address: Address
+    path: str                           # at the target
+    minor: str                          # of the version, HTTP/1.0 or 1.1
+    length: Optional[int]               # bytes of the body; None: it is chunked
+    head: HttpHead
+
+    LINE = re.compile(r'([^ ]+) ([^\0-\x20\x7f]+) HTTP/([0-9])[.]([0-9])')
+    METHOD = re.compile(r'[A-Z][A-Z0-9_-]{0,31}')
+    URL = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
+    HOST_AND_PORT = re.compile(r'(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@\\]+))(?::([0-9]{0,5}))?')
+
+    def __repr__(self):
+        return f'HTTP {self.method} {self.address!r}'       # and nothing that is secret
+
+    @property
+    def command(self):
+        return Command.CONNECT if self.method == 'CONNECT' else Command.FORWARD
+
+    @classmethod
+    def unpack(cls, data):
+        """From the bytes of a whole head; the `reply` of a ProtocolError is an `HttpCode`."""
+        head = HttpHead.unpack(data)
+        match = cls.LINE.fullmatch(head.start)
+        if not match:
+            raise cls._wrong(f'HTTP request line {head.start[:40]!r} is malformed')
+        method, target, major, minor = match.groups()
+        if major != '1':
+            raise cls._wrong(f'HTTP/{major}.{minor}, expected 1.1', HttpCode.VERSION_NOT_SUPPORTED)
+        if not cls.METHOD.fullmatch(method):
+            raise cls._wrong(f'HTTP method {method[:40]!r}', HttpCode.NOT_IMPLEMENTED)
+        if len(head.values('host')) > 1:
+            raise cls._wrong('HTTP with more than one Host')
+        length = cls._length(head, minor)
+        if method == 'CONNECT':
+            if length != 0:
+                raise cls._wrong('HTTP CONNECT with a body')
+            return cls(method, cls._address(target, ''), '', minor, 0, head)
+        if method in ('OPTIONS', 'TRACE') and '0' in head.values('max-forwards'):
+            raise cls._wrong(f'HTTP {method} for this proxy itself', HttpCode.NOT_IMPLEMENTED)
+        url = cls.URL.match(target)
+        if not url:
+            raise cls._wrong('HTTP to this port itself, expected CONNECT, or a whole URL')
+        scheme, authority, path = url.groups()
+        if scheme.lower() != 'http':
+            raise cls._wrong(f'HTTP for {scheme[:40]}:, expected http:, or CONNECT',
+                             HttpCode.NOT_IMPLEMENTED)
+        address = cls._address(authority.rpartition('@')[2], '80')
+        path = path or '*' * (method == 'OPTIONS')
+        return cls(method, address, path if path[:1] in ('/', '*') and path else '/' + path,
+                   minor, length, head)
+
+    @staticmethod
+    def _wrong(text, code=HttpCode.BAD_REQUEST):
+        return ProtocolError(text, reply=code)
+
+    @classmethod
+    def _length(cls, head, minor):
+        """That of the body; refused if there are two ways to read it (RFC 9112 section 6.3)."""
+        lengths, codings = head.values('content-length'), head.words('transfer-encoding')
+        if head.values('transfer-encoding'):
+            if lengths or minor == '0' or codings[-1:] != ['chunked'] or 'chunked' in codings[:-1]:
+                raise cls._wrong('HTTP Transfer-Encoding: expected chunked at its end, once, '
+                                 'and no Content-Length')
+            return None
+        if len(lengths) > 1 or lengths and not re.fullmatch('[0-9]{1,18}', lengths[0]):
+            raise cls._wrong('HTTP Content-Length: expected one number')
+        return int(lengths[0]) if lengths else 0
+
+    @classmethod
+    def _address(cls, authority, usual_port):
+        match = cls.HOST_AND_PORT.fullmatch(authority)
+        port = match and (match.group(3) or usual_port)
+        if not port or not 0 < int(port) < 65536:
+            raise cls._wrong(f'HTTP to {authority[:40]!r}, expected a host, and a port up to 65535')
+        host = name_text((match.group(1) or match.group(2)).encode('latin-1'))
+        try:
+            if match.group(1) and len(ip_bytes(host) or b'') != 16 or len(host) > MAX_NAME:
+                raise ValueError
+            name_bytes(host)
+        except ValueError:
+            raise cls._wrong(f'HTTP to {authority[:40]!r}, expected a host name, or an IPv6 '
+                             f'address in brackets') from None
+        return Address(host, int(port))
+
+    @property
+    def credentials(self):
+        """The `Credentials` for us (RFC 7617), or None."""
+        given = self.head.values('proxy-authorization')
+        match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]+)=*', given[0])
+        with contextlib.suppress(ValueError):
+            name, colon, password = a2b_base64(match.group(1) + '==' if match else '').partition(b':')
+            return Credentials(name, password) if colon else None
+
+    @property
+    def upgrade(self):
+        """The protocol to go on with, if the target agrees; '' for none.  Not HTTP/2, within which
+        there could be requests for other hosts."""
+        wanted = self.head.words('upgrade') if 'upgrade' in self.head.words('connection') else []
+        is_possible = self.minor != '0' and wanted and 'h2c' not in wanted
+        return ', '.join(self.head.values('upgrade')) if is_possible else ''
+
+    def forwarded(self):
+        """The head for the target: Host from the URL (RFC 9112 section 3.2.2), and no more to come
+        (RFC 9110 section 7.6)."""
+        host, port = name_bytes(self.address.host).decode(), self.address.port
+        where = str(Address(host, port))
+        fields = [('Host', where[:-3] if port == 80 else where)]
+        for name, value in self.head.end_to_end('host'):
+            if name.lower() == 'max-forwards' and re.fullmatch('[0-9]{1,9}', value):
+                value = str(max(0, int(value) - 1))
+            fields.append((name, value))
+        fields.append(('Via', f'1.{self.minor} socks.py'))
+        fields.append(('Connection', 'Upgrade' if self.upgrade else 'close'))
+        if self.upgrade:
+            fields.append(('Upgrade', self.upgrade))
+        return HttpHead(f'{self.method} {self.path} HTTP/1.{self.minor}', tuple(fields))
+
+
+class HttpBody:
+    """Where the body of a request ends among the bytes that come (RFC 9112 sections 6 and 7).
+
+    length   its bytes; None: it is chunked
+    """
+    LONGEST = 4096                      # bytes of a line
+    # Before the size of a chunk is the line end of the chunk before it.
+    CHUNK = re.compile(rb'\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0-\x08\n-\x1f\x7f]*)?\r\n')
+    TRAILER = re.compile(b'(?:%b)?\r\n' % HttpHead.FIELD.pattern.encode())
+
+    def __init__(self, length):
+        self._left = length or 0        # bytes up to the next line, or to the end
+        self._line = b'\r\n' if length is None else None        # begun; None: there are no more
+        self._pattern = self.CHUNK
+
+    def take(self, data):
+        """How many of the first bytes of `data` belong to it; ProtocolError if it is malformed."""
+        taken = 0
+        while taken < len(data):
+            step = min(self._left, len(data) - taken)
+            self._left -= step
+            taken += step
+            if self._left or self._line is None:
+                break
+            taken += self._take_line(bytes(data[taken:taken + self.LONGEST]))
+        return taken
+
+    def _take_line(self, data):
+        text, is_chunk = self._line + data, self._pattern is self.CHUNK
+        match = self._pattern.match(text)
+        if match:
+            used = match.end() - len(self._line)
+            self._line = b''
+            if is_chunk:
+                self._left = int(match.group(1), 16)
+                if not self._left:
+                    self._pattern = self.TRAILER
+            elif match.group() == b'\r\n':
+                self._line = None
+            return used
+        begun = text[2:] if is_chunk else text
+        if (len(text) > self.LONGEST or b'\n' in begun or b'\r' in begun[:-1]
+                or is_chunk and not b'\r\n'.startswith(text[:2])):
+            raise ProtocolError('HTTP chunk or trailer is malformed', reply=HttpCode.BAD_REQUEST)
+        self._line = text
+        return len(data)
+
+
+class HttpAnswer(NamedTuple):
+    """What a proxy itself answers; without a code it is for the target to answer."""
+    code: Optional[HttpCode]
+    text: str = ''
+    has_body: bool = True               # HEAD is answered without
+
+    def pack(self):
+        if self.code is None:
+            return b''
+        start = f'HTTP/1.1 {self.code:d} {self.code.text}'
+        if self.code == HttpCode.OK:
+            return HttpHead(start).pack()
+        body = f'{self.text}\n'.encode('utf-8', 'backslashreplace')
+        fields = [('Content-Type', 'text/plain; charset=utf-8'),
+                  ('Content-Length', str(len(body))), ('Connection', 'close')]
+        if self.code == HttpCode.LOGIN_REQUIRED:
+            fields.append(('Proxy-Authenticate', 'Basic realm="socks.py", charset="UTF-8"'))
+        return HttpHead(start, tuple(fields)).pack() + body * self.has_body
+
+
 def text_line(read, limit, name):
     """The next line, without its end."""
     line = bytearray()
@@ -761,6 +1056,24 @@ def shown(text):
     return text if text and text.isprintable() and ' ' not in text else ascii(text)
 
 
+class UnixAddress(Address):
+    """That of a unix socket: its path to the log, this host without a port to all else."""
+
+    def __new__(cls, path):
+        address = super().__new__(cls, '127.0.0.1', 0)
+        address.path = path
+        return address
+
+    def __str__(self):
+        return f'unix:{shown(os.fsdecode(self.path))}'
+
+
+def local_address(sock):
+    """The address of our side of a socket, as rules and log should see it."""
+    address = sock.getsockname()
+    return canonical(Address.of(address)) if isinstance(address, tuple) else UnixAddress(address)
+
+
 # What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
 # for sockets or a `Call` that blocks, and is resumed with the result.  So it reads as straight
 # lines; run() drives one in the thread that calls it, a `Loop` any number of them.  Its times are
@@ -906,6 +1219,28 @@ class Stream:
                 except EOFError:
                     pass
             self.surplus += yield from self._receive()
+
+    def read_head(self):
+        """Conversation: the bytes of the head of an HTTP request, up to an empty line.
+
+        ProtocolError if it does not begin as one, or is longer than MAX_HEAD.
+        """
+        data, start, has_line = bytearray(self.surplus), 0, False
+        while True:
+            end = HttpHead.END.search(data, max(0, start - 2))
+            if (end.end() if end else len(data)) > MAX_HEAD:
+                raise ProtocolError(f'HTTP head of more than {MAX_HEAD} bytes',
+                                    reply=HttpCode.HEAD_TOO_LARGE)
+            if not has_line and b'\n' in data:          # who speaks something else may wait for us
+                has_line = re.match(b'[^\n]+ HTTP/[0-9][.][0-9]\r\n', data)
+                if not has_line:
+                    raise ProtocolError(f'{bytes(data[:40])!r}, expected SOCKS or HTTP',
+                                        reply=HttpCode.BAD_REQUEST)
+            if end:
+                self.surplus = bytes(data[end.end():])
+                return bytes(data[:end.end()])
+            start = len(data)
+            data += yield from self._receive()
 
     def look(self):
         """Conversation: some of the next bytes, which stay in the socket."""
@@ -1351,6 +1686,109 @@ class GssContext:
                                    None)
 
 
+class HttpForward(Layer):
+    """The client's side of one HTTP request that is forwarded.
+
+    What comes from the client ends with the request's body, so that no second request gets to the
+    target.  What goes to it begins with the target's answer, whose head is told to be the last one
+    here (RFC 9112 section 9.6), or with ours if that is none.  If both agree on another protocol,
+    they have a tunnel (RFC 9110 section 7.8).
+    """
+    INTERIM = 100                       # answers before the one that counts
+
+    def __init__(self, sock, request):
+        super().__init__(sock)
+        self._request = request
+        self._body = HttpBody(request.length)
+        self._head = bytearray()        # of an answer, as far as it came; None: it is passed on
+        self._interim = self.INTERIM
+        self._is_over = False           # the client has sent more than its request
+        self._is_tunnel = False
+        self._failure = None            # the error that takes the place of the answer
+
+    def take(self, data):
+        """The first bytes of `data` from the client, as far as they are the request's body."""
+        count = len(data) if self._is_tunnel else self._body.take(data)
+        self._is_over |= count < len(data)
+        return data[:count]
+
+    def recv_into(self, buffer, size):
+        count = self._sock.recv_into(buffer, size)
+        if self._is_tunnel or not count:
+            return count
+        try:
+            taken = len(self.take(memoryview(buffer)[:count]))
+        except ProtocolError as error:
+            self._fail(error)
+            return 0
+        if not taken:
+            raise BlockingIOError(errno.EAGAIN, 'the request is over')
+        return taken
+
+    def send(self, data):
+        if self._failure:
+            raise self._failure
+        if self._head is None and not self._cipher and not self._plain:
+            return self._sock.send(data)
+        return super().send(data)
+
+    def _seal(self, data):
+        if self._head is None:
+            self._cipher += data
+            return len(data)
+        start = max(0, len(self._head) - 2)
+        self._head += data
+        try:
+            while self._head is not None and not self._is_partial(start):
+                start = 0
+        except ProtocolError as error:
+            self._fail(error)
+        return len(data)
+
+    def _is_partial(self, start):
+        """Whether the answer's head has not yet come whole; else it is passed on."""
+        end = HttpHead.END.search(self._head, start)
+        if (end.end() if end else len(self._head)) > MAX_HEAD:
+            raise ProtocolError(f'HTTP answer with a head of more than {MAX_HEAD} bytes')
+        if not end:
+            return True
+        head, rest = HttpHead.unpack_answer(self._head[:end.end()]), self._head[end.end():]
+        code, more = int(head.start[9:12]), (('Via', f'{head.start[5:8]} socks.py'),)
+        self._interim -= 1
+        if code == 101:
+            self._is_tunnel = True
+            more += ('Connection', 'Upgrade'), ('Upgrade', ', '.join(head.values('upgrade')))
+        elif code >= 200:
+            more += ('Connection', 'close'),
+        if self._is_tunnel and (self._is_over or not self._request.upgrade) or not self._interim:
+            raise ProtocolError('an HTTP answer of 101 unasked, or too many before the last one')
+        coded = ('content-length',) * bool(head.values('transfer-encoding'))
+        self._cipher += HttpHead(head.start, head.end_to_end(*coded) + more).pack()
+        self._head = rest
+        if code == 101 or code >= 200:
+            self._head = None
+            self._cipher += rest
+        return False
+
+    def _fail(self, error):
+        """Answer in the target's place, if it has not yet, and then end."""
+        self._failure = OSError(errno.EBADMSG, str(error))
+        if self._head is None:
+            raise self._failure
+        self._head = None
+        code = HTTP_CODES.get(error.reply, error.reply)
+        if not isinstance(code, HttpCode):
+            code = HttpCode.BAD_GATEWAY
+        self._cipher += HttpAnswer(code, str(error), self._request.method != 'HEAD').pack()
+        self.shutdown(socket.SHUT_WR)
+
+    def shutdown(self, how):
+        if self._head is not None:
+            return self._fail(ProtocolError('the target has ended without an HTTP answer'))
+        if not self._ending:
+            super().shutdown(how)
+
+
 class Protected(Layer):
     """What GSSAPI protects (RFC 1961 section 5); `incoming` came with the last message before."""
     RECORD = 1 << 16                    # more than the bytes that one message protects
@@ -1565,6 +2003,49 @@ def bound(address, kind=socket.SOCK_STREAM):
         raise OSError(error.errno, f'cannot listen on {address}: {error.strerror}') from None
 
 
+def listening_at(path, mode=None):
+    """A unix socket that listens at `path`, with these permissions; None: 0600, less the umask.
+
+    A socket there that is not listened on is replaced.
+    """
+    sock, umask = _orig_socket(socket.AF_UNIX), os.umask(0o177)
+    try:
+        sock.setblocking(False)
+        if is_stale(path):
+            os.unlink(path)
+        sock.bind(path)
+        os.chmod(path, 0o600 & ~umask if mode is None else mode)
+        sock.listen(1)
+        return sock
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f'cannot listen on unix:{path}: {reason(error)}') from None
+    finally:
+        os.umask(umask)
+
+
+def is_stale(path):
+    """Whether there is a unix socket at `path` which is not listened on."""
+    with _orig_socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return (os.path.lexists(path) and stat.S_ISSOCK(os.lstat(path).st_mode)
+                and probe.connect_ex(path) == errno.ECONNREFUSED)
+
+
+def account_of(sock):
+    """The name of the account whose process has connected to us by a unix socket (unix(7)); its
+    number if it has no name, '-' if the system does not tell."""
+    try:
+        import pwd
+        user_id = struct.unpack('iII', sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    except (ImportError, AttributeError):
+        return '-'
+    try:
+        return shown(pwd.getpwuid(user_id).pw_name)
+    except KeyError:
+        return str(user_id)
+
+
 def bound_in(host, ports):
     """A UDP socket bound to `host` and a port of (lowest, highest); OSError if none is free."""
     lowest, highest = ports
@@ -1596,6 +2077,8 @@ class Settings(NamedTuple):
                         without users, clients must authenticate by GSSAPI
     gssapi_nec          agree on the level without protection, as NEC's programs do
     ident               ask SOCKS4 clients' hosts whether the userid is right (RFC 1413)
+    http                serve HTTP clients, too: CONNECT, and requests for http URLs
+    unix_mode           permissions of unix sockets that are made; None: 0600, less the umask
     balancers           ip_networks from which each connection begins with a PROXY header
     source              local IP addresses to connect from, at most one of a family
     advertise           IP addresses to name in replies to BIND and UDP ASSOCIATE instead of our
@@ -1625,6 +2108,8 @@ class Settings(NamedTuple):
     gssapi: Tuple[int, ...] = ()
     gssapi_nec: bool = False
     ident: bool = False
+    http: bool = True
+    unix_mode: Optional[int] = None
     balancers: Tuple = ()
     source: Tuple[str, ...] = ()
     advertise: Tuple[str, ...] = ()
@@ -3532,6 +4017,12 @@ NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
 
+HTTP_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
+                       b'ABCDEFGHIJKLMNOPQRSTUVWXYZ')         # a request can begin with
+HTTP_HELP = """
+
+This port is a proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP, it has no pages itself.
+Set it in your program as a proxy: http://... or socks5h://..."""
 HTTP_PAGE = b"""\
 HTTP/1.0 501 Not Implemented\r
 Content-Type: text/plain; charset=us-ascii\r
@@ -3796,6 +4287,9 @@ class Negotiation(Login):
             if header.source:
                 self.client.address = canonical(header.source)
                 self.reached = header.destination
+        if isinstance(self.client.address, UnixAddress):
+            self.client.user = yield Call(functools.partial(account_of, self.request),
+                                          self.stream.until)
         self.server.admit(self.client)
         if settings.trusted:
             self.is_known = is_in(self.client.address.host, settings.trusted)
@@ -3809,9 +4303,8 @@ class Negotiation(Login):
             return (yield from self.negotiate4())
         if first == 5:
             return (yield from self.negotiate5())
-        if first in b'CDGHOPT':                 # CONNECT, DELETE, GET, ...
-            self.answer_form = lambda *_: HttpPage()
-            raise ProtocolError('HTTP, expected SOCKS')
+        if first in HTTP_BYTES:
+            return (yield from self.negotiate_http())
         if first == TLS_HANDSHAKE:
             raise ProtocolError('TLS, expected SOCKS')
         raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
@@ -3822,7 +4315,7 @@ class Negotiation(Login):
         request = yield from self.stream.read(Request4.unpack)
         if self.needs_login:
             raise Refused('SOCKS4 has no passwords, expected SOCKS5')
-        if self.settings.ident:
+        if self.settings.ident and not isinstance(self.client.address, UnixAddress):
             yield from self.identify(request.userid)
         return request
 
@@ -3840,6 +4333,42 @@ class Negotiation(Login):
             yield from self.stream.write(Verdict(0))
         self.answer_form = Response
         return (yield from self.stream.read(Request.unpack))
+
+    def negotiate_http(self):
+        self.client.protocol = 'HTTP'
+        if not self.settings.http:
+            self.answer_form = lambda *_: HttpPage()
+            raise ProtocolError('HTTP, expected SOCKS')
+        self.answer_form = functools.partial(self.http_answer, '')
+        request = HttpRequest.unpack((yield from self.stream.read_head()))
+        self.answer_form = functools.partial(self.http_answer, request.method)
+        if self.needs_login:
+            yield from self.authenticate_http(request)
+        try:
+            canonical(request.address)
+        except ProtocolError as error:
+            raise ProtocolError(error.msg, reply=HttpCode.BAD_REQUEST) from None
+        return request
+
+    def http_answer(self, method, reply, _):
+        """The message that tells an HTTP client of `reply`."""
+        if reply == Reply.SUCCEEDED:
+            return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
+        code = reply if isinstance(reply, HttpCode) else HTTP_CODES.get(reply, HttpCode.BAD_GATEWAY)
+        text = self.outcome if code is reply else getattr(reply, 'text', code.text)
+        return HttpAnswer(code, text + HTTP_HELP * (code == HttpCode.BAD_REQUEST), method != 'HEAD')
+
+    def authenticate_http(self, request):
+        """By the method Basic (RFC 7617), as by passwords in SOCKS5."""
+        if not self.settings.users:
+            raise Refused('HTTP has no GSSAPI here, expected SOCKS5')
+        answer_form = self.answer_form
+        self.answer_form = lambda *_: answer_form(HttpCode.LOGIN_REQUIRED, None)
+        credentials = request.credentials
+        if not credentials:
+            raise Refused('no user name and password, expected Basic')
+        yield from self.authenticate(credentials)
+        self.answer_form = answer_form
 
 
 COMMANDS = {int(command): command for command in Command}
@@ -3867,7 +4396,7 @@ class Handler(Negotiation):
     def offered(self, command, is_socks4):
         """Whether the protocol has the command, and the settings allow it at all."""
         settings = self.settings
-        if command == Command.CONNECT:
+        if command in (Command.CONNECT, Command.FORWARD):
             return True
         if command == Command.BIND:             # does not go through other proxies
             return not settings.upstream
@@ -3887,6 +4416,15 @@ class Handler(Negotiation):
             log.debug('%s: dialling %s', self.client.address, ' '.join(map(str, addresses)))
         target = yield from dial(addresses, until, self.settings.source)
         return (yield from self.join(target, Address.of(target.getsockname())))
+
+    def do_FORWARD(self, request):
+        """Send one HTTP request on, to where it would make a tunnel to."""
+        self.client.command = HttpMethod(request.method)
+        layer = HttpForward(self.connection, request)
+        surplus = layer.take(self.stream.surplus)
+        self.stream.surplus = request.forwarded().pack() + surplus
+        self.connection = layer
+        return (yield from self.do_CONNECT(request))
 
     def join(self, target, bnd):
         """Answer, and join the client to the socket `target`."""
@@ -4000,7 +4538,7 @@ class Handler(Negotiation):
         client reached us at; or the one to advertise; that may be another host's which forwards to
         us, so it is not always one to listen on.
         """
-        host, _ = canonical(Address.of(self.request.getsockname()))
+        host, _ = local_address(self.request)
         if not set(peers) & set(ZEROS):
             family = family_of(host)    # which the client knows how to use
             host = way_out(sorted(peers, key=lambda peer: family_of(peer) != family),
@@ -4074,6 +4612,15 @@ def bound_to_all(host, port):
     if not sockets:
         raise missing
     return sockets
+
+
+def remove_files(files):
+    """Remove those of (path, os.stat() of it) that are still the same, each once."""
+    while files:
+        path, known = files.pop()
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), known):
+                os.unlink(path)
 
 
 def refuse_open_proxy(settings, addresses):
@@ -4275,7 +4822,8 @@ class Server(Acceptor):
     """A SOCKS server on one or several addresses.
 
     server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
-                     for a free port, the same on all of them
+                     for a free port, the same on all of them; the host `unix:PATH` for a unix
+                     socket, whose file is removed at the end
     listeners        sockets that listen already, to use instead
     settings         a `Settings`
     handler_class    a `Handler`
@@ -4306,6 +4854,7 @@ class Server(Acceptor):
         self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
+        self.socket_files = []          # (path, os.stat() of it) to remove at the end
         self.failures = Failures()
         self.roster = Roster()
         self._thread = None             # that of start()
@@ -4325,12 +4874,17 @@ class Server(Acceptor):
     def server_bind(self):
         free_port = 0
         for host, port in () if self.listeners else self.server_address:
+            if host.startswith('unix:'):
+                path = os.path.abspath(host[5:])
+                self.listeners.append(listening_at(path, self.settings.unix_mode))
+                self.socket_files.append((path, os.stat(path)))
+                continue
             self.listeners += bound_to_all(host, port or free_port)
             if not port:
                 free_port = self.listeners[-1].getsockname()[1]
         for sock in self.listeners:
             sock.setblocking(False)
-            self.addresses.append(canonical(Address.of(sock.getsockname())))
+            self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
@@ -4372,6 +4926,7 @@ class Server(Acceptor):
         self.shutdown()
         for sock in self.listeners:
             sock.close()
+        remove_files(self.socket_files)
         self._crew.dismiss()
         self._costly_crew.dismiss()
         self._helpers.stop()
@@ -4383,9 +4938,12 @@ class Server(Acceptor):
     def process_request(self, request, client_address):
         """Begin the conversation with a client; the loop goes on with it."""
         request.setblocking(False)
-        address = Address.of(client_address)
-        if ':' in address.host:         # it may be IPv4 on a socket for both
-            address = canonical(address)
+        if isinstance(client_address, tuple):
+            address = Address.of(client_address)
+            if ':' in address.host:     # it may be IPv4 on a socket for both
+                address = canonical(address)
+        else:
+            address = UnixAddress(request.getsockname())
         client = Client(self, address)
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
@@ -5286,11 +5844,14 @@ def activated_sockets(environ):
         with contextlib.suppress(OSError), _orig_socket(fileno=os.dup(number)) as probe:
             family = probe.getsockopt(socket.SOL_SOCKET, getattr(socket, 'SO_DOMAIN', 39))
             kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        if family not in (socket.AF_INET, socket.AF_INET6) or kind != socket.SOCK_STREAM:
-            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP socket')
+        families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+        if family not in families or kind != socket.SOCK_STREAM:
+            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP socket, or a unix '
+                             f'one with connections')
         sock = _orig_socket(family, kind, 0, number)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sockets.append(sock)
     return sockets
 
@@ -5425,6 +5986,7 @@ class Supervisor:
     def __init__(self, size, server, configure, notifier, announce):
         self._size = size
         self._listeners = [sock.dup() for sock in server.listeners]
+        self._socket_files, server.socket_files = server.socket_files, []
         self._settings = server.settings
         self._configure = configure
         self._notifier = notifier
@@ -5458,6 +6020,7 @@ class Supervisor:
             self._take(signal.sigwait(self._signals))
             self._reap()
             self._start_missing()
+        remove_files(self._socket_files)
         self._notifier.tell('STOPPING=1')
 
     def _take(self, number):
@@ -5637,6 +6200,23 @@ def host_and_port(text):
     return host, port if port is None else port_number(port)
 
 
+def where_to_listen(text):
+    """argparse type: that, or (unix:PATH, None)."""
+    if not text.startswith('unix:'):
+        return host_and_port(text)
+    if text == 'unix:' or not hasattr(socket, 'AF_UNIX'):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected unix:PATH, where there are unix '
+                                         f'sockets')
+    return text, None
+
+
+def permissions(text):
+    """argparse type: the number that octal digits mean."""
+    if not re.match('0?[0-7]{3}$', text):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected three octal digits, 660 for example')
+    return int(text, 8)
+
+
 def name_and_password(text):
     """argparse type: both bytes, of NAME:PASSWORD."""
     name, _, password = os.fsencode(text).partition(b':')
@@ -5718,8 +6298,8 @@ DEFAULTS = Settings()
 OPTIONS = [
     ('listening', [
         (('-b', '--bind'), dict(
-            metavar='ADDRESS[:PORT]', type=host_and_port, action='append', default=[],
-            help='address or name to listen on, repeatable (default: 127.0.0.1)')),
+            metavar='ADDRESS[:PORT]', type=where_to_listen, action='append', default=[],
+            help='address or name to listen on, or unix:PATH, repeatable (default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
             help='port where --bind has none, 0 for a free one (default: %(default)s)')),
@@ -5727,6 +6307,13 @@ OPTIONS = [
             metavar='N', type=workers, default=1,
             help='serve with so many processes, or auto: one for each processor '
                  '(default: %(default)s)')),
+        (('--unix-mode',), dict(
+            metavar='OCTAL', type=permissions,
+            help='permissions of unix sockets, whom the system lets in (default: 600, less the '
+                 'umask)')),
+        (('--no-http',), dict(
+            action='store_false', dest='http', help='serve SOCKS only (default: HTTP clients, '
+                                                    'too)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
             help='expect a PROXY header from there, repeatable: load balancers'))]),
@@ -5857,7 +6444,7 @@ def build_parser():
     """The command line; every default of a setting is the one in `Settings`."""
     parser = argparse.ArgumentParser(
         prog='socks.py', usage='%(prog)s [options]', epilog=EPILOG,
-        description='A SOCKS4, SOCKS4a and SOCKS5 proxy.',
+        description='A proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP.',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, options in OPTIONS:
         group = parser.add_argument_group(title)

@@ -804,7 +804,7 @@ class HttpRequest(NamedTuple):
     def credentials(self):
         """The `Credentials` for us (RFC 7617), or None."""
         given = self.head.values('proxy-authorization')
-        match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]+)=*', given[0])
+        match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]{1,700})=*', given[0])
         with contextlib.suppress(ValueError):
             name, colon, password = a2b_base64(match.group(1) + '==' if match else '').partition(b':')
             return Credentials(name, password) if colon else None

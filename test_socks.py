@@ -4214,6 +4214,606 @@ KDC_CONF = """
 """
 
 
+# What an HTTP client sends, and the status that it gets; `{port}` is a target that answers any
+# head with its bytes, `{refused}`, `{silent}`, `{odd}` (which speaks no HTTP) and `{gone}` (which
+# ends at once) are others.  `\n` stands for CR LF.
+STATUSES = [
+    ('CONNECT', 'CONNECT 127.0.0.1:{port} HTTP/1.1\nHost: x\n\n', 200),
+    ('CONNECT, HTTP/1.0', 'CONNECT 127.0.0.1:{port} HTTP/1.0\n\n', 200),
+    ('CONNECT, name', 'CONNECT LOCALHOST.:{port} HTTP/1.1\nHost: x\n\n', 200),
+    ('CONNECT, IPv6', 'CONNECT [::1]:{port} HTTP/1.1\nHost: x\n\n', 200),
+    ('GET', 'GET http://127.0.0.1:{port}/ HTTP/1.1\nHost: x\n\n', 200),
+    ('GET, HTTP/1.0', 'GET http://127.0.0.1:{port}/ HTTP/1.0\n\n', 200),
+    ('GET, IPv6', 'GET http://[::1]:{port} HTTP/1.1\n\n', 200),
+    ('HEAD', 'HEAD http://127.0.0.1:{port}/ HTTP/1.1\n\n', 200),
+    ('POST', 'POST http://127.0.0.1:{port}/ HTTP/1.1\nContent-Length: 3\n\nabc', 200),
+    ('chunked', 'POST http://127.0.0.1:{port}/ HTTP/1.1\nTransfer-Encoding: chunked\n\n3\nabc\n0\n\n', 200),
+    ('refused', 'CONNECT 127.0.0.1:{refused} HTTP/1.1\nHost: x\n\n', 502),
+    ('GET, refused', 'GET http://127.0.0.1:{refused}/ HTTP/1.1\n\n', 502),
+    ('silent', 'CONNECT 127.0.0.1:{silent} HTTP/1.1\nHost: x\n\n', 504),
+    ('GET, silent', 'GET http://127.0.0.1:{silent}/ HTTP/1.1\n\n', 504),
+    ('no such name', 'CONNECT no.such.invalid:80 HTTP/1.1\nHost: x\n\n', 502),
+    ('GET, no such name', 'GET http://no.such.invalid/ HTTP/1.1\n\n', 502),
+    ('no HTTP', 'GET http://127.0.0.1:{odd}/ HTTP/1.1\n\n', 502),
+    ('an end', 'GET http://127.0.0.1:{gone}/ HTTP/1.1\n\n', 502),
+    ('no name', 'CONNECT a..b:80 HTTP/1.1\nHost: x\n\n', 400),
+    ('NUL as UTF-8', 'GET http://a%00b/ HTTP/1.1\n\n', 400),
+    ('a browser that is lost', 'GET / HTTP/1.1\nHost: x\n\n', 400),
+    ('another protocol', 'EHLO x\n', 400), ('lower case', 'get / HTTP/1.1\n\n', 501),
+    ('https', 'GET https://127.0.0.1/ HTTP/1.1\n\n', 501),
+    ('body for a tunnel', 'CONNECT 127.0.0.1:{port} HTTP/1.1\nContent-Length: 1\n\nx', 400),
+    ('chunk', 'POST http://127.0.0.1:{port}/ HTTP/1.1\nTransfer-Encoding: chunked\n\nxyz\n', 400),
+    ('later chunk', 'POST http://127.0.0.1:{quiet}/ HTTP/1.1\nTransfer-Encoding: chunked\n\n1\nabc', 400),
+    ('long head', 'GET http://127.0.0.1:{port}/ HTTP/1.1\nA: ' + 'b' * 66000, 431),
+]
+# What a target answers, and what the client gets of it; None: 502.
+ANSWERS = [
+    ('plain', 'HTTP/1.1 200 OK\nA: b\n\nbody', 'HTTP/1.1 200 OK\nA: b\n@\n\nbody'),
+    ('hop by hop', 'HTTP/1.1 200 OK\nKeep-Alive: 5\nConnection: keep-alive, X\nX: y\nUpgrade: h2\n'
+     'Proxy-Authenticate: Basic\nA: b\nA: c\n\n', 'HTTP/1.1 200 OK\nA: b\nA: c\n@\n\n'),
+    ('interim', 'HTTP/1.1 103 Early Hints\nLink: x\n\nHTTP/1.1 100\n\nHTTP/1.1 204 \n\n',
+     'HTTP/1.1 103 Early Hints\nLink: x\nVia: 1.1 socks.py\n\nHTTP/1.1 100\nVia: 1.1 socks.py\n\n'
+     'HTTP/1.1 204 \n@\n\n'),
+    ('old', 'HTTP/1.0 200 OK\n\nx', f'HTTP/1.0 200 OK\nVia: 1.0 socks.py\nConnection: close\n\nx'),
+    ('version', 'HTTP/2 200 OK\n\n', None),
+    ('careless', 'HTTP/1.1 200 OK\nA : b\nnonsense\nC: d\n  e\nSet-Cookie: f=ä\n\nx',
+     'HTTP/1.1 200 OK\nA: b\nC: d e\nSet-Cookie: f=ä\n@\n\nx'),
+    ('both lengths', 'HTTP/1.1 200 OK\nContent-Length: 5\nTransfer-Encoding: chunked\n\n0\n\n',
+     'HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n@\n\n0\n\n'),
+    ('SSH', 'SSH-2.0-x\n\n', None), ('a part', 'HTTP/1.1 200 OK\nA: b\n', None), ('nothing', '', None),
+    ('endless', 'HTTP/1.1 200 OK\nA: ' + 'b' * 66000, None),
+    ('endless interim', 'HTTP/1.1 100 Continue\n\n' * 100 + 'HTTP/1.1 200 OK\n\n', None),
+    ('many fields', 'HTTP/1.1 200 OK\n' + 'a: b\n' * 201 + '\n', None),
+    ('a tunnel unasked', 'HTTP/1.1 101 Switching\nConnection: Upgrade\nUpgrade: x\n\n', None),
+]
+LAST = 'Via: 1.1 socks.py\nConnection: close'
+WEBSOCKET = ('GET http://127.0.0.1:{port}/ HTTP/1.1\nConnection: Upgrade\nUpgrade: websocket\n\n')
+SWITCHING = b'HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n'
+
+
+class HttpCase(FileCase):
+
+    def setUp(self):
+        super().setUp()
+        self.origin_seen = self.origin(self.tell_head)
+        self.port = self.origin_seen.port
+        self.origin(self.tell_head, host='::1', port=self.port)
+
+    @staticmethod
+    def tell_head(peer):
+        """An HTTP server that answers with what it was sent, but echoes in a tunnel."""
+        data = b''
+        while b'\r\n\r\n' not in data:
+            more = peer.sock.recv(65536)
+            if not more:
+                return
+            data += more
+        length = re.search(rb'(?i)content-length: ([0-9]+)', data)
+        if length:
+            data += peer.read(int(length.group(1)) - len(data.partition(b'\r\n\r\n')[2]))
+        while b'chunked' in data and not data.endswith(b'0\r\n\r\n'):
+            data += peer.read(1)
+        peer.send(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(data)
+                  + data * (data[:4] != b'HEAD'))
+
+    def ask(self, server, text, step=None):
+        """The status, the head and the body of the answer to a text in which `\\n` is CR LF."""
+        data = http_bytes(text.replace('{port}', str(self.port)))
+        with Peer(server.server_address) as peer:
+            with contextlib.suppress(ConnectionError):      # what is refused is not read to its end
+                for start in range(0, len(data), step or len(data)):
+                    peer.send(data[start:start + (step or len(data))])
+            head = b''
+            while not head.endswith(b'\r\n\r\n'):
+                head += peer.read(1)
+            status = int(head[9:12])
+            return status, head.decode('latin-1'), b'' if status == 200 and text[0] == 'C' else peer.rest()
+
+
+class HttpTest(HttpCase):
+    """HTTP clients, on the port of SOCKS."""
+
+    def test_statuses(self):
+        ports = {'refused': self.refused_port(), 'silent': self.silent_port(),
+                 'odd': self.origin(lambda peer: peer.send(b'220 mail\r\n\r\n') or peer.rest()).port,
+                 'gone': self.origin(lambda peer: peer.sock.recv(10)).port,
+                 'quiet': self.origin(Peer.rest).port}
+        server = self.serve(connect_timeout=0.2)
+        for name, text, status in STATUSES:
+            for place, port in ports.items():
+                text = text.replace('{%s}' % place, str(port))
+            for step in (None, 1)[:1 + (len(text) < 1000)]:
+                with self.subTest(name, step=step):
+                    got, head, body = self.ask(server, text, step)
+                    self.assertEqual(got, status, head)
+                    if status > 200:
+                        self.assertIn('\r\nConnection: close\r\n', head)
+                        self.assertIn(f'\r\nContent-Length: {len(body)}\r\n', head)
+                        self.assertTrue(body.decode().endswith('\n'))
+        self.assertEqual(self.ask(server, 'HEAD http://127.0.0.1:%d/ HTTP/1.1\n\n'
+                                  % ports['refused'])[::2], (502, b''))
+
+    def test_help_for_who_is_lost(self):
+        for text in ('GET / HTTP/1.1\nHost: x\n\n', 'OPTIONS * HTTP/1.1\nHost: x\n\n'):
+            status, _, body = self.ask(self.serve(), text)
+            self.assertEqual(status, 400)
+            self.assertRegex(body.decode(), 'proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP')
+        server = self.serve(http=False)
+        for text in ('GET / HTTP/1.1\n\n', 'CONNECT 127.0.0.1:{port} HTTP/1.1\n\n', 'xyz'):
+            status, _, body = self.ask(server, text)
+            self.assertEqual(status, 501)
+            self.assertIn(b'SOCKS5, not HTTP', body)
+
+    def test_tunnel(self):
+        """What follows the head at once is kept; either side ends for itself."""
+        origin, server = self.origin(), self.serve()
+        near = self.peer(server.server_address)
+        near.send(http_bytes(f'CONNECT 127.0.0.1:{origin.port} HTTP/1.1\nHost: x\n\nearly'))
+        self.assertEqual(near.read(39), b'HTTP/1.1 200 Connection established\r\n\r\n')
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        self.assertEqual(far.read(5), b'early')
+        self.exchange(near, far, 1 << 20)
+        eventually(lambda: self.lines)
+        self.assertRegex(self.lines[0], r' - HTTP CONNECT 127\.0\.0\.1:\d+: done, \d+ bytes up')
+
+    def test_one_request_each(self):
+        """What follows the first request does not get to its target, however it comes."""
+        second = 'GET http://127.0.0.1:{port}/second HTTP/1.1\nHost: x\n\n'
+        for text in ('GET http://127.0.0.1:{port}/ HTTP/1.1\nHost: x\n\n',
+                     'POST http://127.0.0.1:{port}/ HTTP/1.1\nContent-Length: 3\n\nabc',
+                     'POST http://127.0.0.1:{port}/ HTTP/1.1\nTransfer-Encoding: chunked\n\n'
+                     '3\nabc\n0\n\n', WEBSOCKET):
+            for step in (None, 1):
+                with self.subTest(text, step=step):
+                    status, head, body = self.ask(self.serve(), text + second, step)
+                    self.assertEqual(status, 200)
+                    self.assertEqual(body.count(b'HTTP/1.1'), 1, body)
+                    self.assertEqual(body.count(b'\r\nHost: 127.0.0.1:%d\r\n' % self.port), 1)
+                    self.assertIn('\r\nConnection: close\r\n', head)
+        near = self.peer(self.serve().server_address)       # nor does what comes later
+        near.send(http_bytes(f'GET http://127.0.0.1:{self.port}/ HTTP/1.1\nHost: x\n\n'))
+        near.read(12)
+        near.send(http_bytes(second * 1000))
+        self.assertEqual(near.rest().count(b'GET '), 1)
+
+    def test_answers(self):
+        for name, answer, expected in ANSWERS:
+            answer = answer.replace('@', LAST)
+            expected = expected and http_bytes(expected.replace('@', LAST))
+            for step in (None, 1)[:1 + (len(answer) < 1000)]:
+                with self.subTest(name, step=step):
+                    origin = self.origin(lambda peer: self.answer(peer, http_bytes(answer), step))
+                    near = self.peer(self.serve().server_address)
+                    near.send(http_bytes(f'GET http://127.0.0.1:{origin.port}/ HTTP/1.1\n\n'))
+                    got = near.rest()
+                    if expected:
+                        self.assertEqual(got, expected)
+                    else:
+                        self.assertIn(b'HTTP/1.1 502 Bad Gateway\r\n', got)
+                        self.assertRegex(got, b'\r\nConnection: close\r\n\r\n.+\n$')
+        bare = self.origin(lambda peer: self.answer(peer, b'HTTP/1.1 200 OK\nA: b\n\nbody', 1))
+        self.assertEqual(self.ask(self.serve(), f'GET http://127.0.0.1:{bare.port}/ HTTP/1.1\n\n')[1:],
+                         (f'HTTP/1.1 200 OK\r\nA: b\r\n{LAST}\r\n\r\n'.replace('\nC', '\r\nC')
+                          .replace('\r\r', '\r'), b'body'))
+
+    @staticmethod
+    def answer(peer, data, step):
+        HttpTest.head(peer)
+        for start in range(0, len(data), step or len(data) or 1):
+            peer.send(data[start:start + (step or len(data))])
+
+    def test_100_continue(self):
+        """The target's word comes before the body."""
+        origin, server = self.origin(), self.serve()
+        near = self.peer(server.server_address)
+        near.send(http_bytes(f'PUT http://127.0.0.1:{origin.port}/ HTTP/1.1\nExpect: 100-continue\n'
+                             'Content-Length: 4\n\n'))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        self.assertIn(b'Expect: 100-continue\r\n', self.head(far))
+        far.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        self.assertIn(b' 100 Continue\r\n', self.head(near))
+        near.send(b'bodyGET /second')
+        self.assertEqual(far.read(4), b'body')
+        far.send(b'HTTP/1.1 204 No Content\r\n\r\n')
+        self.assertIn(b' 204 No Content\r\n', self.head(near))
+        near.finish()
+        self.assertEqual(far.rest(), b'')
+
+    @staticmethod
+    def head(peer):
+        data = b''
+        while not data.endswith(b'\r\n\r\n'):
+            data += peer.read(1)
+        return data
+
+    def test_large_bodies(self):
+        """Of any size, both ways at once, and a slow side holds up the other."""
+        size, server = 8 << 20, self.serve()
+        for fields, pack in (('Content-Length: %d' % size, lambda data: data),
+                             ('Transfer-Encoding: chunked', lambda data: b'%x\r\n%b\r\n' % (len(data), data))):
+            with self.subTest(fields):
+                origin = self.origin()
+                near = self.peer(server.server_address)
+                near.send(http_bytes(f'POST http://127.0.0.1:{origin.port}/ HTTP/1.1\n{fields}\n\n'))
+                far = eventually(lambda: origin.peers and origin.peers[0])
+                self.head(far)
+                far.send(b'HTTP/1.1 200 OK\r\n\r\n')
+                self.head(near)
+                block = random.Random(1).getrandbits(8 << 16).to_bytes(1 << 16, 'big')
+                end = b'0\r\n\r\n' if 'chunked' in fields else b''
+                body = pack(block) * (size >> 16) + end
+                sent = Background(near.send, body + b'GET /second'), Background(pour, far, size, 2)
+                digest = Background(drink, near)
+                self.assertEqual(far.read(len(body)), body)
+                self.assertEqual(sent[1].result(), digest.result())
+                sent[0].result()
+                near.finish()
+                self.assertEqual(far.rest(), b'')
+
+    def test_upgrade(self):
+        origin, server = self.origin(), self.serve()
+        text = WEBSOCKET.replace('{port}', str(origin.port))
+        near = self.peer(server.server_address)
+        near.send(http_bytes(text))
+        far = eventually(lambda: origin.peers and origin.peers.pop())
+        self.assertIn(b'\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n', self.head(far))
+        far.send(SWITCHING + b'early')
+        self.assertIn(b'\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n', self.head(near))
+        self.assertEqual(near.read(5), b'early')
+        self.exchange(near, self.enter(far), 1 << 20)
+        near = self.peer(server.server_address)     # a request within what could be a tunnel
+        near.send(http_bytes(text + 'GET /second HTTP/1.1\n\n'))
+        far = eventually(lambda: origin.peers and origin.peers.pop())
+        self.head(far)
+        far.send(SWITCHING)
+        self.assertIn(b' 502 ', self.head(near))
+        near.finish()
+        self.assertEqual(self.enter(far).rest(), b'')
+
+    def test_the_client_or_target_goes(self):
+        """At any point; nothing is left, and a reset is passed on."""
+        server = self.serve()
+        for text in ('GET http://127.0.0.1:{0}/ HTTP/1.1\n\n',
+                     'PUT http://127.0.0.1:{0}/ HTTP/1.1\nContent-Length: 9\n\nabc'):
+            for end in (Peer.finish, Peer.reset):
+                origin = self.origin()
+                near = self.peer(server.server_address)
+                near.send(http_bytes(text.format(origin.port)))
+                far = eventually(lambda: origin.peers and origin.peers[0])
+                self.head(far)
+                end(near)
+                with contextlib.suppress(ConnectionError):
+                    self.assertIn(far.rest(), (b'', b'abc'))
+                far.sock.close()
+        eventually(lambda: not server.clients)
+
+    def test_rules(self):
+        server = self.serve(rules=self.rules(f'deny connect to 127.0.0.2\nallow connect user bob '
+                                             f'from 127.0.0.0/8 to 127.0.0.0/8 {self.port}\n'),
+                            users={'bob': 'secret'})
+        bob = 'Proxy-Authorization: Basic Ym9iOnNlY3JldA==\n\n'
+        for host, port, status in (('127.0.0.1', self.port, 200), ('127.0.0.2', self.port, 403),
+                                   ('[::ffff:127.0.0.2]', self.port, 403), ('127.2', self.port, 403),
+                                   ('127.0.0.1', 1, 403), ('no.such.invalid', 80, 403)):
+            for text in (f'CONNECT {host}:{port} HTTP/1.1\nHost: x\n',
+                         f'GET http://{host}:{port}/ HTTP/1.1\nHost: 127.0.0.1\n'):
+                with self.subTest(text):
+                    got, _, body = self.ask(server, text + bob)
+                    self.assertEqual(got, status)
+                    self.assertNotIn(b'rules', body.replace(b'ruleset', b''))    # not even the file
+        eventually(lambda: len(self.lines) == 12)
+        self.assertRegex('\n'.join(self.lines), r'127\.0\.0\.1:\d+ bob HTTP GET 127.0.0.1:\d+: done')
+        self.assertRegex(''.join(self.lines), r'bob HTTP GET 127\.0\.0\.2:\d+: refused: .*rules:1 ')
+
+    def test_no_other_client_may_reach_what_is_local(self):
+        server = self.serve(balancers=BalancerTest.NETWORKS)
+        header = socks.ProxyHeader(Address('192.0.2.7', 5), Address('127.0.0.1', 1080)).pack()
+        for text in ('CONNECT 127.0.0.1:{0} HTTP/1.1\nHost: x\n\n', 'GET http://127.0.0.1:{0}/ HTTP/1.1\n\n',
+                     'GET http://localhost:{0}/ HTTP/1.1\n\n'):
+            with Peer(server.server_address) as peer:
+                peer.send(header + http_bytes(text.format(self.port)))
+                self.assertEqual(self.head(peer)[:13], b'HTTP/1.1 403 ')
+        eventually(lambda: len(self.lines) == 3)
+        self.assertIn('192.0.2.7:5 - HTTP CONNECT 127.0.0.1:', ''.join(self.lines))
+
+    def test_passwords(self):
+        users = {'bob': 'secret', '用户': '密码', 'hash': socks.Hashed(socks.Hashed.make(b'x'))}
+        server = self.serve(users=users)
+        for text in ('CONNECT 127.0.0.1:{port} HTTP/1.1\nHost: x\n', 'GET http://127.0.0.1:{port}/ HTTP/1.1\n'):
+            for given, status in (
+                    ('', 407), ('Basic Ym9iOnNlY3JldA==', 200), ('basic 55So5oi3OuWvhueggQ==', 200),
+                    ('Basic aGFzaDp4', 200), ('Basic Ym9iOndyb25n', 407), ('Basic !', 407),
+                    ('NTLM TlRMTVNTUAABAAAA', 407), ('Negotiate YII=', 407), ('Bearer x', 407),
+                    ('Basic Og==', 407), ('Basic Ym9i', 407)):
+                with self.subTest(text, given=given):
+                    field = f'Proxy-Authorization: {given}\n' if given else ''
+                    started = time.monotonic()
+                    got, head, body = self.ask(server, f'{text}{field}\n')
+                    self.assertEqual(got, status)
+                    if status == 407:
+                        self.assertIn('\r\nProxy-Authenticate: Basic realm=', head)
+                    else:
+                        self.assertNotIn(b'Proxy-Auth', body)
+                    if 'b25n' in given:         # the time that a wrong one takes with SOCKS
+                        self.assertGreater(time.monotonic() - started, socks.LOGIN_DELAY * 0.9)
+        self.assertIn(' bob HTTP - -: refused: wrong user name or password', ''.join(self.lines))
+        self.assertNotIn('secret', ''.join(self.lines))
+        self.assertEqual(server.failures._since['127.0.0.1'][1], 4)
+
+    def test_who_needs_no_password(self):
+        networks = tuple(map(socks.network, ('127.0.0.0/8',)))
+        text = 'GET http://127.0.0.1:{port}/ HTTP/1.1\nProxy-Authorization: Basic Ym9iOndyb25n\n\n'
+        for options in ({}, {'users': {'bob': 'secret'}, 'trusted': networks}):
+            status, _, body = self.ask(self.serve(**options), text)
+            self.assertEqual((status, b'Authorization' in body), (200, False))
+        server = self.serve()           # only Kerberos, which HTTP clients cannot have here
+        server.settings = server.settings._replace(gssapi=(2,))
+        self.assertEqual(self.ask(server, text)[0], 403)
+        server = self.serve(clients=tuple(map(socks.network, ('192.0.2.0/24',))))
+        with Peer(server.server_address) as peer, contextlib.suppress(ConnectionError):
+            peer.send(http_bytes(text))
+            self.assertEqual(peer.rest(), b'')
+
+    def test_too_many_wrong_passwords(self):
+        """They count with those in SOCKS."""
+        self.addCleanup(setattr, socks.Failures, 'LIMIT', socks.Failures.LIMIT)
+        socks.Failures.LIMIT = 2
+        server = self.serve(users={'bob': 'secret'})
+        for given, word in (('Ym9iOndyb25n', 'wrong'), ('Ym9iOndyb25n', 'wrong'),
+                            ('Ym9iOnNlY3JldA==', 'too many')):
+            status, _, body = self.ask(server, 'GET http://127.0.0.1:{port}/ HTTP/1.1\n'
+                                               f'Proxy-Authorization: Basic {given}\n\n')
+            self.assertEqual(status, 407)
+            self.assertIn(word, body.decode())
+
+    def test_upstream(self):
+        """Both kinds of request through another proxy, which is HTTP's or SOCKS'."""
+        last = self.serve()
+        for scheme in ('http', 'socks5h', 'socks4a'):
+            chain = tuple(socks.hops(f'{scheme}://{last.server_address}'))
+            first = self.serve(upstream=chain, connect_timeout=1)
+            for text, status in (('GET http://localhost:{port}/ HTTP/1.1\n\n', 200),
+                                 ('CONNECT localhost:{port} HTTP/1.1\nHost: x\n\n', 200),
+                                 ('GET http://127.0.0.1:1/ HTTP/1.1\n\n', 502)):
+                with self.subTest(scheme, text=text):
+                    self.assertEqual(self.ask(first, text)[0], status)
+
+    def test_inside_of_tls(self):
+        server = self.serve(tls=server_context())
+        for text in ('CONNECT 127.0.0.1:{0} HTTP/1.1\nHost: x\n\nGET / HTTP/1.1\n\n',
+                     'POST http://127.0.0.1:{0}/ HTTP/1.1\nContent-Length: 300000\n\n' + 'a' * 300000
+                     + 'GET http://127.0.0.1:{0}/second HTTP/1.1\n\n'):
+            with socket.create_connection(server.server_address) as sock, \
+                    client_context().wrap_socket(sock, server_hostname='localhost') as sock:
+                sock.sendall(http_bytes(text.format(self.port)))
+                near = Peer(sock)
+                head = self.head(near)
+                self.assertIn(b' 200 ', head)
+                if text[0] == 'P':
+                    self.assertIn(b'Connection: close', head)
+                    self.assertEqual(near.rest().count(b'HTTP/1.1'), 1)
+                else:
+                    self.assertIn(b' 200 OK', self.head(near))
+
+    def test_own_client(self):
+        server = self.serve(users={'bob': 'secret'})
+        for address in (('localhost', self.port), ('127.0.0.1', self.port), ('::1', self.port)):
+            with socks.create_connection(address, PATIENCE,
+                                         proxy=f'http://bob:secret@{server.server_address}') as sock:
+                sock.sendall(HTTP)
+                self.assertEqual(sock.recv(15), b'HTTP/1.1 200 OK')
+        with self.assertRaisesRegex(socks.HTTPError, '407: Proxy Authentication Required'):
+            socks.create_connection(('127.0.0.1', 1), proxy=f'http://{server.server_address}')
+
+    def test_no_second_request_gets_out(self):
+        """Of mutated requests, each with another behind it, over a connection."""
+        chance, seen = random.Random(5), []
+        origin = self.origin(lambda peer: seen.append(peer.rest()))
+        server = self.serve(handshake_timeout=1)
+        seeds = [http_bytes(f'{text}\n').replace(b'http://h', b'http://127.0.0.1:%d' % origin.port)
+                 for _, text, _ in FORWARDED]
+        for _ in range(int(os.environ.get('REQUESTS', 300))):
+            data = mutated(chance, chance.choice(seeds))
+            with Peer(server.server_address) as peer, contextlib.suppress(ConnectionError):
+                peer.send(data + http_bytes('GET http://evil/second HTTP/1.1\nHost: evil\n\n'))
+                peer.finish()
+                peer.rest()
+        eventually(lambda: not server.clients)
+        for data in seen:
+            head, _, body = data.partition(b'\r\n\r\n')
+            self.assertNotIn(b'second', head)
+            length = re.search(b'(?i)\r\ncontent-length: ([0-9]+)', head)
+            is_chunked = re.search(b'(?i)\r\ntransfer-encoding:', head)
+            if not is_chunked:
+                self.assertLessEqual(len(body), int(length.group(1)) if length else 0, data)
+            self.assertLessEqual(len(re.findall(b'(?i)\r\nhost:', head)), 1)
+        self.assertGreater(len(seen), 10)
+
+
+@unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')
+class UnixTest(FileCase):
+    """A server on a unix socket."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.write('x', '')[:-1] + 'a socket'
+
+    def listen(self, **settings):
+        """A server on it, running."""
+        handler = logging.Handler()
+        self.lines = []
+        handler.emit = lambda record: self.lines.append(record.getMessage())
+        socks.log.addHandler(handler)
+        self.addCleanup(socks.log.removeHandler, handler)
+        return self.enter(socks.Server((f'unix:{self.path}', None), Settings(**settings)).start())
+
+    def client(self):
+        sock = self.enter(socket.socket(socket.AF_UNIX))
+        sock.settimeout(PATIENCE)
+        sock.connect(self.path)
+        return UnixPeer(sock)
+
+    def account(self):
+        import pwd
+        return pwd.getpwuid(os.geteuid()).pw_name if hasattr(socket, 'SO_PEERCRED') else '-'
+
+    def test_connect(self):
+        """For SOCKS and HTTP, and with our own client."""
+        origin = self.origin(echo)
+        self.listen()
+        near = self.client()
+        self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
+        self.exchange_little(near)
+        near = self.client()
+        near.send(http_bytes(f'CONNECT 127.0.0.1:{origin.port} HTTP/1.1\nHost: x\n\n'))
+        self.assertEqual(near.read(12), b'HTTP/1.1 200')
+        near.read(27)
+        self.exchange_little(near)
+        for scheme in ('socks5h', 'socks4a', 'http'):
+            url = f'{scheme}+unix://{self.path.replace(" ", "%20")}'
+            with socks.create_connection(('127.0.0.1', origin.port), PATIENCE, proxy=url) as sock:
+                sock.sendall(b'hello')
+                self.assertEqual(sock.recv(5, socket.MSG_WAITALL), b'hello')
+        eventually(lambda: len(self.lines) == 5)
+        self.assertRegex(self.lines[0], f"^unix:'?{self.path}'? {self.account()} SOCKS5 CONNECT 127")
+
+    def exchange_little(self, near):
+        near.send(b'hello')
+        near.finish()
+        self.assertEqual(near.rest(), b'hello')
+        near.sock.close()
+
+    def test_bind_and_datagrams(self):
+        """Their addresses are on loopback."""
+        target = self.enter(Echo())
+        self.listen()
+        near = self.client()
+        near.ask(Greeting(b'\0'), Choice)
+        reply, address = near.ask(Request(3, Address('0.0.0.0', 0)), Response)
+        self.assertEqual((reply, address.host), (0, '127.0.0.1'))
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            sock.sendto(Datagram(Address(*target.address), b'x').pack(), address)
+            self.assertEqual(Datagram.unpack(sock.recv(100)).payload, b'E:x')
+        near = self.client()
+        near.ask(Greeting(b'\0'), Choice)
+        reply, address = near.ask(Request(2, Address('127.0.0.1', 0)), Response)
+        self.assertEqual((reply, address.host), (0, '127.0.0.1'))
+        with self.peer(address):
+            self.assertEqual(Response.unpack(near.read).reply, 0)
+
+    def test_permissions(self):
+        for umask, mode, expected in ((0, None, 0o600), (0o022, None, 0o600), (0o277, None, 0o400),
+                                      (0o022, 0o666, 0o666), (0o077, 0o660, 0o660)):
+            before = os.umask(umask)
+            try:
+                with socks.Server((f'unix:{self.path}', None), Settings(unix_mode=mode)):
+                    self.assertEqual(os.stat(self.path).st_mode & 0o777, expected)
+                self.assertEqual(os.umask(umask), umask)
+            finally:
+                os.umask(before)
+
+    def test_the_file(self):
+        """A stale one is replaced, another stays; ours goes at the end, another stays."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(self.path)
+        with socks.Server((f'unix:{self.path}', None)):
+            with self.assertRaisesRegex(OSError, f'cannot listen on unix:{self.path}: Address'):
+                socks.Server((f'unix:{self.path}', None))
+            self.client().sock.close()          # it is still there
+        self.assertFalse(os.path.exists(self.path))
+        for what in (lambda: open(self.path, 'w').close(), lambda: os.mkdir(self.path)):
+            what()
+            with self.assertRaisesRegex(OSError, 'cannot listen on unix:'):
+                socks.Server((f'unix:{self.path}', None))
+            os.unlink(self.path) if os.path.isfile(self.path) else os.rmdir(self.path)
+        for path in ('a' * 200, self.path + '/x', os.path.join(self.folder, 'no', 'x')):
+            with self.assertRaisesRegex(OSError, 'cannot listen on unix:'):
+                socks.Server((f'unix:{path}', None))
+        with socks.Server((f'unix:{self.path}', None)):
+            os.unlink(self.path)
+            open(self.path, 'w').close()
+        self.assertTrue(os.path.exists(self.path))
+        os.unlink(self.path)
+        with self.assertRaisesRegex(ValueError, 'would serve everybody'):
+            socks.Server([(f'unix:{self.path}', None), ('0.0.0.0', 0)])
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_passwords(self):
+        """Users are asked for theirs, as on loopback; whom we trust is the account's name."""
+        self.listen(users={'bob': 'secret'})
+        near = self.client()
+        self.assertEqual(near.ask(Greeting(b'\0'), Choice), Choice(255))
+        near = self.client()
+        near.ask(Greeting(b'\2'), Choice)
+        self.assertEqual(near.ask(Credentials(b'bob', b'secret'), Verdict), Verdict(0))
+
+    @unittest.skipUnless(hasattr(socket, 'SO_PEERCRED'), 'the system does not tell accounts')
+    def test_rules(self):
+        """The account is the user, and the client is on this host."""
+        origin, account = self.origin(echo), self.account()
+        self.listen(users={'bob': 'secret'}, trusted=(socks.network('127.0.0.1/32'),), ident=True,
+                    rules=self.rules(f'allow user {account} from 127.0.0.0/8 to localhost\n'
+                                     f'allow user eve to *'))
+        near = self.client()
+        self.assertEqual(near.connect('localhost', origin.port).reply, 0)
+        near.sock.close()
+        self.assertEqual(self.client().connect('127.0.0.1', origin.port).reply, Reply.NOT_ALLOWED)
+        near = self.client()            # who claims another name is still the same
+        near.send(Request4(1, Address('localhost', origin.port), b'eve').pack())
+        self.assertEqual(Response4.unpack(near.read).code, 0x5a)
+
+    def test_balancer(self):
+        """The one behind a balancer is not the balancer's account, nor on this host."""
+        self.listen(balancers=BalancerTest.NETWORKS)
+        for source, reply, user in (('192.0.2.7', Reply.NOT_ALLOWED, '-'),
+                                    ('127.0.0.9', Reply.CONNECTION_REFUSED, '-')):
+            near = self.client()
+            near.send(socks.ProxyHeader(Address(source, 5), Address('192.0.2.1', 1080)).pack())
+            self.assertEqual(near.connect('127.0.0.1', self.refused_port()).reply, reply)
+            near.sock.close()
+            eventually(lambda: f'{source}:5 {user} SOCKS5' in ''.join(self.lines))
+
+    def test_programs(self):
+        """With one process or several, the file is there while it serves, and no longer."""
+        for workers in ('1', '2'):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with Program('-w', workers, '-b', '127.0.0.1', '-b', f'unix:{self.path}',
+                             '--unix-mode', '640') as program:
+                    self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o640)
+                    near = self.client()
+                    self.assertEqual(near.ask(Greeting(b'\0'), Choice), Choice(0))
+                    near.sock.close()
+                    self.assertEqual(program.stop(number), 0)
+                self.assertFalse(os.path.exists(self.path))
+                self.assertRegex(program.log, f"listening on unix:'?{self.path}")
+
+    def test_of_systemd(self):
+        """Its file is not ours."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(self.path)
+            sock.listen(1)
+            os.chmod(self.path, 0o777)
+            code = ('import os, sys; os.dup2(int(sys.argv.pop(1)), 3);'
+                    'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1");'
+                    'os.execv(sys.executable, [sys.executable, *sys.argv[1:]])')
+            process = subprocess.Popen(
+                [sys.executable, '-c', code, str(sock.fileno()), os.path.join(HERE, 'socks.py')],
+                pass_fds=[sock.fileno()], stderr=subprocess.DEVNULL)
+            near = self.client()
+            self.assertEqual(near.ask(Greeting(b'\0'), Choice), Choice(0))
+            near.sock.close()
+            process.terminate()
+            self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertTrue(os.path.exists(self.path))
+
+
+class UnixPeer(Peer):
+
+    def __init__(self, sock):
+        self.sock = sock
+
+
 class Kerberos:
     """A KDC that knows the user alice and the services rcmd and socks of localhost; while it runs,
     the environment leads to it, to a ticket of alice and to the services' keys."""

@@ -1231,7 +1231,7 @@ class Stream:
             if (end.end() if end else len(data)) > MAX_HEAD:
                 raise ProtocolError(f'HTTP head of more than {MAX_HEAD} bytes',
                                     reply=HttpCode.HEAD_TOO_LARGE)
-            if not has_line and b'\n' in data:          # who speaks something else may wait for us
+            if not has_line and data.find(b'\n', start) >= 0:       # who speaks something else may wait for us
                 has_line = re.match(b'[^\n]+ HTTP/[0-9][.][0-9]\r\n', data)
                 if not has_line:
                     raise ProtocolError(f'{bytes(data[:40])!r}, expected SOCKS or HTTP',
@@ -1323,6 +1323,7 @@ class Layer:
     which adds what stands for the first bytes of `data` to _cipher, and tells how many.
     """
     RECORD = 1 << 15                    # more than the bytes of one record
+    failure = None                      # the outcome for the log, where the layer decides about it
 
     def __init__(self, sock):
         self._sock = sock
@@ -1704,7 +1705,6 @@ class HttpForward(Layer):
         self._interim = self.INTERIM
         self._is_over = False           # the client has sent more than its request
         self._is_tunnel = False
-        self._failure = None            # the error that takes the place of the answer
 
     def take(self, data):
         """The first bytes of `data` from the client, as far as they are the request's body."""
@@ -1716,18 +1716,20 @@ class HttpForward(Layer):
         count = self._sock.recv_into(buffer, size)
         if self._is_tunnel or not count:
             return count
+        if self.failure:                # the client need not go on, nor hear more of the target
+            return 0
         try:
             taken = len(self.take(memoryview(buffer)[:count]))
         except ProtocolError as error:
-            self._fail(error)
+            self._fail(HttpCode.BAD_REQUEST, error)
             return 0
         if not taken:
             raise BlockingIOError(errno.EAGAIN, 'the request is over')
         return taken
 
     def send(self, data):
-        if self._failure:
-            raise self._failure
+        if self.failure:
+            raise OSError(errno.EBADMSG, self.failure)
         if self._head is None and not self._cipher and not self._plain:
             return self._sock.send(data)
         return super().send(data)
@@ -1739,53 +1741,50 @@ class HttpForward(Layer):
         start = max(0, len(self._head) - 2)
         self._head += data
         try:
-            while self._head is not None and not self._is_partial(start):
+            while self._head is not None and self._pass_head(start):
                 start = 0
         except ProtocolError as error:
-            self._fail(error)
+            self._fail(HttpCode.BAD_GATEWAY, error)
         return len(data)
 
-    def _is_partial(self, start):
-        """Whether the answer's head has not yet come whole; else it is passed on."""
+    def _pass_head(self, start):
+        """Pass on the head of an answer, if it has come whole; whether it has."""
         end = HttpHead.END.search(self._head, start)
         if (end.end() if end else len(self._head)) > MAX_HEAD:
             raise ProtocolError(f'HTTP answer with a head of more than {MAX_HEAD} bytes')
         if not end:
-            return True
+            return False
         head, rest = HttpHead.unpack_answer(self._head[:end.end()]), self._head[end.end():]
-        code, more = int(head.start[9:12]), (('Via', f'{head.start[5:8]} socks.py'),)
-        self._interim -= 1
+        code, fields = int(head.start[9:12]), [('Via', f'{head.start[5:8]} socks.py')]
+        self._interim -= code < 200
+        if not self._interim or code == 101 and (self._is_over or not self._request.upgrade):
+            raise ProtocolError(f'HTTP answer of {code}, which is not to be here')
         if code == 101:
-            self._is_tunnel = True
-            more += ('Connection', 'Upgrade'), ('Upgrade', ', '.join(head.values('upgrade')))
+            fields += ('Connection', 'Upgrade'), ('Upgrade', ', '.join(head.values('upgrade')))
         elif code >= 200:
-            more += ('Connection', 'close'),
-        if self._is_tunnel and (self._is_over or not self._request.upgrade) or not self._interim:
-            raise ProtocolError('an HTTP answer of 101 unasked, or too many before the last one')
-        coded = ('content-length',) * bool(head.values('transfer-encoding'))
-        self._cipher += HttpHead(head.start, head.end_to_end(*coded) + more).pack()
+            fields.append(('Connection', 'close'))
+        without = ('content-length',) * bool(head.values('transfer-encoding'))
+        self._cipher += HttpHead(head.start, (*head.end_to_end(*without), *fields)).pack()
+        self._is_tunnel = code == 101
         self._head = rest
         if code == 101 or code >= 200:
             self._head = None
             self._cipher += rest
-        return False
+        return True
 
-    def _fail(self, error):
-        """Answer in the target's place, if it has not yet, and then end."""
-        self._failure = OSError(errno.EBADMSG, str(error))
+    def _fail(self, code, error):
+        """Answer in the target's place, if it has not yet, and end."""
+        self.failure = f'failed: {error}'
         if self._head is None:
-            raise self._failure
+            raise OSError(errno.EBADMSG, self.failure)
         self._head = None
-        code = HTTP_CODES.get(error.reply, error.reply)
-        if not isinstance(code, HttpCode):
-            code = HttpCode.BAD_GATEWAY
         self._cipher += HttpAnswer(code, str(error), self._request.method != 'HEAD').pack()
         self.shutdown(socket.SHUT_WR)
 
     def shutdown(self, how):
         if self._head is not None:
-            return self._fail(ProtocolError('the target has ended without an HTTP answer'))
-        if not self._ending:
+            self._fail(HttpCode.BAD_GATEWAY, 'the target has ended without an HTTP answer')
+        elif not self._ending:
             super().shutdown(how)
 
 
@@ -3132,7 +3131,8 @@ class Tunnel(Relay):
                 abort(pipe.source)
             else:
                 pipe.source.close()
-        client.end(outcome, self.up.count, self.down.count)
+        client.end(getattr(self.up.source, 'failure', None) or outcome, self.up.count,
+                   self.down.count)
 
 
 class Reassembly:

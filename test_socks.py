@@ -4330,6 +4330,11 @@ class HttpTest(HttpCase):
                         self.assertIn('\r\nConnection: close\r\n', head)
                         self.assertIn(f'\r\nContent-Length: {len(body)}\r\n', head)
                         self.assertTrue(body.decode().endswith('\n'))
+                        eventually(lambda: [line for line in self.lines if ' HTTP ' in line])
+                        self.assertRegex(self.lines.pop(), ': (refused|failed): ')
+                    else:
+                        eventually(lambda: self.lines)
+                        self.assertIn(': done,', self.lines.pop())
         self.assertEqual(self.ask(server, 'HEAD http://127.0.0.1:%d/ HTTP/1.1\n\n'
                                   % ports['refused'])[::2], (502, b''))
 
@@ -4467,8 +4472,11 @@ class HttpTest(HttpCase):
         self.head(far)
         far.send(SWITCHING)
         self.assertIn(b' 502 ', self.head(near))
-        near.finish()
+        near.send(b'GET /third HTTP/1.1\r\n\r\n')
         self.assertEqual(self.enter(far).rest(), b'')
+        far.sock.close()
+        eventually(lambda: any('HTTP GET' in line and ': failed: HTTP answer of 101' in line
+                               for line in self.lines))
 
     def test_the_client_or_target_goes(self):
         """At any point; nothing is left, and a reset is passed on."""

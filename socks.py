@@ -805,9 +805,12 @@ class HttpRequest(NamedTuple):
         """The `Credentials` for us (RFC 7617), or None."""
         given = self.head.values('proxy-authorization')
         match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]{1,700})=*', given[0])
-        with contextlib.suppress(ValueError):
-            name, colon, password = a2b_base64(match.group(1) + '==' if match else '').partition(b':')
-            return Credentials(name, password) if colon else None
+        try:
+            pair = a2b_base64(match.group(1) + '==') if match else b''
+        except ValueError:
+            pair = b''
+        name, colon, password = pair.partition(b':')
+        return Credentials(name, password) if colon else None
 
     @property
     def upgrade(self):
@@ -1231,9 +1234,9 @@ class Stream:
             if (end.end() if end else len(data)) > MAX_HEAD:
                 raise ProtocolError(f'HTTP head of more than {MAX_HEAD} bytes',
                                     reply=HttpCode.HEAD_TOO_LARGE)
-            if not has_line and data.find(b'\n', start) >= 0:       # who speaks something else may wait for us
+            if not has_line and data.find(b'\n', start) >= 0:
                 has_line = re.match(b'[^\n]+ HTTP/[0-9][.][0-9]\r\n', data)
-                if not has_line:
+                if not has_line:        # a client of another protocol may wait for us
                     raise ProtocolError(f'{bytes(data[:40])!r}, expected SOCKS or HTTP',
                                         reply=HttpCode.BAD_REQUEST)
             if end:
@@ -2036,7 +2039,8 @@ def account_of(sock):
     number if it has no name, '-' if the system does not tell."""
     try:
         import pwd
-        user_id = struct.unpack('iII', sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _, user_id, _ = struct.unpack('iII', peer)
     except (ImportError, AttributeError):
         return '-'
     try:

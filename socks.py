@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""socks.py: a SOCKS proxy, and a client in PySocks' place, on the standard library alone.
+"""socks.py: a SOCKS and HTTP proxy, and a client in PySocks' place, on the standard library alone.
 
 Run one::
 
@@ -674,10 +674,9 @@ class HttpHead(NamedTuple):
             raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}',
                                 reply=HttpCode.HEAD_TOO_LARGE)
         matches = [cls.FIELD.fullmatch(line) for line in lines]
-        if not data.endswith(b'\r\n\r\n') or not all(matches):
-            wrong = lines[matches.index(None)] if None in matches else start
-            raise ProtocolError(f'HTTP field {wrong[:40]!r} is malformed',
-                                reply=HttpCode.BAD_REQUEST)
+        if None in matches or not data.endswith(b'\r\n\r\n'):     # not shown, it may be secret
+            place = f'field {matches.index(None) + 1}' if None in matches else 'head'
+            raise ProtocolError(f'HTTP {place} is malformed', reply=HttpCode.BAD_REQUEST)
         return cls(start, tuple((name, value.strip(' \t'))
                                 for name, value in (match.groups() for match in matches)))
 
@@ -705,7 +704,8 @@ class HttpHead(NamedTuple):
         if len(text) > self.LONGEST:
             raise ProtocolError(f'HTTP {name} of more than {self.LONGEST} characters',
                                 reply=HttpCode.HEAD_TOO_LARGE)
-        return [word for word in map(str.strip, text.split(',')) if word]
+        words = (word.strip(' \t') for word in text.split(','))    # str.strip() takes more than that
+        return [word for word in words if word]
 
     def end_to_end(self, *without):
         """The fields to pass on, but those with one of these names."""
@@ -740,7 +740,7 @@ class HttpRequest(NamedTuple):
         head = HttpHead.unpack(data)
         match = cls.LINE.fullmatch(head.start)
         if not match:
-            raise cls._wrong(f'HTTP request line {head.start[:40]!r} is malformed')
+            raise cls._wrong('HTTP request line, expected METHOD TARGET HTTP/1.1')
         method, target, major, minor = match.groups()
         if major != '1':
             raise cls._wrong(f'HTTP/{major}.{minor}, expected 1.1', HttpCode.VERSION_NOT_SUPPORTED)
@@ -753,7 +753,8 @@ class HttpRequest(NamedTuple):
             if length != 0:
                 raise cls._wrong('HTTP CONNECT with a body')
             return cls(method, cls._address(target, ''), '', minor, 0, head)
-        if method in ('OPTIONS', 'TRACE') and '0' in head.values('max-forwards'):
+        if method in ('OPTIONS', 'TRACE') and not all(
+                value.strip('0') for value in head.values('max-forwards')):
             raise cls._wrong(f'HTTP {method} for this proxy itself', HttpCode.NOT_IMPLEMENTED)
         url = cls.URL.match(target)
         if not url:
@@ -763,9 +764,11 @@ class HttpRequest(NamedTuple):
             raise cls._wrong(f'HTTP for {scheme[:40]}:, expected http:, or CONNECT',
                              HttpCode.NOT_IMPLEMENTED)
         address = cls._address(authority.rpartition('@')[2], '80')
-        path = path or '*' * (method == 'OPTIONS')
-        return cls(method, address, path if path[:1] in ('/', '*') and path else '/' + path,
-                   minor, length, head)
+        if method == 'OPTIONS' and not path:
+            path = '*'
+        elif not path.startswith('/'):
+            path = '/' + path
+        return cls(method, address, path, minor, length, head)
 
     @staticmethod
     def _wrong(text, code=HttpCode.BAD_REQUEST):
@@ -786,18 +789,18 @@ class HttpRequest(NamedTuple):
 
     @classmethod
     def _address(cls, authority, usual_port):
-        match = cls.HOST_AND_PORT.fullmatch(authority)
+        match, shown_as = cls.HOST_AND_PORT.fullmatch(authority), authority.rpartition('@')[2][:40]
         port = match and (match.group(3) or usual_port)
         if not port or not 0 < int(port) < 65536:
-            raise cls._wrong(f'HTTP to {authority[:40]!r}, expected a host, and a port up to 65535')
+            raise cls._wrong(f'HTTP to {shown_as!r}, expected a host, and a port up to 65535')
         host = name_text((match.group(1) or match.group(2)).encode('latin-1'))
         try:
             if match.group(1) and len(ip_bytes(host) or b'') != 16 or len(host) > MAX_NAME:
                 raise ValueError
             name_bytes(host)
         except ValueError:
-            raise cls._wrong(f'HTTP to {authority[:40]!r}, expected a host name, or an IPv6 '
-                             f'address in brackets') from None
+            raise cls._wrong(f'HTTP to {shown_as!r}, expected a host name, or an IPv6 address in '
+                             f'brackets') from None
         return Address(host, int(port))
 
     @property
@@ -1237,7 +1240,7 @@ class Stream:
             if not has_line and data.find(b'\n', start) >= 0:
                 has_line = re.match(b'[^\n]+ HTTP/[0-9][.][0-9]\r\n', data)
                 if not has_line:        # a client of another protocol may wait for us
-                    raise ProtocolError(f'{bytes(data[:40])!r}, expected SOCKS or HTTP',
+                    raise ProtocolError(f'{bytes(data[:8])!r}, expected SOCKS or HTTP',
                                         reply=HttpCode.BAD_REQUEST)
             if end:
                 self.surplus = bytes(data[end.end():])
@@ -1711,7 +1714,7 @@ class HttpForward(Layer):
 
     def take(self, data):
         """The first bytes of `data` from the client, as far as they are the request's body."""
-        count = len(data) if self._is_tunnel else self._body.take(data)
+        count = self._body.take(data)
         self._is_over |= count < len(data)
         return data[:count]
 
@@ -1761,7 +1764,7 @@ class HttpForward(Layer):
         code, fields = int(head.start[9:12]), [('Via', f'{head.start[5:8]} socks.py')]
         self._interim -= code < 200
         if not self._interim or code == 101 and (self._is_over or not self._request.upgrade):
-            raise ProtocolError(f'HTTP answer of {code}, which is not to be here')
+            raise ProtocolError(f'unexpected HTTP answer {code} of the target')
         if code == 101:
             fields += ('Connection', 'Upgrade'), ('Upgrade', ', '.join(head.values('upgrade')))
         elif code >= 200:
@@ -1777,7 +1780,7 @@ class HttpForward(Layer):
 
     def _fail(self, code, error):
         """Answer in the target's place, if it has not yet, and end."""
-        self.failure = f'failed: {error}'
+        self.failure = f'{"refused" if code == HttpCode.BAD_REQUEST else "failed"}: {error}'
         if self._head is None:
             raise OSError(errno.EBADMSG, self.failure)
         self._head = None
@@ -2008,9 +2011,10 @@ def bound(address, kind=socket.SOCK_STREAM):
 def listening_at(path, mode=None):
     """A unix socket that listens at `path`, with these permissions; None: 0600, less the umask.
 
-    A socket there that is not listened on is replaced.
+    A socket file that no server listens on any more is replaced.
     """
-    sock, umask = _orig_socket(socket.AF_UNIX), os.umask(0o177)
+    sock = _orig_socket(socket.AF_UNIX)
+    umask = os.umask(0o177)             # from the first moment on, nobody else can connect
     try:
         sock.setblocking(False)
         if is_stale(path):

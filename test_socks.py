@@ -611,7 +611,7 @@ REFUSED = [
     ('no method', 'G{T http://h/ HTTP/1.1\n', 501),
     ('long', 'A' * 33 + ' http://h/ HTTP/1.1\n', 501),
     ('TRACE of us', 'TRACE http://h/ HTTP/1.1\nMax-Forwards: 0\n', 501),
-    ('OPTIONS of us', 'OPTIONS http://h/ HTTP/1.1\nMax-Forwards: 0\n', 501),
+    ('OPTIONS of us', 'OPTIONS http://h/ HTTP/1.1\nMax-Forwards: 00\n', 501),
     ('many fields', 'GET http://h/ HTTP/1.1\n' + 'a: b\n' * 201, 431),
     ('a long list', 'GET http://h/ HTTP/1.1\nConnection: ' + 'a,' * 1000 + '\n', 431),
 ]
@@ -649,11 +649,24 @@ class HttpWireTest(unittest.TestCase):
             self.assertEqual(caught.exception.reply, code, name)
             self.assertLess(len(str(caught.exception)), 200)
 
-    def test_bare_line_ends(self):
+    def test_errors_tell_no_secret(self):
+        for head in ('CONNECT bob:hush@h:80 HTTP/1.1\n', 'GET http://bob:hush@h:x/ HTTP/1.1\n',
+                     'GET http://bob:hush@h/ x HTTP/1.1\n', 'GET http:bob:hush@h/ HTTP/1.1\n',
+                     'GET https://bob:hush@h/ HTTP/1.1\n', 'GET http://bob:hush@/ HTTP/1.1\n',
+                     'GET http://h/ HTTP/1.1\nProxy-Authorization : Basic hush\n',
+                     'GET http://h/ HTTP/1.1\nProxy-Authorization: Basic\n hush\n'):
+            with self.subTest(head), self.assertRaises(ProtocolError) as caught:
+                socks.HttpRequest.unpack(http_bytes(head + '\n'))
+            self.assertNotIn('hush', str(caught.exception))
+
+    def test_what_others_may_take_for_an_end_or_space(self):
         for head in (b'GET http://h/ HTTP/1.1\n\n', b'GET http://h/ HTTP/1.1\nA: b\r\n\r\n',
                      b'GET http://h/ HTTP/1.1\r\nA: b\nB: c\r\n\r\n',
                      b'GET http://h/ HTTP/1.1\r\n\n',
-                     b'GET http://h/ HTTP/1.1\r\nA: b\n\r\n'):
+                     b'GET http://h/ HTTP/1.1\r\nA: b\n\r\n',
+                     b'PUT http://h/ HTTP/1.1\r\nTransfer-Encoding: chunked\xa0\r\n\r\n',
+                     b'PUT http://h/ HTTP/1.1\r\nTransfer-Encoding: \x85chunked\r\n\r\n',
+                     b'PUT http://h/ HTTP/1.1\r\nContent-Length: 3\xa0\r\n\r\n'):
             with self.subTest(head), self.assertRaises(ProtocolError) as caught:
                 socks.HttpRequest.unpack(head)
             self.assertEqual(caught.exception.reply, 400)
@@ -4506,7 +4519,7 @@ class HttpTest(HttpCase):
         near.send(b'GET /third HTTP/1.1\r\n\r\n')
         self.assertEqual(self.enter(far).rest(), b'')
         far.sock.close()
-        eventually(lambda: any('HTTP GET' in line and ': failed: HTTP answer of 101' in line
+        eventually(lambda: any('HTTP GET' in line and ': failed: unexpected HTTP answer 101' in line
                                for line in self.lines))
 
     def test_the_client_or_target_goes(self):

@@ -704,7 +704,7 @@ class HttpHead(NamedTuple):
         if len(text) > self.LONGEST:
             raise ProtocolError(f'HTTP {name} of more than {self.LONGEST} characters',
                                 reply=HttpCode.HEAD_TOO_LARGE)
-        words = (word.strip(' \t') for word in text.split(','))    # str.strip() takes more than that
+        words = (word.strip(' \t') for word in text.split(','))    # strip() alone takes more
         return [word for word in words if word]
 
     def end_to_end(self, *without):
@@ -1722,13 +1722,12 @@ class HttpForward(Layer):
         count = self._sock.recv_into(buffer, size)
         if self._is_tunnel or not count:
             return count
-        if self.failure:                # the client need not go on, nor hear more of the target
-            return 0
-        try:
-            taken = len(self.take(memoryview(buffer)[:count]))
-        except ProtocolError as error:
-            self._fail(HttpCode.BAD_REQUEST, error)
-            return 0
+        taken = 0
+        if not self.failure:            # else wait for the client's end: RST could overtake _fail()
+            try:
+                taken = len(self.take(memoryview(buffer)[:count]))
+            except ProtocolError as error:
+                self._fail(HttpCode.BAD_REQUEST, error)
         if not taken:
             raise BlockingIOError(errno.EAGAIN, 'the request is over')
         return taken

@@ -765,7 +765,7 @@ class HttpWireTest(unittest.TestCase):
     def test_wrong_chunks(self):
         for text in WRONG_CHUNKS:
             data = http_bytes(text) + b'\n'
-            for step in (1, 7, 10000):
+            for step in (1, 7, 10000)[len(data) > 1000:]:
                 with self.subTest(text, step=step), self.assertRaises(ProtocolError):
                     state = socks.HttpBody(None)
                     for start in range(0, len(data), step):
@@ -4317,7 +4317,11 @@ class HttpCase(FileCase):
         super().setUp()
         self.origin_seen = self.origin(self.tell_head)
         self.port = self.origin_seen.port
-        self.origin(self.tell_head, host='::1', port=self.port)
+        try:
+            self.origin(self.tell_head, host='::1', port=self.port)
+            self.lacking = 'nothing'
+        except OSError:                 # no IPv6 here
+            self.lacking = '::1'
 
     @staticmethod
     def tell_head(peer):
@@ -4361,6 +4365,8 @@ class HttpTest(HttpCase):
                  'quiet': self.origin(Peer.rest).port}
         server = self.serve(connect_timeout=0.2)
         for name, text, status in STATUSES:
+            if self.lacking in text:
+                continue
             for place, port in ports.items():
                 text = text.replace('{%s}' % place, str(port))
             for step in (None, 1)[:1 + (len(text) < 1000)]:
@@ -4517,9 +4523,24 @@ class HttpTest(HttpCase):
         far.send(SWITCHING)
         self.assertIn(b' 502 ', self.head(near))
         near.send(b'GET /third HTTP/1.1\r\n\r\n')
+        near.finish()
         self.assertEqual(self.enter(far).rest(), b'')
         far.sock.close()
         eventually(lambda: any('HTTP GET' in line and ': failed: unexpected HTTP answer 101' in line
+                               for line in self.lines))
+
+    def test_an_answer_of_ours_gets_through(self):
+        """Also to a client that is still sending."""
+        origin = self.origin(Peer.rest)
+        near = self.peer(self.serve().server_address)
+        near.send(http_bytes(f'PUT http://127.0.0.1:{origin.port}/ HTTP/1.1\n'
+                             'Transfer-Encoding: chunked\n\n1\nxy\n'))
+        for _ in range(20):
+            near.send(bytes(10000))
+        self.assertEqual(self.head(near)[9:12], b'400')
+        near.finish()
+        near.rest()
+        eventually(lambda: any('HTTP PUT' in line and ': refused: HTTP chunk' in line
                                for line in self.lines))
 
     def test_the_client_or_target_goes(self):
@@ -4714,6 +4735,8 @@ class HttpTest(HttpCase):
     def test_own_client(self):
         server = self.serve(users={'bob': 'secret'})
         for address in (('localhost', self.port), ('127.0.0.1', self.port), ('::1', self.port)):
+            if self.lacking in address:
+                continue
             url = f'http://bob:secret@{server.server_address}'
             with socks.create_connection(address, PATIENCE, proxy=url) as sock:
                 sock.sendall(HTTP)

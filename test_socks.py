@@ -5794,6 +5794,9 @@ WRONG_USAGE = [
     (['--gssapi-level', 'clear'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
     (['--gssapi-level', 'none'], r"'none': expected some of clear, integrity, confidentiality"),
     (['--log-format', 'xml'], r"--log-format: invalid choice: 'xml'"),
+    (['-b', 'unix:'], r"-b/--bind: 'unix:': expected unix:PATH"),
+    (['--unix-mode', '8'], r"--unix-mode: '8': expected three octal digits, 660 for example"),
+    (['--unix-mode', '1777'], r"--unix-mode: '1777': expected three octal digits"),
 ]
 
 
@@ -5817,6 +5820,13 @@ class CommandLineTest(Case):
                 self.assertEqual(program.stop(number), 0)
             self.assertIn(f'INFO listening on 127.0.0.1:{program.port}', program.log)
             self.assertNotIn('Traceback', program.log)
+
+    def test_settings(self):
+        for arguments, expected in (([], (True, None)), (['--no-http'], (False, None)),
+                                    (['--unix-mode', '0660'], (True, 0o660))):
+            args = socks.build_parser().parse_args(arguments)
+            settings = socks.settings_from(args, {})
+            self.assertEqual((settings.http, settings.unix_mode), expected)
 
     def test_wrong_usage(self):
         for arguments, message in WRONG_USAGE:

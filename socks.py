@@ -99,12 +99,11 @@ class Command(enum.IntEnum):
     UDP_ASSOCIATE = 0x03
     RESOLVE = 0xF0                      # these two are Tor's, see its socks-extensions.txt
     RESOLVE_PTR = 0xF1
-    FORWARD = 0x100                     # of HTTP, a request that is no CONNECT; no code of SOCKS
+    FORWARD = 0x100                     # any HTTP method but CONNECT; not a code of SOCKS
 
 
 class HttpMethod(int):
-    """The method of a request to forward: what CONNECT is to rules, and its own name to the log.
-    """
+    """The method of a forwarded request: equal to CONNECT for rules, with its own name for logs."""
 
     def __new__(cls, name):
         method = int.__new__(cls, Command.CONNECT)
@@ -644,9 +643,9 @@ class HttpStatus(NamedTuple):
 
 
 class HttpHead(NamedTuple):
-    """The first line of an HTTP message, and its fields in their order (RFC 9112 sections 2 to 5).
+    """The first line and the fields of an HTTP message (RFC 9112 sections 2 to 5).
 
-    All is text in Latin-1, which has a character for each byte.
+    They are text in Latin-1, which has a character for each byte.
     """
     start: str
     fields: Tuple[Tuple[str, str], ...] = ()
@@ -655,8 +654,8 @@ class HttpHead(NamedTuple):
     FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\0-\x08\n-\x1f\x7f]*)")
     ANY_FIELD = re.compile(r'([^\s:]+)[ \t]*:([^\n]*)')
     STATUS = re.compile(r'HTTP/1[.][0-9] [1-9][0-9][0-9]( [^\r]*)?')
-    LONGEST = 1024                      # characters of a list that is looked into
-    # For the next hop alone (RFC 9110 section 7.6.1); and what `Connection` cannot add to it.
+    LONGEST = 1024                      # characters of a list whose members matter
+    # Fields for the next hop only (RFC 9110 section 7.6.1); those that Connection cannot add.
     HOP_BY_HOP = {'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authentication-info',
                   'proxy-authorization', 'proxy-connection', 'te', 'upgrade'}
     FRAMING = {'host', 'content-length', 'transfer-encoding'}
@@ -667,8 +666,8 @@ class HttpHead(NamedTuple):
 
     @classmethod
     def unpack(cls, data):
-        """From the bytes of a whole head; ProtocolError for what others may understand otherwise,
-        so for all that RFC 9112 sections 2.2 and 5 have a server refuse."""
+        """From the bytes of a whole head; ProtocolError if another parser might read it differently
+        (RFC 9112 sections 2.2 and 5)."""
         start, *lines = data.decode('latin-1')[:-4].split('\r\n')
         if len(lines) > MAX_FIELDS:
             raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}',
@@ -682,8 +681,8 @@ class HttpHead(NamedTuple):
 
     @classmethod
     def unpack_answer(cls, data):
-        """The same of a target's answer, which may be old or careless: what is malformed is left
-        out; ProtocolError if it is no answer at all."""
+        """The head of a target's answer; ProtocolError if it is not HTTP.  Many servers are old or
+        careless, so a malformed field is only left out."""
         text = re.sub('\r?\n[ \t]+', ' ', data.decode('latin-1')).replace('\0', ' ')
         start, *lines = re.split('\r?\n', text.rstrip('\r\n'))
         if not cls.STATUS.fullmatch(start):
@@ -695,11 +694,11 @@ class HttpHead(NamedTuple):
                                 for name, value in (match.groups() for match in matches if match)))
 
     def values(self, name):
-        """Those of all fields of this name, given in lower case."""
+        """The values of all fields with this name, which is in lower case."""
         return [value for field, value in self.fields if field.lower() == name]
 
     def words(self, name):
-        """The members of the lists that these are, in lower case."""
+        """The members of the lists in these fields, in lower case."""
         text = ','.join(self.values(name)).lower()
         if len(text) > self.LONGEST:
             raise ProtocolError(f'HTTP {name} of more than {self.LONGEST} characters',
@@ -708,13 +707,13 @@ class HttpHead(NamedTuple):
         return [word for word in words if word]
 
     def end_to_end(self, *without):
-        """The fields to pass on, but those with one of these names."""
+        """The fields to pass on, except those with one of these names."""
         dropped = self.HOP_BY_HOP | (set(self.words('connection')) - self.FRAMING) | set(without)
         return tuple(field for field in self.fields if field[0].lower() not in dropped)
 
 
 class HttpRequest(NamedTuple):
-    """A request to an HTTP proxy (RFC 9112 section 3): CONNECT, or another to forward."""
+    """A request to an HTTP proxy (RFC 9112 section 3): CONNECT, or one to forward."""
     method: str
     address: Address
     path: str                           # at the target
@@ -728,7 +727,7 @@ class HttpRequest(NamedTuple):
     HOST_AND_PORT = re.compile(r'(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@\\]+))(?::([0-9]{0,5}))?')
 
     def __repr__(self):
-        return f'HTTP {self.method} {self.address!r}'       # and nothing that is secret
+        return f'HTTP {self.method} {self.address!r}'       # the rest may be secret
 
     @property
     def command(self):
@@ -776,7 +775,7 @@ class HttpRequest(NamedTuple):
 
     @classmethod
     def _length(cls, head, minor):
-        """That of the body; refused if there are two ways to read it (RFC 9112 section 6.3)."""
+        """The length of the body; refused if it can be read in two ways (RFC 9112 section 6.3)."""
         lengths, codings = head.values('content-length'), head.words('transfer-encoding')
         if head.values('transfer-encoding'):
             if lengths or minor == '0' or codings[-1:] != ['chunked'] or 'chunked' in codings[:-1]:
@@ -805,7 +804,7 @@ class HttpRequest(NamedTuple):
 
     @property
     def credentials(self):
-        """The `Credentials` for us (RFC 7617), or None."""
+        """The `Credentials` for this proxy (RFC 7617), or None."""
         given = self.head.values('proxy-authorization')
         match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]{1,700})=*', given[0])
         try:
@@ -817,15 +816,15 @@ class HttpRequest(NamedTuple):
 
     @property
     def upgrade(self):
-        """The protocol to go on with, if the target agrees; '' for none.  Not HTTP/2, within which
-        there could be requests for other hosts."""
+        """The protocols that the client offers to switch to (RFC 9110 section 7.8), '' for none.
+        HTTP/2 is left out, since it could carry requests for other hosts."""
         wanted = self.head.words('upgrade') if 'upgrade' in self.head.words('connection') else []
         is_possible = self.minor != '0' and wanted and 'h2c' not in wanted
         return ', '.join(self.head.values('upgrade')) if is_possible else ''
 
     def forwarded(self):
-        """The head for the target: Host from the URL (RFC 9112 section 3.2.2), and no more to come
-        (RFC 9110 section 7.6)."""
+        """The head to send to the target: Host is the URL's (RFC 9112 section 3.2.2), and no other
+        request will follow."""
         host, port = name_bytes(self.address.host).decode(), self.address.port
         where = str(Address(host, port))
         fields = [('Host', where[:-3] if port == 80 else where)]
@@ -841,22 +840,22 @@ class HttpRequest(NamedTuple):
 
 
 class HttpBody:
-    """Where the body of a request ends among the bytes that come (RFC 9112 sections 6 and 7).
+    """Finds the end of a request's body in the bytes that arrive (RFC 9112 sections 6 and 7).
 
-    length   its bytes; None: it is chunked
+    length   bytes of the body; None: it is chunked
     """
     LONGEST = 4096                      # bytes of a line
-    # Before the size of a chunk is the line end of the chunk before it.
+    # The line end that closes one chunk is matched with the size of the next.
     CHUNK = re.compile(rb'\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0-\x08\n-\x1f\x7f]*)?\r\n')
     TRAILER = re.compile(b'(?:%b)?\r\n' % HttpHead.FIELD.pattern.encode())
 
     def __init__(self, length):
         self._left = length or 0        # bytes up to the next line, or to the end
-        self._line = b'\r\n' if length is None else None        # begun; None: there are no more
+        self._line = b'\r\n' if length is None else None        # incomplete; None: no more lines
         self._pattern = self.CHUNK
 
     def take(self, data):
-        """How many of the first bytes of `data` belong to it; ProtocolError if it is malformed."""
+        """How many bytes of `data` belong to the body; ProtocolError if it is malformed."""
         taken = 0
         while taken < len(data):
             step = min(self._left, len(data) - taken)
@@ -889,10 +888,10 @@ class HttpBody:
 
 
 class HttpAnswer(NamedTuple):
-    """What a proxy itself answers; without a code it is for the target to answer."""
+    """An answer from the proxy itself; without a code nothing is sent, the target will answer."""
     code: Optional[HttpCode]
     text: str = ''
-    has_body: bool = True               # HEAD is answered without
+    has_body: bool = True               # False: the answer to HEAD
 
     def pack(self):
         if self.code is None:
@@ -1063,7 +1062,7 @@ def shown(text):
 
 
 class UnixAddress(Address):
-    """That of a unix socket: its path to the log, this host without a port to all else."""
+    """The address of a unix socket: its path in the log, 127.0.0.1 without a port in rules."""
 
     def __new__(cls, path):
         address = super().__new__(cls, '127.0.0.1', 0)
@@ -1075,7 +1074,7 @@ class UnixAddress(Address):
 
 
 def local_address(sock):
-    """The address of our side of a socket, as rules and log should see it."""
+    """The address of our end of a socket, as rules and log should see it."""
     address = sock.getsockname()
     return canonical(Address.of(address)) if isinstance(address, tuple) else UnixAddress(address)
 
@@ -1329,7 +1328,7 @@ class Layer:
     which adds what stands for the first bytes of `data` to _cipher, and tells how many.
     """
     RECORD = 1 << 15                    # more than the bytes of one record
-    failure = None                      # the outcome for the log, where the layer decides about it
+    failure = None                      # the outcome for the log, if the layer knows better
 
     def __init__(self, sock):
         self._sock = sock
@@ -1694,26 +1693,26 @@ class GssContext:
 
 
 class HttpForward(Layer):
-    """The client's side of one HTTP request that is forwarded.
+    """The client's side of one forwarded HTTP request.
 
-    What comes from the client ends with the request's body, so that no second request gets to the
-    target.  What goes to it begins with the target's answer, whose head is told to be the last one
-    here (RFC 9112 section 9.6), or with ours if that is none.  If both agree on another protocol,
-    they have a tunnel (RFC 9110 section 7.8).
+    From the client, the body of the request is taken and the rest discarded, so that no second
+    request reaches the target.  To the client, the head of the answer says that the connection will
+    close (RFC 9112 section 9.6); if the target does not answer in HTTP, the proxy does.  After an
+    answer of 101 this is a plain tunnel (RFC 9110 section 7.8).
     """
-    INTERIM = 100                       # answers before the one that counts
+    INTERIM = 100                       # limit of answers with a status of 1xx
 
     def __init__(self, sock, request):
         super().__init__(sock)
         self._request = request
         self._body = HttpBody(request.length)
-        self._head = bytearray()        # of an answer, as far as it came; None: it is passed on
+        self._head = bytearray()        # the part that has arrived; None: it was passed on
         self._interim = self.INTERIM
-        self._is_over = False           # the client has sent more than its request
+        self._is_over = False           # the client has sent something after its request
         self._is_tunnel = False
 
     def take(self, data):
-        """The first bytes of `data` from the client, as far as they are the request's body."""
+        """The part of `data`, from the client, that belongs to the request's body."""
         count = self._body.take(data)
         self._is_over |= count < len(data)
         return data[:count]
@@ -1723,7 +1722,7 @@ class HttpForward(Layer):
         if self._is_tunnel or not count:
             return count
         taken = 0
-        if not self.failure:            # else wait for the client's end: RST could overtake _fail()
+        if not self.failure:            # else discard it: a reset could overtake our answer
             try:
                 taken = len(self.take(memoryview(buffer)[:count]))
             except ProtocolError as error:
@@ -1753,7 +1752,7 @@ class HttpForward(Layer):
         return len(data)
 
     def _pass_head(self, start):
-        """Pass on the head of an answer, if it has come whole; whether it has."""
+        """Pass on the head of an answer, if it is complete; return whether it is."""
         end = HttpHead.END.search(self._head, start)
         if (end.end() if end else len(self._head)) > MAX_HEAD:
             raise ProtocolError(f'HTTP answer with a head of more than {MAX_HEAD} bytes')
@@ -1778,7 +1777,7 @@ class HttpForward(Layer):
         return True
 
     def _fail(self, code, error):
-        """Answer in the target's place, if it has not yet, and end."""
+        """Send an answer in place of the target's, and end; OSError if the target has answered."""
         self.failure = f'{"refused" if code == HttpCode.BAD_REQUEST else "failed"}: {error}'
         if self._head is None:
             raise OSError(errno.EBADMSG, self.failure)
@@ -2030,7 +2029,7 @@ def listening_at(path, mode=None):
 
 
 def is_stale(path):
-    """Whether there is a unix socket at `path` which is not listened on."""
+    """Whether there is a unix socket at `path` on which no server listens."""
     with _orig_socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         return (os.path.lexists(path) and stat.S_ISSOCK(os.lstat(path).st_mode)
@@ -2038,7 +2037,7 @@ def is_stale(path):
 
 
 def account_of(sock):
-    """The name of the account whose process has connected to us by a unix socket (unix(7)); its
+    """The name of the account that has connected to a unix socket (SO_PEERCRED in unix(7)); its
     number if it has no name, '-' if the system does not tell."""
     try:
         import pwd
@@ -4024,11 +4023,12 @@ NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
 
+# First bytes of an HTTP request: those of a token (RFC 9110 section 5.6.2).
 HTTP_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
-                       b'ABCDEFGHIJKLMNOPQRSTUVWXYZ')         # a request can begin with
+                       b'ABCDEFGHIJKLMNOPQRSTUVWXYZ')
 HTTP_HELP = """
 
-This port is a proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP, it has no pages itself.
+This port is a proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP; it has no pages of its own.
 Set it in your program as a proxy: http://... or socks5h://..."""
 HTTP_PAGE = b"""\
 HTTP/1.0 501 Not Implemented\r
@@ -4342,6 +4342,7 @@ class Negotiation(Login):
         return (yield from self.stream.read(Request.unpack))
 
     def negotiate_http(self):
+        """The request of an HTTP client, which is answered when its target is connected."""
         self.client.protocol = 'HTTP'
         if not self.settings.http:
             self.answer_form = lambda *_: HttpPage()
@@ -4358,7 +4359,11 @@ class Negotiation(Login):
         return request
 
     def http_answer(self, method, reply, _):
-        """The message that tells an HTTP client of `reply`."""
+        """The message that gives `reply` to an HTTP client.
+
+        For what our rules or the network say, it has only the reply's own text: the error's could
+        tell addresses and paths that are not for the client.
+        """
         if reply == Reply.SUCCEEDED:
             return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
         code = reply if isinstance(reply, HttpCode) else HTTP_CODES.get(reply, HttpCode.BAD_GATEWAY)
@@ -4366,7 +4371,7 @@ class Negotiation(Login):
         return HttpAnswer(code, text + HTTP_HELP * (code == HttpCode.BAD_REQUEST), method != 'HEAD')
 
     def authenticate_http(self, request):
-        """By the method Basic (RFC 7617), as by passwords in SOCKS5."""
+        """Basic authentication (RFC 7617), with the users and limits of SOCKS5."""
         if not self.settings.users:
             raise Refused('HTTP has no GSSAPI here, expected SOCKS5')
         answer_form = self.answer_form
@@ -4425,7 +4430,7 @@ class Handler(Negotiation):
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def do_FORWARD(self, request):
-        """Send one HTTP request on, to where it would make a tunnel to."""
+        """Forward one HTTP request, through a connection as CONNECT makes it."""
         self.client.command = HttpMethod(request.method)
         layer = HttpForward(self.connection, request)
         surplus = layer.take(self.stream.surplus)
@@ -4622,7 +4627,7 @@ def bound_to_all(host, port):
 
 
 def remove_files(files):
-    """Remove those of (path, os.stat() of it) that are still the same, each once."""
+    """Remove the files, (path, its os.stat()), except those that another program has replaced."""
     while files:
         path, known = files.pop()
         with contextlib.suppress(OSError):
@@ -4861,7 +4866,7 @@ class Server(Acceptor):
         self.max_handshakes = self.settings.max_handshakes or max(64, self.max_clients // 2)
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
-        self.socket_files = []          # (path, os.stat() of it) to remove at the end
+        self.socket_files = []          # (path, its os.stat()), to remove at the end
         self.failures = Failures()
         self.roster = Roster()
         self._thread = None             # that of start()
@@ -6316,11 +6321,9 @@ OPTIONS = [
                  '(default: %(default)s)')),
         (('--unix-mode',), dict(
             metavar='OCTAL', type=permissions,
-            help='permissions of unix sockets, whom the system lets in (default: 600, less the '
-                 'umask)')),
+            help='permissions of unix sockets: who may connect (default: 600, less the umask)')),
         (('--no-http',), dict(
-            action='store_false', dest='http', help='serve SOCKS only (default: HTTP clients, '
-                                                    'too)')),
+            action='store_false', dest='http', help='serve SOCKS only (default: HTTP, too)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
             help='expect a PROXY header from there, repeatable: load balancers'))]),

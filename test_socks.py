@@ -4893,15 +4893,17 @@ class UnixTest(FileCase):
         """The account is the user, and the client is on this host."""
         origin, account = self.origin(echo), self.account()
         self.listen(users={'bob': 'secret'}, trusted=(socks.network('127.0.0.1/32'),), ident=True,
-                    rules=self.rules(f'allow user {account} from 127.0.0.0/8 to localhost\n'
+                    rules=self.rules(f'allow user {account} from 127.0.0.0/8 to 127.0.0.1\n'
                                      f'allow user eve to *'))
         near = self.client()
-        self.assertEqual(near.connect('localhost', origin.port).reply, 0)
+        self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
         near.sock.close()
-        self.assertEqual(self.client().connect('127.0.0.1', origin.port).reply, Reply.NOT_ALLOWED)
-        near = self.client()            # who claims another name is still the same
-        near.send(Request4(1, Address('localhost', origin.port), b'eve').pack())
-        self.assertEqual(Response4.unpack(near.read).code, 0x5a)
+        self.assertEqual(self.client().connect('127.0.0.2', origin.port).reply, Reply.NOT_ALLOWED)
+        for host, code in ('127.0.0.1', 0x5a), ('127.0.0.2', 0x5b):
+            near = self.client()        # a name that SOCKS4 claims changes nothing
+            near.send(Request4(1, Address(host, origin.port), b'eve').pack())
+            self.assertEqual(Response4.unpack(near.read).code, code)
+            near.sock.close()
 
     def test_balancer(self):
         """The one behind a balancer is not the balancer's account, nor on this host."""

@@ -4367,13 +4367,15 @@ class Negotiation(Login):
         if reply == Reply.SUCCEEDED:
             return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
         code = reply if isinstance(reply, HttpCode) else HTTP_CODES.get(reply, HttpCode.BAD_GATEWAY)
-        text = self.outcome if code is reply else getattr(reply, 'text', code.text)
+        text = self.outcome if code is reply else code.text
+        if isinstance(reply, Reply) and reply != Reply.GENERAL_FAILURE:
+            text = reply.text
         return HttpAnswer(code, text + HTTP_HELP * (code == HttpCode.BAD_REQUEST), method != 'HEAD')
 
     def authenticate_http(self, request):
         """Basic authentication (RFC 7617), with the users and limits of SOCKS5."""
         if not self.settings.users:
-            raise Refused('HTTP has no GSSAPI here, expected SOCKS5')
+            raise Refused('HTTP has no GSSAPI here, expected SOCKS5', reply=HttpCode.FORBIDDEN)
         answer_form = self.answer_form
         self.answer_form = lambda *_: answer_form(HttpCode.LOGIN_REQUIRED, None)
         credentials = request.credentials

@@ -4626,7 +4626,8 @@ class HttpTest(HttpCase):
         server = self.serve()           # only Kerberos, which HTTP clients cannot have here
         server.settings = server.settings._replace(gssapi=(2,))
         status, _, body = self.ask(server, text)
-        self.assertEqual((status, body), (403, b'refused: HTTP has no GSSAPI here, expected SOCKS5\n'))
+        self.assertEqual((status, body.decode()),
+                         (403, 'refused: HTTP has no GSSAPI here, expected SOCKS5\n'))
         server = self.serve(clients=tuple(map(socks.network, ('192.0.2.0/24',))))
         with Peer(server.server_address) as peer, contextlib.suppress(ConnectionError):
             peer.send(http_bytes(text))

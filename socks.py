@@ -4836,8 +4836,8 @@ class Server(Acceptor):
     """A SOCKS server on one or several addresses.
 
     server_address   (host, port), or a list of them; a name stands for all its addresses, port 0
-                     for a free port, the same on all of them; the host `unix:PATH` for a unix
-                     socket, whose file is removed at the end
+                     for a free port, the same on all of them.  The host `unix:PATH` stands for
+                     a unix socket, whatever the port; its file is removed at the end.
     listeners        sockets that listen already, to use instead
     settings         a `Settings`
     handler_class    a `Handler`

@@ -4786,7 +4786,7 @@ class UnixTest(FileCase):
         handler.emit = lambda record: self.lines.append(record.getMessage())
         socks.log.addHandler(handler)
         self.addCleanup(socks.log.removeHandler, handler)
-        return self.enter(socks.Server((f'unix:{self.path}', None), Settings(**settings)).start())
+        return self.enter(socks.Server((f'unix:{self.path}', 0), Settings(**settings)).start())
 
     def client(self):
         sock = self.enter(socket.socket(socket.AF_UNIX))
@@ -4849,7 +4849,7 @@ class UnixTest(FileCase):
                                       (0o022, 0o666, 0o666), (0o077, 0o660, 0o660)):
             before = os.umask(umask)
             try:
-                with socks.Server((f'unix:{self.path}', None), Settings(unix_mode=mode)):
+                with socks.Server((f'unix:{self.path}', 0), Settings(unix_mode=mode)):
                     self.assertEqual(os.stat(self.path).st_mode & 0o777, expected)
                 self.assertEqual(os.umask(umask), umask)
             finally:
@@ -4859,26 +4859,26 @@ class UnixTest(FileCase):
         """A stale one is replaced, another stays; ours goes at the end, another stays."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(self.path)
-        with socks.Server((f'unix:{self.path}', None)):
+        with socks.Server((f'unix:{self.path}', 0)):
             with self.assertRaisesRegex(OSError, f'cannot listen on unix:{self.path}: Address'):
-                socks.Server((f'unix:{self.path}', None))
+                socks.Server((f'unix:{self.path}', 0))
             self.client().sock.close()          # it is still there
         self.assertFalse(os.path.exists(self.path))
         for what in (lambda: open(self.path, 'w').close(), lambda: os.mkdir(self.path)):
             what()
             with self.assertRaisesRegex(OSError, 'cannot listen on unix:'):
-                socks.Server((f'unix:{self.path}', None))
+                socks.Server((f'unix:{self.path}', 0))
             os.unlink(self.path) if os.path.isfile(self.path) else os.rmdir(self.path)
         for path in ('a' * 200, self.path + '/x', os.path.join(self.folder, 'no', 'x')):
             with self.assertRaisesRegex(OSError, 'cannot listen on unix:'):
-                socks.Server((f'unix:{path}', None))
-        with socks.Server((f'unix:{self.path}', None)):
+                socks.Server((f'unix:{path}', 0))
+        with socks.Server((f'unix:{self.path}', 0)):
             os.unlink(self.path)
             open(self.path, 'w').close()
         self.assertTrue(os.path.exists(self.path))
         os.unlink(self.path)
         with self.assertRaisesRegex(ValueError, 'would serve everybody'):
-            socks.Server([(f'unix:{self.path}', None), ('0.0.0.0', 0)])
+            socks.Server([(f'unix:{self.path}', 0), ('0.0.0.0', 0)])
         self.assertFalse(os.path.exists(self.path))
 
     def test_passwords(self):
@@ -6126,7 +6126,7 @@ class ForeignTest(Case):
     @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')
     def test_curl_by_unix_socket(self):
         folder = self.enter(tempfile.TemporaryDirectory())
-        self.enter(socks.Server((f'unix:{folder}/socket', None)).start())
+        self.enter(socks.Server((f'unix:{folder}/socket', 0)).start())
         status, output = self.curl(self.serve(), '-x', f'socks5h://localhost{folder}/socket',
                                    self.url)
         if status == 5:                 # it took all of that for a name

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""socks.py: a SOCKS proxy, and a client in PySocks' place, on the standard library alone.
+"""socks.py: a SOCKS and HTTP proxy, and a client in PySocks' place, on the standard library alone.
 
 Run one::
 
@@ -23,7 +23,8 @@ The client's conversations are the same in shape; run() goes through one in the 
 
 Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
 password), RFC 1961 (GSSAPI), RFC 8305 (connecting to a name with several addresses), RFC 9110
-(CONNECT of HTTP), RFC 1413 (ident), the PROXY protocol, Tor's socks-extensions.
+and RFC 9112 (HTTP), RFC 7617 (its passwords), RFC 1413 (ident), the PROXY protocol, Tor's
+socks-extensions.
 
 Sections, each of which uses only those before it: words, errors, wire format, sockets, access,
 loops, relays, client, server, socket face, operation, command line.
@@ -49,13 +50,14 @@ import selectors
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
 import time
 import unicodedata
 import weakref
-from binascii import b2a_base64
+from binascii import a2b_base64, b2a_base64
 from collections import Counter, OrderedDict, deque
 from types import MappingProxyType
 from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, List,
@@ -130,6 +132,16 @@ class Command(enum.IntEnum):
     UDP_ASSOCIATE = 0x03
     RESOLVE = 0xF0                      # Tor's, as the next one: see its socks-extensions.txt
     RESOLVE_PTR = 0xF1
+    FORWARD = 0x100                     # any HTTP method but CONNECT; not a code of SOCKS
+
+
+class HttpMethod(int):
+    """The method of a forwarded request: equal to CONNECT for rules, with its own name for logs."""
+
+    def __new__(cls, name):
+        method = int.__new__(cls, Command.CONNECT)
+        method.name = name
+        return method
 
 
 class AddressType(enum.IntEnum):
@@ -170,6 +182,28 @@ class Reply4(Code):
     NO_IDENTD = 0x5C, 'Request rejected because SOCKS server cannot connect to identd on the client'
     IDENT_MISMATCH = 0x5D, ('Request rejected because the client program and identd report '
                             'different user-ids')
+
+
+class HttpCode(Code):
+    """What became of an HTTP request (RFC 9110 section 15)."""
+    OK = 200, 'Connection established'
+    BAD_REQUEST = 400, 'Bad Request'
+    FORBIDDEN = 403, 'Forbidden'
+    LOGIN_REQUIRED = 407, 'Proxy Authentication Required'
+    HEAD_TOO_LARGE = 431, 'Request Header Fields Too Large'
+    NOT_IMPLEMENTED = 501, 'Not Implemented'
+    BAD_GATEWAY = 502, 'Bad Gateway'
+    GATEWAY_TIMEOUT = 504, 'Gateway Timeout'
+    VERSION_NOT_SUPPORTED = 505, 'HTTP Version Not Supported'
+
+
+# What a `Reply` is in HTTP; any other is BAD_GATEWAY.
+HTTP_CODES = {
+    Reply.SUCCEEDED: HttpCode.OK,
+    Reply.NOT_ALLOWED: HttpCode.FORBIDDEN,
+    Reply.TTL_EXPIRED: HttpCode.GATEWAY_TIMEOUT,
+    Reply.COMMAND_NOT_SUPPORTED: HttpCode.NOT_IMPLEMENTED,
+}
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -342,6 +376,7 @@ def reason(error: BaseException) -> str:
 MAX_USERID = 512                        # bytes; SOCKS4's strings end with NUL and have no limit
 MAX_NAME = 255
 MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
+MAX_HEAD, MAX_FIELDS = 1 << 16, 200     # bytes and fields of a head that is forwarded
 
 
 def reader(data: bytes) -> Tuple[Read, Callable[[], bytes]]:
@@ -752,6 +787,271 @@ class HttpStatus(NamedTuple):
         return cls(int(match.group(1)), match.group(2) or '')
 
 
+class HttpHead(NamedTuple):
+    """The first line and the fields of an HTTP message (RFC 9112 sections 2 to 5).
+
+    They are text in Latin-1, which has a character for each byte.
+    """
+    start: str
+    fields: Tuple[Tuple[str, str], ...] = ()
+
+    END = re.compile(rb'\n\r?\n')
+    FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\0-\x08\n-\x1f\x7f]*)")
+    ANY_FIELD = re.compile(r'([^\s:]+)[ \t]*:([^\n]*)')
+    STATUS = re.compile(r'HTTP/1[.][0-9] [1-9][0-9][0-9]( [^\r]*)?')
+    LONGEST = 1024                      # characters of a list whose members matter
+    # Fields for the next hop only (RFC 9110 section 7.6.1); those that Connection cannot add.
+    HOP_BY_HOP = {'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authentication-info',
+                  'proxy-authorization', 'proxy-connection', 'te', 'upgrade'}
+    FRAMING = {'host', 'content-length', 'transfer-encoding'}
+
+    def pack(self):
+        lines = [self.start, *map('%s: %s'.__mod__, self.fields)]
+        return '\r\n'.join([*lines, '\r\n']).encode('latin-1')
+
+    @classmethod
+    def unpack(cls, data):
+        """From the bytes of a whole head; ProtocolError if another parser might read it differently
+        (RFC 9112 sections 2.2 and 5)."""
+        start, *lines = data.decode('latin-1')[:-4].split('\r\n')
+        if len(lines) > MAX_FIELDS:
+            raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}',
+                                reply=HttpCode.HEAD_TOO_LARGE)
+        matches = [cls.FIELD.fullmatch(line) for line in lines]
+        if None in matches or not data.endswith(b'\r\n\r\n'):     # not shown, it may be secret
+            place = f'field {matches.index(None) + 1}' if None in matches else 'head'
+            raise ProtocolError(f'HTTP {place} is malformed', reply=HttpCode.BAD_REQUEST)
+        return cls(start, tuple((name, value.strip(' \t'))
+                                for name, value in (match.groups() for match in matches)))
+
+    @classmethod
+    def unpack_answer(cls, data):
+        """The head of a target's answer; ProtocolError if it is not HTTP.  Many servers are old or
+        careless, so a malformed field is only left out."""
+        text = re.sub('\r?\n[ \t]+', ' ', data.decode('latin-1')).replace('\0', ' ')
+        start, *lines = re.split('\r?\n', text.rstrip('\r\n'))
+        if not cls.STATUS.fullmatch(start):
+            raise ProtocolError(f'{start[:40]!r}, expected the status line of an HTTP server')
+        if len(lines) > MAX_FIELDS:
+            raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}')
+        matches = (cls.ANY_FIELD.fullmatch(line.replace('\r', ' ')) for line in lines)
+        return cls(start, tuple((name, value.strip(' \t'))
+                                for name, value in (match.groups() for match in matches if match)))
+
+    def values(self, name):
+        """The values of all fields with this name, which is in lower case."""
+        return [value for field, value in self.fields if field.lower() == name]
+
+    def words(self, name):
+        """The members of the lists in these fields, in lower case."""
+        text = ','.join(self.values(name)).lower()
+        if len(text) > self.LONGEST:
+            raise ProtocolError(f'HTTP {name} of more than {self.LONGEST} characters',
+                                reply=HttpCode.HEAD_TOO_LARGE)
+        words = (word.strip(' \t') for word in text.split(','))    # strip() alone takes more
+        return [word for word in words if word]
+
+    def end_to_end(self, *without):
+        """The fields to pass on, except those with one of these names."""
+        dropped = self.HOP_BY_HOP | (set(self.words('connection')) - self.FRAMING) | set(without)
+        return tuple(field for field in self.fields if field[0].lower() not in dropped)
+
+
+class HttpRequest(NamedTuple):
+    """A request to an HTTP proxy (RFC 9112 section 3): CONNECT, or one to forward."""
+    method: str
+    address: Address
+    path: str                           # at the target
+    minor: str                          # of the version, HTTP/1.0 or 1.1
+    length: Optional[int]               # bytes of the body; None: it is chunked
+    head: HttpHead
+
+    LINE = re.compile(r'([^ ]+) ([^\0-\x20\x7f]+) HTTP/([0-9])[.]([0-9])')
+    METHOD = re.compile(r'[A-Z][A-Z0-9_-]{0,31}')
+    URL = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
+    HOST_AND_PORT = re.compile(r'(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@\\]+))(?::([0-9]{0,5}))?')
+
+    def __repr__(self):
+        return f'HTTP {self.method} {self.address!r}'       # the rest may be secret
+
+    @property
+    def command(self):
+        return Command.CONNECT if self.method == 'CONNECT' else Command.FORWARD
+
+    @classmethod
+    def unpack(cls, data):
+        """From the bytes of a whole head; the `reply` of a ProtocolError is an `HttpCode`."""
+        head = HttpHead.unpack(data)
+        match = cls.LINE.fullmatch(head.start)
+        if not match:
+            raise cls._wrong('HTTP request line, expected METHOD TARGET HTTP/1.1')
+        method, target, major, minor = match.groups()
+        if major != '1':
+            raise cls._wrong(f'HTTP/{major}.{minor}, expected 1.1', HttpCode.VERSION_NOT_SUPPORTED)
+        if not cls.METHOD.fullmatch(method):
+            raise cls._wrong(f'HTTP method {method[:40]!r}', HttpCode.NOT_IMPLEMENTED)
+        if len(head.values('host')) > 1:
+            raise cls._wrong('HTTP with more than one Host')
+        length = cls._length(head, minor)
+        if method == 'CONNECT':
+            if length != 0:
+                raise cls._wrong('HTTP CONNECT with a body')
+            return cls(method, cls._address(target, ''), '', minor, 0, head)
+        if method in ('OPTIONS', 'TRACE') and not all(
+                value.strip('0') for value in head.values('max-forwards')):
+            raise cls._wrong(f'HTTP {method} for this proxy itself', HttpCode.NOT_IMPLEMENTED)
+        url = cls.URL.match(target)
+        if not url:
+            raise cls._wrong('HTTP to this port itself, expected CONNECT, or a whole URL')
+        scheme, authority, path = url.groups()
+        if scheme.lower() != 'http':
+            raise cls._wrong(f'HTTP for {scheme[:40]}:, expected http:, or CONNECT',
+                             HttpCode.NOT_IMPLEMENTED)
+        address = cls._address(authority.rpartition('@')[2], '80')
+        if method == 'OPTIONS' and not path:
+            path = '*'
+        elif not path.startswith('/'):
+            path = '/' + path
+        return cls(method, address, path, minor, length, head)
+
+    @staticmethod
+    def _wrong(text, code=HttpCode.BAD_REQUEST):
+        return ProtocolError(text, reply=code)
+
+    @classmethod
+    def _length(cls, head, minor):
+        """The length of the body; refused if it can be read in two ways (RFC 9112 section 6.3)."""
+        lengths, codings = head.values('content-length'), head.words('transfer-encoding')
+        if head.values('transfer-encoding'):
+            if lengths or minor == '0' or codings[-1:] != ['chunked'] or 'chunked' in codings[:-1]:
+                raise cls._wrong('HTTP Transfer-Encoding: expected chunked at its end, once, '
+                                 'and no Content-Length')
+            return None
+        if len(lengths) > 1 or lengths and not re.fullmatch('[0-9]{1,18}', lengths[0]):
+            raise cls._wrong('HTTP Content-Length: expected one number')
+        return int(lengths[0]) if lengths else 0
+
+    @classmethod
+    def _address(cls, authority, usual_port):
+        match, shown_as = cls.HOST_AND_PORT.fullmatch(authority), authority.rpartition('@')[2][:40]
+        port = match and (match.group(3) or usual_port)
+        if not port or not 0 < int(port) < 65536:
+            raise cls._wrong(f'HTTP to {shown_as!r}, expected a host, and a port up to 65535')
+        host = name_text((match.group(1) or match.group(2)).encode('latin-1'))
+        try:
+            if match.group(1) and len(ip_bytes(host) or b'') != 16 or len(host) > MAX_NAME:
+                raise ValueError
+            name_bytes(host)
+        except ValueError:
+            raise cls._wrong(f'HTTP to {shown_as!r}, expected a host name, or an IPv6 address in '
+                             f'brackets') from None
+        return Address(host, int(port))
+
+    @property
+    def credentials(self):
+        """The `Credentials` for this proxy (RFC 7617), or None."""
+        given = self.head.values('proxy-authorization')
+        match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]{1,700})=*', given[0])
+        try:
+            pair = a2b_base64(match.group(1) + '==') if match else b''
+        except ValueError:
+            pair = b''
+        name, colon, password = pair.partition(b':')
+        return Credentials(name, password) if colon else None
+
+    @property
+    def upgrade(self):
+        """The protocols that the client offers to switch to (RFC 9110 section 7.8), '' for none.
+        HTTP/2 is left out, since it could carry requests for other hosts."""
+        wanted = self.head.words('upgrade') if 'upgrade' in self.head.words('connection') else []
+        is_possible = self.minor != '0' and wanted and 'h2c' not in wanted
+        return ', '.join(self.head.values('upgrade')) if is_possible else ''
+
+    def forwarded(self):
+        """The head to send to the target: Host is the URL's (RFC 9112 section 3.2.2), and no other
+        request will follow."""
+        host, port = name_bytes(self.address.host).decode(), self.address.port
+        where = str(Address(host, port))
+        fields = [('Host', where[:-3] if port == 80 else where)]
+        for name, value in self.head.end_to_end('host'):
+            if name.lower() == 'max-forwards' and re.fullmatch('[0-9]{1,9}', value):
+                value = str(max(0, int(value) - 1))
+            fields.append((name, value))
+        fields.append(('Via', f'1.{self.minor} socks.py'))
+        fields.append(('Connection', 'Upgrade' if self.upgrade else 'close'))
+        if self.upgrade:
+            fields.append(('Upgrade', self.upgrade))
+        return HttpHead(f'{self.method} {self.path} HTTP/1.{self.minor}', tuple(fields))
+
+
+class HttpBody:
+    """Finds the end of a request's body in the bytes that arrive (RFC 9112 sections 6 and 7).
+
+    length   bytes of the body; None: it is chunked
+    """
+    LONGEST = 4096                      # bytes of a line
+    # The line end that closes one chunk is matched with the size of the next.
+    CHUNK = re.compile(rb'\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0-\x08\n-\x1f\x7f]*)?\r\n')
+    TRAILER = re.compile(b'(?:%b)?\r\n' % HttpHead.FIELD.pattern.encode())
+
+    def __init__(self, length):
+        self._left = length or 0        # bytes up to the next line, or to the end
+        self._line = b'\r\n' if length is None else None        # incomplete; None: no more lines
+        self._pattern = self.CHUNK
+
+    def take(self, data):
+        """How many bytes of `data` belong to the body; ProtocolError if it is malformed."""
+        taken = 0
+        while taken < len(data):
+            step = min(self._left, len(data) - taken)
+            self._left -= step
+            taken += step
+            if self._left or self._line is None:
+                break
+            taken += self._take_line(bytes(data[taken:taken + self.LONGEST]))
+        return taken
+
+    def _take_line(self, data):
+        text, is_chunk = self._line + data, self._pattern is self.CHUNK
+        match = self._pattern.match(text)
+        if match:
+            used = match.end() - len(self._line)
+            self._line = b''
+            if is_chunk:
+                self._left = int(match.group(1), 16)
+                if not self._left:
+                    self._pattern = self.TRAILER
+            elif match.group() == b'\r\n':
+                self._line = None
+            return used
+        begun = text[2:] if is_chunk else text
+        if (len(text) > self.LONGEST or b'\n' in begun or b'\r' in begun[:-1]
+                or is_chunk and not b'\r\n'.startswith(text[:2])):
+            raise ProtocolError('HTTP chunk or trailer is malformed', reply=HttpCode.BAD_REQUEST)
+        self._line = text
+        return len(data)
+
+
+class HttpAnswer(NamedTuple):
+    """An answer from the proxy itself; without a code nothing is sent, the target will answer."""
+    code: Optional[HttpCode]
+    text: str = ''
+    has_body: bool = True               # False: the answer to HEAD
+
+    def pack(self):
+        if self.code is None:
+            return b''
+        start = f'HTTP/1.1 {self.code:d} {self.code.text}'
+        if self.code == HttpCode.OK:
+            return HttpHead(start).pack()
+        body = f'{self.text}\n'.encode('utf-8', 'backslashreplace')
+        fields = [('Content-Type', 'text/plain; charset=utf-8'),
+                  ('Content-Length', str(len(body))), ('Connection', 'close')]
+        if self.code == HttpCode.LOGIN_REQUIRED:
+            fields.append(('Proxy-Authenticate', 'Basic realm="socks.py", charset="UTF-8"'))
+        return HttpHead(start, tuple(fields)).pack() + body * self.has_body
+
+
 def text_line(read, limit, name):
     """The next line, without its end."""
     line = read_to(read, b'\n', limit)
@@ -858,6 +1158,7 @@ RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends 
 LOOPBACK6 = bytes(15) + b'\1'
 RECEIVE_BUFFER = 1 << 22                # bytes, for bursts of datagrams
 SO_RCVBUFFORCE = 33                     # Linux: beyond the system's limit, for root
+IP_FAMILIES = socket.AF_INET, socket.AF_INET6
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
@@ -876,12 +1177,6 @@ def plain_ip(host):
     if packed is None or '%' in host:
         return None
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
-
-
-def local_address(sock):
-    """The `Address` that a socket has here, with the zone of a link-local one."""
-    host, port = Address.with_zone(sock.getsockname())
-    return Address(plain_ip(host) or host, port)
 
 
 def in_zone_of(ours, host):
@@ -977,6 +1272,27 @@ def shown(text):
 def printable(text):
     """Untrusted text, escaped to stay one line, in ASCII; it does nothing to a terminal."""
     return text if is_plain(text) else text.encode('unicode_escape').decode('ascii')
+
+
+class UnixAddress(Address):
+    """The address of a unix socket: its path in the log, 127.0.0.1 without a port in rules."""
+
+    def __new__(cls, path):
+        address = super().__new__(cls, '127.0.0.1', 0)
+        address.path = path
+        return address
+
+    def __str__(self):
+        return f'unix:{shown(os.fsdecode(self.path))}'
+
+
+def local_address(sock):
+    """The `Address` of this end of a socket, with the zone of a link-local one."""
+    sockaddr = sock.getsockname()
+    if not isinstance(sockaddr, tuple):
+        return UnixAddress(sockaddr)
+    host, port = Address.with_zone(sockaddr)
+    return Address(plain_ip(host) or host, port)
 
 
 # What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
@@ -1288,6 +1604,28 @@ class Stream:
                     pass
             self.surplus += yield from self._receive()
 
+    def read_head(self):
+        """Conversation: the bytes of the head of an HTTP request, up to an empty line.
+
+        ProtocolError if it does not begin as one, or is longer than MAX_HEAD.
+        """
+        data, start, has_line = bytearray(self.surplus), 0, False
+        while True:
+            end = HttpHead.END.search(data, max(0, start - 2))
+            if (end.end() if end else len(data)) > MAX_HEAD:
+                raise ProtocolError(f'HTTP head of more than {MAX_HEAD} bytes',
+                                    reply=HttpCode.HEAD_TOO_LARGE)
+            if not has_line and data.find(b'\n', start) >= 0:
+                has_line = re.match(b'[^\n]+ HTTP/[0-9][.][0-9]\r\n', data)
+                if not has_line:        # a client of another protocol may wait for us
+                    raise ProtocolError(f'{bytes(data[:8])!r}, expected SOCKS or HTTP',
+                                        reply=HttpCode.BAD_REQUEST)
+            if end:
+                self.surplus = bytes(data[end.end():])
+                return bytes(data[:end.end()])
+            start = len(data)
+            data += yield from self._receive()
+
     def look(self):
         """Conversation: some of the next bytes, which stay in the socket."""
         return self._receive(socket.MSG_PEEK)
@@ -1394,6 +1732,7 @@ class Layer:
     """
     RECORD = 1 << 15                    # more than the bytes of one record
     LARGEST = 1 << 19                   # bytes that are held for the socket
+    failure = None                      # the outcome for the log, if the layer knows better
 
     def __init__(self, sock):
         self._sock = sock
@@ -1859,6 +2198,106 @@ class GssContext:
                                    None)
 
 
+class HttpForward(Layer):
+    """The client's side of one forwarded HTTP request.
+
+    From the client, the body of the request is taken and the rest discarded, so that no second
+    request reaches the target.  To the client, the head of the answer says that the connection will
+    close (RFC 9112 section 9.6); if the target does not answer in HTTP, the proxy does.  After an
+    answer of 101 this is a plain tunnel (RFC 9110 section 7.8).
+    """
+    INTERIM = 100                       # limit of answers with a status of 1xx
+
+    def __init__(self, sock, request):
+        super().__init__(sock)
+        self._request = request
+        self._body = HttpBody(request.length)
+        self._head = bytearray()        # the part that has arrived; None: it was passed on
+        self._interim = self.INTERIM
+        self._is_over = False           # the client has sent something after its request
+        self._is_tunnel = False
+
+    def take(self, data):
+        """The part of `data`, from the client, that belongs to the request's body."""
+        count = self._body.take(data)
+        self._is_over |= count < len(data)
+        return data[:count]
+
+    def recv_into(self, buffer, size):
+        count = self._sock.recv_into(buffer, size)
+        if self._is_tunnel or not count:
+            return count
+        taken = 0
+        if not self.failure:            # else discard it: a reset could overtake our answer
+            try:
+                taken = len(self.take(memoryview(buffer)[:count]))
+            except ProtocolError as error:
+                self._fail(HttpCode.BAD_REQUEST, error)
+        if not taken:
+            raise BlockingIOError(errno.EAGAIN, 'the request is over')
+        return taken
+
+    def send(self, data):
+        if self.failure:
+            raise OSError(errno.EBADMSG, self.failure)
+        if self._head is None and not self._cipher and not self._plain:
+            return self._sock.send(data)
+        return super().send(data)
+
+    def _seal(self, data):
+        if self._head is None:
+            self._cipher += data
+            return len(data)
+        start = max(0, len(self._head) - 2)
+        self._head += data
+        try:
+            while self._head is not None and self._pass_head(start):
+                start = 0
+        except ProtocolError as error:
+            self._fail(HttpCode.BAD_GATEWAY, error)
+        return len(data)
+
+    def _pass_head(self, start):
+        """Pass on the head of an answer, if it is complete; return whether it is."""
+        end = HttpHead.END.search(self._head, start)
+        if (end.end() if end else len(self._head)) > MAX_HEAD:
+            raise ProtocolError(f'HTTP answer with a head of more than {MAX_HEAD} bytes')
+        if not end:
+            return False
+        head, rest = HttpHead.unpack_answer(self._head[:end.end()]), self._head[end.end():]
+        code, fields = int(head.start[9:12]), [('Via', f'{head.start[5:8]} socks.py')]
+        self._interim -= code < 200
+        if not self._interim or code == 101 and (self._is_over or not self._request.upgrade):
+            raise ProtocolError(f'unexpected HTTP answer {code} of the target')
+        if code == 101:
+            fields += ('Connection', 'Upgrade'), ('Upgrade', ', '.join(head.values('upgrade')))
+        elif code >= 200:
+            fields.append(('Connection', 'close'))
+        without = ('content-length',) * bool(head.values('transfer-encoding'))
+        self._cipher += HttpHead(head.start, (*head.end_to_end(*without), *fields)).pack()
+        self._is_tunnel = code == 101
+        self._head = rest
+        if code == 101 or code >= 200:
+            self._head = None
+            self._cipher += rest
+        return True
+
+    def _fail(self, code, error):
+        """Send an answer in place of the target's, and end; OSError if the target has answered."""
+        self.failure = f'{"refused" if code == HttpCode.BAD_REQUEST else "failed"}: {error}'
+        if self._head is None:
+            raise OSError(errno.EBADMSG, self.failure)
+        self._head = None
+        self._cipher += HttpAnswer(code, str(error), self._request.method != 'HEAD').pack()
+        self.shutdown(socket.SHUT_WR)
+
+    def shutdown(self, how):
+        if self._head is not None:
+            self._fail(HttpCode.BAD_GATEWAY, 'the target has ended without an HTTP answer')
+        elif not self._ending:
+            super().shutdown(how)
+
+
 class Protected(Layer):
     """What GSSAPI protects (RFC 1961 section 5); `incoming` came with the last message before."""
     RECORD = 1 << 16                    # more than the bytes that one message protects
@@ -2092,6 +2531,51 @@ def bound(address, kind=socket.SOCK_STREAM):
         raise OSError(error.errno, f'cannot listen on {address}: {error.strerror}') from None
 
 
+def listening_at(path, mode=None):
+    """A unix socket that listens at `path`, with these permissions; None: 0600, less the umask.
+
+    A socket file that no server listens on any more is replaced.
+    """
+    sock = _orig_socket(socket.AF_UNIX)
+    umask = os.umask(0o177)             # from the first moment on, nobody else can connect
+    try:
+        sock.setblocking(False)
+        if is_stale(path):
+            os.unlink(path)
+        sock.bind(path)
+        os.chmod(path, 0o600 & ~umask if mode is None else mode)
+        sock.listen(1)
+        return sock
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f'cannot listen on unix:{path}: {reason(error)}') from None
+    finally:
+        os.umask(umask)
+
+
+def is_stale(path):
+    """Whether there is a unix socket at `path` on which no server listens."""
+    with _orig_socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return (os.path.lexists(path) and stat.S_ISSOCK(os.lstat(path).st_mode)
+                and probe.connect_ex(path) == errno.ECONNREFUSED)
+
+
+def account_of(sock):
+    """The name of the account that has connected to a unix socket (SO_PEERCRED in unix(7)); its
+    number if it has no name, '-' if the system does not tell."""
+    try:
+        import pwd
+        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _, user_id, _ = struct.unpack('iII', peer)
+    except (ImportError, AttributeError):
+        return '-'
+    try:
+        return shown(pwd.getpwuid(user_id).pw_name)
+    except KeyError:
+        return str(user_id)
+
+
 def bound_udp(address):
     """A UDP socket bound to `address`, with a receive buffer as large as the system allows."""
     sock = bound(address, socket.SOCK_DGRAM)
@@ -2248,6 +2732,8 @@ class Settings(NamedTuple):
                         without users, clients must authenticate by GSSAPI
     gssapi_nec          agree on the level without protection, as NEC's programs do
     ident               ask SOCKS4 clients' hosts whether the userid is right (RFC 1413)
+    http                serve HTTP clients, too: CONNECT, and requests for http URLs
+    unix_mode           permissions of unix sockets that are made; None: 0600, less the umask
     balancers           ip_networks from which each connection begins with a PROXY header
     source              local IP addresses to connect from, at most one of a family
     advertise           IP addresses to name in replies to BIND and UDP ASSOCIATE instead of our
@@ -2281,6 +2767,8 @@ class Settings(NamedTuple):
     gssapi: Tuple[int, ...] = ()
     gssapi_nec: bool = False
     ident: bool = False
+    http: bool = True
+    unix_mode: Optional[int] = None
     balancers: Tuple[Network, ...] = ()
     source: Tuple[str, ...] = ()
     advertise: Tuple[str, ...] = ()
@@ -4082,7 +4570,8 @@ class Tunnel(Relay):
                 pipe.source.close()
             else:
                 abort(pipe.source)
-        client.end(outcome, self.up.count, self.down.count)
+        client.end(getattr(self.up.source, 'failure', None) or outcome, self.up.count,
+                   self.down.count)
 
 
 class Reassembly:
@@ -5273,6 +5762,13 @@ FREE_PORT_TRIES = 10                    # to find a port that is free on several
 DESCRIPTORS_KEPT = 32                   # for all that is not a client
 UPSTREAM_ATTEMPTS = 4                   # addresses of one name that another proxy is asked for
 
+# First bytes of an HTTP request: those of a token (RFC 9110 section 5.6.2).
+HTTP_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
+                       b'ABCDEFGHIJKLMNOPQRSTUVWXYZ')
+HTTP_HELP = """
+
+This port is a proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP; it has no pages of its own.
+Set it in your program as a proxy: http://... or socks5h://..."""
 HTTP_PAGE = b"""\
 HTTP/1.0 501 Not Implemented\r
 Content-Type: text/plain; charset=us-ascii\r
@@ -5582,7 +6078,8 @@ class Negotiation(Login):
     def refuse(self, error):
         """Tell the client why not, in the form that it expects at this point."""
         is_ours = isinstance(error, ProxyError) and not error.socket_err        # not a proxy's
-        self.client.report(f'{"refused" if is_ours else "failed"}: {printable(reason(error))}')
+        self.outcome = f'{"refused" if is_ours else "failed"}: {printable(reason(error))}'
+        self.client.report(self.outcome)
         cause = getattr(error, 'socket_err', None) or error
         if getattr(cause, 'errno', None) in NO_ROOM:
             self.server.starve(cause)
@@ -5600,6 +6097,9 @@ class Negotiation(Login):
                 ProxyHeader.unpack)
             if header.source:
                 self.announced(header)
+        if isinstance(self.client.address, UnixAddress):
+            self.client.user = yield Call(functools.partial(account_of, self.request),
+                                          self.stream.until)
         self.server.admit(self.client)
         if settings.tls:
             yield from self.secure()
@@ -5625,9 +6125,8 @@ class Negotiation(Login):
             return (yield from self.negotiate4())
         if first == 5:
             return (yield from self.negotiate5())
-        if first in b'CDGHOPT':                 # CONNECT, DELETE, GET, ...
-            self.answer_form = lambda *_: HttpPage()
-            raise ProtocolError('HTTP, expected SOCKS')
+        if first in HTTP_BYTES:
+            return (yield from self.negotiate_http())
         if first == TLS_HANDSHAKE:
             raise ProtocolError('TLS, expected SOCKS')
         raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
@@ -5638,7 +6137,7 @@ class Negotiation(Login):
         request = yield from self.stream.read(Request4.unpack)
         if self.needs_login:
             raise Refused('SOCKS4 has no passwords, expected SOCKS5')
-        if self.settings.ident:
+        if self.settings.ident and not isinstance(self.client.address, UnixAddress):
             yield from self.identify(request.userid)
         return request
 
@@ -5659,6 +6158,49 @@ class Negotiation(Login):
             yield from self.stream.write(Verdict(0))
         self.answer_form = Response
         return (yield from self.stream.read(Request.unpack))
+
+    def negotiate_http(self):
+        """The request of an HTTP client, which is answered when its target is connected."""
+        self.client.protocol = 'HTTP'
+        if not self.settings.http:
+            self.answer_form = lambda *_: HttpPage()
+            raise ProtocolError('HTTP, expected SOCKS')
+        self.answer_form = functools.partial(self.http_answer, '')
+        request = HttpRequest.unpack((yield from self.stream.read_head()))
+        self.answer_form = functools.partial(self.http_answer, request.method)
+        if self.needs_login:
+            yield from self.authenticate_http(request)
+        try:
+            canonical(request.address)
+        except ProtocolError as error:
+            raise ProtocolError(error.msg, reply=HttpCode.BAD_REQUEST) from None
+        return request
+
+    def http_answer(self, method, reply, _):
+        """The message that gives `reply` to an HTTP client.
+
+        For what our rules or the network say, it has only the reply's own text: the error's could
+        tell addresses and paths that are not for the client.
+        """
+        if reply == Reply.SUCCEEDED:
+            return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
+        code = reply if isinstance(reply, HttpCode) else HTTP_CODES.get(reply, HttpCode.BAD_GATEWAY)
+        text = self.outcome if code is reply else code.text
+        if isinstance(reply, Reply) and reply != Reply.GENERAL_FAILURE:
+            text = reply.text
+        return HttpAnswer(code, text + HTTP_HELP * (code == HttpCode.BAD_REQUEST), method != 'HEAD')
+
+    def authenticate_http(self, request):
+        """Basic authentication (RFC 7617), with the users and limits of SOCKS5."""
+        if not self.server.settings.users:
+            raise Refused('HTTP has no GSSAPI here, expected SOCKS5', reply=HttpCode.FORBIDDEN)
+        answer_form = self.answer_form
+        self.answer_form = lambda *_: answer_form(HttpCode.LOGIN_REQUIRED, None)
+        credentials = request.credentials
+        if not credentials:
+            raise Refused('no user name and password, expected Basic')
+        yield from self.authenticate(credentials)
+        self.answer_form = answer_form
 
 
 COMMANDS = {int(command): command for command in Command}
@@ -5688,7 +6230,7 @@ class Handler(Negotiation):
     def offered(self, command, is_socks4):
         """Whether the protocol has the command, and the settings allow it at all."""
         settings = self.settings
-        if command == Command.CONNECT:
+        if command in (Command.CONNECT, Command.FORWARD):
             return True
         if command == Command.BIND:             # does not go through other proxies
             return not settings.upstream
@@ -5712,6 +6254,15 @@ class Handler(Negotiation):
         if self.is_verbose:
             self.note('connected to %s', self.client.target_address or addresses[0])
         return (yield from self.join(target, Address.of(target.getsockname())))
+
+    def do_FORWARD(self, request: 'HttpRequest') -> Conversation:
+        """Forward one HTTP request, through a connection as CONNECT makes it."""
+        self.client.command = HttpMethod(request.method)
+        layer = HttpForward(self.connection, request)
+        surplus = layer.take(self.stream.surplus)
+        self.stream.surplus = request.forwarded().pack() + surplus
+        self.connection = layer
+        return (yield from self.do_CONNECT(request))
 
     def join(self, target: socket.socket, bnd: Address) -> Conversation:
         """Answer, and join the client to the socket `target`."""
@@ -6121,6 +6672,16 @@ def listening_sockets(addresses, tries=FREE_PORT_TRIES):
     return listening_sockets(addresses, tries - 1)      # what is free on one is not on another
 
 
+def remove_files(files):
+    """Remove the files, (path, its os.stat()), except those that another program has replaced."""
+    while files:
+        path, known = files.pop()
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), known):
+                os.unlink(path)
+
+
+
 def refuse_open_proxy(settings, addresses):
     """Raise ValueError if strangers could reach one of the addresses, and nobody has allowed it."""
     if not (settings.users or settings.gssapi or settings.clients or settings.open
@@ -6381,7 +6942,9 @@ class Server(Acceptor):
     """A SOCKS server on one or several addresses.
 
     server_address   (host, port), or a list of them; a name stands for all its addresses, `::` for
-                     all of both families, port 0 for a free port, the same on all of them
+                     all of both families, port 0 for a free port, the same on all of them.  The
+                     host `unix:PATH` stands for a unix socket, whatever the port; its file is
+                     removed at the end
     listeners        sockets that listen already, to use instead
     settings         a `Settings`
     handler_class    a `Handler`
@@ -6417,6 +6980,7 @@ class Server(Acceptor):
         self._configure(Settings() if settings is None else settings)
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
+        self.socket_files = []          # (path, its os.stat()), to remove at the end
         self.failures = Failures()
         self.roster = Roster()
         self._thread = None             # that of start()
@@ -6433,12 +6997,20 @@ class Server(Acceptor):
                 raise
 
     def server_bind(self) -> None:
-        self.listeners = self.listeners or listening_sockets(self.server_address)
+        if not self.listeners:
+            self.listeners = listening_sockets([
+                address for address in self.server_address if not address[0].startswith('unix:')])
+            for host, _ in self.server_address:
+                if host.startswith('unix:'):
+                    path = os.path.abspath(host[5:])
+                    self.listeners.append(listening_at(path, self.settings.unix_mode))
+                    self.socket_files.append((path, os.stat(path)))
         if not self.listeners:
             raise ValueError('server_address: expected at least one address')
         for sock in self.listeners:
             sock.setblocking(False)
-            keep_urgent(sock)           # accepted sockets inherit it
+            if sock.family in IP_FAMILIES:
+                keep_urgent(sock)       # accepted sockets inherit it
             self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
@@ -6481,6 +7053,7 @@ class Server(Acceptor):
         self.shutdown()
         for sock in self.listeners:
             sock.close()
+        remove_files(self.socket_files)
         self._crew.dismiss()
         self._helpers.stop()
         for loop in self.loops():
@@ -6493,9 +7066,12 @@ class Server(Acceptor):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begin the conversation with a client; the loop goes on with it."""
         request.setblocking(False)
-        address = Address.of(client_address)
-        if ':' in address.host:         # it may be IPv4 on a socket for both
-            address = Address(plain_ip(address.host), address.port)
+        if isinstance(client_address, tuple):
+            address = Address.of(client_address)
+            if ':' in address.host:     # it may be IPv4 on a socket for both
+                address = Address(plain_ip(address.host), address.port)
+        else:
+            address = UnixAddress(request.getsockname())
         client = Client(self, address)
         handler = self.RequestHandlerClass(request, client, self)
         task = Task(client, request, handler.converse())
@@ -6579,7 +7155,6 @@ PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
 PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 PRINTABLE_PROXY_TYPES = TYPE_NAMES
 NO_PROXY = (None,) * 6
-IP_FAMILIES = socket.AF_INET, socket.AF_INET6
 # Of sockets, (type, protocol): what proxies carry, over IPv4 and IPv6.
 TCP_KINDS = {(socket.SOCK_STREAM, proto) for proto in (0, socket.IPPROTO_TCP, 262)}     # 262: MPTCP
 UDP_KINDS = {(socket.SOCK_DGRAM, proto) for proto in (0, socket.IPPROTO_UDP)}
@@ -7885,11 +8460,14 @@ def activated_sockets(environ):
         with contextlib.suppress(OSError), _orig_socket(fileno=os.dup(number)) as probe:
             family = probe.getsockopt(socket.SOL_SOCKET, getattr(socket, 'SO_DOMAIN', 39))
             kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        if family not in (socket.AF_INET, socket.AF_INET6) or kind != socket.SOCK_STREAM:
-            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP socket')
+        families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+        if family not in families or kind != socket.SOCK_STREAM:
+            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP socket, or a unix '
+                             f'one with connections')
         sock = _orig_socket(family, kind, 0, number)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sockets.append(sock)
     return sockets
 
@@ -8096,6 +8674,7 @@ class Supervisor:
     def __init__(self, size, server, configure, notifier, announce):
         self._size = size
         self._listeners = [sock.dup() for sock in server.listeners]
+        self._socket_files, server.socket_files = server.socket_files, []
         self._settings = server.settings
         self._configure = configure
         self._notifier = notifier
@@ -8133,6 +8712,7 @@ class Supervisor:
             self._reap()
             self._end_frozen()
             self._start_missing()
+        remove_files(self._socket_files)
         self._notifier.tell('STOPPING=1')
 
     def _take(self, number):
@@ -8482,6 +9062,23 @@ def host_and_port(text):
     return host, port if port is None else port_number(port)
 
 
+def where_to_listen(text):
+    """argparse type: that, or (unix:PATH, None)."""
+    if not text.startswith('unix:'):
+        return host_and_port(text)
+    if text == 'unix:' or not hasattr(socket, 'AF_UNIX'):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected unix:PATH, where there are unix '
+                                         f'sockets')
+    return text, None
+
+
+def permissions(text):
+    """argparse type: the number that octal digits mean."""
+    if not re.match('0?[0-7]{3}$', text):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected three octal digits, 660 for example')
+    return int(text, 8)
+
+
 def name_and_password(text):
     """argparse type: both bytes, of NAME:PASSWORD."""
     name, _, password = os.fsencode(text).partition(b':')
@@ -8569,9 +9166,9 @@ DEFAULTS = Settings()
 OPTIONS = [
     ('listening', [
         (('-b', '--bind'), dict(
-            metavar='ADDRESS[:PORT]', type=host_and_port, action='append', default=[],
-            help='address or name to listen on, :: for all of both families, repeatable '
-                 '(default: 127.0.0.1)')),
+            metavar='ADDRESS[:PORT]', type=where_to_listen, action='append', default=[],
+            help='address or name to listen on, :: for all of both families, or unix:PATH, '
+                 'repeatable (default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
             help='port where --bind has none, 0 for a free one (default: %(default)s)')),
@@ -8579,6 +9176,11 @@ OPTIONS = [
             metavar='N', type=workers, default=1,
             help='serve with so many processes, or auto: one for each processor that it may use '
                  '(default: %(default)s)')),
+        (('--unix-mode',), dict(
+            metavar='OCTAL', type=permissions,
+            help='permissions of unix sockets: who may connect (default: 600, less the umask)')),
+        (('--no-http',), dict(
+            action='store_false', dest='http', help='serve SOCKS only (default: HTTP, too)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
             help='expect a PROXY header from there, repeatable: load balancers'))]),
@@ -8720,7 +9322,7 @@ def build_parser():
     """The command line; every default of a setting is the one in `Settings`."""
     parser = argparse.ArgumentParser(
         prog='socks.py', usage='%(prog)s [options]', epilog=EPILOG,
-        description='A SOCKS4, SOCKS4a and SOCKS5 proxy.',
+        description='A proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP.',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, options in OPTIONS:
         group = parser.add_argument_group(title)

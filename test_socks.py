@@ -723,6 +723,365 @@ class WireTest(unittest.TestCase):
                          hexed('005a005000000000'))
 
 
+# HTTP: the head of a request, and what the target is sent of it, or the code that it is refused
+# with.  Each is one text, `\n` stands for CR LF; the fields end with an empty line.
+FORWARDED = [
+    ('origin-form', 'GET http://h/a?b HTTP/1.1\nHost: h\n', 'GET /a?b HTTP/1.1\nHost: h\n@'),
+    ('Host from the URL', 'GET http://h:81/ HTTP/1.1\nHost: other\n',
+     'GET / HTTP/1.1\nHost: h:81\n@'),
+    ('no Host', 'GET http://h/ HTTP/1.0\n', 'GET / HTTP/1.0\nHost: h\n@'),
+    ('no path', 'GET http://h HTTP/1.1\n', 'GET / HTTP/1.1\nHost: h\n@'),
+    ('query without path', 'GET http://h?q=/ HTTP/1.1\n', 'GET /?q=/ HTTP/1.1\nHost: h\n@'),
+    ('fragment', 'GET http://h/a#b HTTP/1.1\n', 'GET /a HTTP/1.1\nHost: h\n@'),
+    ('two slashes', 'GET http://h//x HTTP/1.1\n', 'GET //x HTTP/1.1\nHost: h\n@'),
+    ('URL in a path', 'GET http://h/http://i/ HTTP/1.1\n', 'GET /http://i/ HTTP/1.1\nHost: h\n@'),
+    ('IPv6', 'GET http://[::1]:8080/ HTTP/1.1\n', 'GET / HTTP/1.1\nHost: [::1]:8080\n@'),
+    ('IPv6, usual port', 'GET http://[::1] HTTP/1.1\n', 'GET / HTTP/1.1\nHost: [::1]\n@'),
+    ('empty port', 'GET http://h:/ HTTP/1.1\n', 'GET / HTTP/1.1\nHost: h\n@'),
+    ('port 80', 'GET http://h:00080/ HTTP/1.1\n', 'GET / HTTP/1.1\nHost: h\n@'),
+    ('upper case', 'GET HTTP://H/ HTTP/1.1\n', 'GET / HTTP/1.1\nHost: H\n@'),
+    ('user in the URL', 'GET http://bob:s@x@h/ HTTP/1.1\n', 'GET / HTTP/1.1\nHost: h\n@'),
+    ('OPTIONS of all', 'OPTIONS http://h:1 HTTP/1.1\n', 'OPTIONS * HTTP/1.1\nHost: h:1\n@'),
+    ('OPTIONS of /', 'OPTIONS http://h/ HTTP/1.1\n', 'OPTIONS / HTTP/1.1\nHost: h\n@'),
+    ('OPTIONS with a query', 'OPTIONS http://h?q HTTP/1.1\n', 'OPTIONS /?q HTTP/1.1\nHost: h\n@'),
+    ('one hop less', 'TRACE http://h/ HTTP/1.1\nMax-Forwards: 2\n',
+     'TRACE / HTTP/1.1\nHost: h\nMax-Forwards: 1\n@'),
+    ('a method of others', 'PROPFIND http://h/ HTTP/1.1\n', 'PROPFIND / HTTP/1.1\nHost: h\n@'),
+    ('hop by hop',
+     'GET http://h/ HTTP/1.1\nProxy-Connection: keep-alive\nKeep-Alive: 5\nTE: trailers'
+     '\nProxy-Authorization: Basic Ym9iOnM=\nA: 1\nConnection: a, X\nx: 2\nY: 3\nconnection: y,,\n'
+     'B: 4\n', 'GET / HTTP/1.1\nHost: h\nB: 4\n@'),
+    ('what frames stays', 'POST http://h/ HTTP/1.1\nContent-Length: 3\n'
+     'Connection: content-length, host, transfer-encoding\n',
+     'POST / HTTP/1.1\nHost: h\nContent-Length: 3\n@'),
+    ('chunked', 'POST http://h/ HTTP/1.1\nTransfer-Encoding: gzip\nTransfer-Encoding:\tCHUNKED\n',
+     'POST / HTTP/1.1\nHost: h\nTransfer-Encoding: gzip\nTransfer-Encoding: CHUNKED\n@'),
+    ('white space', 'GET http://h/ HTTP/1.1\nA:1\nB: \t 2 \t\nC:\n',
+     'GET / HTTP/1.1\nHost: h\nA: 1\nB: 2\nC: \n@'),
+    ('what is expected, and who it came by',
+     'PUT http://h/ HTTP/1.1\nExpect: 100-continue\nVia: 1.0 x\n'
+     'Content-Length: 1\n',
+     'PUT / HTTP/1.1\nHost: h\nExpect: 100-continue\nVia: 1.0 x\nContent-Length: 1\n@'),
+    ('WebSocket', 'GET http://h/ HTTP/1.1\nConnection: keep-alive, Upgrade\nUpgrade: websocket\n',
+     'GET / HTTP/1.1\nHost: h\nVia: 1.1 socks.py\nConnection: Upgrade\nUpgrade: websocket\n'),
+    ('Upgrade unnamed', 'GET http://h/ HTTP/1.1\nUpgrade: websocket\n',
+     'GET / HTTP/1.1\nHost: h\n@'),
+    ('Upgrade of HTTP/1.0', 'GET http://h/ HTTP/1.0\nConnection: Upgrade\nUpgrade: websocket\n',
+     'GET / HTTP/1.0\nHost: h\n@'),
+    ('HTTP/2 within', 'GET http://h/ HTTP/1.1\nConnection: Upgrade, HTTP2-Settings\nUpgrade: h2c\n'
+     'HTTP2-Settings: AAMAAABk\n', 'GET / HTTP/1.1\nHost: h\n@'),
+]
+REFUSED = [
+    ('origin-form', 'GET / HTTP/1.1\nHost: h\n', 400),
+    ('asterisk', 'OPTIONS * HTTP/1.1\nHost: h\n', 400),
+    ('authority', 'GET h:80 HTTP/1.1\nHost: h\n', 400),
+    ('no authority', 'GET http:/// HTTP/1.1\n', 400),
+    ('no slashes', 'GET http:h HTTP/1.1\n', 400),
+    ('https', 'GET https://h/ HTTP/1.1\n', 501), ('ftp', 'GET ftp://h/ HTTP/1.1\n', 501),
+    ('port 0', 'GET http://h:0/ HTTP/1.1\n', 400), ('port', 'GET http://h:65536/ HTTP/1.1\n', 400),
+    ('long port', 'GET http://h:000080/ HTTP/1.1\n', 400),
+    ('no number', 'GET http://h:+80/ HTTP/1.1\n', 400), ('signed', 'CONNECT h:-1 HTTP/1.1\n', 400),
+    ('CONNECT, no port', 'CONNECT h HTTP/1.1\n', 400),
+    ('CONNECT, port 0', 'CONNECT h:0 HTTP/1.1\n', 400),
+    ('CONNECT, empty port', 'CONNECT h: HTTP/1.1\n', 400),
+    ('no host', 'CONNECT :80 HTTP/1.1\n', 400),
+    ('CONNECT, user', 'CONNECT bob:s@h:80 HTTP/1.1\n', 400),
+    ('CONNECT, URL', 'CONNECT http://h:80/ HTTP/1.1\n', 400),
+    ('IPv6, no brackets', 'CONNECT ::1:80 HTTP/1.1\n', 400),
+    ('IPv4 in brackets', 'CONNECT [127.0.0.1]:80 HTTP/1.1\n', 400),
+    ('scope', 'CONNECT [fe80::1%lo]:80 HTTP/1.1\n', 400),
+    ('long name', f'CONNECT {"a" * 256}:80 HTTP/1.1\n', 400),
+    ('no such name in IDNA', f'CONNECT {"ü" * 100}:80 HTTP/1.1\n', 400),
+    ('CONNECT, length', 'CONNECT h:80 HTTP/1.1\nContent-Length: 5\n', 400),
+    ('CONNECT, chunked', 'CONNECT h:80 HTTP/1.1\nTransfer-Encoding: chunked\n', 400),
+    ('two Hosts', 'GET http://h/ HTTP/1.1\nHost: h\nHost: h\n', 400),
+    ('both lengths', 'POST http://h/ HTTP/1.1\nContent-Length: 3\nTransfer-Encoding: chunked\n',
+     400),
+    ('two lengths', 'POST http://h/ HTTP/1.1\nContent-Length: 3\nContent-Length: 4\n', 400),
+    ('a list of lengths', 'POST http://h/ HTTP/1.1\nContent-Length: 3, 4\n', 400),
+    ('length +3', 'POST http://h/ HTTP/1.1\nContent-Length: +3\n', 400),
+    ('length 0x3', 'POST http://h/ HTTP/1.1\nContent-Length: 0x3\n', 400),
+    ('no length', 'POST http://h/ HTTP/1.1\nContent-Length: \n', 400),
+    ('³', 'POST http://h/ HTTP/1.1\nContent-Length: ³\n', 400),
+    ('endless', f'POST http://h/ HTTP/1.1\nContent-Length: {"9" * 19}\n', 400),
+    ('chunked not last', 'POST http://h/ HTTP/1.1\nTransfer-Encoding: chunked, gzip\n', 400),
+    ('chunked twice', 'POST http://h/ HTTP/1.1\nTransfer-Encoding: chunked, chunked\n', 400),
+    ('other coding', 'POST http://h/ HTTP/1.1\nTransfer-Encoding: xchunked\n', 400),
+    ('identity', 'POST http://h/ HTTP/1.1\nTransfer-Encoding: identity\n', 400),
+    ('no coding', 'POST http://h/ HTTP/1.1\nTransfer-Encoding:\n', 400),
+    ('chunked with a parameter', 'POST http://h/ HTTP/1.1\nTransfer-Encoding: chunked;a\n', 400),
+    ('chunked in HTTP/1.0', 'POST http://h/ HTTP/1.0\nTransfer-Encoding: chunked\n', 400),
+    ('obs-fold', 'GET http://h/ HTTP/1.1\nA: 1\n B: 2\n', 400),
+    ('obs-fold first', 'GET http://h/ HTTP/1.1\n Host: h\n', 400),
+    ('space before colon', 'POST http://h/ HTTP/1.1\nContent-Length : 3\n', 400),
+    ('tab before colon', 'POST http://h/ HTTP/1.1\nContent-Length\t: 3\n', 400),
+    ('no colon', 'GET http://h/ HTTP/1.1\nHost\n', 400),
+    ('no name', 'GET http://h/ HTTP/1.1\n: x\n', 400),
+    ('NUL in a value', 'GET http://h/ HTTP/1.1\nA: b\0c\n', 400),
+    ('NUL in a name', 'GET http://h/ HTTP/1.1\nA\0: b\n', 400),
+    ('bare CR', 'GET http://h/ HTTP/1.1\nA: b\rB: c\n', 400),
+    ('CR twice', 'GET http://h/ HTTP/1.1\nA: b\r\n', 400),
+    ('no ASCII in a name', 'GET http://h/ HTTP/1.1\nÄ: b\n', 400),
+    ('NUL in the URL', 'GET http://h/\0 HTTP/1.1\n', 400), ('no URL', 'GET HTTP/1.1\n', 400),
+    ('two spaces', 'GET  http://h/ HTTP/1.1\n', 400),
+    ('a space in it', 'GET http://h/ x HTTP/1.1\n', 400),
+    ('a tab', 'GET\thttp://h/ HTTP/1.1\n', 400), ('version', 'GET http://h/ HTTP/1.1x\n', 400),
+    ('another version', 'GET http://h/ HTTP/1.10\n', 400), ('HTTP/2.0', 'PRI * HTTP/2.0\n', 505),
+    ('HTTP/0.9', 'GET http://h/ HTTP/0.9\n', 505), ('lower case', 'get http://h/ HTTP/1.1\n', 501),
+    ('no method', 'G{T http://h/ HTTP/1.1\n', 501),
+    ('long', 'A' * 33 + ' http://h/ HTTP/1.1\n', 501),
+    ('TRACE of us', 'TRACE http://h/ HTTP/1.1\nMax-Forwards: 0\n', 501),
+    ('OPTIONS of us', 'OPTIONS http://h/ HTTP/1.1\nMax-Forwards: 00\n', 501),
+    ('many fields', 'GET http://h/ HTTP/1.1\n' + 'a: b\n' * 201, 431),
+    ('a long list', 'GET http://h/ HTTP/1.1\nConnection: ' + 'a,' * 1000 + '\n', 431),
+]
+# Length of the body, None for a chunked one; the body; what must not be taken for a part of it.
+BODIES = [
+    (0, '', 'GET'), (5, 'hello', 'GET'), (5, 'hello', ''),
+    (None, '0\n\n', 'GET'), (None, '5\nhello\n0\n\n', 'GET'),
+    (None, '00005;a="b" \nhello\n000\n\n', '\n'),
+    (None, 'A\n0123456789\na ;x\n0123456789\n0\n\n', '0\n\n'),
+    (None, '2\n\n\n0\nTrailer: 1\nB: 2\n\n', 'C: 3\n\n'),
+]
+# Chunks of which others may see another end.
+WRONG_CHUNKS = ['x', '\n', '0x5\nhello', '+5\nhello', '5 5\nhello', ';a\n', '-1\n', '1_0\n',
+                '5\nhello0\n\n',
+                '5\nhellox\n', '5\r\r\n', '5;a\rb\n', '5;a\0\n', '1' + '0' * 15 + '\n', '0\nA\n',
+                '0\n A: b\n',
+                '0\nA : b\n', '0\nA: b\rc\n', '5;' + 'a' * 5000, '0\nA: ' + 'a' * 5000]
+
+
+class HttpWireTest(unittest.TestCase):
+
+    def test_forwarded(self):
+        for name, text, expected in FORWARDED:
+            expected = expected.replace('@', 'Via: 1.%s socks.py\nConnection: close\n'
+                                        % expected.partition(' HTTP/1.')[2][:1])
+            with self.subTest(name):
+                request = socks.HttpRequest.unpack(http_bytes(text + '\n'))
+                self.assertEqual(request.forwarded().pack(), http_bytes(expected + '\n'))
+                self.assertNotIn('Ym9i', repr(request))
+
+    def test_refused(self):
+        for name, text, code in REFUSED:
+            with self.subTest(name), self.assertRaises(ProtocolError) as caught:
+                socks.HttpRequest.unpack(http_bytes(text + '\n')).forwarded()
+            self.assertEqual(caught.exception.reply, code, name)
+            self.assertLess(len(str(caught.exception)), 200)
+
+    def test_errors_tell_no_secret(self):
+        for head in ('CONNECT bob:hush@h:80 HTTP/1.1\n', 'GET http://bob:hush@h:x/ HTTP/1.1\n',
+                     'GET http://bob:hush@h/ x HTTP/1.1\n', 'GET http:bob:hush@h/ HTTP/1.1\n',
+                     'GET https://bob:hush@h/ HTTP/1.1\n', 'GET http://bob:hush@/ HTTP/1.1\n',
+                     'GET http://h/ HTTP/1.1\nProxy-Authorization : Basic hush\n',
+                     'GET http://h/ HTTP/1.1\nProxy-Authorization: Basic\n hush\n'):
+            with self.subTest(head), self.assertRaises(ProtocolError) as caught:
+                socks.HttpRequest.unpack(http_bytes(head + '\n'))
+            self.assertNotIn('hush', str(caught.exception))
+
+    def test_what_others_may_take_for_an_end_or_space(self):
+        for head in (b'GET http://h/ HTTP/1.1\n\n', b'GET http://h/ HTTP/1.1\nA: b\r\n\r\n',
+                     b'GET http://h/ HTTP/1.1\r\nA: b\nB: c\r\n\r\n',
+                     b'GET http://h/ HTTP/1.1\r\n\n',
+                     b'GET http://h/ HTTP/1.1\r\nA: b\n\r\n',
+                     b'PUT http://h/ HTTP/1.1\r\nTransfer-Encoding: chunked\xa0\r\n\r\n',
+                     b'PUT http://h/ HTTP/1.1\r\nTransfer-Encoding: \x85chunked\r\n\r\n',
+                     b'PUT http://h/ HTTP/1.1\r\nContent-Length: 3\xa0\r\n\r\n'):
+            with self.subTest(head), self.assertRaises(ProtocolError) as caught:
+                socks.HttpRequest.unpack(head)
+            self.assertEqual(caught.exception.reply, 400)
+
+    def test_connect(self):
+        for text, expected in (
+                ('CONNECT example.org:443 HTTP/1.1\nHost: example.org:443\n', ('example.org', 443)),
+                ('CONNECT [::1]:1 HTTP/1.0\nContent-Length: 0\n', ('::1', 1)),
+                ('CONNECT 127.1:65535 HTTP/1.1\nHost: x\n', ('127.1', 65535))):
+            request = socks.HttpRequest.unpack(http_bytes(text + '\n'))
+            self.assertEqual((request.command, request.address), (socks.Command.CONNECT, expected))
+        address = Address('bücher.example', 80)
+        head = socks.HttpConnect(address, b'bob:secret').pack()     # as our own client says it
+        request = socks.HttpRequest.unpack(head)
+        self.assertEqual((request.address, request.credentials),
+                         (('xn--bcher-kva.example', 80), Credentials(b'bob', b'secret')))
+
+    def test_credentials(self):
+        for value, expected in (
+                ('Basic Ym9iOnNlY3JldA==', (b'bob', b'secret')), ('basic  Ym9iOg', (b'bob', b'')),
+                ('BASIC Ym9iOmE6Yg==', (b'bob', b'a:b')), ('Basic Og==', (b'', b'')),
+                ('Basic 55So5oi3OuWvhueggQ==', ('用户'.encode(), '密码'.encode())),
+                ('Basic Ym9i', None), ('Basic', None), ('Basic !', None),
+                ('NTLM TlRMTVNTUAAB', None),
+                ('Basic Ym9iOnNlY3JldA==\nProxy-Authorization: Basic Ym9iOnNlY3JldA==', None)):
+            request = socks.HttpRequest.unpack(
+                http_bytes(f'CONNECT h:80 HTTP/1.1\nProxy-Authorization: {value}\n\n'))
+            self.assertEqual(request.credentials, expected, value)
+
+    def test_answers(self):
+        for answer, expected in (
+                (socks.HttpAnswer(None), ''),
+                (socks.HttpAnswer(socks.HttpCode.OK), 'HTTP/1.1 200 Connection established\n\n'),
+                (socks.HttpAnswer(socks.HttpCode.FORBIDDEN, 'no'), 'HTTP/1.1 403 Forbidden\n@3\n'
+                 'Connection: close\n\nno~'),
+                (socks.HttpAnswer(socks.HttpCode.BAD_GATEWAY, 'no', False),
+                 'HTTP/1.1 502 Bad Gateway\n@3\nConnection: close\n\n'),
+                (socks.HttpAnswer(socks.HttpCode.LOGIN_REQUIRED),
+                 'HTTP/1.1 407 Proxy Authentication '
+                 'Required\n@1\nConnection: close\nProxy-Authenticate: Basic realm="socks.py", '
+                 'charset="UTF-8"\n\n~')):
+            fields = 'Content-Type: text/plain; charset=utf-8\nContent-Length: '
+            self.assertEqual(answer.pack(),
+                             http_bytes(expected.replace('@', fields)).replace(b'~', b'\n'))
+
+    def test_heads_that_are_split(self):
+        """Whole with something behind it, byte by byte, and cut off at every byte."""
+        head = http_bytes('GET http://h/ HTTP/1.1\nHost: h\n\n')
+        for step in (1, 2, 1000):
+            with self.subTest(step):
+                got, surplus = self.read_head(head + b'behind', step)
+                self.assertEqual((got, b'behind'[:len(surplus)]), (head, surplus))
+        for length in range(len(head)):
+            with self.assertRaises(EOFError):
+                self.read_head(head[:length], 1000)
+
+    def read_head(self, data, step):
+        """The head and the surplus, of data that comes in steps."""
+        one, other = socket.socketpair()
+        with one, other:
+            one.setblocking(False)
+            stream = socks.Stream(one, socks.after(PATIENCE))
+            reading, start = stream.read_head(), 0
+            try:
+                while True:
+                    next(reading)               # it waits for more
+                    other.sendall(data[start:start + step])
+                    start += step
+                    if start >= len(data) + step:
+                        other.close()
+            except StopIteration as stop:
+                return stop.value, stream.surplus
+
+    def test_heads_too_large(self):
+        for head in (b'GET http://h/' + b'a' * 65536,
+                     b'GET http://h/ HTTP/1.1\r\nA: ' + b'a' * 65536,
+                     b'GET http://h/ HTTP/1.1\r\nA: ' + b'a' * 65510 + b'\r\n\r\n'):
+            with self.assertRaises(ProtocolError) as caught:
+                self.read_head(head, 4096)
+            self.assertEqual(caught.exception.reply, 431)
+        for line in (b'GET /\r\n', b'SSH-2.0-x\r\n', b'HELO\n', b'GET / HTTP/1.1\n'):
+            with self.assertRaises(ProtocolError) as caught:
+                self.read_head(line, 1)         # at once: who says so may wait for an answer
+            self.assertEqual(caught.exception.reply, 400)
+
+    def test_bodies(self):
+        for length, text, behind in BODIES:
+            body, behind = http_bytes(text), http_bytes(behind)
+            for step in (1, 2, 3, 1000):
+                with self.subTest(text, step=step):
+                    state, data, taken = socks.HttpBody(length), body + behind, 0
+                    for start in range(0, len(data), step):
+                        taken += state.take(memoryview(data)[start:start + step])
+                    self.assertEqual(taken, len(body))
+
+    def test_wrong_chunks(self):
+        for text in WRONG_CHUNKS:
+            data = http_bytes(text) + b'\n'
+            for step in (1, 7, 10000)[len(data) > 1000:]:
+                with self.subTest(text, step=step), self.assertRaises(ProtocolError):
+                    state = socks.HttpBody(None)
+                    for start in range(0, len(data), step):
+                        piece = data[start:start + step]
+                        self.assertEqual(state.take(piece), len(piece))
+
+    def test_costs(self):
+        """Of heads that are as long as may be, in the ways that could make it slow."""
+        room = socks.MAX_HEAD - 100
+        for text in ('GET http://h/' + 'a' * room + ' HTTP/1.1\n',
+                     'GET http://' + 'ü' * room + ' HTTP/1.1\n',
+                     'GET http://' + 'a@' * (room // 2) + '/ HTTP/1.1\n',
+                     'A' * room + ' x HTTP/1.1\n',
+                     'GET ' + 'a:/' * (room // 3) + ' HTTP/1.1\n',
+                     'GET http://h/ HTTP/1.1\nA:' + ' ' * room + 'b\n',
+                     'GET http://h/ HTTP/1.1\nA:' + ' \tb' * (room // 3) + '\n',
+                     'GET http://h/ HTTP/1.1\n' + 'a' * room + '\n',
+                     'GET http://h/ HTTP/1.1\n' + 'a:\n' * (room // 4),
+                     'GET http://h/ HTTP/1.1\nConnection:' + 'a,' * (room // 2) + '\n',
+                     'GET http://h/ HTTP/1.1\nTransfer-Encoding:' + ',' * room + '\n',
+                     'GET http://h/ HTTP/1.1\nContent-Length:' + '1' * room + '\n',
+                     'CONNECT h:1 HTTP/1.1\nProxy-Authorization: Basic ' + '=' * room + '\n'):
+            head = http_bytes(text + '\n')
+            started = time.process_time()
+            for _ in range(10):
+                with contextlib.suppress(ProtocolError):
+                    request = socks.HttpRequest.unpack(head)
+                    request.credentials, request.forwarded().pack()
+            self.assertLess(time.process_time() - started, 0.2, text[:40])
+
+    def test_mutations(self):
+        """Whatever comes, one request leaves, for the host of the URL, with one end; or none."""
+        chance, accepted = random.Random(17), 0
+        seeds = [http_bytes(text + '\n') for _, text, _ in FORWARDED]
+        for _ in range(int(os.environ.get('MUTATIONS', 3000))):
+            head = mutated(chance, chance.choice(seeds))
+            end = socks.HttpHead.END.search(head)
+            try:
+                request = socks.HttpRequest.unpack(head[:end.end()] if end else head)
+                sent = request.forwarded().pack() if request.method != 'CONNECT' else None
+            except ProtocolError as error:
+                self.assertIsInstance(error.reply, socks.HttpCode)
+                continue
+            accepted += 1
+            if sent:
+                self.check_sent(request, sent)
+        self.assertGreater(accepted, 100)
+
+    def check_sent(self, request, sent):
+        """As the most careless of targets would read it."""
+        lines = re.split(b'\r\n|\r|\n', sent)
+        self.assertEqual((lines[-2:], lines.index(b'')), ([b'', b''], len(lines) - 2), sent)
+        fields = [(name.strip().lower(), value.strip())
+                  for name, _, value in (line.partition(b':') for line in lines[1:-2])]
+        names = [name for name, _ in fields]
+        self.assertEqual((names.count(b'host'), names.count(b'connection')), (1, 1), sent)
+        self.assertLessEqual(names.count(b'content-length') + (b'transfer-encoding' in names), 1,
+                             sent)
+        self.assertNotIn(b'proxy-authorization', names)
+        host = dict(fields)[b'host'].decode()
+        self.assertIn(request.address.host.encode('idna').decode(), host)
+        self.assertEqual(len(lines[0].split()), 3, sent)
+        if b'content-length' in names:
+            self.assertEqual(int(dict(fields)[b'content-length']), request.length)
+        self.assertEqual(b'transfer-encoding' in names, request.length is None)
+
+
+def http_bytes(text):
+    """The bytes of a text in which `\\n` stands for CR LF."""
+    return text.replace('\n', '\r\n').encode()
+
+
+def mutated(chance, head):
+    """A head with some bytes changed, lost, put in or doubled."""
+    head = bytearray(head)
+    for _ in range(chance.randrange(1, 4)):
+        place = chance.randrange(len(head))
+        other = chance.choice([b'\r', b'\n', b'\r\n', b' ', b'\t', b'\0', b':', b',', b'/', b'@',
+                               b'#',
+                               b'chunked', b'\r\nTransfer-Encoding: chunked',
+                               b'\r\nContent-Length: 7',
+                               b'\r\nHost: evil', b'\r\n\r\nGET http://evil/ HTTP/1.1\r\n\r\n',
+                               b'\x0b', b'\x85', b'\xa0', b'\xff', bytes([chance.randrange(256)])])
+        kind = chance.randrange(4)
+        if kind == 0:
+            head[place:place + 1] = other
+        elif kind == 1:
+            del head[place:place + chance.randrange(1, 9)]
+        elif kind == 2:
+            head[place:place] = other
+        else:
+            start = chance.randrange(place + 1)
+            head[place:place] = head[start:place]
+    return bytes(head)
+
+
 # ------------------------------------------------------------------------------ sockets and access
 
 CANONICAL = [
@@ -939,7 +1298,7 @@ NO_AUTHENTICATION = [
     ('N-17 bad version', '00', '', True),
     ('N-18 bad version', '0301', '', True),
     ('N-19 HTTP', '47455420687474703a2f2f782f20485454502f312e310d0a0d0a',
-     '485454502f312e3020353031~', True),
+     '485454502f312e3120353032~', True),
     ('N-20 TLS', '16030100a5', '', True),
     ('R-01', '050100 / 050100017f000001{port} / ' + GET,
      '0500 / 05000001............ / ' + PAGE, False),
@@ -6978,6 +7337,705 @@ KDC_CONF = """
 """
 
 
+# What an HTTP client sends, and the status that it gets; `{port}` is a target that answers any
+# head with its bytes, `{refused}`, `{silent}`, `{odd}` (which speaks no HTTP) and `{gone}` (which
+# ends at once) are others.  `\n` stands for CR LF.
+STATUSES = [
+    ('CONNECT', 'CONNECT 127.0.0.1:{port} HTTP/1.1\nHost: x\n\n', 200),
+    ('CONNECT, HTTP/1.0', 'CONNECT 127.0.0.1:{port} HTTP/1.0\n\n', 200),
+    ('CONNECT, name', 'CONNECT LOCALHOST.:{port} HTTP/1.1\nHost: x\n\n', 200),
+    ('CONNECT, IPv6', 'CONNECT [::1]:{port} HTTP/1.1\nHost: x\n\n', 200),
+    ('GET', 'GET http://127.0.0.1:{port}/ HTTP/1.1\nHost: x\n\n', 200),
+    ('GET, HTTP/1.0', 'GET http://127.0.0.1:{port}/ HTTP/1.0\n\n', 200),
+    ('GET, IPv6', 'GET http://[::1]:{port} HTTP/1.1\n\n', 200),
+    ('HEAD', 'HEAD http://127.0.0.1:{port}/ HTTP/1.1\n\n', 200),
+    ('POST', 'POST http://127.0.0.1:{port}/ HTTP/1.1\nContent-Length: 3\n\nabc', 200),
+    ('chunked',
+     'POST http://127.0.0.1:{port}/ HTTP/1.1\nTransfer-Encoding: chunked\n\n3\nabc\n0\n\n', 200),
+    ('refused', 'CONNECT 127.0.0.1:{refused} HTTP/1.1\nHost: x\n\n', 502),
+    ('GET, refused', 'GET http://127.0.0.1:{refused}/ HTTP/1.1\n\n', 502),
+    ('silent', 'CONNECT 127.0.0.1:{silent} HTTP/1.1\nHost: x\n\n', 504),
+    ('GET, silent', 'GET http://127.0.0.1:{silent}/ HTTP/1.1\n\n', 504),
+    ('no such name', 'CONNECT no.such.invalid:80 HTTP/1.1\nHost: x\n\n', 502),
+    ('GET, no such name', 'GET http://no.such.invalid/ HTTP/1.1\n\n', 502),
+    ('no HTTP', 'GET http://127.0.0.1:{odd}/ HTTP/1.1\n\n', 502),
+    ('an end', 'GET http://127.0.0.1:{gone}/ HTTP/1.1\n\n', 502),
+    ('no name', 'CONNECT a..b:80 HTTP/1.1\nHost: x\n\n', 400),
+    ('NUL as UTF-8', 'GET http://a%00b/ HTTP/1.1\n\n', 400),
+    ('a browser that is lost', 'GET / HTTP/1.1\nHost: x\n\n', 400),
+    ('another protocol', 'EHLO x\n', 400), ('lower case', 'get / HTTP/1.1\n\n', 501),
+    ('https', 'GET https://127.0.0.1/ HTTP/1.1\n\n', 501),
+    ('body for a tunnel', 'CONNECT 127.0.0.1:{port} HTTP/1.1\nContent-Length: 1\n\nx', 400),
+    ('chunk', 'POST http://127.0.0.1:{port}/ HTTP/1.1\nTransfer-Encoding: chunked\n\nxyz\n', 400),
+    ('later chunk',
+     'POST http://127.0.0.1:{quiet}/ HTTP/1.1\nTransfer-Encoding: chunked\n\n1\nabc', 400),
+    ('long head', 'GET http://127.0.0.1:{port}/ HTTP/1.1\nA: ' + 'b' * 66000, 431),
+]
+# What a target answers, and what the client gets of it; None: 502.
+ANSWERS = [
+    ('plain', 'HTTP/1.1 200 OK\nA: b\n\nbody', 'HTTP/1.1 200 OK\nA: b\n@\n\nbody'),
+    ('hop by hop', 'HTTP/1.1 200 OK\nKeep-Alive: 5\nConnection: keep-alive, X\nX: y\nUpgrade: h2\n'
+     'Proxy-Authenticate: Basic\nA: b\nA: c\n\n', 'HTTP/1.1 200 OK\nA: b\nA: c\n@\n\n'),
+    ('interim', 'HTTP/1.1 103 Early Hints\nLink: x\n\nHTTP/1.1 100\n\nHTTP/1.1 204 \n\n',
+     'HTTP/1.1 103 Early Hints\nLink: x\nVia: 1.1 socks.py\n\nHTTP/1.1 100\nVia: 1.1 socks.py\n\n'
+     'HTTP/1.1 204 \n@\n\n'),
+    ('old', 'HTTP/1.0 200 OK\n\nx', f'HTTP/1.0 200 OK\nVia: 1.0 socks.py\nConnection: close\n\nx'),
+    ('version', 'HTTP/2 200 OK\n\n', None),
+    ('careless', 'HTTP/1.1 200 OK\nA : b\nnonsense\nC: d\n  e\nSet-Cookie: f=ä\n\nx',
+     'HTTP/1.1 200 OK\nA: b\nC: d e\nSet-Cookie: f=ä\n@\n\nx'),
+    ('both lengths', 'HTTP/1.1 200 OK\nContent-Length: 5\nTransfer-Encoding: chunked\n\n0\n\n',
+     'HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n@\n\n0\n\n'),
+    ('SSH', 'SSH-2.0-x\n\n', None), ('a part', 'HTTP/1.1 200 OK\nA: b\n', None),
+    ('nothing', '', None),
+    ('endless', 'HTTP/1.1 200 OK\nA: ' + 'b' * 66000, None),
+    ('endless interim', 'HTTP/1.1 100 Continue\n\n' * 100 + 'HTTP/1.1 200 OK\n\n', None),
+    ('many fields', 'HTTP/1.1 200 OK\n' + 'a: b\n' * 201 + '\n', None),
+    ('a tunnel unasked', 'HTTP/1.1 101 Switching\nConnection: Upgrade\nUpgrade: x\n\n', None),
+]
+LAST = 'Via: 1.1 socks.py\nConnection: close'
+WEBSOCKET = ('GET http://127.0.0.1:{port}/ HTTP/1.1\nConnection: Upgrade\nUpgrade: websocket\n\n')
+SWITCHING = b'HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n'
+
+
+class HttpCase(FileCase):
+
+    def setUp(self):
+        super().setUp()
+        self.origin_seen = self.origin(self.tell_head)
+        self.port = self.origin_seen.port
+        try:
+            self.origin(self.tell_head, host='::1', port=self.port)
+            self.lacking = 'nothing'
+        except OSError:                 # no IPv6 here
+            self.lacking = '::1'
+
+    @staticmethod
+    def tell_head(peer):
+        """An HTTP server that answers with what it was sent, but echoes in a tunnel."""
+        data = b''
+        while b'\r\n\r\n' not in data:
+            more = peer.sock.recv(65536)
+            if not more:
+                return
+            data += more
+        length = re.search(rb'(?i)content-length: ([0-9]+)', data)
+        if length:
+            data += peer.read(int(length.group(1)) - len(data.partition(b'\r\n\r\n')[2]))
+        while b'chunked' in data and not data.endswith(b'0\r\n\r\n'):
+            data += peer.read(1)
+        peer.send(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(data)
+                  + data * (data[:4] != b'HEAD'))
+
+    def ask(self, server, text, step=None):
+        """The status, the head and the body of the answer to a text in which `\\n` is CR LF."""
+        data = http_bytes(text.replace('{port}', str(self.port)))
+        with Peer(server.server_address) as peer:
+            with contextlib.suppress(ConnectionError):      # what is refused is not read to its end
+                for start in range(0, len(data), step or len(data)):
+                    peer.send(data[start:start + (step or len(data))])
+            head = b''
+            while not head.endswith(b'\r\n\r\n'):
+                head += peer.read(1)
+            status = int(head[9:12])
+            is_tunnel = status == 200 and text.startswith('CONNECT')
+            return status, head.decode('latin-1'), b'' if is_tunnel else peer.rest()
+
+
+class HttpTest(HttpCase):
+    """HTTP clients, on the port of SOCKS."""
+
+    def test_statuses(self):
+        ports = {'refused': self.refused_port(), 'silent': self.silent_port(),
+                 'odd': self.origin(lambda peer: peer.send(b'220 x\r\n\r\n') or peer.rest()).port,
+                 'gone': self.origin(lambda peer: peer.sock.recv(10)).port,
+                 'quiet': self.origin(Peer.rest).port}
+        server = self.serve(connect_timeout=0.3)
+        for name, text, status in STATUSES:
+            if self.lacking in text:
+                continue
+            for place, port in ports.items():
+                text = text.replace('{%s}' % place, str(port))
+            for step in (None, 1)[:1 + (len(text) < 1000 and 'silent' not in name)]:
+                with self.subTest(name, step=step):
+                    got, head, body = self.ask(server, text, step)
+                    self.assertEqual(got, status, head)
+                    if status > 200:
+                        self.assertIn('\r\nConnection: close\r\n', head)
+                        self.assertIn(f'\r\nContent-Length: {len(body)}\r\n', head)
+                        self.assertTrue(body.decode().endswith('\n'))
+                        eventually(lambda: [line for line in self.lines if ' HTTP ' in line])
+                        self.assertRegex(self.lines.pop(), ': (refused|failed): ')
+                    else:
+                        eventually(lambda: self.lines)
+                        self.assertIn(': done,', self.lines.pop())
+        self.assertEqual(self.ask(server, 'HEAD http://127.0.0.1:%d/ HTTP/1.1\n\n'
+                                  % ports['refused'])[::2], (502, b''))
+
+    def test_help_for_who_is_lost(self):
+        for text in ('GET / HTTP/1.1\nHost: x\n\n', 'OPTIONS * HTTP/1.1\nHost: x\n\n'):
+            status, _, body = self.ask(self.serve(), text)
+            self.assertEqual(status, 400)
+            self.assertRegex(body.decode(), 'proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP')
+        server = self.serve(http=False)
+        for text in ('GET / HTTP/1.1\n\n', 'CONNECT 127.0.0.1:{port} HTTP/1.1\n\n', 'xyz'):
+            status, _, body = self.ask(server, text)
+            self.assertEqual(status, 501)
+            self.assertIn(b'SOCKS5, not HTTP', body)
+
+    def test_tunnel(self):
+        """What follows the head at once is kept; either side ends for itself."""
+        origin, server = self.origin(), self.serve()
+        near = self.peer(server.server_address)
+        near.send(http_bytes(f'CONNECT 127.0.0.1:{origin.port} HTTP/1.1\nHost: x\n\nearly'))
+        self.assertEqual(near.read(39), b'HTTP/1.1 200 Connection established\r\n\r\n')
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        self.assertEqual(far.read(5), b'early')
+        self.exchange(near, far, 1 << 20)
+        eventually(lambda: self.lines)
+        self.assertRegex(self.lines[0], r' - HTTP CONNECT 127\.0\.0\.1:\d+: done, \d+ bytes up')
+
+    def test_one_request_each(self):
+        """What follows the first request does not get to its target, however it comes."""
+        second = 'GET http://127.0.0.1:{port}/second HTTP/1.1\nHost: x\n\n'
+        for text in ('GET http://127.0.0.1:{port}/ HTTP/1.1\nHost: x\n\n',
+                     'POST http://127.0.0.1:{port}/ HTTP/1.1\nContent-Length: 3\n\nabc',
+                     'POST http://127.0.0.1:{port}/ HTTP/1.1\nTransfer-Encoding: chunked\n\n'
+                     '3\nabc\n0\n\n', WEBSOCKET):
+            for step in (None, 1):
+                with self.subTest(text, step=step):
+                    status, head, body = self.ask(self.serve(), text + second, step)
+                    self.assertEqual(status, 200)
+                    self.assertEqual(body.count(b'HTTP/1.1'), 1, body)
+                    self.assertEqual(body.count(b'\r\nHost: 127.0.0.1:%d\r\n' % self.port), 1)
+                    self.assertIn('\r\nConnection: close\r\n', head)
+        near = self.peer(self.serve().server_address)       # nor does what comes later
+        near.send(http_bytes(f'GET http://127.0.0.1:{self.port}/ HTTP/1.1\nHost: x\n\n'))
+        near.read(12)
+        near.send(http_bytes(second * 1000))
+        self.assertEqual(near.rest().count(b'GET '), 1)
+
+    def test_answers(self):
+        for name, answer, expected in ANSWERS:
+            answer = answer.replace('@', LAST)
+            expected = expected and http_bytes(expected.replace('@', LAST))
+            for step in (None, 1)[:1 + (len(answer) < 1000)]:
+                with self.subTest(name, step=step):
+                    origin = self.origin(lambda peer: self.answer(peer, http_bytes(answer), step))
+                    near = self.peer(self.serve().server_address)
+                    near.send(http_bytes(f'GET http://127.0.0.1:{origin.port}/ HTTP/1.1\n\n'))
+                    got = near.rest()
+                    if expected:
+                        self.assertEqual(got, expected)
+                    else:
+                        self.assertIn(b'HTTP/1.1 502 Bad Gateway\r\n', got)
+                        self.assertRegex(got, b'\r\nConnection: close\r\n\r\n.+\n$')
+        bare = self.origin(lambda peer: self.answer(peer, b'HTTP/1.1 200 OK\nA: b\n\nbody', 1))
+        self.assertEqual(self.ask(self.serve(),
+                                  f'GET http://127.0.0.1:{bare.port}/ HTTP/1.1\n\n')[1:],
+                         (f'HTTP/1.1 200 OK\r\nA: b\r\n{LAST}\r\n\r\n'.replace('\nC', '\r\nC')
+                          .replace('\r\r', '\r'), b'body'))
+
+    @staticmethod
+    def answer(peer, data, step):
+        HttpTest.head(peer)
+        for start in range(0, len(data), step or len(data) or 1):
+            peer.send(data[start:start + (step or len(data))])
+
+    def test_100_continue(self):
+        """The target's word comes before the body."""
+        origin, server = self.origin(), self.serve()
+        near = self.peer(server.server_address)
+        near.send(http_bytes(f'PUT http://127.0.0.1:{origin.port}/ HTTP/1.1\nExpect: 100-continue\n'
+                             'Content-Length: 4\n\n'))
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        self.assertIn(b'Expect: 100-continue\r\n', self.head(far))
+        far.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        self.assertIn(b' 100 Continue\r\n', self.head(near))
+        near.send(b'bodyGET /second')
+        self.assertEqual(far.read(4), b'body')
+        far.send(b'HTTP/1.1 204 No Content\r\n\r\n')
+        self.assertIn(b' 204 No Content\r\n', self.head(near))
+        near.finish()
+        self.assertEqual(far.rest(), b'')
+
+    @staticmethod
+    def head(peer):
+        data = b''
+        while not data.endswith(b'\r\n\r\n'):
+            data += peer.read(1)
+        return data
+
+    def test_large_bodies(self):
+        """Of any size, both ways at once, and a slow side holds up the other."""
+        size, server = 8 << 20, self.serve()
+        for fields, pack in (('Content-Length: %d' % size, lambda data: data),
+                             ('Transfer-Encoding: chunked',
+                              lambda data: b'%x\r\n%b\r\n' % (len(data), data))):
+            with self.subTest(fields):
+                origin = self.origin()
+                near = self.peer(server.server_address)
+                near.send(http_bytes(f'POST http://127.0.0.1:{origin.port}/ HTTP/1.1\n{fields}\n'
+                                     '\n'))
+                far = eventually(lambda: origin.peers and origin.peers[0])
+                self.head(far)
+                far.send(b'HTTP/1.1 200 OK\r\n\r\n')
+                self.head(near)
+                block = random.Random(1).getrandbits(8 << 16).to_bytes(1 << 16, 'big')
+                end = b'0\r\n\r\n' if 'chunked' in fields else b''
+                body = pack(block) * (size >> 16) + end
+                sent = Background(near.send, body + b'GET /second'), Background(pour, far, size, 2)
+                digest = Background(drink, near)
+                self.assertEqual(far.read(len(body)), body)
+                self.assertEqual(sent[1].result(), digest.result())
+                sent[0].result()
+                near.finish()
+                self.assertEqual(far.rest(), b'')
+
+    def test_upgrade(self):
+        origin, server = self.origin(), self.serve()
+        text = WEBSOCKET.replace('{port}', str(origin.port))
+        near = self.peer(server.server_address)
+        near.send(http_bytes(text))
+        far = eventually(lambda: origin.peers and origin.peers.pop())
+        self.assertIn(b'\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n', self.head(far))
+        far.send(SWITCHING + b'early')
+        self.assertIn(b'\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n', self.head(near))
+        self.assertEqual(near.read(5), b'early')
+        self.exchange(near, self.enter(far), 1 << 20)
+        near = self.peer(server.server_address)     # a request within what could be a tunnel
+        near.send(http_bytes(text + 'GET /second HTTP/1.1\n\n'))
+        far = eventually(lambda: origin.peers and origin.peers.pop())
+        self.head(far)
+        far.send(SWITCHING)
+        self.assertIn(b' 502 ', self.head(near))
+        near.send(b'GET /third HTTP/1.1\r\n\r\n')
+        near.finish()
+        self.assertEqual(self.enter(far).rest(), b'')
+        far.sock.close()
+        eventually(lambda: any('HTTP GET' in line and ': failed: unexpected HTTP answer 101' in line
+                               for line in self.lines))
+
+    def test_an_answer_of_ours_gets_through(self):
+        """Also to a client that is still sending."""
+        origin = self.origin(Peer.rest)
+        near = self.peer(self.serve().server_address)
+        near.send(http_bytes(f'PUT http://127.0.0.1:{origin.port}/ HTTP/1.1\n'
+                             'Transfer-Encoding: chunked\n\n1\nxy\n'))
+        for _ in range(20):
+            near.send(bytes(10000))
+        self.assertEqual(self.head(near)[9:12], b'400')
+        near.finish()
+        near.rest()
+        eventually(lambda: any('HTTP PUT' in line and ': refused: HTTP chunk' in line
+                               for line in self.lines))
+
+    def test_the_client_or_target_goes(self):
+        """At any point; nothing is left, and a reset is passed on."""
+        server = self.serve()
+        for text in ('GET http://127.0.0.1:{0}/ HTTP/1.1\n\n',
+                     'PUT http://127.0.0.1:{0}/ HTTP/1.1\nContent-Length: 9\n\nabc'):
+            for end in (Peer.finish, Peer.reset):
+                origin = self.origin()
+                near = self.peer(server.server_address)
+                near.send(http_bytes(text.format(origin.port)))
+                far = eventually(lambda: origin.peers and origin.peers[0])
+                self.head(far)
+                end(near)
+                with contextlib.suppress(ConnectionError):
+                    self.assertIn(far.rest(), (b'', b'abc'))
+                far.sock.close()
+        eventually(lambda: not server.clients)
+
+    def test_rules(self):
+        server = self.serve(rules=self.rules(f'deny connect to 127.0.0.2\nallow connect user bob '
+                                             f'from 127.0.0.0/8 to 127.0.0.0/8 {self.port}\n'),
+                            users={'bob': 'secret'})
+        bob = 'Proxy-Authorization: Basic Ym9iOnNlY3JldA==\n\n'
+        for host, port, status in (('127.0.0.1', self.port, 200), ('127.0.0.2', self.port, 403),
+                                   ('[::ffff:127.0.0.2]', self.port, 403),
+                                   ('127.2', self.port, 403),
+                                   ('127.0.0.1', 1, 403), ('no.such.invalid', 80, 403)):
+            for text in (f'CONNECT {host}:{port} HTTP/1.1\nHost: x\n',
+                         f'GET http://{host}:{port}/ HTTP/1.1\nHost: 127.0.0.1\n'):
+                with self.subTest(text):
+                    got, _, body = self.ask(server, text + bob)
+                    self.assertEqual(got, status)
+                    self.assertNotIn(b'rules', body.replace(b'ruleset', b''))    # not even the file
+        eventually(lambda: len(self.lines) == 12)
+        self.assertRegex('\n'.join(self.lines),
+                         r'127\.0\.0\.1:\d+ bob HTTP GET 127.0.0.1:\d+: done')
+        self.assertRegex(''.join(self.lines), r'bob HTTP GET 127\.0\.0\.2:\d+: refused: .*rules:1 ')
+
+    def test_no_other_client_may_reach_what_is_local(self):
+        server = self.serve(balancers=BalancerTest.NETWORKS)
+        header = socks.ProxyHeader(Address('192.0.2.7', 5), Address('127.0.0.1', 1080)).pack()
+        for text in ('CONNECT 127.0.0.1:{0} HTTP/1.1\nHost: x\n\n',
+                     'GET http://127.0.0.1:{0}/ HTTP/1.1\n\n',
+                     'GET http://localhost:{0}/ HTTP/1.1\n\n'):
+            with Peer(server.server_address) as peer:
+                peer.send(header + http_bytes(text.format(self.port)))
+                self.assertEqual(self.head(peer)[:13], b'HTTP/1.1 403 ')
+        eventually(lambda: len(self.lines) == 3)
+        self.assertIn('192.0.2.7:5 - HTTP CONNECT 127.0.0.1:', ''.join(self.lines))
+
+    def test_passwords(self):
+        users = {'bob': 'secret', '用户': '密码', 'hash': socks.Hashed(socks.Hashed.make(b'x'))}
+        server = self.serve(users=users)
+        for text in ('CONNECT 127.0.0.1:{port} HTTP/1.1\nHost: x\n',
+                     'GET http://127.0.0.1:{port}/ HTTP/1.1\n'):
+            for given, status in (
+                    ('', 407), ('Basic Ym9iOnNlY3JldA==', 200), ('basic 55So5oi3OuWvhueggQ==', 200),
+                    ('Basic aGFzaDp4', 200), ('Basic Ym9iOndyb25n', 407), ('Basic !', 407),
+                    ('NTLM TlRMTVNTUAABAAAA', 407), ('Negotiate YII=', 407), ('Bearer x', 407),
+                    ('Basic Og==', 407), ('Basic Ym9i', 407)):
+                with self.subTest(text, given=given):
+                    field = f'Proxy-Authorization: {given}\n' if given else ''
+                    started = time.monotonic()
+                    got, head, body = self.ask(server, f'{text}{field}\n')
+                    self.assertEqual(got, status)
+                    if status == 407:
+                        self.assertIn('\r\nProxy-Authenticate: Basic realm=', head)
+                    else:
+                        self.assertNotIn(b'Proxy-Auth', body)
+                    if 'b25n' in given:         # the time that a wrong one takes with SOCKS
+                        self.assertGreater(time.monotonic() - started,
+                                           0.9 * server.settings.login_delay)
+        self.assertIn(' bob HTTP - -: refused: wrong user name or password', ''.join(self.lines))
+        self.assertNotIn('secret', ''.join(self.lines))
+        self.assertEqual(server.failures._since['127.0.0.1', b'bob'][1], 2)
+
+    def test_who_needs_no_password(self):
+        networks = tuple(map(socks.network, ('127.0.0.0/8',)))
+        text = 'GET http://127.0.0.1:{port}/ HTTP/1.1\nProxy-Authorization: Basic Ym9iOndyb25n\n\n'
+        for options in ({}, {'users': {'bob': 'secret'}, 'trusted': networks}):
+            status, _, body = self.ask(self.serve(**options), text)
+            self.assertEqual((status, b'Authorization' in body), (200, False))
+        server = self.serve()           # only Kerberos, which HTTP clients cannot have here
+        server.settings = server.settings._replace(gssapi=(2,))
+        status, _, body = self.ask(server, text)
+        self.assertEqual((status, body.decode()),
+                         (403, 'refused: HTTP has no GSSAPI here, expected SOCKS5\n'))
+        server = self.serve(clients=tuple(map(socks.network, ('192.0.2.0/24',))))
+        with Peer(server.server_address) as peer, contextlib.suppress(ConnectionError):
+            peer.send(http_bytes(text))
+            self.assertEqual(peer.rest(), b'')
+
+    def test_too_many_wrong_passwords(self):
+        """They count with those in SOCKS."""
+        self.addCleanup(setattr, socks.Failures, 'LIMIT', socks.Failures.LIMIT)
+        socks.Failures.LIMIT = 2
+        server = self.serve(users={'bob': 'secret'})
+        for given, word in (('Ym9iOndyb25n', 'wrong'), ('Ym9iOndyb25n', 'wrong'),
+                            ('Ym9iOnNlY3JldA==', 'too many')):
+            status, _, body = self.ask(server, 'GET http://127.0.0.1:{port}/ HTTP/1.1\n'
+                                               f'Proxy-Authorization: Basic {given}\n\n')
+            self.assertEqual(status, 407)
+            self.assertIn(word, body.decode())
+
+    def test_upstream(self):
+        """Both kinds of request through another proxy, which is HTTP's or SOCKS'."""
+        last = self.serve()
+        for scheme in ('http', 'socks5h', 'socks4a'):
+            chain = tuple(socks.hops(f'{scheme}://{last.server_address}'))
+            first = self.serve(upstream=chain, connect_timeout=1)
+            for text, status in (('GET http://localhost:{port}/ HTTP/1.1\n\n', 200),
+                                 ('CONNECT localhost:{port} HTTP/1.1\nHost: x\n\n', 200),
+                                 ('GET http://127.0.0.1:1/ HTTP/1.1\n\n', 502)):
+                with self.subTest(scheme, text=text):
+                    self.assertEqual(self.ask(first, text)[0], status)
+
+    def test_inside_of_tls(self):
+        server = self.serve(tls=server_context())
+        for text in ('CONNECT 127.0.0.1:{0} HTTP/1.1\nHost: x\n\nGET / HTTP/1.1\n\n',
+                     'POST http://127.0.0.1:{0}/ HTTP/1.1\nContent-Length: 300000\n\n'
+                     + 'a' * 300000 + 'GET http://127.0.0.1:{0}/second HTTP/1.1\n\n'):
+            with socket.create_connection(server.server_address) as sock, \
+                    client_context().wrap_socket(sock, server_hostname='localhost') as sock:
+                sock.sendall(http_bytes(text.format(self.port)))
+                near = Peer(sock)
+                head = self.head(near)
+                self.assertIn(b' 200 ', head)
+                if text[0] == 'P':
+                    self.assertIn(b'Connection: close', head)
+                    self.assertEqual(near.rest().count(b'HTTP/1.1'), 1)
+                else:
+                    self.assertIn(b' 200 OK', self.head(near))
+
+    def test_a_gate(self):
+        """Rules that allow one name let nothing else out, whatever the client says."""
+        look_up = socket.getaddrinfo
+        names = {'good.example': '127.0.0.1', 'rebound.good.example': '127.0.0.2',
+                 'evil.example': '127.0.0.1'}
+
+        def getaddrinfo(host, *args, **options):
+            host = host.decode() if isinstance(host, bytes) else host
+            return look_up(names.get(host.rstrip('.'), host), *args, **options)
+
+        self.addCleanup(setattr, socket, 'getaddrinfo', look_up)
+        socket.getaddrinfo = getaddrinfo
+        server = self.serve(rules=self.rules(
+            'deny to 127.0.0.2 ::1\n'
+            f'allow connect to good.example rebound.good.example {self.port}\n'
+            'deny to *\n'))
+        self.assertEqual(self.ask(server, 'GET http://good.example:{port}/ HTTP/1.1\n\n')[0], 200)
+        self.assertEqual(self.ask(server, 'CONNECT GOOD.example.:{port} HTTP/1.1\n\n')[0], 200)
+        served = len(self.origin_seen.peers)
+        for host in ('127.0.0.1', '127.1', '2130706433', '0x7f000001', '0177.0.0.1', '127.0.0.1.',
+                     '[::1]', '[::ffff:127.0.0.1]', '[::127.0.0.1]', '[64:ff9b::127.0.0.1]', '0',
+                     '0.0.0.0',
+                     '[::]', 'localhost', 'evil.example', 'rebound.good.example',
+                     'good.example.evil.example',
+                     'good.example@evil.example', 'good.example:80@127.0.0.1', 'xgood.example',
+                     'good.example%2eevil.example', 'good.example\\@127.0.0.1',
+                     '127.0.0.1#good.example',
+                     '127.0.0.1?good.example', '127。0。0。1', 'ⓖood.example.evil.example'):
+            for text in (f'GET http://{host}:{{port}}/ HTTP/1.1\nHost: good.example\n\n',
+                         f'CONNECT {host}:{{port}} HTTP/1.1\nHost: good.example\n\n',
+                         f'GET {host}:{{port}} HTTP/1.1\nHost: good.example\n\n'):
+                with self.subTest(text):
+                    self.assertIn(self.ask(server, text)[0], (400, 403, 502))
+            with self.subTest(host), Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                name = host.strip('[]').encode()
+                peer.send(b'\5\1\0\3%c%b' % (len(name), name) + self.port.to_bytes(2, 'big'))
+                self.assertNotEqual(peer.read(2), b'\5\0')
+        _, _, body = self.ask(server, 'GET http://good.example:{port}/ HTTP/1.1\n'
+                                      'Host: evil.example\nConnection: host\n\n')
+        self.assertIn(b'\r\nHost: good.example:', body)
+        self.assertEqual(len(self.origin_seen.peers), served + 1)
+
+    def test_a_gate_for_other_commands(self):
+        server = self.serve(rules=self.rules('allow connect to localhost\ndeny to *\n'))
+        for command in (2, 3, 0xF0, 0xF1):
+            with Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                reply = peer.ask(Request(command, Address('127.0.0.1', self.port)), Response)
+                self.assertNotEqual(reply.reply, 0)
+
+    def test_own_client(self):
+        server = self.serve(users={'bob': 'secret'})
+        for address in (('localhost', self.port), ('127.0.0.1', self.port), ('::1', self.port)):
+            if self.lacking in address:
+                continue
+            url = f'http://bob:secret@{server.server_address}'
+            with socks.create_connection(address, PATIENCE, proxy=url) as sock:
+                sock.sendall(HTTP)
+                self.assertEqual(sock.recv(15), b'HTTP/1.1 200 OK')
+        with self.assertRaisesRegex(socks.HTTPError, '407: Proxy Authentication Required'):
+            socks.create_connection(('127.0.0.1', 1), proxy=f'http://{server.server_address}')
+
+    def test_no_second_request_gets_out(self):
+        """Of mutated requests, each with another behind it, over a connection."""
+        chance, seen = random.Random(5), []
+        origin = self.origin(lambda peer: seen.append(peer.rest()))
+        server = self.serve(handshake_timeout=1)
+        seeds = [http_bytes(f'{text}\n').replace(b'http://h', b'http://127.0.0.1:%d' % origin.port)
+                 for _, text, _ in FORWARDED]
+        for _ in range(int(os.environ.get('REQUESTS', 300))):
+            data = mutated(chance, chance.choice(seeds))
+            with Peer(server.server_address) as peer, contextlib.suppress(ConnectionError):
+                peer.send(data + http_bytes('GET http://evil/second HTTP/1.1\nHost: evil\n\n'))
+                peer.finish()
+                peer.rest()
+        eventually(lambda: not server.clients)
+        for data in seen:
+            head, _, body = data.partition(b'\r\n\r\n')
+            self.assertNotRegex(head.partition(b'\n')[2], rb'(?m)^[A-Z]+ [^\r]* HTTP/')
+            length = re.search(b'(?i)\r\ncontent-length: ([0-9]+)', head)
+            is_chunked = re.search(b'(?i)\r\ntransfer-encoding:', head)
+            if not is_chunked:
+                self.assertLessEqual(len(body), int(length.group(1)) if length else 0, data)
+            self.assertLessEqual(len(re.findall(b'(?i)\r\nhost:', head)), 1)
+        self.assertGreater(len(seen), 10)
+
+
+@unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')
+class UnixTest(FileCase):
+    """A server on a unix socket."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.write('x', '')[:-1] + 'a socket'
+
+    def listen(self, **settings):
+        """A server on it, running."""
+        handler = logging.Handler()
+        self.lines = []
+        handler.emit = lambda record: self.lines.append(record.getMessage())
+        socks.log.addHandler(handler)
+        self.addCleanup(socks.log.removeHandler, handler)
+        return self.enter(socks.Server((f'unix:{self.path}', 0), Settings(**settings)).start())
+
+    def client(self):
+        sock = self.enter(socket.socket(socket.AF_UNIX))
+        sock.settimeout(PATIENCE)
+        sock.connect(self.path)
+        return UnixPeer(sock)
+
+    def account(self):
+        import pwd
+        return pwd.getpwuid(os.geteuid()).pw_name if hasattr(socket, 'SO_PEERCRED') else '-'
+
+    def test_connect(self):
+        """For SOCKS and HTTP, and with our own client."""
+        origin = self.origin(echo)
+        self.listen()
+        near = self.client()
+        self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
+        self.exchange_little(near)
+        near = self.client()
+        near.send(http_bytes(f'CONNECT 127.0.0.1:{origin.port} HTTP/1.1\nHost: x\n\n'))
+        self.assertEqual(near.read(12), b'HTTP/1.1 200')
+        near.read(27)
+        self.exchange_little(near)
+        for scheme in ('socks5h', 'socks4a', 'http'):
+            url = f'{scheme}+unix://{self.path.replace(" ", "%20")}'
+            with socks.create_connection(('127.0.0.1', origin.port), PATIENCE, proxy=url) as sock:
+                sock.sendall(b'hello')
+                self.assertEqual(sock.recv(5, socket.MSG_WAITALL), b'hello')
+        eventually(lambda: len(self.lines) == 5)
+        self.assertRegex(self.lines[0],
+                         f"^unix:'?{self.path}'? {self.account()} SOCKS5 CONNECT 127")
+
+    def exchange_little(self, near):
+        near.send(b'hello')
+        near.finish()
+        self.assertEqual(near.rest(), b'hello')
+        near.sock.close()
+
+    def test_bind_and_datagrams(self):
+        """Their addresses are on loopback."""
+        target = self.enter(Echo())
+        self.listen()
+        near = self.client()
+        near.ask(Greeting(b'\0'), Choice)
+        reply, address = near.ask(Request(3, Address('0.0.0.0', 0)), Response)
+        self.assertEqual((reply, address.host), (0, '127.0.0.1'))
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            sock.sendto(Datagram(Address(*target.address), b'x').pack(), address)
+            self.assertEqual(Datagram.unpack(sock.recv(100)).payload, b'E:x')
+        near = self.client()
+        near.ask(Greeting(b'\0'), Choice)
+        reply, address = near.ask(Request(2, Address('127.0.0.1', 0)), Response)
+        self.assertEqual((reply, address.host), (0, '127.0.0.1'))
+        with self.peer(address):
+            self.assertEqual(Response.unpack(near.read).reply, 0)
+
+    def test_permissions(self):
+        for umask, mode, expected in ((0, None, 0o600), (0o022, None, 0o600), (0o277, None, 0o400),
+                                      (0o022, 0o666, 0o666), (0o077, 0o660, 0o660)):
+            before = os.umask(umask)
+            try:
+                with socks.Server((f'unix:{self.path}', 0), Settings(unix_mode=mode)):
+                    self.assertEqual(os.stat(self.path).st_mode & 0o777, expected)
+                self.assertEqual(os.umask(umask), umask)
+            finally:
+                os.umask(before)
+
+    def test_the_file(self):
+        """A stale one is replaced, another stays; ours goes at the end, another stays."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(self.path)
+        with socks.Server((f'unix:{self.path}', 0)):
+            with self.assertRaisesRegex(OSError, f'cannot listen on unix:{self.path}: Address'):
+                socks.Server((f'unix:{self.path}', 0))
+            self.client().sock.close()          # it is still there
+        self.assertFalse(os.path.exists(self.path))
+        for what in (lambda: open(self.path, 'w').close(), lambda: os.mkdir(self.path)):
+            what()
+            with self.assertRaisesRegex(OSError, 'cannot listen on unix:'):
+                socks.Server((f'unix:{self.path}', 0))
+            os.unlink(self.path) if os.path.isfile(self.path) else os.rmdir(self.path)
+        for path in ('a' * 200, self.path + '/x', os.path.join(self.folder, 'no', 'x')):
+            with self.assertRaisesRegex(OSError, 'cannot listen on unix:'):
+                socks.Server((f'unix:{path}', 0))
+        with socks.Server((f'unix:{self.path}', 0)):
+            os.unlink(self.path)
+            open(self.path, 'w').close()
+        self.assertTrue(os.path.exists(self.path))
+        os.unlink(self.path)
+        with self.assertRaisesRegex(ValueError, 'would serve everybody'):
+            socks.Server([(f'unix:{self.path}', 0), ('0.0.0.0', 0)])
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_passwords(self):
+        """Users are asked for theirs, as on loopback; whom we trust is the account's name."""
+        self.listen(users={'bob': 'secret'})
+        near = self.client()
+        self.assertEqual(near.ask(Greeting(b'\0'), Choice), Choice(255))
+        near = self.client()
+        near.ask(Greeting(b'\2'), Choice)
+        self.assertEqual(near.ask(Credentials(b'bob', b'secret'), Verdict), Verdict(0))
+
+    @unittest.skipUnless(hasattr(socket, 'SO_PEERCRED'), 'the system does not tell accounts')
+    def test_rules(self):
+        """The account is the user, and the client is on this host."""
+        origin, account = self.origin(echo), self.account()
+        self.listen(users={'bob': 'secret'}, trusted=(socks.network('127.0.0.1/32'),), ident=True,
+                    rules=self.rules(f'allow user {account} from 127.0.0.0/8 to 127.0.0.1\n'
+                                     'allow user eve to *'))
+        near = self.client()
+        self.assertEqual(near.connect('127.0.0.1', origin.port).reply, 0)
+        near.sock.close()
+        self.assertEqual(self.client().connect('127.0.0.2', origin.port).reply, Reply.NOT_ALLOWED)
+        for host, code in ('127.0.0.1', 0x5a), ('127.0.0.2', 0x5b):
+            near = self.client()        # a name that SOCKS4 claims changes nothing
+            near.send(Request4(1, Address(host, origin.port), b'eve').pack())
+            self.assertEqual(Response4.unpack(near.read).code, code)
+            near.sock.close()
+
+    def test_balancer(self):
+        """The one behind a balancer is not the balancer's account, nor on this host."""
+        self.listen(balancers=BalancerTest.NETWORKS)
+        for source, reply, user in (('192.0.2.7', Reply.NOT_ALLOWED, '-'),
+                                    ('127.0.0.9', Reply.CONNECTION_REFUSED, '-')):
+            near = self.client()
+            near.send(socks.ProxyHeader(Address(source, 5), Address('192.0.2.1', 1080)).pack())
+            self.assertEqual(near.connect('127.0.0.1', self.refused_port()).reply, reply)
+            near.sock.close()
+            eventually(lambda: f'{source}:5 {user} SOCKS5' in ''.join(self.lines))
+
+    def test_programs(self):
+        """With one process or several, the file is there while it serves, and no longer."""
+        for workers in ('1', '2'):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with Program('-w', workers, '-b', '127.0.0.1', '-b', f'unix:{self.path}',
+                             '--unix-mode', '640') as program:
+                    self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o640)
+                    near = self.client()
+                    self.assertEqual(near.ask(Greeting(b'\0'), Choice), Choice(0))
+                    near.sock.close()
+                    self.assertEqual(program.stop(number), 0)
+                self.assertFalse(os.path.exists(self.path))
+                self.assertRegex(program.log, f"listening on unix:'?{self.path}")
+
+    def test_of_systemd(self):
+        """Its file is not ours."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(self.path)
+            sock.listen(1)
+            os.chmod(self.path, 0o777)
+            code = ('import os, sys; os.dup2(int(sys.argv.pop(1)), 3);'
+                    'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1");'
+                    'os.execv(sys.executable, [sys.executable, *sys.argv[1:]])')
+            process = subprocess.Popen(
+                [sys.executable, '-c', code, str(sock.fileno()), os.path.join(HERE, 'socks.py')],
+                pass_fds=[sock.fileno()], stderr=subprocess.DEVNULL)
+            near = self.client()
+            self.assertEqual(near.ask(Greeting(b'\0'), Choice), Choice(0))
+            near.sock.close()
+            process.terminate()
+            self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertTrue(os.path.exists(self.path))
+
+
+class UnixPeer(Peer):
+
+    def __init__(self, sock):
+        self.sock = sock
+
+
 class Kerberos:
     """A KDC that knows the user alice and the services rcmd and socks of localhost; while it runs,
     the environment leads to it, to a ticket of alice and to the services' keys."""
@@ -8198,6 +9256,9 @@ WRONG_USAGE = [
     (['--gssapi-level', 'clear'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
     (['--gssapi-level', 'none'], r"'none': expected some of clear, integrity, confidentiality"),
     (['--log-format', 'xml'], r"--log-format: invalid choice: 'xml'"),
+    (['-b', 'unix:'], r"-b/--bind: 'unix:': expected unix:PATH"),
+    (['--unix-mode', '8'], r"--unix-mode: '8': expected three octal digits, 660 for example"),
+    (['--unix-mode', '1777'], r"--unix-mode: '1777': expected three octal digits"),
 ]
 
 
@@ -8221,6 +9282,13 @@ class CommandLineTest(Case):
                 self.assertEqual(program.stop(number), 0)
             self.assertIn(f'INFO listening on 127.0.0.1:{program.port}', program.log)
             self.assertNotIn('Traceback', program.log)
+
+    def test_settings(self):
+        for arguments, expected in (([], (True, None)), (['--no-http'], (False, None)),
+                                    (['--unix-mode', '0660'], (True, 0o660))):
+            args = socks.build_parser().parse_args(arguments)
+            settings = socks.settings_from(args, {})
+            self.assertEqual((settings.http, settings.unix_mode), expected)
 
     def test_wrong_usage(self):
         for arguments, message in WRONG_USAGE:
@@ -8557,10 +9625,55 @@ class ForeignTest(Case):
 
     @needs('curl')
     def test_curl_as_http_proxy(self):
-        """It gets a page that says what is wrong."""
-        status, output = self.curl(self.serve(), '-x', 'http://PROXY', self.url)
-        self.assertEqual(status, 0)
-        self.assertIn('SOCKS', output)
+        """In all its ways, with the right password and a wrong one."""
+        folder = self.enter(tempfile.TemporaryDirectory())
+        cert = os.path.join(folder, 'cert')
+        with open(cert, 'w') as file:
+            file.write(CERTIFICATE)
+        server, within_tls = self.serve(users=USERS), self.serve(users=USERS, tls=server_context())
+        port = within_tls.server_address.port
+        for options in (['-x', 'http://PROXY'], ['-x', 'http://PROXY', '-p'],
+                        ['--proxy1.0', 'PROXY'],
+                        ['-x', 'http://PROXY', '--proxy-anyauth'],
+                        ['-x', 'http://PROXY', '--proxy-anyauth', '-p'],
+                        ['-x', f'https://localhost:{port}', '--proxy-cacert', cert]):
+            with self.subTest(options):
+                self.assertEqual(self.curl(server, *options, '-U', 'bob:secret', self.url,
+                                           self.url),
+                                 (0, 'hello\n' * 2))
+                _, output = self.curl(server, *options, '-U', 'bob:bad', '-w', '%{http_connect}',
+                                      self.url)
+                self.assertRegex(output, 'wrong user name or password|^407$')
+        for method in ('ntlm', 'digest'):
+            output = self.curl(server, '-x', 'http://PROXY', '-U', 'bob:secret',
+                               f'--proxy-{method}',
+                               self.url)[1]
+            self.assertIn('expected Basic', output)
+
+    @needs('curl')
+    @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')
+    def test_curl_by_unix_socket(self):
+        folder = self.enter(tempfile.TemporaryDirectory())
+        self.enter(socks.Server((f'unix:{folder}/socket', 0)).start())
+        status, output = self.curl(self.serve(), '-x', f'socks5h://localhost{folder}/socket',
+                                   self.url)
+        if status == 5:                 # it took all of that for a name
+            self.skipTest('this curl has no unix sockets for proxies')
+        self.assertEqual((status, output), (0, 'hello\n'))
+
+    @needs('wget')
+    def test_wget(self):
+        for server, user in ((self.serve(), ''), (self.serve(users=USERS), 'bob:secret@')):
+            done = run('wget', '-q', '-O', '-', self.url, env=dict(
+                os.environ, http_proxy=f'http://{user}{server.server_address}', no_proxy=''))
+            self.assertEqual((done.returncode, done.stdout), (0, 'hello\n'))
+
+    def test_urllib(self):
+        for server, user in ((self.serve(), ''), (self.serve(users=USERS), 'bob:secret@')):
+            proxies = {'http': f'http://{user}{server.server_address}'}
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+            with opener.open(self.url, timeout=PATIENCE) as answer:
+                self.assertEqual(answer.read(), b'hello\n')
 
     @needs('ncat')
     def test_ncat(self):

@@ -769,9 +769,6 @@ class HttpConnect(NamedTuple):
                          + b2a_base64(self.credentials, newline=False))
         return b'\r\n'.join(lines) + b'\r\n\r\n'
 
-    def __repr__(self) -> str:
-        return f'HttpConnect({self.address!r}{", ..." if self.credentials else ""})'
-
 
 class HttpStatus(NamedTuple):
     """The first line of the answer to it."""
@@ -818,7 +815,7 @@ class HttpHead(NamedTuple):
             raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}',
                                 reply=HttpCode.HEAD_TOO_LARGE)
         matches = [cls.FIELD.fullmatch(line) for line in lines]
-        if None in matches or not data.endswith(b'\r\n\r\n'):     # not shown, it may be secret
+        if None in matches or not data.endswith(b'\r\n\r\n'):     # not shown: it may be secret
             place = f'field {matches.index(None) + 1}' if None in matches else 'head'
             raise ProtocolError(f'HTTP {place} is malformed', reply=HttpCode.BAD_REQUEST)
         return cls(start, tuple((name, value.strip(' \t'))
@@ -1235,11 +1232,11 @@ def canonical(address):
     try:
         name = idna_bytes(host)
     except ValueError:
-        raise ProtocolError(f'host name {shown(host)} has no form in ASCII, or two') from None
+        raise ProtocolError(f'host name {printable(host)} has no form in ASCII, or two') from None
     name = name[:-1] if name.endswith(b'.') else name
     if not NAME.match(name):
-        raise ProtocolError(f'host name {shown(host)}, expected labels of 1 to 63 letters, digits, '
-                            f'- and _, at most 253 characters')
+        raise ProtocolError(f'host name {printable(host)}, expected labels of 1 to 63 letters, '
+                            f'digits, - and _, at most 253 characters')
     if name.rpartition(b'.')[2][:1].isdigit():          # 127.1, 0x7f1, as resolvers read it
         with contextlib.suppress(OSError):
             return Address(socket.inet_ntoa(socket.inet_aton(name.decode())), port)
@@ -1261,7 +1258,7 @@ is_word = re.compile('[!-~]+').fullmatch
 is_plain = re.compile('[ -~]*').fullmatch
 
 
-def shown(text):
+def printable(text):
     """Untrusted text, escaped to stay one word of a log line, in ASCII.
 
     Beyond ASCII there are letters that look like spaces, or like others.
@@ -1269,7 +1266,7 @@ def shown(text):
     return text if is_word(text) else ascii(text)
 
 
-def printable(text):
+def printable_line(text):
     """Untrusted text, escaped to stay one line, in ASCII; it does nothing to a terminal."""
     return text if is_plain(text) else text.encode('unicode_escape').decode('ascii')
 
@@ -1283,7 +1280,7 @@ class UnixAddress(Address):
         return address
 
     def __str__(self):
-        return f'unix:{shown(os.fsdecode(self.path))}'
+        return f'unix:{printable(os.fsdecode(self.path))}'
 
 
 def local_address(sock):
@@ -1307,14 +1304,18 @@ class Wait(NamedTuple):
     until: Optional[float] = None
 
 
-class Call(NamedTuple):
-    """Resume with what function() returns or raises; socket.timeout after `until`.
+class Worker(enum.Enum):
+    """The thread in which a `Call` runs."""
+    POOL = 'one of the pool'
+    COSTLY = 'one of the few for what is CPU-bound'
+    OWN = 'a new one, for what may block as long as it likes'
 
-    Of what is costly, that is keeps a processor busy, only little is done at a time.
-    """
+
+class Call(NamedTuple):
+    """Resume with what function() returns or raises; socket.timeout after `until`."""
     function: Callable
     until: Optional[float] = None
-    is_costly: bool = False
+    worker: Worker = Worker.POOL
 
 
 class LookUp(NamedTuple):
@@ -1359,19 +1360,19 @@ def poll(reading, writing, until):
     return [sock for sock in (*reading, *writing) if sock.fileno() in found]
 
 
-def after(seconds):
+def deadline(seconds):
     """The time so many seconds from now, for `until`; 0 or None: never."""
     return time.monotonic() + seconds if seconds else None
 
 
-def ready(reading, writing, until, pause=None):
+def wait_ready(reading, writing, until, pause=None):
     """Conversation: those of the sockets that are ready; none after `pause` seconds.
 
     Raises socket.timeout when the clock has passed `until`.
     """
     limit = until
     if pause is not None:
-        limit = min(after(pause), until or float('inf'))
+        limit = min(deadline(pause), until or float('inf'))
     found = yield Wait(reading, writing, limit)
     if until and time.monotonic() >= until:     # also where somebody keeps the sockets busy
         raise socket.timeout('timed out')
@@ -1501,7 +1502,7 @@ def look_up(host, port, family=0):
         need_descriptor()
         raise
     except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, f'{shown(host)} is no host name') from None
+        raise socket.gaierror(socket.EAI_NONAME, f'{printable(host)} is no host name') from None
     hosts = [str(sockaddr[0]).partition('%')[0] for *_, sockaddr in found[:ATTEMPTS]]
     if any(plain_ip(host) is None or virtual_addresses.number(host) is not None for host in hosts):
         found = _orig_getaddrinfo(host, port, family, socket.SOCK_STREAM)
@@ -1575,7 +1576,7 @@ class Stream:
         """Conversation: the bytes that come next."""
         while True:
             if self._asked:
-                yield from ready([self.waits], (), self.until)
+                yield from wait_ready([self.waits], (), self.until)
             try:
                 data = self.sock.recv(self.SIZE, flags)
                 break
@@ -1643,7 +1644,7 @@ class Stream:
         """
         while True:
             own = [self.waits] if len(self.surplus) < self.LARGEST else []
-            found = yield from ready([*sockets, *own], (), until)
+            found = yield from wait_ready([*sockets, *own], (), until)
             if self.waits not in found:
                 return
             try:
@@ -1663,7 +1664,7 @@ class Stream:
             try:
                 data = data[self.sock.send(data):]
             except BLOCKED:
-                yield from ready((), [self.waits], self.until)
+                yield from wait_ready((), [self.waits], self.until)
             except OSError as error:
                 raise self.lost(error) from None
         self._asked = True
@@ -1676,7 +1677,7 @@ class Stream:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
             while True:
-                yield from ready([self.waits], (), until)
+                yield from wait_ready([self.waits], (), until)
                 with contextlib.suppress(*BLOCKED):
                     if not self.sock.recv(self.SIZE):
                         break
@@ -1806,7 +1807,7 @@ class Layer:
         self._sock.close()
 
 
-class Secure(Layer):
+class TlsLayer(Layer):
     """TLS.
 
     It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
@@ -1839,7 +1840,7 @@ class Secure(Layer):
         """
         while True:
             if self._context in self.costly:
-                done, error = yield Call(self._advance, until, True)
+                done, error = yield Call(self._advance, until, Worker.COSTLY)
             else:
                 done, error = self._advance()
             if error:
@@ -1847,10 +1848,10 @@ class Secure(Layer):
                     self.flush()        # the alert that tells the peer
                 raise error
             while not self.flush():
-                yield from ready((), [self._sock], until)
+                yield from wait_ready((), [self._sock], until)
             if done:
                 return
-            yield from ready([self._sock], (), until)
+            yield from wait_ready([self._sock], (), until)
             with contextlib.suppress(*BLOCKED):
                 self._feed(4 * self.CAREFUL)
                 self._incoming.write(self._fresh)
@@ -2298,7 +2299,7 @@ class HttpForward(Layer):
             super().shutdown(how)
 
 
-class Protected(Layer):
+class GssLayer(Layer):
     """What GSSAPI protects (RFC 1961 section 5); `incoming` came with the last message before."""
     RECORD = 1 << 16                    # more than the bytes that one message protects
 
@@ -2346,7 +2347,7 @@ class Protected(Layer):
         return len(data)
 
 
-class ProtectedDatagrams:
+class GssDatagrams:
     """A UDP socket each of whose datagrams is a GSSAPI message (RFC 1961 section 5)."""
 
     def __init__(self, sock, context):
@@ -2358,7 +2359,7 @@ class ProtectedDatagrams:
     def recvfrom_into(self, buffer):
         """As of a socket; what is no datagram from the other side of the context is empty."""
         message, source = self._sock.recvfrom(0xFFFF)
-        data = opened(self.context, message)
+        data = unwrap_datagram(self.context, message)
         buffer[:len(data)] = data
         return len(data), source
 
@@ -2369,7 +2370,7 @@ class ProtectedDatagrams:
         self._sock.sendto(self.context.seal(bytes(data)), address)
 
 
-def opened(context, message):
+def unwrap_datagram(context, message):
     """What a datagram protects; nothing if it is wrong, or came before."""
     read, rest = reader(message)
     try:
@@ -2434,7 +2435,7 @@ def source_of(family, source):
     raise OSError(errno.ENETUNREACH, 'no source address of this family')
 
 
-def way_out(hosts, source):
+def local_ip_towards(hosts, source):
     """Our IP address from which the first of `hosts` is reached that is; OSError if none is."""
     for host in hosts:
         family = family_of(host)
@@ -2491,7 +2492,8 @@ def race(waiting, racing, errors, until, source, note):
             if connected:
                 return sock
             racing[sock] = address
-        for sock in (yield from ready((), list(racing), until, ATTEMPT_DELAY if waiting else None)):
+        pause = ATTEMPT_DELAY if waiting else None
+        for sock in (yield from wait_ready((), list(racing), until, pause)):
             address = racing.pop(sock)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if not error:
@@ -2571,7 +2573,7 @@ def account_of(sock):
     except (ImportError, AttributeError):
         return '-'
     try:
-        return shown(pwd.getpwuid(user_id).pw_name)
+        return printable(pwd.getpwuid(user_id).pw_name)
     except KeyError:
         return str(user_id)
 
@@ -2691,7 +2693,7 @@ def tcp_pair():
         listener.listen(1)
         near, _ = start_connect(Address.of(listener.getsockname()), ())
         try:
-            poll([listener], (), after(1))
+            poll([listener], (), deadline(1))
             far, address = listener.accept()
             if address != near.getsockname():
                 far.close()
@@ -3250,7 +3252,7 @@ def parse_network(text: str) -> Network:
 # By section of a rule: the field to which a word belongs, and its values.
 RULE_WORDS = {
     'commands': parse_command, 'names': parse_target,
-    'users': lambda word: ('users', [shown(word)]),
+    'users': lambda word: ('users', [printable(word)]),
     'clients': lambda word: ('clients', [parse_network(word)])}
 
 
@@ -3374,7 +3376,8 @@ def read_users(path: str) -> Dict[bytes, Union[bytes, Hashed]]:
     def add(place, line):
         name, password = parse_user(place, line)
         if name in users:
-            raise FileError(f'{place}: expected each name once, {shown(name_text(name))} is there')
+            raise FileError(f'{place}: expected each name once, {printable(name_text(name))} is '
+                            f'there')
         users[name] = password
 
     all_of(add, read_lines(path))
@@ -3418,7 +3421,7 @@ class Users(dict):
             return (hashed is password and hashed.is_known(given)
                     or not is_hopeless() and hashed.verify(given))
 
-        same = hashed and (yield Call(verify, until, True))
+        same = hashed and (yield Call(verify, until, Worker.COSTLY))
         return bool(same) and hashed is password
 
 
@@ -3563,7 +3566,7 @@ class Loop:
     expire()               its time has passed
     close(outcome)         give everything back
 
-    Other threads use only call() and stop().  `crew` does what blocks, `resolver` looks names up.
+    Other threads use only call() and stop().  `pool` does what blocks, `resolver` looks names up.
     relieve(tunnel), if there is one, is called for a tunnel that turned out to carry much.
     """
     BUFFER = 1 << 20                    # bytes that one read can bring
@@ -3571,8 +3574,8 @@ class Loop:
     ROUND_TIME = 0.001                  # seconds that datagrams may take of a round
     client = None                       # as an item of itself, for its waker
 
-    def __init__(self, crew=None, relieve=None, resolver=None):
-        self.crew = crew
+    def __init__(self, pool=None, relieve=None, resolver=None):
+        self.pool = pool
         self.resolver = resolver
         self.relieve = relieve
         self.items = {}                 # as a set, which would take twice the room
@@ -3762,13 +3765,16 @@ class Task:
         owner = self.client.key
         if isinstance(call, LookUp):
             self.loop.resolver.ask(owner, self, call)
-        elif call.is_costly:
-            self.loop.crew.run('costly', self._work, call, limit=self.COSTLY_CALLS)
+        elif call.worker is Worker.COSTLY:
+            self.loop.pool.run('costly', self._work, call, limit=self.COSTLY_CALLS)
+        elif call.worker is Worker.OWN:
+            threading.Thread(target=self._work, args=(call,), name='socks-handler',
+                             daemon=True).start()
         else:
-            self.loop.crew.run(owner, self._work, call)
+            self.loop.pool.run(owner, self._work, call)
 
     def _work(self, call):
-        """In a thread of the crew."""
+        """In a thread of the pool."""
         if self.is_waiting_for(call):
             value = error = None
             try:
@@ -3787,6 +3793,8 @@ class Task:
 
     def _resume(self, call, value, error):
         if call is not self._call:
+            if isinstance(value, socket.socket):        # it came too late
+                value.close()
             return
         if error:
             self._step(self._conversation.throw, error)
@@ -3855,7 +3863,7 @@ class Errand(Task):
 
 
 class Share:
-    """What one owner has of the `Crew`'s threads, and its jobs that wait for one."""
+    """What one owner has of the `BlockingPool`'s threads, and its jobs that wait for one."""
     __slots__ = ('under_way', 'limit', 'waiting')
 
     def __init__(self, limit):
@@ -3864,7 +3872,7 @@ class Share:
         self.waiting = deque()
 
 
-class Crew:
+class BlockingPool:
     """Threads that do what blocks; a free one waits a while for the next job before it ends.
 
     An owner may have three times as many threads as are left, of which an eighth of all is kept for
@@ -3932,7 +3940,7 @@ class Crew:
 
     def _start_threads(self):
         while self._taken > len(self._threads):
-            thread = threading.Thread(target=self._work, name='socks-crew', daemon=True)
+            thread = threading.Thread(target=self._work, name='socks-pool', daemon=True)
             thread.start()
             self._threads.add(thread)
 
@@ -4034,7 +4042,7 @@ def preferred(hosts):
     v4, v6 = ([host for host in hosts if (':' in host) == is_v6] for is_v6 in (False, True))
     if v4 and v6:
         with contextlib.suppress(OSError):              # there is no route
-            ends = [ipaddress.ip_address(host) for host in (v6[0], way_out(v6[:1], ()))]
+            ends = [ipaddress.ip_address(host) for host in (v6[0], local_ip_towards(v6[:1], ()))]
             if not any(end in network for end in ends for network in AFTER_IPV4):
                 return in_turn(v6, v4)[:ATTEMPTS]
     return in_turn(v4, v6)[:ATTEMPTS]
@@ -4068,7 +4076,7 @@ class Answer(NamedTuple):
 
 
 class Resolver:
-    """Finds the IP addresses of names, in the threads of `crew`.
+    """Finds the IP addresses of names, in the threads of `pool`.
 
     A name is looked up once for all who ask at the same time, with one look-up for each family
     (RFC 8305 section 3): the first addresses are the answer, together with those that come within
@@ -4082,8 +4090,8 @@ class Resolver:
     RETRY = 3.0                         # seconds, for failures
     LIMIT = 1024                        # names that are remembered
 
-    def __init__(self, crew):
-        self.crew = crew
+    def __init__(self, pool):
+        self.pool = pool
         self.is_strict = False
         self._lock = threading.Lock()
         self._answers = {}              # name: `Answer`, the latest one last
@@ -4109,7 +4117,7 @@ class Resolver:
             if query.steps is None and owner not in query.owners:
                 query.owners.add(owner)
                 try:
-                    self.crew.run(owner, self._begin, query, owner)
+                    self.pool.run(owner, self._begin, query, owner)
                 except RuntimeError:
                     self._withdraw(query, owner, (task, wish))
                     if not is_known:
@@ -4127,7 +4135,7 @@ class Resolver:
         error = None if answer.hosts else socket.gaierror(*answer.failure)
         task.answer(wish, answer.hosts, error)
 
-    # In threads of the crew
+    # In threads of the pool
 
     def _begin(self, query, owner):
         plan = look_up_plan(query.name, self.is_strict)
@@ -4157,7 +4165,7 @@ class Resolver:
             query.complete.clear()
         for family in families[1:]:
             try:
-                self.crew.run(owner, self._look_up, query, owner, name, family, at_once=True)
+                self.pool.run(owner, self._look_up, query, owner, name, family, at_once=True)
             except RuntimeError:        # no thread is free: one after the other
                 with self._lock:
                     query.missing.discard(family)
@@ -4332,8 +4340,8 @@ class Pipe:
     writing on behalf of its twin while that is loaded.
 
     A pipe ends in one of two ways.  end(): the source has said all, which is passed on; the twin
-    goes on.  lose(): the sink takes no more.  That alone is no fault.  A side that has ended has
-    often closed its socket, and refuses what the other still says to take its leave, as TLS does.
+    goes on.  sink_failed(): the sink takes no more.  That alone is no fault.  A side that has ended
+    has often closed its socket, and refuses what the other still says at its end, as TLS does.
     So the pipe reads on for a while, into a `Spill`, and if then its source ends too, both have
     ended and the tunnel is done.  It is a fault if the source does not end (GRACE), has much more
     to say, or if the sink's side had not ended before; then the tunnel ends by RST both ways.
@@ -4370,7 +4378,7 @@ class Pipe:
         elif self.events == ERRORS:
             error = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
-                self.twin.lose(OSError(error, os.strerror(error)))
+                self.twin.sink_failed(OSError(error, os.strerror(error)))
         if self.events & WRITE and events & ~READ:
             self.twin.flush()
 
@@ -4397,7 +4405,7 @@ class Pipe:
         except BLOCKED:
             pass
         except OSError as error:
-            return self.lose(error)
+            return self.sink_failed(error)
         if sent < count:
             self.size = self.SMALLEST
             self.keep(memoryview(bytes(data[sent:])))   # the buffer is the whole loop's
@@ -4418,13 +4426,13 @@ class Pipe:
             except BLOCKED:
                 pass
             except OSError as error:
-                return self.lose(error)
+                return self.sink_failed(error)
             self.tunnel.watch()
         elif getattr(self.sink, 'unsent', False):
             try:
                 self.sink.flush()
             except OSError as error:
-                return self.lose(error)
+                return self.sink_failed(error)
             self.tunnel.watch()
 
     def keep(self, load):
@@ -4447,7 +4455,7 @@ class Pipe:
             tunnel.expire()                     # it may have to end in time now
         tunnel.watch()
 
-    def lose(self, error):
+    def sink_failed(self, error):
         """The sink takes no more, see above; the twin goes on, to read what it sent before."""
         tunnel = self.tunnel
         self.keep(b'')
@@ -4514,7 +4522,7 @@ class Tunnel(Relay):
     def fault_of(self, sock, error):
         """The outcome for an error of one of the two sockets."""
         side = 'client' if sock is self.up.source else 'target'
-        return f'{side}: {printable(reason(error))}'
+        return f'{side}: {printable_line(reason(error))}'
 
     @property
     def traffic(self):
@@ -4763,7 +4771,7 @@ class Routes:
         address = Address.unpack(reader(header[3:])[0])
         addresses, why = [], None
         try:
-            addresses = yield from resolve(address, after(self.PATIENCE))
+            addresses = yield from resolve(address, deadline(self.PATIENCE))
         except OSError as error:
             why = error
         payloads = self._queues.pop(header, ())
@@ -4792,7 +4800,7 @@ class Routes:
 
     def _repeat(self, target, payload):
         """Conversation: send it to the other family too if nothing has come back by then."""
-        yield Wait((), (), after(self.TRIAL))
+        yield Wait((), (), deadline(self.TRIAL))
         if target.spare:
             self._try(target, payload)
 
@@ -4920,14 +4928,14 @@ class UdpRelay(Relay):
 
     def protected(self, near):
         """`near`, with its datagrams protected as the control connection is."""
-        if isinstance(self.control, Protected):
-            return ProtectedDatagrams(near, self.control.context)
+        if isinstance(self.control, GssLayer):
+            return GssDatagrams(near, self.control.context)
         return near
 
     def start(self, loop, control_events=0):
         self.heard = loop.now           # when the client sent last
         self.begin(loop)
-        self.client.server.roster.associations += 1
+        self.client.server.sessions.associations += 1
         loop.watch(self.control, control_events, READ, self)
         loop.watch(self.near, 0, READ, self)
 
@@ -5140,7 +5148,7 @@ class UdpRelay(Relay):
                     sock.close()
             if self.release:
                 self.release()
-            client.server.roster.associations -= 1
+            client.server.sessions.associations -= 1
             client.target = (f'{self.targets} targets, {self.sent} datagrams up, '
                              f'{self.answers} down')
             if self.dropped:
@@ -5295,7 +5303,7 @@ def parse_proxy_url(url: str) -> Proxy:
     return Proxy.checked(kind, addr, port, rdns, username, password)
 
 
-def hops(proxy: ProxyArgument) -> List[Proxy]:
+def parse_chain(proxy: ProxyArgument) -> List[Proxy]:
     """The chain of `Proxy`, first hop first, that is meant by a URL, a tuple of arguments as
     set_proxy() takes them, a list of those, or None."""
     if not proxy:
@@ -5303,12 +5311,12 @@ def hops(proxy: ProxyArgument) -> List[Proxy]:
     if isinstance(proxy, str):
         return [parse_proxy_url(proxy)]
     if isinstance(proxy, list):
-        chain = [hop for item in proxy for hop in hops(item)]
+        chain = [hop for item in proxy for hop in parse_chain(item)]
         if any(hop.is_path for hop in chain[1:]):
             raise ValueError('proxy chain: a unix socket can only be the first')
         return chain
     if proxy[0] is None or isinstance(proxy[0], (str, list)):
-        return hops(proxy[0])
+        return parse_chain(proxy[0])
     return [Proxy.checked(*proxy)]
 
 
@@ -5449,7 +5457,7 @@ def answer_http(stream):
             if not 200 <= code < 300 and code not in INTERIM:
                 note = ('; it may be that this proxy makes no tunnels (CONNECT)'
                         if code in (400, 403, 405) else '')
-                raise HTTPError(f'{code}: {printable(phrase)}{note}')
+                raise HTTPError(f'{code}: {printable_line(phrase)}{note}')
         elif not (yield from stream.read(http_line)):
             if code not in INTERIM:
                 return UNSPECIFIED
@@ -5457,7 +5465,7 @@ def answer_http(stream):
     raise ProtocolError(f'more than {MAX_LINES} lines in the head of an HTTP answer')
 
 
-class Carried:
+class NoSession:
     """Whom a tunnel of our own serves: nobody that is logged or has a limit.
 
     But what a program has closed looks as if only one direction had ended, and must not stay where
@@ -5469,22 +5477,22 @@ class Carried:
         """There is no line to write."""
 
 
-def carrier():
+def background_loop():
     """The loop, in a thread of its own, that joins layers to the sockets that programs get."""
-    return carrier_of(os.getpid())      # a fork has no threads
+    return background_loop_of(os.getpid())      # a fork has no threads
 
 
 @functools.lru_cache(1)
-def carrier_of(_):
+def background_loop_of(_):
     loop = Loop()
     threading.Thread(target=loop.run, name='socks-tls', daemon=True).start()
-    atexit.register(deliver, loop)
+    atexit.register(flush_at_exit, loop)
     return loop
 
 
-def deliver(loop, patience=5.0):
+def flush_at_exit(loop, patience=5.0):
     """Wait, for `patience` seconds at most, until the loop has taken what programs have sent."""
-    until = after(patience)
+    until = deadline(patience)
     while time.monotonic() < until:
         with contextlib.suppress(OSError, ValueError):      # a socket was closed just now
             pipes = [tunnel.up for tunnel in list(loop.items)]
@@ -5507,32 +5515,32 @@ def secured(sock, proxy, context, until):
         *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
     name = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     keep_urgent(sock)
-    tls = Secure(sock.dup(), context, server_hostname=name)
+    tls = TlsLayer(sock.dup(), context, server_hostname=name)
     try:
         yield from tls.handshake(until)
-        return in_front(tls)
+        return expose(tls)
     except BaseException:
         tls.close()
         raise
 
 
-class Front(_orig_socket):
+class PlainEnd(_orig_socket):
     """The plain socket that a program gets in front of a layer; `context` protects datagrams."""
     __slots__ = ('context',)
 
 
-def in_front(layer, context=None):
-    """A `Front` of the layer, which belongs to the loop of carrier() then."""
+def expose(layer, context=None):
+    """A `PlainEnd` of the layer, which belongs to the loop of background_loop() then."""
     near, far = tcp_pair()
     if hasattr(socket, 'TCP_KEEPIDLE'):
         # What a program has closed looks as if only one direction had ended, until one asks.
         far.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPIDLE)
-    front = Front(near.family, socket.SOCK_STREAM, 0, near.detach())
+    front = PlainEnd(near.family, socket.SOCK_STREAM, 0, near.detach())
     front.setblocking(False)
     front.context = context
-    tunnel = Tunnel(Carried(), far, layer)
-    carrier().call(tunnel, tunnel.start, carrier())
-    carrier().call(tunnel, tunnel.down.fill)            # it may have come with the handshake
+    tunnel = Tunnel(NoSession(), far, layer)
+    background_loop().call(tunnel, tunnel.start, background_loop())
+    background_loop().call(tunnel, tunnel.down.fill)    # it may have come with the handshake
     return front
 
 
@@ -5545,11 +5553,11 @@ def protected(sock, proxy, in_sequence, until):
     try:
         context = yield from initiate(stream, proxy, in_sequence)
     except GssError as error:
-        raise SOCKS5AuthError(printable(error.strerror)) from None
+        raise SOCKS5AuthError(printable_line(error.strerror)) from None
     keep_urgent(sock)
-    layer = Protected(sock.dup(), context)
+    layer = GssLayer(sock.dup(), context)
     try:
-        return in_front(layer, context)
+        return expose(layer, context)
     except BaseException:
         layer.close()
         raise
@@ -5604,7 +5612,7 @@ def await_connect(sock, address, until):
     try:
         sock.connect(address)
     except BLOCKED:
-        yield from ready((), [sock], until)
+        yield from wait_ready((), [sock], until)
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error)) from None
@@ -5618,7 +5626,7 @@ def connect_by_name(host, port, until=None, source=()):
     return (yield from dial(list(addresses), until, source))
 
 
-def open_proxy(proxy, until=None, source=()):
+def connect_to_proxy(proxy, until=None, source=()):
     """Conversation: a non-blocking socket that is connected to `proxy`."""
     with connecting(proxy):
         if not proxy.is_path:
@@ -5649,7 +5657,7 @@ def destination(pair, chain):
         try:
             Address(host, port).pack()
         except ValueError as error:
-            raise GeneralProxyError(f'{shown(host)}: {error}') from None
+            raise GeneralProxyError(f'{printable(host)}: {error}') from None
     return address
 
 
@@ -5658,7 +5666,7 @@ def targets(chain, address):
     return [Address(proxy.addr, proxy.sure_port) for proxy in chain[1:]] + [address]
 
 
-def through(sock, chain, command, address, until=None, context=None):
+def negotiate_chain(sock, chain, command, address, until=None, context=None):
     """Conversation: over `sock`, which is connected to the first proxy of the chain, have each
     proxy connect to the next, and the last one do `command` for `address`.
 
@@ -5677,8 +5685,8 @@ def through(sock, chain, command, address, until=None, context=None):
 
 
 def ask_all(sockets, chain, command, address, until, context):
-    """Conversation: the part of through() that can fail; `sockets` has the first one, and gets a
-    further one for each layer."""
+    """Conversation: the part of negotiate_chain() that can fail; `sockets` has the first socket,
+    and gets one more for each layer."""
     for proxy, target in zip(chain, targets(chain, address)):
         step = command if target is address else Command.CONNECT
         with negotiating(proxy, target):
@@ -5691,11 +5699,12 @@ def ask_all(sockets, chain, command, address, until, context):
     return bnd
 
 
-def reach(chain, address, until=None, source=(), context=None, command=Command.CONNECT):
-    """Conversation: a new socket through the proxies of the chain, and BND, as through() has it."""
-    sock = last = yield from open_proxy(chain[0], until, source)
+def open_chain(chain, address, until=None, source=(), context=None, command=Command.CONNECT):
+    """Conversation: a new socket through the proxies of the chain, and BND, see negotiate_chain().
+    """
+    sock = last = yield from connect_to_proxy(chain[0], until, source)
     try:
-        last, bnd = yield from through(sock, chain, command, address, until, context)
+        last, bnd = yield from negotiate_chain(sock, chain, command, address, until, context)
         if command in (Command.BIND, Command.UDP_ASSOCIATE):
             bnd = yield from reachable(bnd, chain, sock, until)
     except BaseException:
@@ -5790,7 +5799,7 @@ class HttpPage(NamedTuple):
         return HTTP_PAGE
 
 
-class Line(NamedTuple):
+class LogLine(NamedTuple):
     """What is logged of one client."""
     client: Address
     user: str
@@ -5799,88 +5808,276 @@ class Line(NamedTuple):
     target: str
     outcome: str
     up: int                             # bytes from the client
-    down: int                           # and from the target
+    down: int                           # bytes from the target
     seconds: float
-    target_address: str                 # that was connected to
+    target_address: str                 # the address that was connected to
 
     def __str__(self) -> str:
         return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self[:-1]
 
     def entries(self) -> List[Dict[str, Any]]:
-        """For JSON, a list of one object."""
+        """A list of one dictionary, for JSON."""
         return [dict(self._asdict(), client=str(self.client), seconds=round(self.seconds, 3))]
 
 
-class Client:
-    """What is known of one client, from accept to the log line at its end."""
-    linger = 0                          # see `Carried`
+class Session:
+    """What is known of one client, from accept to its log line.
+
+    address           of the client, as a load balancer announces it
+    peer              address from which it connects
+    key               what counts as one client in limits, see client_key()
+    user              name, or '-'
+    protocol          SOCKS4, SOCKS5, HTTP, TLS (nothing else is known yet) or '-'
+    command           a `Command`, or None
+    target            what it asked for, as text
+    target_address    `Address` that it is connected to; None: that is the target
+    """
+    linger = 0                          # see `NoSession`
     __slots__ = ('server', 'address', 'peer', 'key', 'is_counted', 'protocol', 'user', 'command',
                  'target', 'target_address', 'started')
 
     def __init__(self, server: 'Server', address: Address) -> None:
         self.server = server
-        self.address = address          # a load balancer may tell of another than the peer's
-        self.peer = address
+        self.address = self.peer = address
         self.key = client_key(address.host)
-        self.is_counted = False         # see `Roster`
+        self.is_counted = False         # in `Sessions.connections`
         self.protocol = self.user = self.target = '-'
-        self.target_address = ''        # that we are connected to; None: it is the target
+        self.target_address: Union[Address, str, None] = ''
         self.command: Optional[Command] = None
         self.started = time.monotonic()
 
     @property
     def idle_timeout(self) -> float:
-        """For a tunnel, in seconds."""
+        """Seconds, for a tunnel."""
         return self.server.settings.idle_timeout
 
     def end(self, outcome: str, up: int = 0, down: int = 0) -> None:
-        """Write the client's line; it is served no more.
+        """The client is no longer served; log its line.
 
-        up and down are the bytes that came from the client and from the target.
+        up, down    bytes that came from the client, and from the target
         """
-        self.server.client_ended(self, up, down)
+        self.server.session_ended(self, up, down)
         self.report(outcome, up, down)
 
-    def report(self, outcome, up=0, down=0):
-        """Write the client's line, with the time that it took up to here."""
-        if log.isEnabledFor(logging.INFO):
-            log.info(self.line(outcome, up, down))
+    def report(self, outcome: str, up: int = 0, down: int = 0) -> None:
+        """Log the client's line, with the time that has passed until now."""
+        if self.server.logs_sessions or log.isEnabledFor(logging.INFO):
+            self.server.log_session(self.line(outcome, up, down))
 
-    def line(self, outcome: str, up: int, down: int) -> Line:
-        return Line(self.address, self.user, self.protocol,
-                    self.command.name if self.command else '-', self.target, outcome, up, down,
-                    time.monotonic() - self.started,
-                    self.target if self.target_address is None else str(self.target_address))
+    def line(self, outcome: str, up: int, down: int) -> LogLine:
+        return LogLine(
+            self.address, self.user, self.protocol, self.command.name if self.command else '-',
+            self.target, outcome, up, down, time.monotonic() - self.started,
+            self.target if self.target_address is None else str(self.target_address))
 
 
-class Login(socketserver.BaseRequestHandler):
-    """How a client shows who it is, in any of the ways that the settings ask for."""
+def accept_gssapi(stream, settings):
+    """Conversation: a complete `GssContext` with the client, at a level that both sides allow
+    (RFC 1961 sections 3 and 4).  Raises GssError and ProtocolError."""
+    context, complete = GssContext(), False
+    unpack = functools.partial(GssMessage.unpack_token, GssMessage.TOKEN)
+    while not complete:
+        token = yield from stream.read(unpack)
+        if not token:                   # the library would take it for a request for SPNEGO
+            raise ProtocolError('an empty GSSAPI token')
+        token, complete = yield Call(functools.partial(context.step, token), stream.until)
+        if token or complete:
+            yield from stream.write(GssMessage(GssMessage.TOKEN, token))
+    token = yield from stream.read(functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
+    is_nec = settings.gssapi_nec and len(token) == 1
+    wanted = token if is_nec else context.unwrap(token)[0]
+    levels = [level for level in settings.gssapi if context.allows(level)]
+    if len(wanted) != 1 or not levels:
+        raise ProtocolError(f'GSSAPI level {wanted.hex()}, expected one byte'
+                            if levels else 'GSSAPI: no level is possible')
+    context.level = wanted[0] if wanted[0] in levels else max(levels)
+    answer = bytes((context.level,))
+    yield from stream.write(GssMessage(
+        GssMessage.LEVEL, answer if is_nec else context.wrap(answer, False)))
+    return context
 
-    def __init__(self, request: socket.socket, client: Client, server: 'Server') -> None:
+
+def ask_ident(client, local, source):
+    """Conversation: the userid that the client's host gives for its connection to `local` (RFC
+    1413); bytes.
+
+    client, local    addresses of both ends
+    source           as of dial()
+
+    Raises Refused if the host does not say.
+    """
+    until = deadline(IDENT_TIMEOUT)
+    try:
+        address = Address(in_zone_of(local.host, client.host), IDENT_PORT)
+        with (yield from dial([address], until, source)) as sock:
+            stream = Stream(sock, until)
+            yield from stream.write(IdentQuery(client.port, local.port))
+            userid = (yield from stream.read(IdentReply.unpack)).userid
+    except (OSError, EOFError) as error:
+        raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
+    if userid is None:
+        raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
+    return userid
+
+
+CO_GENERATOR = 0x20                     # that of the module inspect, whose import takes long
+COMMAND_METHODS = {command: 'do_' + command.name for command in Command}
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """Serves one client: negotiates, then does what the client asks for.
+
+    Handler(request, client_address, server) is constructed by the server, as in `socketserver`; but
+    the constructor returns at once, and the server's loop runs conversation(), which takes the
+    place of handle().  setup() and finish() are not called.
+
+    For methods of subclasses:
+
+    request           the client's socket, which does not block
+    client_address    as accept() returned it
+    server            the `Server`
+    settings          its `Settings` when the client connected
+    client            the `Session`
+    reply(code, address)    conversation: send a reply, a `Reply` and the bound address (BND)
+    join(socket, address)   conversation: reply that the request has succeeded, and relay between
+                            the client and the socket from then on
+
+    May be overridden:
+
+    do_CONNECT(request), do_BIND(request), do_UDP_ASSOCIATE(request), do_RESOLVE(request),
+    do_RESOLVE_PTR(request)    do one command; `request` is a `Request`, `Request4` or
+                               `HttpRequest`, with `command` and `address`
+
+    Such a method may be an ordinary function.  It runs in a thread of its own, so it may block and
+    sleep.  It returns a connected socket to join the client to; or None, to close the client's
+    connection without a reply; or what super() returns, to do what the server does.  To refuse, it
+    raises `Refused`, with the code in `reply`; any other OSError is a failure on the way to the
+    target.
+
+    Or it is a generator, a conversation, which runs in the server's loop and must not block.  It
+    yields what it waits for (`Wait`, `Call`, `LookUp`), and returns a `Tunnel` or a `UdpRelay`, or
+    None.
+
+    A command without a method is refused as not supported (07).
+    """
+    methods: Dict[int, Tuple[Command, Callable, bool]]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.methods = command_methods(cls)
+
+    def __init__(self, request: socket.socket, client_address: Any, server: 'Server') -> None:
         self.request = request
-        self.client = client
-        self.client_address = client.address
+        self.client_address = client_address
         self.server = server
-        self.settings = settings = server.settings
-        self.stream = Stream(request, after(self.settings.handshake_timeout))
-        self.connection = request       # what carries the bytes: the socket, or a layer over it
-        self.reached = None             # where, if a load balancer says so
-        self.is_known = False           # it has shown who it is
-        self.login = None               # by a password: (user name, password), see `Users`
-        self.answer_form = None         # (reply, bound address) -> the message that says so now
+        self.settings = server.settings
+        if isinstance(client_address, tuple):
+            address = Address.of(client_address)
+            if ':' in address.host:     # it may be an IPv4 client of a socket for both families
+                address = Address(plain_ip(address.host), address.port)
+        else:
+            address = UnixAddress(request.getsockname())
+        self.client = Session(server, address)
+        self.stream = Stream(request, deadline(self.settings.handshake_timeout))
+        self.connection = request       # the socket, or the layer over it
+        self.reached = None             # the address that the client connected to, as announced
+        self.is_authenticated = False
+        self.login = None               # (user name, password), see `Users`
+        self.make_reply = None          # (code, address) -> message of the current protocol
         self.is_verbose = log.isEnabledFor(logging.DEBUG)       # else note() is not worth its call
 
     def note(self, text, *args):
         """Log a step."""
         log.debug('%s: ' + text, self.client.address, *args)
 
-    def secure(self):
-        """Go on inside of TLS; a client that shows a certificate is known by its name."""
+    def conversation(self) -> Conversation:
+        """The conversation with the client; its result is a relay, or None at its end."""
+        relay = None
+        try:
+            relay = yield from self.serve()
+        finally:
+            if relay is None:
+                self.server.session_ended(self.client, 0, 0)
+        return relay
+
+    def serve(self):
+        try:
+            yield from self.prepare()
+            request = yield from self.negotiate()
+            if self.settings is not self.server.settings:
+                self.check_again()
+            self.server.sessions.negotiated(self.client)
+        except ProxyError as error:
+            return (yield from self.refuse(error))
+        # The client's own connection has failed: there is nobody to answer.
+        except (OSError, EOFError, ClientReset) as error:
+            if self.make_reply or self.client.protocol != '-':
+                self.client.report(f'no request: {printable_line(reason(error))}')
+            return None
+        try:
+            return (yield from self.do(request))
+        except OSError as error:                # on the way to the target
+            return (yield from self.refuse(error))
+        except (EOFError, ClientReset) as error:        # the client's connection again
+            self.client.report(f'client: {printable_line(reason(error))}')
+            return None
+
+    def reply(self, code: int, address: Address = UNSPECIFIED) -> Conversation:
+        return self.stream.write(self.make_reply(code, address))
+
+    def refuse(self, error):
+        """Conversation: tell the client of an error, in the current protocol."""
+        is_refusal = isinstance(error, ProxyError) and not error.socket_err     # not a proxy's
+        self.outcome = f'{"refused" if is_refusal else "failed"}: {printable_line(reason(error))}'
+        self.client.report(self.outcome)
+        cause = getattr(error, 'socket_err', None) or error
+        if getattr(cause, 'errno', None) in NO_ROOM:
+            self.server.starve(cause)
+        address = isinstance(error, Refused) and error.address or UNSPECIFIED
+        if self.make_reply:
+            with contextlib.suppress(OSError, EOFError):        # the client is gone
+                yield from self.reply(reply_for(error), address)
+                yield from self.stream.linger(deadline(LINGER))
+
+    # Before the first byte of SOCKS or HTTP
+
+    def prepare(self):
+        """Conversation: the header of a load balancer, the limits, TLS."""
+        settings = self.settings
+        if settings.balancers and settings.balancers.has(self.client.peer.host):
+            header = yield from ExactStream(self.request, deadline(PROXY_TIMEOUT)).read(
+                ProxyHeader.unpack)
+            if header.source:
+                self.announced(header)
+        if isinstance(self.client.address, UnixAddress):
+            self.client.user = yield Call(functools.partial(account_of, self.request),
+                                          self.stream.until)
+        self.server.admit(self.client)
+        if settings.tls:
+            yield from self.start_tls()
+
+    def announced(self, header):
+        """Take the client's address from a load balancer's header.
+
+        A loopback address is the balancer's own host, so from another host it is not believed: the
+        client stays at the balancer's address.
+        """
+        client, source = self.client, canonical(header.source)
+        if is_loopback(client.peer.host) or not is_loopback(source.host):
+            sessions = self.server.sessions
+            task = sessions.negotiated(client)
+            client.address, self.reached = source, header.destination
+            client.key = client_key(source.host)
+            sessions.add(client, task)
+
+    def start_tls(self):
+        """Conversation: go on inside TLS; a client with a certificate is its common name."""
         first = (yield from self.stream.look())[0]
-        if first != TLS_HANDSHAKE:      # who speaks SOCKS would wait for us, and we for more
+        if first != TLS_HANDSHAKE:      # without TLS each side would wait for the other
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
-        tls = Secure(self.request, self.server.settings.tls or self.settings.tls, server_side=True)
+        context = self.server.settings.tls or self.settings.tls
+        tls = TlsLayer(self.request, context, server_side=True)
         yield from tls.handshake(self.stream.until)
         self.stream = Stream(tls, self.stream.until, self.request)
         self.connection = tls
@@ -5889,25 +6086,65 @@ class Login(socketserver.BaseRequestHandler):
         if len(names) > 1:
             raise ProtocolError(f'a certificate with {len(names)} common names, expected one')
         if subject:
-            self.know(*names or [''])
+            self.authenticated(*names or [''])
 
-    def know(self, user):
-        """Note the user that the client has authenticated as; the first one counts."""
-        if not self.is_known:
-            self.client.user = shown(user)
-        self.is_known = True
+    # Negotiation
 
-    @property
-    def needs_login(self):
-        """By the current settings, which may have been reloaded since the client connected."""
-        settings = self.server.settings
-        return bool(settings.users or settings.gssapi) and not (
-            self.is_known or settings.trusted.has(self.client.address.host))
+    def negotiate(self):
+        """Conversation: the client's request, after all that comes before it."""
+        first = yield from self.stream.peek()
+        if first == 4:
+            return (yield from self.negotiate4())
+        if first == 5:
+            return (yield from self.negotiate5())
+        if first in HTTP_BYTES:
+            return (yield from self.negotiate_http())
+        if first == TLS_HANDSHAKE:
+            raise ProtocolError('TLS, expected SOCKS')
+        raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
+
+    def negotiate4(self):
+        self.client.protocol = 'SOCKS4'
+        self.make_reply = Response4.of
+        request = yield from self.stream.read(Request4.unpack)
+        if self.needs_login:
+            raise Refused('SOCKS4 has no passwords, expected SOCKS5')
+        if self.settings.ident and not isinstance(self.client.address, UnixAddress):
+            yield from self.identify(request.userid)
+        return request
+
+    def identify(self, userid):
+        """Conversation: raise Refused unless the client's host confirms the userid."""
+        local = self.reached or local_address(self.request)
+        found = yield from ask_ident(self.client.address, local,
+                                     () if self.reached else (local.host,))
+        user = printable(name_text(found))
+        if found != userid or self.is_authenticated and self.client.user != user:
+            raise Refused(f'ident: it is {user}', reply=Reply4.IDENT_MISMATCH)
+        self.client.user = user
+
+    def negotiate5(self):
+        self.client.protocol = 'SOCKS5'
+        self.make_reply = lambda *_: Choice(Method.NO_ACCEPTABLE)
+        greeting = yield from self.stream.read(Greeting.unpack)
+        method = self.choose(greeting.methods)
+        if self.is_verbose:
+            self.note('SOCKS5, methods offered: %s, chosen: %02x, %s', greeting.methods.hex(),
+                      method, METHOD_NAMES[method])
+        yield from self.stream.write(Choice(method))
+        if method == Method.GSSAPI:
+            yield from self.negotiate_gssapi()
+        elif method == Method.USERNAME_PASSWORD:
+            self.make_reply = lambda *_: Verdict(1)
+            yield from self.authenticate((yield from self.stream.read(Credentials.unpack)))
+            yield from self.stream.write(Verdict(0))
+        self.make_reply = Response
+        return (yield from self.stream.read(Request.unpack))
 
     def choose(self, offered: bytes) -> int:
-        """The authentication method to use, of those offered.
+        """The authentication method to use, of those offered (RFC 1928 section 3).
 
-        A client that needs no password but insists on one may send any.
+        A client that needs no password may still insist on sending one; any is accepted then.
         """
         settings, needs_login = self.server.settings, self.needs_login
         methods = [] if needs_login else [Method.NO_AUTHENTICATION]
@@ -5923,22 +6160,92 @@ class Login(socketserver.BaseRequestHandler):
         raise Refused(f'the client offered {missing}; methods offered: {offered.hex() or "none"}, '
                       f'expected {expected}')
 
-    def authenticate(self, credentials: Credentials) -> Conversation:
-        """Raise Refused, but not at once, unless the credentials are right.
+    def negotiate_gssapi(self):
+        """Conversation: authenticate by GSSAPI, and go on at the level that is agreed on."""
+        self.make_reply = lambda *_: GssMessage(GssMessage.ABORT)
+        try:
+            context = yield from accept_gssapi(self.stream, self.settings)
+        except GssError as error:
+            raise Refused(error.strerror) from None
+        self.authenticated(context.peer)
+        if context.level:
+            self.connection = GssLayer(self.connection, context, self.stream.surplus)
+            self.stream = Stream(self.connection, self.stream.until, self.request)
 
-        The time that a failure takes does not tell why, and slows down who tries all passwords.
+    def negotiate_http(self):
+        """Conversation: the request of an HTTP client."""
+        self.client.protocol = 'HTTP'
+        if not self.settings.http:
+            self.make_reply = lambda *_: HttpPage()
+            raise ProtocolError('HTTP, expected SOCKS')
+        self.make_reply = functools.partial(self.http_answer, '')
+        request = HttpRequest.unpack((yield from self.stream.read_head()))
+        self.make_reply = functools.partial(self.http_answer, request.method)
+        if self.needs_login:
+            yield from self.authenticate_http(request)
+        try:
+            canonical(request.address)
+        except ProtocolError as error:
+            raise ProtocolError(error.msg, reply=HttpCode.BAD_REQUEST) from None
+        return request
+
+    def http_answer(self, method, code, _):
+        """The `HttpAnswer` for a reply code.
+
+        After a refusal by rules, or a failure of the network, its text is that of the code: the
+        error's own text could name addresses and files that are not for the client.
+        """
+        if code == Reply.SUCCEEDED:
+            return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
+        status = code if isinstance(code, HttpCode) else HTTP_CODES.get(code, HttpCode.BAD_GATEWAY)
+        text = self.outcome if status is code else status.text
+        if isinstance(code, Reply) and code != Reply.GENERAL_FAILURE:
+            text = code.text
+        return HttpAnswer(status, text + HTTP_HELP * (status == HttpCode.BAD_REQUEST),
+                          method != 'HEAD')
+
+    def authenticate_http(self, request):
+        """Conversation: Basic authentication (RFC 7617), with the users and limits of SOCKS5."""
+        if not self.server.settings.users:
+            raise Refused('HTTP has no GSSAPI here, expected SOCKS5', reply=HttpCode.FORBIDDEN)
+        make_reply = self.make_reply
+        self.make_reply = lambda *_: make_reply(HttpCode.LOGIN_REQUIRED, None)
+        credentials = request.credentials
+        if not credentials:
+            raise Refused('no user name and password, expected Basic')
+        yield from self.authenticate(credentials)
+        self.make_reply = make_reply
+
+    # Who the client is.  The settings may be reloaded at any time, so the server's count.
+
+    @property
+    def needs_login(self):
+        settings = self.server.settings
+        return bool(settings.users or settings.gssapi) and not (
+            self.is_authenticated or settings.trusted.has(self.client.address.host))
+
+    def authenticated(self, user):
+        """Take over the user that the client has authenticated as; the first one counts."""
+        if not self.is_authenticated:
+            self.client.user = printable(user)
+        self.is_authenticated = True
+
+    def authenticate(self, credentials: Credentials) -> Conversation:
+        """Conversation: raise Refused unless the credentials are right.
+
+        A failure takes `Settings.login_delay`, whatever the reason, to slow down guessing.
         """
         if not self.needs_login:
             return
         client, username = self.client, credentials.username
         until = time.monotonic() + self.settings.login_delay
         # The name of a user that does not exist is not logged: it may be a password.
-        name = shown(name_text(username)) if username in self.server.settings.users else '-'
+        name = printable(name_text(username)) if username in self.server.settings.users else '-'
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(client.key, username):
             if (yield from self.verify(credentials)):
                 client.user = name
-                self.is_known = True
+                self.is_authenticated = True
                 self.login = username, self.server.settings.users[username]
                 return
             why = 'wrong user name or password'
@@ -5951,8 +6258,7 @@ class Login(socketserver.BaseRequestHandler):
         raise Refused(why)
 
     def verify(self, credentials):
-        """Conversation: whether they are right by the current users; if those are reloaded
-        meanwhile, it verifies again."""
+        """Conversation: whether the credentials are right, by the users at its end."""
         is_hopeless = functools.partial(
             self.server.failures.too_many, self.client.key, credentials.username)
         right = users = None
@@ -5961,8 +6267,9 @@ class Login(socketserver.BaseRequestHandler):
             right = yield from users.verify(credentials, self.stream.until, is_hopeless)
         return right
 
-    def reconsider(self):
-        """Judge the client again, because the settings were reloaded since it connected."""
+    def check_again(self):
+        """Raise Refused unless the client may go on with the settings that were reloaded since it
+        connected."""
         self.settings = self.server.settings
         if self.login and self.settings.users.get(self.login[0]) != self.login[1]:
             raise Refused('the password has changed')
@@ -5970,262 +6277,41 @@ class Login(socketserver.BaseRequestHandler):
             raise Refused('not logged in')
         self.server.judge_client(self.client)
 
-    def protect(self):
-        """GSSAPI (RFC 1961): authenticate each other, and go on at the level that is agreed on."""
-        self.answer_form = lambda *_: GssMessage(GssMessage.ABORT)
-        try:
-            context = yield from self.establish()
-            yield from self.agree(context)
-        except GssError as error:
-            raise Refused(error.strerror) from None
-        self.know(context.peer)
-        if context.level:
-            self.connection = Protected(self.connection, context, self.stream.surplus)
-            self.stream = Stream(self.connection, self.stream.until, self.request)
+    # Commands
 
-    def establish(self):
-        """A complete `GssContext`, whose peer is the client."""
-        context, complete = GssContext(), False
-        unpack = functools.partial(GssMessage.unpack_token, GssMessage.TOKEN)
-        while not complete:
-            token = yield from self.stream.read(unpack)
-            if not token:               # MIT's library would take it for a wish for SPNEGO
-                raise ProtocolError('an empty GSSAPI token')
-            token, complete = yield Call(
-                functools.partial(context.step, token), self.stream.until)
-            if token or complete:
-                yield from self.stream.write(GssMessage(GssMessage.TOKEN, token))
-        return context
-
-    def agree(self, context):
-        """On the level that the client wants, if it may, or else on the best one."""
-        token = yield from self.stream.read(
-            functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
-        is_nec = self.settings.gssapi_nec and len(token) == 1
-        wanted = token if is_nec else context.unwrap(token)[0]
-        levels = [level for level in self.settings.gssapi if context.allows(level)]
-        if len(wanted) != 1 or not levels:
-            raise ProtocolError(f'GSSAPI level {wanted.hex()}, expected one byte'
-                                if levels else 'GSSAPI: no level is possible')
-        context.level = wanted[0] if wanted[0] in levels else max(levels)
-        answer = bytes((context.level,))
-        yield from self.stream.write(GssMessage(
-            GssMessage.LEVEL, answer if is_nec else context.wrap(answer, False)))
-
-    def identify(self, userid):
-        """Raise Refused unless the client's host says that this is who has the connection."""
-        until, userid_there = after(IDENT_TIMEOUT), None
-        reached = self.reached or local_address(self.request)
-        query = IdentQuery(self.client.address.port, reached.port)
-        try:
-            source = () if self.reached else (reached.host,)
-            ident = Address(in_zone_of(reached.host, self.client.address.host), IDENT_PORT)
-            sock = yield from dial([ident], until, source)
-            with sock:
-                stream = Stream(sock, until)
-                yield from stream.write(query)
-                userid_there = (yield from stream.read(IdentReply.unpack)).userid
-        except (OSError, EOFError) as error:
-            raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
-        if userid_there is None:
-            raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
-        user = shown(name_text(userid_there))
-        if userid_there != userid or self.is_known and self.client.user != user:
-            raise Refused(f'ident: it is {user}', reply=Reply4.IDENT_MISMATCH)
-        self.client.user = user
-
-
-class Negotiation(Login):
-    """What is said with one client, up to its relay or its refusal; all of it conversations.
-
-    converse: negotiate, then command(request) of the subclass, whose result is the relay.
-    """
-
-    def converse(self) -> Conversation:
-        relay = None
-        try:
-            relay = yield from self.handle()
-        finally:
-            if relay is None:
-                self.server.client_ended(self.client, 0, 0)
-        return relay
-
-    def handle(self):
-        try:
-            yield from self.prepare()
-            request = yield from self.negotiate()
-            if self.settings is not self.server.settings:
-                self.reconsider()
-            self.server.roster.negotiated(self.client)
-        except ProxyError as error:
-            return (yield from self.refuse(error))
-        # The client's own connection: nobody to answer.
-        except (OSError, EOFError, ClientReset) as error:
-            if self.answer_form or self.client.protocol != '-':
-                self.client.report(f'no request: {printable(reason(error))}')
-            return None
-        try:
-            return (yield from self.command(request))
-        except OSError as error:                # on the way to the target
-            return (yield from self.refuse(error))
-        except (EOFError, ClientReset) as error:        # the client's connection again
-            self.client.report(f'client: {printable(reason(error))}')
-            return None
-
-    def answer(self, reply: int, address: Address = UNSPECIFIED) -> Conversation:
-        return self.stream.write(self.answer_form(reply, address))
-
-    def refuse(self, error):
-        """Tell the client why not, in the form that it expects at this point."""
-        is_ours = isinstance(error, ProxyError) and not error.socket_err        # not a proxy's
-        self.outcome = f'{"refused" if is_ours else "failed"}: {printable(reason(error))}'
-        self.client.report(self.outcome)
-        cause = getattr(error, 'socket_err', None) or error
-        if getattr(cause, 'errno', None) in NO_ROOM:
-            self.server.starve(cause)
-        address = isinstance(error, Refused) and error.address or UNSPECIFIED
-        if self.answer_form:
-            with contextlib.suppress(OSError, EOFError):
-                yield from self.answer(reply_for(error), address)
-                yield from self.stream.linger(after(LINGER))
-
-    def prepare(self):
-        """What comes before the first byte of SOCKS."""
-        settings = self.settings
-        if settings.balancers and settings.balancers.has(self.client.peer.host):
-            header = yield from ExactStream(self.request, after(PROXY_TIMEOUT)).read(
-                ProxyHeader.unpack)
-            if header.source:
-                self.announced(header)
-        if isinstance(self.client.address, UnixAddress):
-            self.client.user = yield Call(functools.partial(account_of, self.request),
-                                          self.stream.until)
-        self.server.admit(self.client)
-        if settings.tls:
-            yield from self.secure()
-
-    def announced(self, header):
-        """Take the client's address from a load balancer's header.
-
-        A loopback address is the balancer's own host, so from another host it is not believed: the
-        client stays at the balancer's address.
-        """
-        client, source = self.client, canonical(header.source)
-        if is_loopback(client.peer.host) or not is_loopback(source.host):
-            roster = self.server.roster
-            task = roster.negotiated(client)
-            client.address, self.reached = source, header.destination
-            client.key = client_key(source.host)
-            roster.add(client, task)
-
-    def negotiate(self):
-        """The client's request, after all that comes before it."""
-        first = yield from self.stream.peek()
-        if first == 4:
-            return (yield from self.negotiate4())
-        if first == 5:
-            return (yield from self.negotiate5())
-        if first in HTTP_BYTES:
-            return (yield from self.negotiate_http())
-        if first == TLS_HANDSHAKE:
-            raise ProtocolError('TLS, expected SOCKS')
-        raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
-
-    def negotiate4(self):
-        self.client.protocol = 'SOCKS4'
-        self.answer_form = Response4.of
-        request = yield from self.stream.read(Request4.unpack)
-        if self.needs_login:
-            raise Refused('SOCKS4 has no passwords, expected SOCKS5')
-        if self.settings.ident and not isinstance(self.client.address, UnixAddress):
-            yield from self.identify(request.userid)
-        return request
-
-    def negotiate5(self):
-        self.client.protocol = 'SOCKS5'
-        self.answer_form = lambda *_: Choice(Method.NO_ACCEPTABLE)
-        greeting = yield from self.stream.read(Greeting.unpack)
-        method = self.choose(greeting.methods)
-        if self.is_verbose:
-            self.note('SOCKS5, methods offered: %s, chosen: %02x, %s', greeting.methods.hex(),
-                      method, METHOD_NAMES[method])
-        yield from self.stream.write(Choice(method))
-        if method == Method.GSSAPI:
-            yield from self.protect()
-        elif method == Method.USERNAME_PASSWORD:
-            self.answer_form = lambda *_: Verdict(1)
-            yield from self.authenticate((yield from self.stream.read(Credentials.unpack)))
-            yield from self.stream.write(Verdict(0))
-        self.answer_form = Response
-        return (yield from self.stream.read(Request.unpack))
-
-    def negotiate_http(self):
-        """The request of an HTTP client, which is answered when its target is connected."""
-        self.client.protocol = 'HTTP'
-        if not self.settings.http:
-            self.answer_form = lambda *_: HttpPage()
-            raise ProtocolError('HTTP, expected SOCKS')
-        self.answer_form = functools.partial(self.http_answer, '')
-        request = HttpRequest.unpack((yield from self.stream.read_head()))
-        self.answer_form = functools.partial(self.http_answer, request.method)
-        if self.needs_login:
-            yield from self.authenticate_http(request)
-        try:
-            canonical(request.address)
-        except ProtocolError as error:
-            raise ProtocolError(error.msg, reply=HttpCode.BAD_REQUEST) from None
-        return request
-
-    def http_answer(self, method, reply, _):
-        """The message that gives `reply` to an HTTP client.
-
-        For what our rules or the network say, it has only the reply's own text: the error's could
-        tell addresses and paths that are not for the client.
-        """
-        if reply == Reply.SUCCEEDED:
-            return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
-        code = reply if isinstance(reply, HttpCode) else HTTP_CODES.get(reply, HttpCode.BAD_GATEWAY)
-        text = self.outcome if code is reply else code.text
-        if isinstance(reply, Reply) and reply != Reply.GENERAL_FAILURE:
-            text = reply.text
-        return HttpAnswer(code, text + HTTP_HELP * (code == HttpCode.BAD_REQUEST), method != 'HEAD')
-
-    def authenticate_http(self, request):
-        """Basic authentication (RFC 7617), with the users and limits of SOCKS5."""
-        if not self.server.settings.users:
-            raise Refused('HTTP has no GSSAPI here, expected SOCKS5', reply=HttpCode.FORBIDDEN)
-        answer_form = self.answer_form
-        self.answer_form = lambda *_: answer_form(HttpCode.LOGIN_REQUIRED, None)
-        credentials = request.credentials
-        if not credentials:
-            raise Refused('no user name and password, expected Basic')
-        yield from self.authenticate(credentials)
-        self.answer_form = answer_form
-
-
-COMMANDS = {int(command): command for command in Command}
-METHODS = {command: 'do_' + command.name for command in Command}
-
-
-class Handler(Negotiation):
-    """What a client can ask for: a method do_COMMAND for each `Command`.
-
-    One that is not there, or that the settings switch off, is refused as not supported.
-    """
-
-    def command(self, request: AnyRequest) -> Conversation:
-        command = COMMANDS.get(request.command)
-        method = command and getattr(self, METHODS[command], None)
+    def do(self, request: AnyRequest) -> Conversation:
+        """The conversation that does what the request asks for."""
+        command, method, is_conversation = self.methods.get(request.command, (None, None, None))
         if not (method and self.offered(command, isinstance(request, Request4))):
             name = command.name if command else f'command {request.command:#04x}'
             raise ProtocolError(f'{name} is not supported, or not switched on',
                                 reply=Reply.COMMAND_NOT_SUPPORTED)
         self.client.command = command
-        self.client.target = shown(str(request.address))
+        self.client.target = printable(str(request.address))
         if self.is_verbose:
             self.note('%s %s %s, user %s', self.client.protocol, command.name, self.client.target,
                       self.client.user)
-        return method(request)
+        if is_conversation:
+            return method(self, request)
+        return self.run_in_thread(functools.partial(method, self, request))
+
+    def run_in_thread(self, function):
+        """Conversation: the result of a do_COMMAND that is an ordinary function."""
+        result = yield Call(function, None, Worker.OWN)
+        if result is None:
+            self.client.report('closed')
+        elif isinstance(result, socket.socket):
+            result.setblocking(False)
+            address = UNSPECIFIED
+            if result.family in IP_FAMILIES:
+                address = local_address(result)
+            return (yield from self.join(result, address))
+        elif hasattr(result, 'send'):           # a conversation
+            return (yield from result)
+        else:
+            raise TypeError(f'{function.func.__qualname__}() returned a {type(result).__name__}, '
+                            f'expected a socket or None')
+        return None
 
     def offered(self, command, is_socks4):
         """Whether the protocol has the command, and the settings allow it at all."""
@@ -6242,7 +6328,7 @@ class Handler(Negotiation):
     def do_CONNECT(self, request: AnyRequest) -> Conversation:
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
-        until = self.stream.until = after(self.settings.connect_timeout)
+        until = self.stream.until = deadline(self.settings.connect_timeout)
         if self.settings.upstream:
             return (yield from self.connect_through(request.address, until))
         addresses = yield from self.destinations(request.address, until)
@@ -6268,7 +6354,7 @@ class Handler(Negotiation):
         """Answer, and join the client to the socket `target`."""
         try:
             target.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            yield from self.answer(Reply.SUCCEEDED, bnd)
+            yield from self.reply(Reply.SUCCEEDED, bnd)
             return Tunnel(self.client, self.connection, target, self.stream.surplus)
         except BaseException:
             target.close()
@@ -6289,7 +6375,7 @@ class Handler(Negotiation):
             self.note('through %s', ', then '.join(map(str, chain)))
         for wanted in addresses:
             try:
-                target, bnd = yield from reach(
+                target, bnd = yield from open_chain(
                     chain, destination(wanted, chain), until, self.settings.source)
                 break
             except (SOCKS5Error, SOCKS4Error):
@@ -6298,7 +6384,7 @@ class Handler(Negotiation):
         if ip_bytes(wanted.host) is not None:
             self.client.target_address = None if wanted == address else wanted
         if self.is_verbose:
-            self.note('the last proxy connects from %s', shown(str(bnd)))
+            self.note('the last proxy connects from %s', printable(str(bnd)))
         if ip_bytes(bnd.host) is None:
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
@@ -6321,12 +6407,12 @@ class Handler(Negotiation):
 
         Others are turned away; if one of them was all that came, the second reply says so.
         """
-        until = self.stream.until = after(self.settings.bind_timeout)
+        until = self.stream.until = deadline(self.settings.bind_timeout)
         expected = [host for host, _ in (yield from self.destinations(request.address, until))]
         host, told = self.own_address(expected)
         with bound(Address(host, 0)) as listener:
             listener.listen(16)
-            yield from self.answer(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
+            yield from self.reply(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
             peer, address = yield from self.accept(listener, expected, until)
         return (yield from self.join(peer, address))
 
@@ -6368,7 +6454,7 @@ class Handler(Negotiation):
         near, release = self.server.udp_ports.bind(
             own, self.settings.udp_ports, None if is_here else client_key(host))
         try:
-            yield from self.answer(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
+            yield from self.reply(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
             return UdpRelay(client, self.connection, near, self.hint(request.address), is_here,
                             release)
         except BaseException:
@@ -6386,7 +6472,7 @@ class Handler(Negotiation):
 
     def do_RESOLVE(self, request: AnyRequest) -> Conversation:
         """Tor's command for a look-up; an IPv4 address is what its users expect."""
-        until = self.stream.until = after(self.settings.connect_timeout)
+        until = self.stream.until = deadline(self.settings.connect_timeout)
         addresses = yield from self.destinations(request.address, until, self.server.judge)
         address = min(addresses, key=lambda address: ':' in address.host)
         if ':' in address.host and isinstance(request, Request4):
@@ -6400,16 +6486,16 @@ class Handler(Negotiation):
             raise ProtocolError('RESOLVE_PTR of a name, expected an IP address',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         self.server.judge(self.client, Address(host, 0))
-        until = self.stream.until = after(self.settings.connect_timeout)
+        until = self.stream.until = deadline(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
             stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
         yield from self.tell(canonical(Address(name, 0)))
 
     def tell(self, address):
         """Answer with an address, which is all that was asked for."""
-        yield from self.answer(Reply.SUCCEEDED, address)
+        yield from self.reply(Reply.SUCCEEDED, address)
         self.client.report(f'done, {address.host}')
-        yield from self.stream.linger(after(LINGER))
+        yield from self.stream.linger(deadline(LINGER))
 
     def own_address(self, peers=ZEROS):
         """Our IP address for others to connect or send to, and how to tell it to the client.
@@ -6422,7 +6508,7 @@ class Handler(Negotiation):
         if not set(peers) & set(ZEROS):
             family = family_of(host)    # which the client knows how to use
             peers = [in_zone_of(host, peer) for peer in peers]
-            host = way_out(sorted(peers, key=lambda peer: family_of(peer) != family),
+            host = local_ip_towards(sorted(peers, key=lambda peer: family_of(peer) != family),
                            self.settings.source)
         for told in self.settings.advertise:
             if family_of(told) == family_of(host) and not is_loopback(host):
@@ -6457,6 +6543,20 @@ class Handler(Negotiation):
         if not allowed:
             raise refusal
         return allowed
+
+
+def command_methods(handler_class):
+    """By the number of a command: the `Command`, the method of a class of handlers that does it,
+    and whether that is a conversation."""
+    methods = {}
+    for command, name in COMMAND_METHODS.items():
+        method = getattr(handler_class, name, None)
+        flags = getattr(getattr(method, '__code__', None), 'co_flags', 0)
+        methods[int(command)] = command, method, bool(flags & CO_GENERATOR)
+    return methods
+
+
+Handler.methods = command_methods(Handler)
 
 
 def listening_addresses(server_address):
@@ -6506,7 +6606,7 @@ def as_users(value):
         if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
             raise ValueError('expected names and passwords as text or bytes')
         if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
-            raise ValueError(f'{shown(name_text(name))}: expected at most 255 bytes each')
+            raise ValueError(f'{printable(name_text(name))}: expected at most 255 bytes each')
     return MappingProxyType(users)
 
 
@@ -6515,7 +6615,7 @@ def as_chain(value):
         value = list(value)
     if value and not isinstance(value, (str, tuple, list)):
         raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
-    return tuple(hops(value))
+    return tuple(parse_chain(value))
 
 
 def as_ports(value):
@@ -6693,7 +6793,7 @@ def refuse_open_proxy(settings, addresses):
                     f'(--users, SOCKS_USERS, -u) or networks (--from), or allow that (--open)')
 
 
-class Roster:
+class Sessions:
     """Whom a server serves, and what it did for others before.
 
     associations  how many there are
@@ -6762,7 +6862,7 @@ class Roster:
                     del self.connections[client.key]
 
 
-class Helpers:
+class BulkLoops:
     """Threads, each with a loop, for tunnels that carry much.
 
     Large reads and writes run in parallel even in Python, and light tunnels need not wait for them.
@@ -6812,182 +6912,79 @@ class Listening:
         """The listeners are closed by server_close()."""
 
 
-class Acceptor(socketserver.ThreadingTCPServer):
-    """What accepts clients, in a loop.
+class Server(socketserver.ThreadingTCPServer):
+    """A SOCKS and HTTP proxy on one or several addresses.
 
-    So one thread does all that is quick, and no connection has to wait for another one to wake up.
-    The subclass has listeners, loop, roster, settings, max_clients, places, loops() and clients.
-    """
-    _accepting = _draining = False
-    _starved = _warned = float('-inf')  # when it was last logged that something is used up
+    For the caller:
 
-    def _watch_listeners(self, accepting):
-        if accepting != self._accepting:
-            self._accepting = accepting
-            for sock in self.listeners:
-                self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
-
-    def _accept(self, fd, _):
-        """A listener is ready."""
-        listener = next(sock for sock in self.listeners if sock.fileno() == fd)
-        room = self._room()
-        if room <= 0:
-            self._warn()
-        for _ in range(min(ACCEPT_BATCH, room)):
-            try:
-                request, client_address = listener.accept()
-            except BLOCKED:
-                return
-            except OSError as error:
-                if error.errno in NO_ROOM:
-                    self.starve(error)
-                    return self._pause()
-                continue                # that client has left already
-            self._receive(request, client_address)
-        if self._room() <= 0:
-            self._pause()
-
-    def _receive(self, request, client_address):
-        try:
-            if self.verify_request(request, client_address):
-                self.process_request(request, client_address)
-            else:
-                self.shutdown_request(request)
-        except Exception:
-            self.handle_error(request, client_address)
-            self.shutdown_request(request)
-
-    def starve(self, error):
-        """Warn, but not all the time, that descriptors or memory are used up."""
-        now = time.monotonic()
-        if now >= self._starved + STARVING_PAUSE:
-            self._starved = now
-            log.warning('cannot accept clients, or not serve them: %s', reason(error))
-
-    def _warn(self):
-        """Say that clients wait, but once a minute is enough."""
-        if self.loop.now - self._warned >= 60:
-            self._warned = self.loop.now
-            log.warning('%d clients are served, more have to wait (--max-clients)',
-                        self.max_clients)
-
-    def _room(self):
-        """For how many more clients.
-
-        By descriptors, an association counts as two, since it may take four.
-        """
-        clients = sum(len(loop.items) for loop in self.loops())
-        room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
-        return min(room, self.places - clients - self.roster.associations) if self.places else room
-
-    def _pause(self):
-        """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
-        self._watch_listeners(False)
-        self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
-
-    def _expire(self):
-        """Accept again; or the time for draining has passed."""
-        self.loop.timers.set(self._item, None)
-        if self._draining:
-            self.loop.stop()
-        else:
-            self._watch_listeners(True)
-
-    def drain(self, seconds: float) -> None:
-        """Accept no more clients, and have serve_forever() return when those that are served have
-        ended, or after so many seconds."""
-        self.loop.call(self._item, self._drain, seconds)
-
-    def _drain(self, seconds):
-        self._watch_listeners(False)
-        self._draining = True
-        for sock in self.listeners:
-            sock.close()
-        log.info('draining %d clients, up to %g s', len(self.clients), seconds)
-        self.loop.timers.set(self._item, self.loop.now + seconds)
-        self._go_on()
-
-    def _go_on(self):
-        """There is room again; or the last client may have ended."""
-        if not self._draining:
-            self._expire()
-        elif not self.clients:
-            self.loop.stop()
-
-    def client_ended(self, client, up, down):
-        """A client is served no more; called in the thread of any loop."""
-        self.roster.remove(client, up, down)
-        if not self._accepting:
-            self.loop.call(self._item, self._go_on)
-
-    def admit(self, client):
-        """Raise Refused unless `client` may use the server at all."""
-        settings = self.settings
-        if settings.clients:
-            self.judge_client(client)
-        limit = settings.max_per_client
-        if limit is None and not is_loopback(client.address.host):
-            limit = self.max_per_client
-        if limit:
-            self.roster.count(client, limit)
-
-    def judge_client(self, client):
-        """Raise Refused unless `client` is from one of the networks that are served."""
-        clients = self.settings.clients
-        if clients and not clients.has(client.address.host):
-            raise Refused('not from the networks served')
-
-
-class Server(Acceptor):
-    """A SOCKS server on one or several addresses.
-
-    server_address   (host, port), or a list of them; a name stands for all its addresses, `::` for
-                     all of both families, port 0 for a free port, the same on all of them.  The
-                     host `unix:PATH` stands for a unix socket, whatever the port; its file is
-                     removed at the end
-    listeners        sockets that listen already, to use instead
-    settings         a `Settings`
-    handler_class    a `Handler`
-
-    To run it: serve_forever(), which returns after shutdown() from another thread or from a signal
-    handler; or start(), which runs it in the background until stop(), or to the end of a `with`::
+    Server(server_address, settings, handler_class, listeners=())
+        server_address   (host, port), or a list of them; a name stands for all its addresses, `::`
+                         for all of both families, port 0 for a free port, the same on all of them.
+                         The host `unix:PATH` stands for a unix socket, whatever the port; its file
+                         is removed at the end
+        settings         a `Settings`
+        handler_class    a subclass of `Handler`; or any other handler of `socketserver`, which gets
+                         the bare connections, in a thread each
+        listeners        sockets that listen already, to use instead of server_address
+    start()              serve in the background until stop(), or to the end of a `with`; returns
+                         the server
+    serve_forever()      serve in this thread until shutdown(), from another thread or from a signal
+                         handler.  The listeners stay open then: clients wait in the queue
+    stop()               end everything; the same as server_close()
+    drain(seconds)       accept no more clients; serve_forever() returns when the last one ends
+    reconfigure(settings)    use other settings from now on
+    server_address       `Address` of the first listener
+    addresses            `Address` of each listener
+    settings             the `Settings`, checked, with texts converted
+    clients              list of the `Session` of each client that is served
 
         with Server(('127.0.0.1', 0)).start() as server:
             print(server.server_address)
 
-    After shutdown() the listeners stay open, for another serve_forever(): clients that connect wait
-    in the queue.  stop(), which is server_close(), closes them and everything else.
+    May be overridden; these are called in the server's loop and must not block:
 
-    To decide more: override verify_request() for who may connect, authorize() for where they may
-    go, or a do_COMMAND method of the handler.
+    verify_request(request, client_address)    whether a client may connect
+    authorize(client, target, name=None)       raise `Refused` unless a `Session` may reach an
+                                               IP address, which it asked for by `name` or not
+    log_session(line)                          log the `LogLine` of a client at its end
+    request_queue_size                         length of the listen queues
+    heavy_loops                                number of threads for heavy traffic
 
-    Raises OSError for an address that cannot be listened on, and ValueError for settings that are
-    wrong, or an address beyond loopback if the settings would have it serve everybody there.
+    Inherited, but without a meaning here: handle_request(), timeout, service_actions() and the
+    attributes for threads; shutdown_request() and handle_error() are used as in `socketserver`.
+
+    Raises OSError for an address that cannot be listened on; ValueError for wrong settings, or if
+    the settings would serve everybody on an address beyond loopback.
     """
     server_address: Address
     settings: Settings
     addresses: List[Address]
     request_queue_size = 1024
-    heavy_loops = min(4, processors())      # threads for what carries much
+    heavy_loops = min(4, processors())
+    _accepting = _draining = False
+    _starved = _warned = float('-inf')  # when it was last logged that something is used up
 
     def __init__(self, server_address: ServerAddress = ('127.0.0.1', 1080),
                  settings: Optional[Settings] = None, handler_class: Type[Handler] = Handler,
                  bind_and_activate: bool = True, listeners: Sequence[socket.socket] = ()) -> None:
         socketserver.BaseServer.__init__(self, listening_addresses(server_address), handler_class)
-        self._crew = Crew()
-        self.resolver = Resolver(self._crew)
+        self._pool = BlockingPool()
+        self.resolver = Resolver(self._pool)
         self.udp_ports = UdpPorts()
         self._configure(Settings() if settings is None else settings)
         self.listeners = [*listeners]   # sockets
         self.addresses = []             # theirs, as `Address`
         self.socket_files = []          # (path, its os.stat()), to remove at the end
         self.failures = Failures()
-        self.roster = Roster()
+        self.sessions = Sessions()
+        self._has_conversations = isinstance(handler_class, type) and issubclass(
+            handler_class, Handler)
+        self.logs_sessions = type(self).log_session is not Server.log_session
         self._thread = None             # that of start()
         self._serving = threading.RLock()
-        self._helpers = Helpers(self.heavy_loops)
+        self._bulk_loops = BulkLoops(self.heavy_loops)
         self._item = Listening(self)
-        self.loop = Loop(self._crew, self._helpers.take, self.resolver)
+        self.loop = Loop(self._pool, self._bulk_loops.take, self.resolver)
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -6995,6 +6992,17 @@ class Server(Acceptor):
             except BaseException:
                 self.server_close()
                 raise
+
+    def _configure(self, settings):
+        self.settings = settings = prepared(settings)
+        self.places = clients_possible()        # clients that there are descriptors for
+        self.max_clients = settings.max_clients or self.places
+        clients = self.max_clients or 1 << 16
+        share = min(max(64, clients // 2), max(2, clients * 3 // 4))
+        self.max_handshakes = settings.max_handshakes or share
+        self.max_per_client = share     # for other hosts, unless the settings have a number
+        self.resolver.is_strict = settings.rules is not None
+        self.resolver.forget()
 
     def server_bind(self) -> None:
         if not self.listeners:
@@ -7054,35 +7062,147 @@ class Server(Acceptor):
         for sock in self.listeners:
             sock.close()
         remove_files(self.socket_files)
-        self._crew.dismiss()
-        self._helpers.stop()
+        self._pool.dismiss()
+        self._bulk_loops.stop()
         for loop in self.loops():
             loop.close()
 
     stop = server_close                 # the end of what start() began
 
+    def handle_request(self) -> None:
+        raise NotImplementedError('expected serve_forever() or start()')
+
+    def drain(self, seconds: float) -> None:
+        """Accept no more clients, and have serve_forever() return when those that are served have
+        ended, or after so many seconds."""
+        self.loop.call(self._item, self._drain, seconds)
+
+    def _drain(self, seconds):
+        self._watch_listeners(False)
+        self._draining = True
+        for sock in self.listeners:
+            sock.close()
+        log.info('draining %d clients, up to %g s', len(self.clients), seconds)
+        self.loop.timers.set(self._item, self.loop.now + seconds)
+        self._go_on()
+
+    def _go_on(self):
+        """There is room again; or the last client may have ended."""
+        if not self._draining:
+            self._expire()
+        elif not self.clients:
+            self.loop.stop()
+
+    # Accepting
+
+    def _watch_listeners(self, accepting):
+        if accepting != self._accepting:
+            self._accepting = accepting
+            for sock in self.listeners:
+                self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
+
+    def _accept(self, fd, _):
+        """A listener is ready."""
+        listener = next(sock for sock in self.listeners if sock.fileno() == fd)
+        room = self._room()
+        if room <= 0:
+            self._warn()
+        for _ in range(min(ACCEPT_BATCH, room)):
+            try:
+                request, client_address = listener.accept()
+            except BLOCKED:
+                return
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    self.starve(error)
+                    return self._pause()
+                continue                # that client has left already
+            self._receive(request, client_address)
+        if self._room() <= 0:
+            self._pause()
+
+    def _receive(self, request, client_address):
+        try:
+            if self.verify_request(request, client_address):
+                self.process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+        except Exception:
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
+
+    def starve(self, error: OSError) -> None:
+        """Warn, but not all the time, that descriptors or memory are used up."""
+        now = time.monotonic()
+        if now >= self._starved + STARVING_PAUSE:
+            self._starved = now
+            log.warning('cannot accept clients, or not serve them: %s', reason(error))
+
+    def _warn(self):
+        """Say that clients wait, but once a minute is enough."""
+        if self.loop.now - self._warned >= 60:
+            self._warned = self.loop.now
+            log.warning('%d clients are served, more have to wait (--max-clients)',
+                        self.max_clients)
+
+    def _room(self):
+        """For how many more clients.
+
+        By descriptors, an association counts as two, since it may take four.
+        """
+        clients = sum(len(loop.items) for loop in self.loops())
+        room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
+        places = self.places - clients - self.sessions.associations
+        return min(room, places) if self.places else room
+
+    def _pause(self):
+        """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
+        self._watch_listeners(False)
+        self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
+
+    def _expire(self):
+        """Accept again; or the time for draining has passed."""
+        self.loop.timers.set(self._item, None)
+        if self._draining:
+            self.loop.stop()
+        else:
+            self._watch_listeners(True)
+
     # One client
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin the conversation with a client; the loop goes on with it."""
+        """Begin the conversation with a client in the loop, or another handler in a thread."""
+        if not self._has_conversations:
+            request.setblocking(True)
+            return super().process_request(request, client_address)
         request.setblocking(False)
-        if isinstance(client_address, tuple):
-            address = Address.of(client_address)
-            if ':' in address.host:     # it may be IPv4 on a socket for both
-                address = Address(plain_ip(address.host), address.port)
-        else:
-            address = UnixAddress(request.getsockname())
-        client = Client(self, address)
-        handler = self.RequestHandlerClass(request, client, self)
-        task = Task(client, request, handler.converse())
-        self.roster.add(client, task, self.max_handshakes)
+        handler = self.RequestHandlerClass(request, client_address, self)
+        task = Task(handler.client, request, handler.conversation())
+        self.sessions.add(handler.client, task, self.max_handshakes)
         self.loop.attempt(task, task.start, self.loop)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception('%s: this is a bug', client_address)
 
-    def authorize(self, client: Client, target: Address, name: Optional[str] = None) -> None:
-        """Raise Refused unless `client`, a `Client`, may reach `target`, the `Address` of an IP
+    def admit(self, client: Session) -> None:
+        """Raise Refused unless `client` may use the server at all."""
+        settings = self.settings
+        if settings.clients:
+            self.judge_client(client)
+        limit = settings.max_per_client
+        if limit is None and not is_loopback(client.address.host):
+            limit = self.max_per_client
+        if limit:
+            self.sessions.count(client, limit)
+
+    def judge_client(self, client: Session) -> None:
+        """Raise Refused unless `client` is from one of the networks that are served."""
+        clients = self.settings.clients
+        if clients and not clients.has(client.address.host):
+            raise Refused('not from the networks served')
+
+    def authorize(self, client: Session, target: Address, name: Optional[str] = None) -> None:
+        """Raise Refused unless `client`, a `Session`, may reach `target`, the `Address` of an IP
         address, for which it asked by `name`, if it did.
 
         Only a rule on a network inside of a local one can allow what is local to the proxy.
@@ -7090,38 +7210,39 @@ class Server(Acceptor):
         rule = self.judge(client, target, name)
         authorize(client.address, client.command, target, self.addresses, rule)
 
-    def judge(self, client: Client, target: Address, name: Optional[str] = None) -> Optional[Rule]:
+    def judge(self, client: Session, target: Address, name: Optional[str] = None) -> Optional[Rule]:
         """Raise Refused if the rules do not allow it; else the one that does, or None."""
         rules = self.settings.rules
         return None if rules is None else allowing(rules.first(client, target, name), target)
 
-    def judge_name(self, client: Client, target: Address) -> None:
+    def judge_name(self, client: Session, target: Address) -> None:
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
             is_final = bool(settings.upstream) and settings.upstream[-1].rdns
             allowing(settings.rules.first_for_name(client, target, is_final), target)
 
-    def _configure(self, settings):
-        self.settings = settings = prepared(settings)
-        self.places = clients_possible()        # clients that there are descriptors for
-        self.max_clients = settings.max_clients or self.places
-        clients = self.max_clients or 1 << 16
-        share = min(max(64, clients // 2), max(2, clients * 3 // 4))
-        self.max_handshakes = settings.max_handshakes or share
-        self.max_per_client = share     # for other hosts, unless the settings have a number
-        self.resolver.is_strict = settings.rules is not None
-        self.resolver.forget()
-
-    def judge_association(self, client: Client) -> None:
+    def judge_association(self, client: Session) -> None:
         """Raise Refused if no rule can allow a datagram of `client`, OSError if there are no
         descriptors for it."""
         rules = self.settings.rules
         if rules is not None and not rules.may_allow(client, Command.UDP_ASSOCIATE):
             raise Refused('no rule allows a datagram')
         served = sum(len(loop.items) for loop in self.loops())
-        if self.places and served + self.roster.associations >= self.places:
+        if self.places and served + self.sessions.associations >= self.places:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def log_session(self, line: LogLine) -> None:
+        """Log what a client asked for and how it ended."""
+        log.info(line)
+
+    def session_ended(self, client: Session, up: int, down: int) -> None:
+        """A client is served no more; called in the thread of any loop."""
+        self.sessions.remove(client, up, down)
+        if not self._accepting:
+            self.loop.call(self._item, self._go_on)
+
+    # All clients
 
     def reconfigure(self, settings: Settings) -> None:
         """Have other settings from now on: who is served goes on, datagrams are judged anew.
@@ -7136,14 +7257,14 @@ class Server(Acceptor):
                     loop.call(item, item.routes.forget)
 
     @property
-    def clients(self) -> List[Client]:
-        """All that are served now, as a list of `Client`."""
+    def clients(self) -> List[Session]:
+        """All that are served now, as a list of `Session`."""
         clients = (item.client for loop in self.loops() for item in list(loop.items))
         return [client for client in clients if client]     # it may be ending
 
     def loops(self) -> List[Loop]:
         """All that carry clients."""
-        return [self.loop, *self._helpers.loops]
+        return [self.loop, *self._bulk_loops.loops]
 
 
 # ------------------------------------------------------------------------------------ socket face
@@ -7184,7 +7305,7 @@ if ContextVar is None:                  # Python 3.6: a value for each thread on
 _scope = ContextVar('socks_default_proxy', default=None)       # as _default() gives it
 
 
-def arguments(proxy_type, addr=None, port=None, rdns=True, username=None, password=None):
+def proxy_tuple(proxy_type, addr=None, port=None, rdns=True, username=None, password=None):
     """The 6-tuple that set_proxy() keeps: a `Proxy`, or one whose first field is a chain or None.
 
     That field may be a URL, or a list of them and of such tuples: a chain, first hop first.
@@ -7193,7 +7314,7 @@ def arguments(proxy_type, addr=None, port=None, rdns=True, username=None, passwo
         return None, addr, port, rdns, encoded(username), encoded(password)
     if not isinstance(proxy_type, (str, list)):
         return Proxy.checked(proxy_type, addr, port, rdns, username, password)
-    chain = hops(proxy_type)
+    chain = parse_chain(proxy_type)
     if not chain:
         return NO_PROXY
     first = chain[0]
@@ -7208,7 +7329,7 @@ def set_default_proxy(proxy_type: ProxyType = None, addr: Union[str, bytes, None
     The arguments are those of socksocket.set_proxy().  `bypass` names hosts that are reached
     without it, as is_bypassed() has it: 'localhost, 127.0.0.0/8, .local'.
     """
-    socksocket.default_proxy = arguments(proxy_type, addr, port, rdns, username, password)
+    socksocket.default_proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
     socksocket.default_bypass = bypass
 
 
@@ -7225,7 +7346,7 @@ def default_proxy(proxy: ProxyArgument, bypass: str = '') -> Iterator[None]:
 
     proxy   URL, list of URLs for a chain, 6-tuple as set_proxy() takes it, or None for none
     """
-    chosen = arguments(*proxy) if isinstance(proxy, tuple) else arguments(proxy)
+    chosen = proxy_tuple(*proxy) if isinstance(proxy, tuple) else proxy_tuple(proxy)
     token = _scope.set((chosen, bypass))
     try:
         yield
@@ -7329,7 +7450,7 @@ def named(dest_pair):
 def is_looked_up(host):
     """Whether the host is for this machine's resolver: no default proxy resolves it."""
     default, bypass = _default()
-    chain = hops(default)
+    chain = parse_chain(default)
     return not chain or not chain[-1].rdns or is_bypassed(host, bypass)
 
 
@@ -7345,7 +7466,7 @@ def withheld(host):
         address = canonical(Address(text, 0))
         address.pack()
     except (ProtocolError, ValueError) as error:
-        raise socket.gaierror(socket.EAI_NONAME, f'{shown(text)}: {error}') from None
+        raise socket.gaierror(socket.EAI_NONAME, f'{printable(text)}: {error}') from None
     return (address.host, None) if ip_bytes(address.host) else (None, text)
 
 
@@ -7456,8 +7577,8 @@ def check_own_name(sockaddr):
             or ip_bytes(host.partition('%')[0]) or is_looked_up(host)):
         return
     if host.lower().partition('.')[0] != socket.gethostname().lower().partition('.')[0]:
-        raise OSError(errno.EADDRNOTAVAIL, f'{shown(host)} is not known as a name of this host, '
-                                           f'and is not looked up')
+        raise OSError(errno.EADDRNOTAVAIL, f'{printable(host)} is not known as a name of this '
+                                           f'host, and is not looked up')
 
 
 def is_named(dest_pair, bypass):
@@ -7620,7 +7741,7 @@ class _BaseSocket(_Descriptor):
     def _deadline(self):
         """For a setup: the socket's timeout, and some for one that does not block."""
         timeout = self.gettimeout()
-        return after(SETUP_TIMEOUT if timeout == 0 else timeout)
+        return deadline(SETUP_TIMEOUT if timeout == 0 else timeout)
 
     def _associate(self):
         """Have the proxy relay what this bound socket sends and receives."""
@@ -7628,7 +7749,7 @@ class _BaseSocket(_Descriptor):
         if len(chain) > 1 or chain[0].type & ~LAYERS != SOCKS5:
             raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
         ours = Address('0.0.0.0', self.getsockname()[1])        # the host may be another there
-        control, relay = run(reach(chain, ours, self._deadline(), self._control_source(),
+        control, relay = run(open_chain(chain, ours, self._deadline(), self._control_source(),
                                    self.ssl_context, Command.UDP_ASSOCIATE))
         try:
             if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
@@ -7654,7 +7775,7 @@ class _BaseSocket(_Descriptor):
 
     def _receive(self, size, flags=0):
         """The payload of the next datagram, its sender, and whether it was longer than `size`."""
-        until = after(self.gettimeout())
+        until = deadline(self.gettimeout())
         waits = self.gettimeout() != 0 and not flags & getattr(socket, 'MSG_DONTWAIT', 0)
         while True:
             while waits and self not in poll([self, self._proxyconn], (), until):
@@ -7677,7 +7798,7 @@ class _BaseSocket(_Descriptor):
     def _opened(self, message, stays):
         """What a datagram protects; one that stays will come again, and is no replay then."""
         data = (self._peeked[1] if message == self._peeked[0]
-                else opened(self._gss_context, message))
+                else unwrap_datagram(self._gss_context, message))
         self._peeked = (message, data) if stays else (None, b'')
         return data
 
@@ -7835,7 +7956,7 @@ class socksocket(_BaseSocket):
 
     def __init__(self, family: int = STOCK[0], type: int = STOCK[1], proto: int = STOCK[2],
                  fileno: Optional[int] = None, *, proxy: ProxyArgument = None) -> None:
-        default, bypass = _default(self.__class__) if proxy is None else (arguments(proxy), '')
+        default, bypass = _default(self.__class__) if proxy is None else (proxy_tuple(proxy), '')
         super().__init__(family, type, proto, fileno)
         kind = self.type & 0xF, self.proto      # before Python 3.7 there are flags in the type
         if self.family in (socket.AF_INET, socket.AF_INET6):
@@ -7879,7 +8000,7 @@ class socksocket(_BaseSocket):
 
         Raises ValueError or GeneralProxyError for what cannot be.
         """
-        self.proxy = arguments(proxy_type, addr, port, rdns, username, password)
+        self.proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
         self._is_default, self._bypass = False, ''
         _proxied[self.fileno()] = self
 
@@ -7900,7 +8021,7 @@ class socksocket(_BaseSocket):
             raise OSError(errno.EOPNOTSUPP, 'only TCP and UDP go through a proxy, not sockets of '
                                             f'type {self.type & 15}, protocol {self.proto}')
         if self._hops[0] is not self.proxy:     # programs may set it themselves
-            self._hops = self.proxy, hops(tuple(self.proxy))
+            self._hops = self.proxy, parse_chain(tuple(self.proxy))
         return self._hops[1]
 
     def _is_bypassed(self, dest_pair):
@@ -7962,7 +8083,8 @@ class socksocket(_BaseSocket):
             check_own_name(named(address[0]))
         elif address:
             self._chain(address[0])     # a packet socket could send then
-        super().bind(*map(self._sockaddr, address))
+        address = tuple(map(self._sockaddr, address))
+        super().bind(*address)
         self._local = address[0]
         if self._is_datagram:
             self._use_relay()
@@ -8056,7 +8178,7 @@ class socksocket(_BaseSocket):
         """The rest of connect(), when this socket is connected to the first proxy."""
         with self._bare() as sock:
             address = destination(named(dest_pair), chain)
-            last, bnd = run(through(sock, chain, Command.CONNECT, address, until,
+            last, bnd = run(negotiate_chain(sock, chain, Command.CONNECT, address, until,
                                     self.ssl_context))
             if last is not sock:        # before this one's mode is what TLS over it has
                 self._replace(last)
@@ -8074,7 +8196,7 @@ class socksocket(_BaseSocket):
         places = sorted(found, key=lambda place: place[0] != self.family)[:ATTEMPTS]
         for left, (family, sockaddr) in zip(range(len(places), 0, -1), places):
             share = (until - time.monotonic()) / left if until else ATTEMPT_TIMEOUT
-            limit = until if left == 1 else after(min(share, ATTEMPT_TIMEOUT))
+            limit = until if left == 1 else deadline(min(share, ATTEMPT_TIMEOUT))
             try:
                 return self._connect_at(family, sockaddr, limit)
             except OSError as error:
@@ -8150,12 +8272,12 @@ class socksocket(_BaseSocket):
     # There are subclasses that connect to the proxy in a way of their own, and then call these.
 
     def _negotiate_SOCKS5(self, *dest_addr):
-        self._negotiate(dest_addr, hops(tuple(self.proxy)), self._deadline())
+        self._negotiate(dest_addr, parse_chain(tuple(self.proxy)), self._deadline())
 
     _negotiate_SOCKS4 = _negotiate_HTTP = _negotiate_SOCKS5
 
     def _proxy_addr(self):
-        proxy, *_ = hops(tuple(self.proxy))
+        proxy, *_ = parse_chain(tuple(self.proxy))
         return proxy.addr, proxy.sure_port
 
 
@@ -8180,11 +8302,11 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
     or of the destination if there is none.  Raises as socksocket.connect() does.
     """
     if proxy is None and (proxy_type is not None or proxy_addr is not None):
-        proxy = arguments(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
+        proxy = proxy_tuple(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
     dest_pair = (without_brackets(host), *dest_pair[1:])
-    chain = chosen(proxy, dest_pair)
+    chain = effective_chain(proxy, dest_pair)
     error = OSError('getaddrinfo() gave no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
         sock = socksocket(family, kind, proto, proxy=chain)
@@ -8213,14 +8335,14 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
         error = None                    # it has this frame, which has it
 
 
-def chosen(proxy, dest_pair=None):
+def effective_chain(proxy, dest_pair=None):
     """The chain that is meant by an argument `proxy`; the default one if it is None."""
     if proxy is not None:
-        return hops(proxy)
+        return parse_chain(proxy)
     default, bypass = _default()
     if dest_pair and (is_named(dest_pair, bypass) or listens_here(dest_pair)):
         return []
-    return hops(default)
+    return parse_chain(default)
 
 
 def first_addresses(chain, dest_pair):
@@ -8250,7 +8372,7 @@ class _ServerSocket(socksocket):
         """
         timeout = self.gettimeout()
         with negotiating(*self._asked), self._bare() as sock:
-            stream = ExactStream(sock, time.monotonic() if timeout == 0 else after(timeout))
+            stream = ExactStream(sock, time.monotonic() if timeout == 0 else deadline(timeout))
             stream.surplus = self._begun
             try:
                 address = run(stream.read(self._unpack))
@@ -8277,12 +8399,12 @@ def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = 
     Its getsockname() is where to connect to; its accept() gives (socket, address), once.  Raises as
     socksocket.connect() does.
     """
-    chain = chosen(proxy)
+    chain = effective_chain(proxy)
     if not chain:
         raise GeneralProxyError('No proxy specified')
     expected = destination(named((address[0] or UNSPECIFIED.host, address[1])), chain)
-    near, bnd = run(reach(chain, expected, after(timeout), socksocket.default_source, ssl_context,
-                          Command.BIND))
+    near, bnd = run(open_chain(chain, expected, deadline(timeout), socksocket.default_source,
+                               ssl_context, Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
     sock._asked = chain[-1], expected
@@ -8334,13 +8456,13 @@ async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
     options               of asyncio.open_connection(): ssl, server_hostname, limit, local_addr
     """
     import asyncio
-    chain = chosen(proxy, (host, port))
-    until = after(timeout)
+    chain = effective_chain(proxy, (host, port))
+    until = deadline(timeout)
     if not chain:
         return await within(until, asyncio.open_connection(host, port, **options))
     address = destination(named((host, port)), chain)
     source = await drive(local_source(options.pop('local_addr', None), until))
-    sock, _ = await drive(reach(chain, address, until, source, ssl_context))
+    sock, _ = await drive(open_chain(chain, address, until, source, ssl_context))
     if options.get('ssl'):
         options.setdefault('server_hostname', host)
     try:
@@ -8377,13 +8499,13 @@ async def drive(conversation):
         except StopIteration as stop:
             return stop.value
         try:
-            value = await fulfil(wish)
+            value = await wait_for_wish(wish)
             advance = conversation.send
         except BaseException as error:          # CancelledError too: it ends the conversation
             advance, value = conversation.throw, error
 
 
-async def fulfil(wish):
+async def wait_for_wish(wish):
     """What a conversation asks for."""
     import asyncio
     loop = asyncio.get_event_loop()
@@ -8630,9 +8752,9 @@ class Service:
 
 
 class Table(NamedTuple):
-    """All that a server serves now, a `Line` each, and what it did before."""
+    """All that a server serves now, a `LogLine` each, and what it did before."""
     limit: int                          # of clients at once; 0: none
-    lines: Sequence[Line]
+    lines: Sequence[LogLine]
     ended: int
     up: int
     down: int
@@ -8642,9 +8764,9 @@ class Table(NamedTuple):
         items = [item for loop in server.loops() for item in list(loop.items) if item.client]
         pairs = [(item, item.client) for item in items]
         lines = [client.line('open', *item.traffic) for item, client in pairs if client]
-        roster = server.roster
+        sessions = server.sessions
         return cls(server.settings.max_clients, sorted(lines, key=lambda line: -line.seconds),
-                   roster.ended, roster.up, roster.down)
+                   sessions.ended, sessions.up, sessions.down)
 
     def __str__(self):
         number = f'{len(self.lines)} of {self.limit}' if self.limit else len(self.lines)
@@ -8889,7 +9011,7 @@ class LogWriter(logging.Handler):
                 if count:
                     data, self._error = data[count:], None
                 else:                   # it is non-blocking: a fifo, or whoever shares it did so
-                    poll((), [self._file], after(self.RETRY))
+                    poll((), [self._file], deadline(self.RETRY))
             except OSError as error:
                 self._tell(error)
                 time.sleep(self.RETRY)
@@ -8923,7 +9045,7 @@ class LogWriter(logging.Handler):
         """Wait until all is written, but PATIENCE seconds at most: there may be no reader."""
         if self._process == os.getpid() and not self._hurry:
             self._hurry = True
-            until = after(self.PATIENCE)
+            until = deadline(self.PATIENCE)
             while (self._lines or not self._is_idle) and time.monotonic() < until:
                 time.sleep(0.005)
 
@@ -8974,24 +9096,24 @@ class TextFormatter(logging.Formatter):
                 text = time.strftime(self.default_time_format, time.localtime(second))
                 self._second = second, text
             head = '%s,%03d %s' % (text, record.msecs, head)
-        if isinstance(record.msg, Line):        # in which all is printable, and by far the most
+        if isinstance(record.msg, LogLine):        # in which all is printable, and by far the most
             return head + str(record.msg)
         message = record.getMessage()
-        lines = message.split('\n') if isinstance(record.msg, Table) else [printable(message)]
+        lines = message.split('\n') if isinstance(record.msg, Table) else [printable_line(message)]
         lines = [head + line for line in lines]
         if record.exc_info:
             trace = self.formatException(record.exc_info)
-            lines += ['  ' + printable(line) for line in trace.splitlines()]
+            lines += ['  ' + printable_line(line) for line in trace.splitlines()]
         return '\n'.join(lines)
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as a line of JSON, a client's `Line` with its fields; a `Table` as several."""
+    """A record as a line of JSON, a client's `LogLine` with its fields; a `Table` as several."""
 
     def format(self, record):
         import json
         about = {'time': round(record.created, 3), 'level': record.levelname}
-        if isinstance(record.msg, (Line, Table)):
+        if isinstance(record.msg, (LogLine, Table)):
             entries = record.msg.entries()
         else:
             entries = [{'message': record.getMessage()}]
@@ -9378,7 +9500,7 @@ def settings_from(args, environ):
 
 def warnings_about(settings):
     """A warning for each rule that is probably a mistake."""
-    rules, names = settings.rules or (), {'-', *map(shown, map(name_text, settings.users))}
+    rules, names = settings.rules or (), {'-', *map(printable, map(name_text, settings.users))}
     by_other_ways = (settings.gssapi or settings.ident
                      or settings.tls and settings.tls.verify_mode)      # CERT_NONE is 0
     for rule in rules if not by_other_ways else ():
@@ -9434,13 +9556,13 @@ def chain_from(args, environ):
             chain.append(parse_proxy_url(url))
         except (ValueError, GeneralProxyError) as error:
             raise (FileError if args.proxy_file else ValueError)(f'{place}: {error}') from None
-    return hops(chain)
+    return parse_chain(chain)
 
 
 def environment_hops(host=None, port=None):
     """The chain that the environment has for `host`; ValueError if it is wrong."""
     try:
-        return hops(proxy_from_environment(host, port))
+        return parse_chain(proxy_from_environment(host, port))
     except (ValueError, GeneralProxyError) as error:
         raise ValueError(f'ALL_PROXY: {error}') from None
 
@@ -9455,21 +9577,21 @@ def client_command(args):
     chain = chain_from(args, os.environ) or environment_hops(args.connect and host, port)
     bypass = os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''
     if args.connect and not chain and not is_bypassed(host, bypass, port):
-        raise ValueError(f'--connect: expected a proxy, -x URL or ALL_PROXY, or {shown(host)} in '
-                         f'NO_PROXY, to connect directly')
-    until = after(args.connect_timeout)
+        raise ValueError(f'--connect: expected a proxy, -x URL or ALL_PROXY, or {printable(host)} '
+                         f'in NO_PROXY, to connect directly')
+    until = deadline(args.connect_timeout)
     try:
         if args.resolve:
-            print(shown(resolve_through(chain, host, until, args.source)))
+            print(printable(resolve_through(chain, host, until, args.source)))
         elif chain:
-            sock, _ = run(reach(chain, destination((host, port), chain), until, args.source))
+            sock, _ = run(open_chain(chain, destination((host, port), chain), until, args.source))
             converse(sock)
         else:
             converse(run(connect_by_name(host, port, until, args.source)))
     except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
         return 1
     except OSError as error:
-        print(printable(f'socks.py: {Address(host, port) if port else host}: {reason(error)}'),
+        print(printable_line(f'socks.py: {Address(host, port) if port else host}: {reason(error)}'),
               file=sys.stderr)
         return 1
     return 0
@@ -9481,7 +9603,8 @@ def resolve_through(chain, host, until, source):
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
     chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR
-    sock, found = run(reach(chain, destination((host, 0), chain), until, source, command=command))
+    sock, found = run(open_chain(chain, destination((host, 0), chain), until, source,
+                                 command=command))
     sock.close()
     return found.host
 
@@ -9541,7 +9664,7 @@ def wrap_process(chain, bypass):
     """
     import json
     os.environ['SOCKS_RUN'] = json.dumps({
-        'file': os.path.abspath(__file__), 'bypass': bypass,
+        'file': os.path.abspath(__file__), 'bypass': bypass, 'source': socksocket.default_source,
         'chain': [[field.decode('latin-1') if isinstance(field, bytes) else field
                    for field in proxy] for proxy in chain]})
     set_default_proxy(chain, bypass=bypass)
@@ -9577,6 +9700,7 @@ def wrap_child():
     """wrap_process() as the parent did it."""
     import json
     parent = json.loads(os.environ['SOCKS_RUN'])
+    socksocket.default_source = tuple(parent['source'])
     wrap_process([Proxy(*fields[:4], *(field and field.encode('latin-1') for field in fields[4:]))
                   for fields in parent['chain']], parent['bypass'])
 

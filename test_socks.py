@@ -143,7 +143,7 @@ def resolve(address):
 
 
 def dial(addresses, seconds, source=()):
-    return socks.run(socks.dial(addresses, socks.after(seconds), source))
+    return socks.run(socks.dial(addresses, socks.deadline(seconds), source))
 
 
 def descriptors():
@@ -948,7 +948,7 @@ class HttpWireTest(unittest.TestCase):
         one, other = socket.socketpair()
         with one, other:
             one.setblocking(False)
-            stream = socks.Stream(one, socks.after(PATIENCE))
+            stream = socks.Stream(one, socks.deadline(PATIENCE))
             reading, start = stream.read_head(), 0
             try:
                 while True:
@@ -1206,9 +1206,9 @@ class SocketsTest(Case):
     def test_a_busy_socket_does_not_outlast_the_deadline(self):
         one, other = [self.enter(sock) for sock in socket.socketpair()]
         other.send(b'x')
-        self.assertEqual(socks.run(socks.ready([one], (), socks.after(PATIENCE))), [one])
+        self.assertEqual(socks.run(socks.wait_ready([one], (), socks.deadline(PATIENCE))), [one])
         with self.assertRaises(socket.timeout):
-            socks.run(socks.ready([one], (), time.monotonic() - 1))
+            socks.run(socks.wait_ready([one], (), time.monotonic() - 1))
 
     def test_dial_falls_through(self):
         """A refused address costs nothing, a silent one ATTEMPT_DELAY."""
@@ -1244,7 +1244,7 @@ class SocketsTest(Case):
                                ('a b', "'a b'"), ('\u3164', r"'\u3164'"),
                                ('a\nb', r"'a\nb'"), ('\x1b[2J', r"'\x1b[2J'"),
                                ('\udcff', r"'\udcff'")]:
-            self.assertEqual(socks.shown(text), expected)
+            self.assertEqual(socks.printable(text), expected)
 
     def test_authenticated(self):
         users = socks.Users({b'bob': b'secret', 'eve': ''})
@@ -1528,6 +1528,101 @@ class ConversationTest(VectorCase):
         with self.assertRaises((OSError, EOFError)):
             self.peer(server.server_address, ('127.0.0.3', 0)).connect('127.0.0.1', 1)
 
+    def test_ordinary_methods(self):
+        """A do_COMMAND that is no conversation has a thread of its own and may block."""
+        class Ordinary(socks.Handler):
+            def do_CONNECT(self, request):
+                host, port = request.address
+                if host == 'refuse.test':
+                    raise socks.Refused('not today', reply=Reply.TTL_EXPIRED)
+                if host == 'close.test':
+                    return None
+                if host == 'memory.test':
+                    near, far = socket.socketpair()
+                    with far:
+                        far.sendall(b'from memory')
+                    return near
+                if host == 'direct.test':
+                    return socket.create_connection(('127.0.0.1', port))
+                time.sleep(0.01)        # it does not hold up the loop
+                return super().do_CONNECT(request)
+
+            do_BIND = None
+
+        origin = self.origin(echo)
+        server = self.serve(Ordinary)
+        for host, code, data in (('refuse.test', 6, b''), ('memory.test', 0, b'from memory'),
+                                 ('direct.test', 0, b'hello'), ('127.0.0.1', 0, b'hello')):
+            with self.subTest(host), Peer(server.server_address) as peer:
+                self.assertEqual(peer.connect(host, origin.port).reply, code)
+                if data == b'hello':
+                    peer.send(HTTP)
+                self.assertTrue(peer.rest().endswith(data))
+        with Peer(server.server_address) as peer:
+            peer.ask(Greeting(b'\0'), Choice)
+            peer.send(Request(1, Address('close.test', 80)).pack())
+            self.assertEqual(peer.rest(), b'')
+        with Peer(server.server_address) as peer:
+            peer.ask(Greeting(b'\0'), Choice)
+            self.assertEqual(peer.ask(Request(2, Address('0.0.0.0', 0)), Response).reply, 7)
+        self.assertIn('refused: not today', self.lines[0])
+
+    def test_client_leaves_an_ordinary_method(self):
+        """What it returns then is closed."""
+        go, made = threading.Event(), []
+        self.addCleanup(go.set)
+
+        class Slow(socks.Handler):
+            def do_CONNECT(self, request):
+                go.wait(PATIENCE)
+                near, far = socket.socketpair()
+                made.append(far)
+                return near
+
+        server = self.serve(Slow)
+        with Peer(server.server_address) as peer:
+            peer.ask(Greeting(b'\0'), Choice)
+            peer.send(Request(1, Address('127.0.0.1', 80)).pack())
+            eventually(lambda: any(client.command for client in server.clients))
+            peer.reset()
+            eventually(lambda: not server.clients)
+        go.set()
+        with eventually(lambda: made)[0] as far:
+            far.settimeout(PATIENCE)
+            self.assertEqual(far.recv(1), b'')
+
+    def test_recorded_sessions(self):
+        """log_session() gets what was asked for, whatever the level of the log is."""
+        lines = []
+
+        class Recording(socks.Server):
+            def log_session(self, line):
+                lines.append(line)
+
+        socks.log.setLevel(logging.WARNING)
+        self.addCleanup(socks.log.setLevel, logging.INFO)
+        server, origin = self.serve(server_class=Recording), self.origin(echo)
+        with Peer(server.server_address) as peer:
+            peer.connect('127.0.0.1', origin.port)
+            peer.send(HTTP)
+            peer.rest()
+        line = eventually(lambda: lines)[0]
+        self.assertEqual((line.protocol, line.command, line.target, line.outcome, line.up),
+                         ('SOCKS5', 'CONNECT', f'127.0.0.1:{origin.port}', 'done', len(HTTP)))
+
+    def test_other_handlers_of_socketserver(self):
+        """They get the bare connections, in a thread each."""
+        class Shout(socketserver.StreamRequestHandler):
+            def handle(self):
+                self.wfile.write(self.rfile.readline().upper())
+
+        server = self.serve(Shout)
+        with Peer(server.server_address) as peer:
+            peer.send(b'hello\n')
+            self.assertEqual(peer.rest(), b'HELLO\n')
+        with self.assertRaisesRegex(NotImplementedError, 'serve_forever'):
+            server.handle_request()
+
     def test_bound_address_is_the_real_one(self):
         """Of the connection to the target, so that it is what the target sees."""
         seen = []
@@ -1618,7 +1713,7 @@ class ConversationTest(VectorCase):
         socks.log.setLevel(logging.DEBUG)
         self.addCleanup(socks.log.setLevel, logging.INFO)
         server, refused = self.serve(), self.refused_port()
-        upstream = tuple(socks.hops(f'socks5h://{server.server_address}'))
+        upstream = tuple(socks.parse_chain(f'socks5h://{server.server_address}'))
         for server in server, self.serve(upstream=upstream):
             lines = self.lines
             with Peer(server.server_address) as peer:
@@ -1991,7 +2086,7 @@ class RelayTest(Case):
             yield socks.Wait(reading=[near])
             return socks.Tunnel(task.client, near, far)
 
-        task = socks.Task(socks.Client(server, Address('127.0.0.1', 1)), near, conversation())
+        task = socks.Task(socks.Session(server, Address('127.0.0.1', 1)), near, conversation())
         loop = socks.Loop()
         task.start(loop)
         task.ready(near.fileno(), socks.READ)
@@ -2005,14 +2100,14 @@ class RelayTest(Case):
         loop.close()
 
 
-class CrewTest(Case):
+class BlockingPoolTest(Case):
 
-    def crew(self, *args):
-        crew = socks.Crew(*args)
-        self.addCleanup(crew.dismiss)
-        return crew
+    def pool(self, *args):
+        pool = socks.BlockingPool(*args)
+        self.addCleanup(pool.dismiss)
+        return pool
 
-    def hang(self, crew, owner, count, **options):
+    def hang(self, pool, owner, count, **options):
         """So many jobs of the owner, which end with the test; the list of those that began."""
         begun, event = [], threading.Event()
         self.addCleanup(event.set)
@@ -2022,51 +2117,51 @@ class CrewTest(Case):
             event.wait(PATIENCE)
 
         for number in range(count):
-            crew.run(owner, job, number, **options)
+            pool.run(owner, job, number, **options)
         return begun, event
 
     def test_shares(self):
         """One owner takes most of the threads, several have equal shares, a newcomer has one."""
-        crew = self.crew(16)
-        begun, events = zip(*[self.hang(crew, owner, 30) for owner in range(2)])
+        pool = self.pool(16)
+        begun, events = zip(*[self.hang(pool, owner, 30) for owner in range(2)])
         eventually(lambda: list(map(len, begun)) == [11, 3])
         done = threading.Event()
-        crew.run('newcomer', done.set)
+        pool.run('newcomer', done.set)
         self.assertTrue(done.wait(PATIENCE))
         events[0].set()
         eventually(lambda: list(map(len, begun)) == [30, 11])
 
     def test_a_thread_that_is_free_goes_to_who_has_none(self):
-        crew, order = self.crew(2), []
-        _, first = self.hang(crew, 'a', 1)
-        _, second = self.hang(crew, 'b', 1)
+        pool, order = self.pool(2), []
+        _, first = self.hang(pool, 'a', 1)
+        _, second = self.hang(pool, 'b', 1)
         for owner in 'aabbc':
-            crew.run(owner, order.append, owner)
+            pool.run(owner, order.append, owner)
         first.set()
         second.set()
         eventually(lambda: len(order) == 5)
         self.assertEqual(order[0], 'c')
 
     def test_limits(self):
-        crew = self.crew(16)
-        begun, event = self.hang(crew, 'a', 5, limit=2)
+        pool = self.pool(16)
+        begun, event = self.hang(pool, 'a', 5, limit=2)
         eventually(lambda: len(begun) == 2)
         with self.assertRaises(RuntimeError):
-            crew.run('a', print, at_once=True)
-        self.hang(crew, 'a', crew.LONGEST_QUEUE - 3)
+            pool.run('a', print, at_once=True)
+        self.hang(pool, 'a', pool.LONGEST_QUEUE - 3)
         with self.assertRaises(RuntimeError):
-            crew.run('a', print)
+            pool.run('a', print)
         event.set()
         eventually(lambda: len(begun) == 5)
 
     def test_no_job_is_lost(self):
         """Also those that come while a thread gives up waiting for one."""
-        crew, done = self.crew(1, 0), []
+        pool, done = self.pool(1, 0), []
         for number in range(200):
-            crew.run('a', done.append, number)
+            pool.run('a', done.append, number)
             eventually(lambda: len(done) == number + 1)
-        eventually(lambda: not crew._threads)
-        self.assertEqual((crew._taken, crew._shares), (0, {}))
+        eventually(lambda: not pool._threads)
+        self.assertEqual((pool._taken, pool._shares), (0, {}))
 
 
 class HelperTest(Case):
@@ -2534,8 +2629,8 @@ class UdpTest(Case):
         for number in range(200):
             client.send(Datagram(Address('%d.slow' % number, 9), b'').pack())
         self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
-        crew = [thread for thread in threading.enumerate() if thread.name == 'socks-crew']
-        self.assertLessEqual(len(crew), 2 * socks.Routes.LOOKUPS)     # for each family one
+        pool = [thread for thread in threading.enumerate() if thread.name == 'socks-pool']
+        self.assertLessEqual(len(pool), 2 * socks.Routes.LOOKUPS)     # for each family one
         client.control.finish()
         eventually(lambda: self.lines)
         event.set()
@@ -3221,8 +3316,8 @@ class LifecycleTest(Case):
         for _ in range(50):
             with Peer(server.server_address) as peer:
                 self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
-        crew = [thread for thread in threading.enumerate() if thread.name == 'socks-crew']
-        self.assertGreater(len(crew), 40)
+        pool = [thread for thread in threading.enumerate() if thread.name == 'socks-pool']
+        self.assertGreater(len(pool), 40)
         self.assertEqual([line for line in self.lines if 'bug' in line], [])
 
     def test_one_client_does_not_stop_the_look_ups_of_others(self):
@@ -3244,7 +3339,7 @@ class LifecycleTest(Case):
         event.set()
         for peer in slow:
             self.assertEqual(Response.unpack(peer.read).reply, Reply.GENERAL_FAILURE)
-        eventually(lambda: not server._crew._shares)
+        eventually(lambda: not server._pool._shares)
 
     def test_long_timeouts(self):
         """Longer than any system call can wait."""
@@ -3695,7 +3790,7 @@ def serve_tls(peer):
 class ClientCase(Case):
 
     def setUp(self):
-        socks.carrier()                 # its thread stays
+        socks.background_loop()                 # its thread stays
         super().setUp()
 
     def scripted(self, *args, **kwargs):
@@ -4266,7 +4361,7 @@ class DatagramClientTest(ClientCase):
 
     def test_not_connected_to_the_relay(self):
         """As far as a program can see; asyncio looks."""
-        target, sock = self.enter(Echo()), self.relayed()
+        sock = self.relayed()
         sock.bind(('127.0.0.1', 0))
         with self.assertRaises(OSError) as caught:
             sock.getpeername()
@@ -5067,7 +5162,7 @@ class WrongTimeTest(ClientCase):
         script = f"""
 import os, socks, ssl, sys
 context = ssl.create_default_context(cadata={CERTIFICATE!r})
-socks.carrier()
+socks.background_loop()
 if not os.fork():
     sock = socks.create_connection(('1.2.3.4', 80), 5, ssl_context=context,
                                    proxy={self.url(proxy, 'socks5h+tls')!r})
@@ -5086,7 +5181,7 @@ os.wait()
             sock.ssl_context = client_context()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
             sock.connect(('1.2.3.4', 80))
-            for tunnel in [item for item in socks.carrier().items if item.client]:
+            for tunnel in [item for item in socks.background_loop().items if item.client]:
                 self.assertEqual(tunnel.down.source._sock.gettimeout(), 0)
                 self.assertFalse(os.get_blocking(tunnel.down.source.fileno()))
 
@@ -5097,7 +5192,7 @@ os.wait()
             with self.assertRaises(GENERAL):
                 socks.create_connection(('1.2.3.4', 80), 0.2, ssl_context=client_context(),
                                         proxy=self.url(proxy, 'socks5h+tls'))
-        eventually(lambda: not socks.carrier().items)
+        eventually(lambda: not socks.background_loop().items)
 
     def test_tls_through_a_socket_that_was_made_before(self):
         """With socket.socket replaced before ssl is imported, SSLSocket is one of ours."""
@@ -5468,7 +5563,7 @@ import socks
 
 
 class Strict(socks.Server):
-    def authorize(self, client: socks.Client, target: socks.Address,
+    def authorize(self, client: socks.Session, target: socks.Address,
                   name: Optional[str] = None) -> None:
         super().authorize(client, target, name)
         if target.port != 443 or client.user == '-' or client.command != socks.Command.CONNECT:
@@ -5595,7 +5690,7 @@ def client() -> None:
     proxy: socks.Proxy = socks.parse_proxy_url(url or 'socks5h://h')
     bypassed: bool = socks.is_bypassed('h', 'localhost', 80)
     print(proxy.addr, proxy.sure_port, bypassed, socks.getaddrinfo('h', 80)[0][4],
-          socks.hops(chain)[0].type, socks.main(['--version']))
+          socks.parse_chain(chain)[0].type, socks.main(['--version']))
 
 
 async def talk() -> None:
@@ -5628,7 +5723,7 @@ class TypesTest(unittest.TestCase):
             'create_connection', 'create_server', 'open_connection', 'set_default_proxy',
             'setdefaultproxy', 'default_proxy', 'get_default_proxy', 'wrap_module',
             'unwrap_module', 'getaddrinfo', 'parse_proxy_url', 'proxy_from_environment',
-            'is_bypassed', 'hops', 'parse_rule', 'main')]
+            'is_bypassed', 'parse_chain', 'parse_rule', 'main')]
         for kind in (socks.socksocket, socks.Server, socks.ProxyError, socks.Proxy):
             for base in set(kind.__mro__) - {socket.socket} - set(socks.Server.__mro__[1:]):
                 if base.__module__ == 'socks':
@@ -5965,7 +6060,7 @@ class FileCase(Case):
         return socks.read_rules(self.write('rules', text))
 
 
-class ResolverTest(FileCase):
+class LookUpTest(FileCase):
     """The look-ups of a server."""
 
     def setUp(self):
@@ -6198,7 +6293,7 @@ class ResolverTest(FileCase):
 class RulesTest(FileCase):
 
     def client(self, host='192.0.2.1', command='CONNECT', user='-'):
-        client = socks.Client(None, Address(host, 1))
+        client = socks.Session(None, Address(host, 1))
         client.command, client.user = socks.Command[command], user
         return client
 
@@ -6249,7 +6344,7 @@ class RulesTest(FileCase):
         path = self.write('f', '')
         with open(path, 'wb') as file:
             file.write(b'deny user b\xfcb to *\n')
-        client = self.client(user=socks.shown(socks.name_text(b'b\xfcb')))
+        client = self.client(user=socks.printable(socks.name_text(b'b\xfcb')))
         rule = socks.Rules(socks.read_rules(path)).first(client, Address('1.2.3.4', 80))
         self.assertFalse(rule.allow)
 
@@ -6574,7 +6669,7 @@ class AccessTest(FileCase):
         for name in b'ann', b'bob', b'eve':
             conversation = users.verify(Credentials(name, b'x'))
             with self.subTest(name):
-                self.assertTrue(next(conversation).is_costly)
+                self.assertIs(next(conversation).worker, socks.Worker.COSTLY)
                 conversation.close()
         with self.assertRaises(StopIteration) as caught:
             next(users.verify(Credentials(b'ann', b's')))
@@ -6669,7 +6764,7 @@ class AccessTest(FileCase):
             self.assertEqual(third.rest(), b'')
             self.assertEqual(other.ask(Greeting(b'\0'), Choice), Choice(0))
         first.sock.close()
-        eventually(lambda: server.roster.connections['127.0.0.1'] == 1)
+        eventually(lambda: server.sessions.connections['127.0.0.1'] == 1)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
 
     def balanced(self, server, host):
@@ -6695,7 +6790,7 @@ class AccessTest(FileCase):
         self.slow_names()
         self.assertEqual(clients[1].ask(Credentials(b'bob', b's'), Verdict), Verdict(0))
         clients[1].send(Request(1, Address('a.slow', 1)).pack())
-        eventually(lambda: key in server._crew._shares)
+        eventually(lambda: key in server._pool._shares)
 
     def test_connections_of_one_client_by_default(self):
         """One from another host takes half of what there is; any from this host."""
@@ -6717,13 +6812,13 @@ class AccessTest(FileCase):
             for peer in peers:
                 peer.sock.close()
             eventually(lambda: not server.clients)
-        self.assertEqual(server.roster.connections, {})
+        self.assertEqual(server.sessions.connections, {})
 
     def test_handshakes_make_room(self):
         server, origin = self.serve(max_handshakes=2), self.origin()
         near, far = self.tunnel(server, origin)         # is none any more
         silent = [self.peer(server.server_address) for _ in range(2)]
-        eventually(lambda: server.roster.negotiating == 2)
+        eventually(lambda: server.sessions.negotiating == 2)
         self.assertEqual(self.peer(server.server_address).ask(Greeting(b'\0'), Choice), Choice(0))
         self.assertEqual(silent[0].rest(), b'')
         near.send(b'x')
@@ -6734,7 +6829,7 @@ class AccessTest(FileCase):
         server = self.serve(max_handshakes=110)
         others = [self.peer(server.server_address, (f'127.0.1.{number}', 0))
                   for number in range(1, 101)]
-        eventually(lambda: server.roster.negotiating == 100)
+        eventually(lambda: server.sessions.negotiating == 100)
         flood = [self.peer(server.server_address, ('127.0.0.2', 0)) for _ in range(50)]
         for peer in flood[:40]:
             self.assertEqual(peer.rest(), b'')
@@ -6742,7 +6837,7 @@ class AccessTest(FileCase):
             self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
             peer.sock.close()
         eventually(lambda: not server.clients)
-        self.assertEqual((server.roster.negotiating, server.roster._tasks), (0, {}))
+        self.assertEqual((server.sessions.negotiating, server.sessions._tasks), (0, {}))
 
     def test_handshakes_by_way_of_a_balancer(self):
         """They count for the client that it announces."""
@@ -6840,11 +6935,13 @@ class BalancerTest(VectorCase):
         server = self.serve(balancers=tuple(map(socks.network, ('0.0.0.0/0',))))
         header = socks.ProxyHeader(Address('127.0.0.1', 5), Address('127.0.0.1', 1080))
         for peer, local in (('192.0.2.1', False), ('127.0.0.2', True)):
-            client = socks.Client(server, Address(peer, 7))
+            client = socks.Session(server, Address(peer, 7))
             client.command = socks.Command.CONNECT
             near, far = socket.socketpair()
             with near, far:
-                socks.Handler(near, client, server).announced(header)
+                handler = socks.Handler(near, (peer, 7), server)
+                handler.client = client
+                handler.announced(header)
             self.assertEqual(client.address, header.source if local else Address(peer, 7))
             with self.subTest(peer):
                 with contextlib.suppress() if local else self.assertRaises(socks.Refused):
@@ -6942,7 +7039,7 @@ class TlsTest(FileCase):
             self.assertEqual(received.hexdigest(), sent.result())
 
     def setUp(self):
-        socks.carrier()                 # its thread stays
+        socks.background_loop()                 # its thread stays
         super().setUp()
 
     def context(self, client_ca=False):
@@ -6983,10 +7080,10 @@ class TlsTest(FileCase):
         near, client = [self.enter(sock) for sock in socket.socketpair()]
         near.setblocking(False)
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        layer = socks.Secure(near, self.context(), server_side=True)
+        layer = socks.TlsLayer(near, self.context(), server_side=True)
         with Background(lambda: client_context().wrap_socket(
                 client, server_hostname='localhost')) as wrapping:
-            socks.run(layer.handshake(socks.after(PATIENCE)))
+            socks.run(layer.handshake(socks.deadline(PATIENCE)))
             client = wrapping.result()
         loop = socks.Loop()
         self.addCleanup(loop.close)
@@ -7186,13 +7283,13 @@ class TlsTest(FileCase):
     def test_costly_handshakes(self):
         """Where a key makes them slow, they are done in other threads than the loop's."""
         origin, server = self.origin(echo), self.serve(tls=server_context())
-        self.addCleanup(setattr, socks.Secure, 'QUICK', socks.Secure.QUICK)
+        self.addCleanup(setattr, socks.TlsLayer, 'QUICK', socks.TlsLayer.QUICK)
         for quick, is_costly in ((PATIENCE, False), (0, True), (0, True)):
-            socks.Secure.QUICK = quick          # what is measured counts from the next step on
+            socks.TlsLayer.QUICK = quick          # what is measured counts from the next step on
             with self.subTest(quick):
                 self.connect(server, ('127.0.0.1', origin.port)).sendall(b'x')
                 self.assertEqual(is_costly, any(
-                    thread.name == 'socks-crew' for thread in threading.enumerate()))
+                    thread.name == 'socks-pool' for thread in threading.enumerate()))
         with Peer(server.server_address) as peer:       # an error is told from there, too
             peer.send(b'\x16\3\1\0\4\xff\0\0\0')
             self.assertEqual(peer.read(1), b'\x15')
@@ -7379,7 +7476,7 @@ ANSWERS = [
     ('interim', 'HTTP/1.1 103 Early Hints\nLink: x\n\nHTTP/1.1 100\n\nHTTP/1.1 204 \n\n',
      'HTTP/1.1 103 Early Hints\nLink: x\nVia: 1.1 socks.py\n\nHTTP/1.1 100\nVia: 1.1 socks.py\n\n'
      'HTTP/1.1 204 \n@\n\n'),
-    ('old', 'HTTP/1.0 200 OK\n\nx', f'HTTP/1.0 200 OK\nVia: 1.0 socks.py\nConnection: close\n\nx'),
+    ('old', 'HTTP/1.0 200 OK\n\nx', 'HTTP/1.0 200 OK\nVia: 1.0 socks.py\nConnection: close\n\nx'),
     ('version', 'HTTP/2 200 OK\n\n', None),
     ('careless', 'HTTP/1.1 200 OK\nA : b\nnonsense\nC: d\n  e\nSet-Cookie: f=ä\n\nx',
      'HTTP/1.1 200 OK\nA: b\nC: d e\nSet-Cookie: f=ä\n@\n\nx'),
@@ -7736,7 +7833,7 @@ class HttpTest(HttpCase):
         """Both kinds of request through another proxy, which is HTTP's or SOCKS'."""
         last = self.serve()
         for scheme in ('http', 'socks5h', 'socks4a'):
-            chain = tuple(socks.hops(f'{scheme}://{last.server_address}'))
+            chain = tuple(socks.parse_chain(f'{scheme}://{last.server_address}'))
             first = self.serve(upstream=chain, connect_timeout=1)
             for text, status in (('GET http://localhost:{port}/ HTTP/1.1\n\n', 200),
                                  ('CONNECT localhost:{port} HTTP/1.1\nHost: x\n\n', 200),
@@ -8282,7 +8379,7 @@ class GssapiTest(ClientCase, FileCase):
         with socks.create_connection(('localhost', origin.port), PATIENCE, proxy=chain,
                                      ssl_context=client_context()) as sock:
             self.check_echo(sock)
-        last = self.serve(upstream=tuple(socks.hops(self.proxy(outer))))
+        last = self.serve(upstream=tuple(socks.parse_chain(self.proxy(outer))))
         with socks.create_connection(('localhost', origin.port), PATIENCE,
                                      proxy=self.url(last)) as sock:
             self.check_echo(sock)
@@ -8343,12 +8440,12 @@ class GssapiTest(ClientCase, FileCase):
         near, client = [self.enter(sock) for sock in socket.socketpair()]
         near.setblocking(False)
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        tls = socks.Secure(near, self.tls(), server_side=True)
+        tls = socks.TlsLayer(near, self.tls(), server_side=True)
         with Background(lambda: client_context().wrap_socket(
                 client, server_hostname='localhost')) as wrapping:
-            socks.run(tls.handshake(socks.after(PATIENCE)))
+            socks.run(tls.handshake(socks.deadline(PATIENCE)))
             reader = self.enter(wrapping.result())
-        layer = socks.Protected(tls, self.agree(self.serve(gssapi=(2,)), 2)[1])
+        layer = socks.GssLayer(tls, self.agree(self.serve(gssapi=(2,)), 2)[1])
         with contextlib.suppress(BlockingIOError):
             while True:
                 tls.send(b'x' * 100)
@@ -8375,7 +8472,7 @@ class GssapiTest(ClientCase, FileCase):
             for message in sent:
                 sock.sendto(message, relay)
             for payload in b'abc', b'def':
-                answer = socks.opened(context, sock.recv(65536))
+                answer = socks.unwrap_datagram(context, sock.recv(65536))
                 self.assertEqual(answer, header + b'E:' + payload)
         peer.finish()
         self.assertIn('6 datagrams dropped', eventually(lambda: self.lines)[0])
@@ -8474,7 +8571,7 @@ class UpstreamTest(Case):
     def test_names_are_passed_on(self):
         origin = self.origin(echo)
         last = self.serve()
-        first = self.serve(upstream=tuple(socks.hops(f'socks5h://{last.server_address}')))
+        first = self.serve(upstream=tuple(socks.parse_chain(f'socks5h://{last.server_address}')))
         self.slow_names()
         peer = self.peer(first.server_address)
         self.assertEqual(peer.connect('localhost', origin.port).reply, 0)
@@ -8489,7 +8586,7 @@ class UpstreamTest(Case):
     def test_rules(self):
         """Names are not looked up here, so that only rules on names concern them."""
         origin, last = self.origin(echo), self.serve()
-        upstream = tuple(socks.hops(f'socks5h://{last.server_address}'))
+        upstream = tuple(socks.parse_chain(f'socks5h://{last.server_address}'))
         for text, host, reply in (
                 ('allow to 127.0.0.0/8', '127.0.0.1', 0), ('allow to 127.0.0.0/8', 'localhost', 2),
                 ('allow to localhost', 'localhost', 0), ('allow to *', 'localhost', 0),
@@ -8504,7 +8601,7 @@ class UpstreamTest(Case):
         """The reply to a CONNECT through a server that uses the proxy at `url`; for a client that
         seems to be on another host, if it is to be remote."""
         loopback = (ipaddress.ip_network('127.0.0.0/8'),)
-        server = self.serve(upstream=tuple(socks.hops(url)), balancers=loopback * remote,
+        server = self.serve(upstream=tuple(socks.parse_chain(url)), balancers=loopback * remote,
                             **settings)
         with Peer(server.server_address) as peer:
             if remote:
@@ -8576,8 +8673,9 @@ class UpstreamTest(Case):
         for scheme in 'socks5h', 'socks4a', 'http', 'socks5':
             for host in ('a?.test', 'a#.test', 'a/.test', 'secret\\116.test', '[[10.0.0.4]]',
                          'stra\u00dfe.test'):
-                with self.subTest(scheme, host=host), Peer(self.serve(upstream=tuple(socks.hops(
-                        f'{scheme}://127.0.0.1:{origin.port}'))).server_address) as peer:
+                upstream = tuple(socks.parse_chain(f'{scheme}://127.0.0.1:{origin.port}'))
+                server = self.serve(upstream=upstream)
+                with self.subTest(scheme, host=host), Peer(server.server_address) as peer:
                     peer.ask(Greeting(b'\0'), Choice)
                     name = host.encode()
                     peer.send(b'\5\1\0\3' + bytes([len(name)]) + name + b'\0\x50')
@@ -8592,7 +8690,7 @@ class UpstreamTest(Case):
                 (f'socks5h://{last.server_address}', 'failed: Socket error: 0x05: Connection ref'),
                 (f'socks5h://127.0.0.1:{refused}', 'failed: Error connecting to SOCKS5 proxy'),
                 (f'http://127.0.0.1:{scripted.port}', r' failed: Socket error: 403: \x1b[2Jno\r')):
-            server = self.serve(upstream=tuple(socks.hops(url)))
+            server = self.serve(upstream=tuple(socks.parse_chain(url)))
             with self.subTest(url), Peer(server.server_address) as peer:
                 name = ('example.org', 80) if 'http' in url else ('127.0.0.1', refused)
                 self.assertNotEqual(peer.connect(*name).reply, 0)
@@ -8601,7 +8699,7 @@ class UpstreamTest(Case):
 
     def test_what_cannot_be_passed_on(self):
         dead = f'socks5h://127.0.0.1:{self.refused_port()}'
-        server = self.serve(upstream=tuple(socks.hops(dead)))
+        server = self.serve(upstream=tuple(socks.parse_chain(dead)))
         for command in (2, 3):
             with Peer(server.server_address) as peer:
                 peer.ask(Greeting(b'\0'), Choice)
@@ -8610,7 +8708,7 @@ class UpstreamTest(Case):
         self.assertEqual(self.peer(server.server_address).connect('127.0.0.1', 1).reply,
                          Reply.GENERAL_FAILURE)
         with self.assertRaises(socks.ProxyError):
-            socks.run(socks.reach(socks.hops(dead), Address('127.0.0.1', 1)))
+            socks.run(socks.open_chain(socks.parse_chain(dead), Address('127.0.0.1', 1)))
 
 
 class ServiceTest(FileCase):
@@ -8800,7 +8898,7 @@ class ServiceTest(FileCase):
                 writer.handle(logging.makeLogRecord(dict(msg='x', levelname='INFO')))
                 writer.flush()
             eventually(lambda: os.fstat(errors.fileno()).st_size)
-            path, writer._path = writer._path, os.devnull       # there is room again
+            writer._path = os.devnull                           # there is room again
             eventually(lambda: writer._is_idle)
             writer.close()
         errors.seek(0)
@@ -9283,7 +9381,7 @@ class CommandLineTest(Case):
             self.assertIn(f'INFO listening on 127.0.0.1:{program.port}', program.log)
             self.assertNotIn('Traceback', program.log)
 
-    def test_settings(self):
+    def test_http_and_unix_settings(self):
         for arguments, expected in (([], (True, None)), (['--no-http'], (False, None)),
                                     (['--unix-mode', '0660'], (True, 0o660))):
             args = socks.build_parser().parse_args(arguments)

@@ -64,9 +64,10 @@ from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Ite
                     Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union, overload)
 
 try:
+    import fcntl
     import resource
 except ImportError:                     # Windows
-    resource = None
+    fcntl = resource = None
 try:
     from contextvars import ContextVar
 except ImportError:                     # Python 3.6
@@ -4484,6 +4485,131 @@ class Pipe:
         self.tunnel.close(outcome)
 
 
+class SystemPipes:
+    """Empty pipes for `SplicePipe`, at most LIMIT at a time; one that is given back is used again.
+
+    An unprivileged user may have 64 MiB of pipes in all processes together, and gets tiny ones
+    beyond that (pipe(7)), so this is only a part of it.  take() and give_back() may be called by
+    any thread.
+    """
+    LIMIT = 16
+    SIZE = 1 << 20                      # bytes; with 256 KiB splicing costs more than copying
+    IS_SUPPORTED = hasattr(os, 'splice') and hasattr(fcntl, 'F_SETPIPE_SZ')
+
+    def __init__(self):
+        self._free = deque([None] * self.LIMIT if self.IS_SUPPORTED else ())   # None: not made yet
+
+    def take(self):
+        """The descriptors (to read, to write) of an empty pipe, or None."""
+        try:
+            ends = self._free.pop()
+        except IndexError:
+            return None
+        try:
+            if not ends:
+                ends = os.pipe()
+                fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, self.SIZE)
+            return ends
+        except OSError:                 # no descriptor, or no memory for pipes
+            self.give_back(ends, is_empty=False)
+            return None
+
+    def give_back(self, ends, is_empty):
+        """End the use of a pipe; one that is not empty is closed."""
+        if ends and not is_empty:
+            os.close(ends[0])
+            os.close(ends[1])
+            ends = None
+        self._free.append(ends)
+
+    def close(self):
+        """Close all pipes that are not in use."""
+        for _ in range(len(self._free)):
+            self.give_back(self._free.popleft(), is_empty=False)
+
+
+class SplicePipe(Pipe):
+    """A `Pipe` whose bytes stay in the kernel while the traffic is heavy: splice(2) moves them,
+    through a system pipe.
+
+    What the sink has not taken stays in the system pipe.  `load` is a range of that length then,
+    which has all that `Pipe` and `Tunnel` ask of a load: a length, and to be cut at its beginning.
+    """
+    FLAGS = getattr(os, 'SPLICE_F_MOVE', 0) | getattr(os, 'SPLICE_F_NONBLOCK', 0)
+    CALM = 64                           # small reads in a row after which it copies again
+    UNABLE = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOMEM}
+
+    __slots__ = ('_pipes', '_ends', '_small', '_is_done')
+
+    def __init__(self, pipe, pipes):
+        """Take the place of `pipe`, which no loop watches; `pipes` is a `SystemPipes`."""
+        self._pipes, self._ends, self._small = pipes, None, 0
+        super().__init__(pipe.tunnel, pipe.source, pipe.sink, pipe.load)
+        self.count, self.size, self.done = pipe.count, pipe.size, pipe.done
+        if self.size == self.LARGEST and not self.done:
+            self._ends = pipes.take()
+
+    @property
+    def done(self):
+        return self._is_done
+
+    @done.setter
+    def done(self, is_done):            # set by everything that ends a pipe
+        self._is_done = is_done
+        if is_done:
+            self._copy()
+
+    def _copy(self):
+        """Copy from now on, until reads are large again."""
+        if self._ends:
+            self._pipes.give_back(self._ends, is_empty=not self.load)
+            self._ends, self.size = None, self.SMALLEST
+
+    def grow(self):
+        super().grow()
+        if self.size == self.LARGEST:
+            self._ends, self._small = self._pipes.take(), 0
+
+    def fill(self):
+        if not self._ends:
+            return super().fill()
+        try:
+            count = os.splice(self.source.fileno(), self._ends[1], SystemPipes.SIZE,
+                              flags=self.FLAGS)
+        except BLOCKED:                 # splice() stops before urgent data, recv() does not
+            return super().fill()
+        except OSError as error:
+            if error.errno not in self.UNABLE:
+                return self.tunnel.close(self.tunnel.fault_of(self.source, error))
+            self._copy()
+            return super().fill()
+        if not count:
+            return self.end()
+        self.count += count
+        self.keep(range(count))
+        self._small = self._small + 1 if count < self.SMALLEST else 0
+        self.flush()
+        if self._small > self.CALM and not self.load:
+            self._copy()
+
+    def flush(self):
+        if not isinstance(self.load, range):
+            return super().flush()
+        self.tunnel.moved = self.tunnel.loop.now
+        try:
+            sent = os.splice(self._ends[0], self.sink.fileno(), len(self.load), flags=self.FLAGS)
+        except BLOCKED:
+            sent = 0
+        except OSError as error:
+            return self.sink_failed(error)
+        self.keep(self.load[sent:])
+        self.tunnel.watch()
+
+    def sink_failed(self, error):
+        self._copy()                    # what is in the system pipe is lost with the sink
+        super().sink_failed(error)
+
+
 class Tunnel(Relay):
     """Two sockets, joined; owns both from its making on.
 
@@ -4542,9 +4668,12 @@ class Tunnel(Relay):
         self.down.watch()
         self.up.flush()
 
-    def move(self, loop):
-        """Go on in another loop."""
+    def move(self, loop, pipes):
+        """Go on in another loop, splicing unless there is a layer; `pipes` is a `SystemPipes`."""
         self.leave()
+        if not (isinstance(self.up.source, Layer) or isinstance(self.down.source, Layer)):
+            self.up, self.down = SplicePipe(self.up, pipes), SplicePipe(self.down, pipes)
+            self.up.twin, self.down.twin = self.down, self.up
         self.loop = loop
         loop.items[self] = True         # at once, so that it counts as served all the time
         loop.call(self, self.start, loop)
@@ -6871,6 +7000,7 @@ class BulkLoops:
     def __init__(self, size):
         self._size = size
         self._threads = {}              # by loop
+        self.pipes = SystemPipes()
 
     @property
     def loops(self):
@@ -6883,7 +7013,7 @@ class BulkLoops:
                 self._start()
         if self._threads and tunnel.client and tunnel.loop not in self._threads:
             log.debug('%s: heavy traffic, goes on in another thread', tunnel.client.address)
-            tunnel.move(min(self.loops, key=lambda loop: len(loop.items)))
+            tunnel.move(min(self.loops, key=lambda loop: len(loop.items)), self.pipes)
 
     def _start(self):
         loop = Loop()
@@ -7066,6 +7196,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._bulk_loops.stop()
         for loop in self.loops():
             loop.close()
+        self._bulk_loops.pipes.close()
 
     stop = server_close                 # the end of what start() began
 

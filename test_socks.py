@@ -2164,6 +2164,62 @@ class BlockingPoolTest(Case):
         self.assertEqual((pool._taken, pool._shares), (0, {}))
 
 
+class SplicingTunnel(socks.Tunnel):
+    """One that splices from its first byte."""
+
+    def start(self, loop, near_events=0):
+        pipes = self.client.server._bulk_loops.pipes
+        self.up.size = self.down.size = socks.Pipe.LARGEST
+        self.up, self.down = (socks.SplicePipe(pipe, pipes) for pipe in (self.up, self.down))
+        self.up.twin, self.down.twin = self.down, self.up
+        super().start(loop, near_events)
+
+    def move(self, loop, pipes):
+        """It stays where it is."""
+
+
+@unittest.skipUnless(socks.SystemPipes.IS_SUPPORTED, 'no splice() in this Python or system')
+class SpliceTest(RelayTest):
+    """All that holds for tunnels that copy holds for those that splice."""
+
+    def setUp(self):
+        super().setUp()
+        self.change(socks, Tunnel=SplicingTunnel)
+
+    def test_many(self):
+        """More tunnels than there are pipes: the others copy."""
+        super().test_many()
+
+    def test_calm(self):
+        """A pipe is given back when reads are small, and taken again when they are large."""
+        server = self.serve()
+        near, far = self.tunnel(server, self.held)
+        pipe = self.carried(server).up
+        self.assertTrue(pipe._ends)
+        for _ in range(pipe.CALM + 2):
+            near.send(b'x')
+            far.read(1)
+        eventually(lambda: not pipe._ends)
+        sent = Background(pour, near, 1 << 25, 1)
+        self.assertEqual(drink(far), sent.result())
+
+    def test_where_it_fails(self):
+        """It copies instead."""
+        def fail(*_, **__):
+            raise OSError(errno.EINVAL, 'no splice here')
+
+        self.change(os, splice=fail)
+        server = self.serve()
+        near, far = self.tunnel(server, self.held)
+        self.exchange(near, far, 1 << 20)
+
+    def test_no_pipe(self):
+        """It copies instead."""
+        self.change(socks.SystemPipes, LIMIT=0)
+        near, far = self.tunnel(self.serve(), self.held)
+        self.exchange(near, far, 1 << 20)
+
+
 class HelperTest(Case):
 
     def test_a_half_closed_client_moves(self):

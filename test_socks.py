@@ -63,6 +63,7 @@ from socks import (Address, Choice, Credentials, Datagram, Greeting, GssMessage,
                    Reply, Request, Request4, Response, Response4, Settings, Verdict)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+LONGEST = 200                           # seconds for one test, on a busy machine
 PATIENCE = 10                           # seconds until something that must happen counts as failed
 HTTP = b'GET / HTTP/1.0\r\n\r\n'
 
@@ -391,6 +392,7 @@ class Case(unittest.TestCase):
     line_handler = None                 # of serve()
 
     def setUp(self):
+        faulthandler.dump_traceback_later(LONGEST, exit=True)       # from now on
         before = threading.active_count(), descriptors()
         self.addCleanup(watch.check)
         self.addCleanup(self.check_leaks, before)
@@ -529,7 +531,7 @@ class Case(unittest.TestCase):
 
 def setUpModule():
     """A test that hangs shows where, and fails."""
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
     logging.raiseExceptions = True
     socks.log.setLevel(logging.INFO)
     socket.getaddrinfo = socks._orig_getaddrinfo = getaddrinfo

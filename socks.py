@@ -2393,6 +2393,21 @@ def interleave(addresses):
     return in_turn(*families.values())
 
 
+def usable(addresses, settings):
+    """The addresses that `Settings.family` allows, in the order of `Settings.prefer`.
+
+    Raises OSError if there is none.
+    """
+    family, prefer = settings.family, settings.prefer
+    if family:
+        addresses = [each for each in addresses if (':' in each.host) == (family == 6)]
+        if not addresses:
+            raise OSError(errno.ENETUNREACH, f'only IPv{family} is used')
+    if prefer:
+        addresses = sorted(addresses, key=lambda each: (':' in each.host) != (prefer == 6))
+    return addresses
+
+
 def start_connect(address, source):
     """A non-blocking socket whose connect to `address` is done or on its way, and which of these.
 
@@ -2742,6 +2757,8 @@ class Settings(NamedTuple):
     advertise           IP addresses to name in replies to BIND and UDP ASSOCIATE instead of our
                         own, at most one of a family, for a proxy behind NAT
     udp_ports           (lowest, highest) that clients send datagrams to; (0, 0): any
+    family              connect to IPv4 or to IPv6 only: 4 or 6; 0: both
+    prefer              which family to try first: 4 or 6; 0: as the system would
     udp_strict          pass on datagrams only from where the client has sent some
     tor_extensions      offer Tor's RESOLVE and RESOLVE_PTR
     login_delay         until a wrong password is answered
@@ -2776,6 +2793,8 @@ class Settings(NamedTuple):
     source: Tuple[str, ...] = ()
     advertise: Tuple[str, ...] = ()
     udp_ports: Tuple[int, int] = (0, 0)
+    family: int = 0
+    prefer: int = 0
     udp_strict: bool = False
     tor_extensions: bool = False
     login_delay: float = 1.0
@@ -2966,6 +2985,18 @@ def name_keys(name):
     return keys
 
 
+class Way(NamedTuple):
+    """How a connection leaves, see `via` in parse_rule().
+
+    chain         proxies, first hop first; empty: none
+    source        local addresses, at most one of a family; empty: `Settings.source`
+    is_inbound    from the local address that the client has connected to
+    """
+    chain: Tuple = ()
+    source: Tuple[str, ...] = ()
+    is_inbound: bool = False
+
+
 class Rule(NamedTuple):
     """Whether certain clients may reach certain targets.  What is empty holds for all.
 
@@ -2976,6 +3007,7 @@ class Rule(NamedTuple):
     names      that were asked for, in lower case; with a dot before it: those below it, too
     networks   ip_networks of the target
     ports      (lowest, highest) of the target
+    via        `Way` of the connection; None: as the settings say
     place      where it is written
     """
     allow: bool
@@ -2985,6 +3017,7 @@ class Rule(NamedTuple):
     names: Tuple = ()
     networks: Tuple = ()
     ports: Tuple = ()
+    via: Optional[Way] = None
     place: str = 'a rule'
 
     def compiled(self):
@@ -3065,6 +3098,7 @@ class Rules(tuple):
         # Of those for the same clients and ports, one is enough for a name to be looked up.
         self._openers = openers.values()
         self._general = [rule for rule in self if rule.allow or rule.denied_versions]
+        self.have_ways = any(rule.via for rule in self)
 
     def _conditions(self, rule):
         """Lists of (kind, key).  The rule matches only if of each list at least one is met."""
@@ -3116,6 +3150,39 @@ class Rules(tuple):
                 return rule
         return None
 
+    def ways(self, client, target, name=None):
+        """The `Way`s to an IP address, asked for by `name` or not, in the order in which to try
+        them; None stands for that of the settings.
+
+        The rule that decides has the first one, the further rules that allow the same have the
+        others, up to the first without a way.
+        """
+        hosts = asked_hosts(target.host)
+        found = map(self._networks.find, {*hosts[0], *hosts[1]})
+        return self._ways(rule for rule in self._candidates(client, target.port, name, *found)
+                          if rule.concerns(client, target.port) and rule.is_for_host(hosts, name))
+
+    def ways_of_name(self, client, target):
+        """The same for a name, as far as rules on names decide; empty: its addresses do."""
+        name = target.host
+        return self._ways(
+            rule if rule.is_for_all_hosts or rule.names.has(name) else rule._replace(allow=False)
+            for rule in self._candidates(client, target.port, name, self._openers)
+            if rule.concerns(client, target.port) and (rule.allow or rule.is_for_all_hosts
+                                                       or rule.names.has(name)))
+
+    @staticmethod
+    def _ways(rules):
+        """Those of rules that match, up to one that denies."""
+        ways = []
+        for rule in rules:
+            if not rule.allow:
+                break
+            ways.append(rule.via)
+            if rule.via is None:
+                break
+        return ways
+
     def may_allow(self, client, command):
         """Whether there may be a target for which the client may use the command."""
         denied = set()
@@ -3141,14 +3208,18 @@ def allowing(rule, target):
 RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
                  'udp': (Command.UDP_ASSOCIATE,),
                  'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
-RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names'}
+RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names', 'via': 'via'}
 
 
 def parse_rule(text: str, place: str) -> Rule:
     """The `Rule` of one line, FileError says where and what is wrong:
 
     allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
-    to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...]
+    to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...] [via direct|inbound|ADDRESS|URL ...]
+
+    `via` chooses the way of what is allowed: direct, without a proxy; inbound, from the local
+    address that the client has connected to; from a local ADDRESS, or one of each family; through
+    the proxies of the URLs, first hop first.
 
     Words may be quoted, which names with spaces need: 'Bob Smith'.
     """
@@ -3156,7 +3227,12 @@ def parse_rule(text: str, place: str) -> Rule:
         (first, _), *words = split_rule(text) or [('', False)]
         if first not in ('allow', 'deny'):
             raise ValueError(f'{first!r}, expected allow or deny')
-        return Rule(first == 'allow', place=place, **parse_conditions(words))
+        rule = Rule(first == 'allow', place=place, **parse_conditions(words))
+        if rule.via and not rule.allow:
+            raise ValueError("'via' is not expected here, but after what is allowed")
+        if rule.via and rule.commands and Command.CONNECT not in rule.commands:
+            raise ValueError("'via' is for connections, expected no command or connect")
+        return rule
     except ValueError as error:
         raise FileError(f'{place}: {error}') from None
 
@@ -3179,12 +3255,14 @@ def split_rule(text):
 
 def parse_conditions(words):
     """The fields of a `Rule` by name; ValueError says what is wrong."""
-    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': []}
+    parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': [],
+             'via': []}
     section, is_for_all = 'commands', False
     for word, is_quoted in words:
         hosts = is_for_all or parts['names'] or parts['networks']
         if word in RULE_SECTIONS and not is_quoted:
-            if section == 'names' or section != 'commands' and not parts[section]:
+            is_last = section == 'via' or (section == 'names') != (word == 'via')
+            if is_last or section != 'commands' and not (hosts or parts[section]):
                 raise ValueError(f'{word!r} is not expected here')
             section = RULE_SECTIONS[word]
         elif section == 'names' and word == '*':
@@ -3194,12 +3272,29 @@ def parse_conditions(words):
         else:
             kind, values = RULE_WORDS[section](word)
             parts[kind] += values
-    if section != 'names' or is_for_all == bool(parts['names'] or parts['networks']):
+    if section not in ('names', 'via') or is_for_all == bool(parts['names'] or parts['networks']):
         raise ValueError('expected "to", then networks and names, or *')
+    via = parse_way(parts.pop('via')) if section == 'via' else None
     if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
             and parts['ports'] and all(low for low, _ in parts['ports'])):
         raise ValueError('look-ups have no port, so this is for none; expected no ports')
-    return {name: tuple(values) for name, values in parts.items()}
+    return dict({name: tuple(values) for name, values in parts.items()}, via=via)
+
+
+def parse_way(words):
+    """The `Way` that the words after `via` mean; ValueError says what is wrong."""
+    if words in (['direct'], ['inbound']):
+        return Way(is_inbound=words == ['inbound'])
+    hosts = [word for word in words if ip_bytes(word) is not None]
+    if words and hosts == words and len(set(map(family_of, hosts))) == len(hosts):
+        return Way(source=tuple(hosts))
+    if words and not hosts and all('://' in word for word in words):
+        try:
+            return Way(chain=tuple(parse_chain(words)))
+        except GeneralProxyError as error:
+            raise ValueError(str(error)) from None
+    raise ValueError(f'via {" ".join(words) or "nothing"}: expected direct, inbound, an IP address '
+                     f'of each family at most, or proxy URLs')
 
 
 def parse_command(word):
@@ -3254,7 +3349,8 @@ def parse_network(text: str) -> Network:
 RULE_WORDS = {
     'commands': parse_command, 'names': parse_target,
     'users': lambda word: ('users', [printable(word)]),
-    'clients': lambda word: ('clients', [parse_network(word)])}
+    'clients': lambda word: ('clients', [parse_network(word)]),
+    'via': lambda word: ('via', [word])}
 
 
 def all_of(function, items):
@@ -4900,7 +4996,8 @@ class Routes:
         address = Address.unpack(reader(header[3:])[0])
         addresses, why = [], None
         try:
-            addresses = yield from resolve(address, deadline(self.PATIENCE))
+            found = yield from resolve(address, deadline(self.PATIENCE))
+            addresses = usable(found, self.relay.client.server.settings)
         except OSError as error:
             why = error
         payloads = self._queues.pop(header, ())
@@ -6458,16 +6555,74 @@ class Handler(socketserver.BaseRequestHandler):
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
         until = self.stream.until = deadline(self.settings.connect_timeout)
-        if self.settings.upstream:
-            return (yield from self.connect_through(request.address, until))
+        rules, settings = self.settings.rules, self.settings
+        if rules and rules.have_ways:
+            return (yield from self.connect_by_rules(rules, request.address, until))
+        if settings.upstream:
+            return (yield from self.connect_through(
+                settings.upstream, request.address, until, settings.source))
         addresses = yield from self.destinations(request.address, until)
-        target = yield from dial(addresses, until, self.settings.source,
+        target = yield from dial(addresses, until, settings.source,
                                  self.note if self.is_verbose else None)
+        self.connected(target, addresses, request.address)
+        return (yield from self.join(target, Address.of(target.getsockname())))
+
+    def connected(self, target, addresses, wanted):
+        """Note which of the addresses of what was wanted has answered."""
         self.client.target_address = None
-        if addresses[0] != request.address:
+        if addresses[0] != wanted:
             self.client.target_address = Address.of(target.getpeername())
         if self.is_verbose:
             self.note('connected to %s', self.client.target_address or addresses[0])
+
+    def connect_by_rules(self, rules, address, until):
+        """CONNECT by the ways that rules choose; the next one if one cannot be reached."""
+        wanted, addresses, error = self.permitted(address), None, None
+        if ip_bytes(wanted.host) is None:
+            ways = rules.ways_of_name(self.client, wanted)
+            if not ways:                # the first address decides, for all that go the same way
+                found = yield from self.destinations(address, until)
+                each = [rules.ways(self.client, found_one, wanted.host) for found_one in found]
+                ways = each[0]
+                addresses = [one for one, its in zip(found, each) if its == ways]
+        else:
+            ways = rules.ways(self.client, wanted) or [None]        # authorize() says why not
+        for left, way in zip(range(len(ways), 0, -1), ways):
+            limit = until and time.monotonic() + (until - time.monotonic()) / left
+            try:
+                return (yield from self.connect_by_way(way, address, limit, addresses))
+            except OSError as caught:
+                if left == 1 or not self.is_unreached(caught, way):
+                    raise
+                error = caught
+            if self.is_verbose:
+                self.note('the next way, because: %s', reason(error))
+
+    @staticmethod
+    def is_unreached(error, way):
+        """Whether an error means that a way is not there, rather than the target behind it."""
+        if isinstance(error, ProxyConnectionError):
+            return True
+        if way and len(way.chain) > 1:  # one proxy of a chain did not reach the next one
+            return (getattr(error, 'proxy', None) not in (None, way.chain[-1].without_secrets())
+                    and error.reply in TELLING)
+        return bool(way and way.source) and error.errno == errno.EADDRNOTAVAIL
+
+    def connect_by_way(self, way, address, until, addresses):
+        """CONNECT by one way; `addresses`, if not None, are those of a name."""
+        settings = self.settings
+        if way is None:
+            way = Way(settings.upstream, settings.source)
+        source = way.source or settings.source
+        if way.is_inbound:
+            local = self.reached or local_address(self.request)
+            source = () if isinstance(local, UnixAddress) else (local.host,)
+        if way.chain:
+            return (yield from self.connect_through(way.chain, address, until, source, addresses))
+        if addresses is None:
+            addresses = yield from self.destinations(address, until)
+        target = yield from dial(addresses, until, source, self.note if self.is_verbose else None)
+        self.connected(target, addresses, address)
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def do_FORWARD(self, request: 'HttpRequest') -> Conversation:
@@ -6489,23 +6644,22 @@ class Handler(socketserver.BaseRequestHandler):
             target.close()
             raise
 
-    def connect_through(self, address, until):
-        """CONNECT by way of other proxies.
+    def connect_through(self, chain, address, until, source, addresses=None):
+        """CONNECT through other proxies.
 
-        Where the last one looks names up, we do not.  Where we do, it is asked for the addresses
-        that the client may reach, one after the other as long as it cannot reach them.
+        Where the last one looks names up, this one does not.  Where this one does, it asks for the
+        addresses that the client may reach, one after the other as long as they are not reached.
         """
-        chain = self.settings.upstream
-        if chain[-1].rdns:
+        if addresses is None and chain[-1].rdns:
             addresses = [self.passed_on(address)]
-        else:
+        elif addresses is None:
             addresses = (yield from self.destinations(address, until))[:UPSTREAM_ATTEMPTS]
         if self.is_verbose:
             self.note('through %s', ', then '.join(map(str, chain)))
         for wanted in addresses:
             try:
                 target, bnd = yield from open_chain(
-                    chain, destination(wanted, chain), until, self.settings.source)
+                    chain, destination(wanted, chain), until, source)
                 break
             except (SOCKS5Error, SOCKS4Error):
                 if wanted is addresses[-1]:
@@ -6658,6 +6812,8 @@ class Handler(socketserver.BaseRequestHandler):
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
         judge, found = judge or self.server.authorize, (yield from resolve(address, until))
+        if self.settings.family or self.settings.prefer:
+            found = usable(found, self.settings)
         if name and self.is_verbose:
             self.note('%s is %s', name, ', '.join(address.host for address in found))
         for candidate in found:
@@ -6771,6 +6927,12 @@ def as_number(kind, value):
                      if kind is float else f'{value!r}: expected a whole number, 0 or more')
 
 
+def as_version(value):
+    if value not in (0, 4, 6):
+        raise ValueError(f'{value!r}: expected 4, 6 or 0')
+    return value
+
+
 def as_context(value):
     if value is not None and not hasattr(value, 'wrap_bio'):
         raise ValueError(f'{value!r}: expected an ssl.SSLContext')
@@ -6794,6 +6956,7 @@ CONVERSIONS = {
 CONVERSIONS.update(
     (name, functools.partial(as_number, type(default)))
     for name, default in Settings()._asdict().items() if type(default) in (int, float))
+CONVERSIONS['family'] = CONVERSIONS['prefer'] = as_version
 CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
 
 
@@ -7344,7 +7507,12 @@ class Server(socketserver.ThreadingTCPServer):
     def judge(self, client: Session, target: Address, name: Optional[str] = None) -> Optional[Rule]:
         """Raise Refused if the rules do not allow it; else the one that does, or None."""
         rules = self.settings.rules
-        return None if rules is None else allowing(rules.first(client, target, name), target)
+        if rules is None:
+            return None
+        rule = allowing(rules.first(client, target, name), target)
+        if rule.via and rule.via != Way() and client.command != Command.CONNECT:
+            raise Refused(f'{rule.place} chooses a way, which is for connections only')
+        return rule
 
     def judge_name(self, client: Session, target: Address) -> None:
         """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
@@ -9511,6 +9679,15 @@ OPTIONS = [
             action='store_true', help='pass on datagrams only from where the client has sent some '
                                       '(default: from anywhere)'))]),
     ('addresses', [
+        (('-4',), dict(
+            action='store_const', const=4, default=DEFAULTS.family, dest='family',
+            help='connect to IPv4 addresses only')),
+        (('-6',), dict(
+            action='store_const', const=6, default=DEFAULTS.family, dest='family',
+            help='connect to IPv6 addresses only')),
+        (('--prefer',), dict(
+            metavar='4|6', type=int, choices=(4, 6), default=DEFAULTS.prefer,
+            help='try addresses of this version of IP first (default: as the system routes)')),
         (('--source',), dict(
             metavar='ADDRESS', type=source_address, action='append', default=[],
             help='connect from this address, repeatable: one IPv4, one IPv6 '
@@ -9581,6 +9758,8 @@ def build_parser():
         group = parser.add_argument_group(title)
         for flags, details in options:
             group.add_argument(*flags, **details)
+    # -4 and -6 would have argparse take the number in "--idle-timeout -1" for an option.
+    parser._has_negative_number_optionals.clear()
     return parser
 
 
@@ -9639,7 +9818,7 @@ def warnings_about(settings):
             if user not in names:
                 yield f'{rule.place}: user {user} does not exist'
     for rule, further in zip(rules, rules[1:]):
-        if not any(rule[1:-1]):         # no condition
+        if not any(rule[1:7]):          # no condition
             yield f'{further.place}: never reached, {rule.place} matches everything'
             break
 

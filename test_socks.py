@@ -6595,6 +6595,153 @@ class RulesTest(FileCase):
         self.assertEqual(Datagram.unpack(client.ask(named)).payload, b'E:y')
 
 
+class Exit(socks.Handler):
+    """A proxy that notes what it is asked for and connects to a fixed port of this host."""
+
+    def do_CONNECT(self, request):
+        self.server.asked.append(request.address.host)
+        if request.address.host.startswith('refuse.'):
+            raise socks.Refused('no', reply=Reply.HOST_UNREACHABLE)
+        return socket.create_connection(('127.0.0.1', self.server.target))
+
+
+class WaysTest(FileCase):
+    """Rules that choose the way of a connection."""
+
+    def setUp(self):
+        super().setUp()
+        self.target = self.origin()
+
+    def exit(self):
+        server = self.enter(socks.Server(('127.0.0.1', 0), handler_class=Exit).start())
+        server.asked, server.target = [], self.target.port
+        return server
+
+    def ways(self, *lines, **settings):
+        """A server with these rules."""
+        return self.serve(rules=socks.read_rules(self.write('rules', '\n'.join(lines) + '\n')),
+                          **settings)
+
+    def source(self, server, host, port=None, code=0):
+        """Where the target sees the connection come from."""
+        with Peer(server.server_address) as peer:
+            self.assertEqual(peer.connect(host, port or self.target.port).reply, code)
+            if not code:
+                with eventually(lambda: self.target.peers and self.target.peers.pop()) as far:
+                    return far.sock.getpeername()[0]
+
+    def test_proxies_for_some_names(self):
+        one, other = self.exit(), self.exit()
+        self.names(lambda name, family: ['127.0.0.1'])
+        server = self.ways(
+            f'allow to .onion via socks5h://{one.server_address}',
+            f'allow to .here.test via socks5://{other.server_address}',
+            f'allow to .chain.test via socks5h://{one.server_address} '
+            f'socks5h://{other.server_address}',
+            'allow to direct.test via direct', 'allow to *',
+            upstream=(socks.parse_proxy_url(f'socks4a://{other.server_address}'),))
+        for host, asked in (('a.onion', (['a.onion'], [])), ('a.here.test', ([], ['127.0.0.1'])),
+                            ('A.CHAIN.test.', ([other.server_address.host], [])),
+                            ('direct.test', ([], [])), ('127.0.0.1', ([], ['127.0.0.1'])),
+                            ('rest.test', ([], ['rest.test']))):
+            with self.subTest(host):
+                if 'CHAIN' not in host:         # the first proxy leads somewhere else here
+                    self.source(server, host)
+                    self.assertEqual((one.asked, other.asked), asked)
+                del one.asked[:], other.asked[:]
+
+    def test_addresses_decide(self):
+        """For a name that no rule is on, as soon as it is looked up."""
+        proxy = self.exit()
+        self.names(lambda name, family: ['127.0.0.2', '127.0.0.1'] if name == 'two.test'
+                   else ['127.0.0.1'])
+        server = self.ways(f'allow to 127.0.0.2 via socks5h://{proxy.server_address}',
+                           'allow to 127.0.0.0/8')
+        self.source(server, 'two.test')
+        self.assertEqual(proxy.asked, ['127.0.0.2'])
+        self.source(server, 'one.test')
+        self.assertEqual(proxy.asked, ['127.0.0.2'])
+
+    @unittest.skipUnless(sys.platform == 'linux', '127.0.0.5 is only here')
+    def test_local_addresses(self):
+        server = self.enter(socks.Server([('127.0.0.3', 0)], Settings(
+            users={'bob': 'secret', 'eve': 'secret'}, source=('127.0.0.4',),
+            rules=('allow user bob to * via 127.0.0.5', 'allow user eve to 127.0.0.1 via inbound',
+                   'allow to 127.0.0.1 via direct'), trusted='127.0.0.9')).start())
+        for user, source, expected in ((b'bob', '127.0.0.1', '127.0.0.5'),
+                                       (b'eve', '127.0.0.1', '127.0.0.3'),
+                                       (None, '127.0.0.9', '127.0.0.4')):
+            with self.subTest(user), Peer(server.server_address, (source, 0)) as peer:
+                peer.ask(Greeting(b'\2' if user else b'\0'), Choice)
+                if user:
+                    peer.ask(Credentials(user, b'secret'), Verdict)
+                request = Request(1, Address('127.0.0.1', self.target.port))
+                self.assertEqual(peer.ask(request, Response).reply, 0)
+                far = self.enter(eventually(lambda: self.target.peers and self.target.peers.pop()))
+                self.assertEqual(far.sock.getpeername()[0], expected)
+
+    def test_the_next_way(self):
+        """It is tried if one cannot be reached, not if that refuses."""
+        proxy, dead = self.exit(), f'127.0.0.1:{self.refused_port()}'
+        server = self.ways(
+            f'allow to a.test via socks5h://{dead}', 'deny to 192.0.2.0/24',
+            f'allow to .test via http://{dead}',
+            f'allow to .test via socks5h://{proxy.server_address}', 'allow to *')
+        self.source(server, 'a.test')
+        self.assertEqual(proxy.asked, ['a.test'])
+        self.source(server, 'refuse.test', code=Reply.HOST_UNREACHABLE)
+        self.assertEqual(proxy.asked, ['a.test', 'refuse.test'])
+        server = self.ways('allow to 127.0.0.1 via 192.0.2.77', 'allow to 127.0.0.1 via direct')
+        self.source(server, '127.0.0.1')
+        server = self.ways(f'allow to a.test via socks5h://{dead}', 'deny to *')
+        self.source(server, 'a.test', code=Reply.GENERAL_FAILURE)
+        self.source(server, 'b.test', code=Reply.NOT_ALLOWED)
+
+    def test_only_connections_have_ways(self):
+        """What else the rule would allow must not leave in another way."""
+        server = self.ways('allow to 127.0.0.1 via socks5h://127.0.0.1:9', tor_extensions=True)
+        for command in (socks.Command.BIND, socks.Command.RESOLVE):
+            with Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                reply = peer.ask(Request(command, Address('127.0.0.1', 0)), Response).reply
+                self.assertEqual(reply, Reply.NOT_ALLOWED)
+        with Associate(server) as client, Echo() as target:
+            client.send(Datagram(target.address, b'x').pack())
+            self.assertTrue(client.nothing_comes(0.1))
+
+    def test_wrong_ways(self):
+        for text, message in (
+                ('deny to * via direct', 'after what is allowed'),
+                ('allow udp to * via direct', 'for connections'),
+                ('allow via direct to *', "'via' is not expected here"),
+                ('allow to via direct', "'via' is not expected here"),
+                ('allow to * via', 'expected direct'),
+                ('allow to * via nowhere', 'expected direct'),
+                ('allow to * via direct inbound', 'expected direct'),
+                ('allow to * via 127.0.0.1 127.0.0.2', 'of each family'),
+                ('allow to * via socks5h://a 127.0.0.1', 'expected direct'),
+                ('allow to * via ftp://a', "scheme 'ftp'"),
+                ('allow to * via direct to *', "'to' is not expected here")):
+            with self.subTest(text), self.assertRaisesRegex(socks.FileError, message):
+                socks.parse_rule(text, 'here')
+
+    @needs_ipv6
+    def test_version_of_ip(self):
+        six = self.origin(host='::1', port=self.target.port)
+        self.names(lambda name, family: ['::1', '127.0.0.1'])
+        for settings, target in (({'family': 4}, self.target), ({'family': 6}, six),
+                                 ({'prefer': 4}, self.target), ({'prefer': 6}, six)):
+            with self.subTest(settings), Peer(self.serve(**settings).server_address) as peer:
+                self.assertEqual(peer.connect('both.test', self.target.port).reply, 0)
+                self.enter(eventually(lambda: target.peers and target.peers.pop()))
+        for version, host in ((4, '::1'), (6, '127.0.0.1')):
+            with Peer(self.serve(family=version).server_address) as peer:
+                self.assertEqual(peer.connect(host, self.target.port).reply,
+                                 Reply.NETWORK_UNREACHABLE)
+        with self.assertRaisesRegex(ValueError, 'Settings.prefer: 5: expected 4, 6 or 0'):
+            self.serve(prefer=5)
+
+
 class AccessTest(FileCase):
 
     def log_in(self, server, name, password):

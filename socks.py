@@ -7582,15 +7582,15 @@ def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None
                 flags: int = 0) -> List[Tuple[Any, Any, int, str, Any]]:
     """socket.getaddrinfo(), except for names that the default proxy resolves: they get an address
     of `VirtualAddresses`, which connect() and sendto() turn into the name again."""
-    stock = getaddrinfo.stock
+    original = getaddrinfo.stock
     host, name = screen_host(host) if not flags & socket.AI_NUMERICHOST else (host, None)
     if name is None:
-        found = stock(host, port, family, type, proto, flags)
+        found = original(host, port, family, type, proto, flags)
         remember(host, [info[4][0] for info in found])
         return found
     kept = flags & (socket.AI_PASSIVE | socket.AI_CANONNAME | getattr(socket, 'AI_NUMERICSERV', 0))
-    found = stock(virtual_addresses.of(name, family), port, family or socket.AF_INET, type, proto,
-                  kept | socket.AI_NUMERICHOST)
+    found = original(virtual_addresses.of(name, family), port, family or socket.AF_INET, type,
+                     proto, kept | socket.AI_NUMERICHOST)
     if flags & socket.AI_CANONNAME:
         found[0] = (*found[0][:3], name, found[0][4])
     return found
@@ -7644,11 +7644,11 @@ def gethostbyaddr(ip_address):
 @resolver
 def getnameinfo(sockaddr, flags):
     """socket.getnameinfo(), but only addresses that getaddrinfo() gave have names."""
-    stock = getnameinfo.stock
-    host, service = stock(sockaddr, flags & ~socket.NI_NAMEREQD | socket.NI_NUMERICHOST)
+    original = getnameinfo.stock
+    host, service = original(sockaddr, flags & ~socket.NI_NAMEREQD | socket.NI_NUMERICHOST)
     name = '' if flags & socket.NI_NUMERICHOST else name_of(host)
     if name is None:
-        return stock(sockaddr, flags)
+        return original(sockaddr, flags)
     if not name and flags & socket.NI_NAMEREQD:
         raise socket.gaierror(socket.EAI_NONAME, f'{host} has no name')
     return name or host, service
@@ -7829,7 +7829,7 @@ class _BaseSocket(_Descriptor):
                 or self.getsockname()[1]):
             return
         ip = plain_ip(str(dest_pair[0])) if dest_pair else None
-        if self.family == socket.AF_INET6 and ip and ':' not in ip:
+        if self.family == socket.AF_INET6 and ip and ':' not in ip:     # IPv4-mapped
             super().bind(('::ffff:' + source_of(socket.AF_INET, self.default_source).host, 0))
         else:
             super().bind(source_of(self.family, self.default_source).sockaddr)
@@ -7891,8 +7891,8 @@ class _BaseSocket(_Descriptor):
     def _receive(self, size, flags=0):
         """(payload, sender, whether it was longer than `size`) of the next datagram.
 
-        Datagrams that are malformed, fragments, or from others than the peer of connect() are
-        skipped, as the system does it.
+        Skips datagrams that are malformed, fragments, or not from the peer of connect(), instead of
+        raising an error: anyone may have sent them.
         """
         until = deadline(self.gettimeout())
         waits = self.gettimeout() != 0 and not flags & getattr(socket, 'MSG_DONTWAIT', 0)
@@ -8064,7 +8064,7 @@ class _BaseSocket(_Descriptor):
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
     def _leave_proxy(self):
-        """End the association, if there is one: connect() goes to a destination directly."""
+        """End the association, if there is one: connect() was given a host exempt from the proxy."""
         self._goes_directly = True
         if self._proxyconn:
             self._proxyconn.close()
@@ -8173,7 +8173,11 @@ class socksocket(_BaseSocket):
         if not self._is_proxiable:
             raise OSError(errno.EOPNOTSUPP, 'only TCP and UDP go through a proxy, not sockets of '
                                             f'type {self.type & 15}, protocol {self.proto}')
-        if self._parsed[0] is not self.proxy:     # programs may set it themselves
+        return self._proxies()
+
+    def _proxies(self):
+        """The chain of `proxy`, parsed again if a program has set that attribute itself."""
+        if self._parsed[0] is not self.proxy:
             self._parsed = self.proxy, parse_chain(tuple(self.proxy))
         return self._parsed[1]
 
@@ -8329,7 +8333,7 @@ class socksocket(_BaseSocket):
 
         sockaddr    of the first proxy; None to try all its addresses
         """
-        destination(restore_name(dest_pair), chain)    # before anything is sent
+        destination(restore_name(dest_pair), chain)     # raises before anything is sent
         until = self._deadline()
         with connecting(chain[0]):
             self._connect_to_first(chain[0], sockaddr, until)
@@ -8435,16 +8439,16 @@ class socksocket(_BaseSocket):
 
     getpeername = get_peername
 
-    # PySocks' private methods, which subclasses call that connect to the proxy themselves.
+    # PySocks' private methods: subclasses that connect to the proxy themselves call them.
 
     def _negotiate_SOCKS5(self, *dest_addr):
-        self._negotiate(dest_addr, parse_chain(tuple(self.proxy)), self._deadline())
+        self._negotiate(dest_addr, self._proxies(), self._deadline())
 
     _negotiate_SOCKS4 = _negotiate_HTTP = _negotiate_SOCKS5
 
     def _proxy_addr(self):
-        proxy, *_ = parse_chain(tuple(self.proxy))
-        return proxy.addr, proxy.sure_port
+        first = self._proxies()[0]
+        return first.addr, first.sure_port
 
 
 def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = None,

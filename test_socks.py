@@ -4943,7 +4943,7 @@ class ResolverTest(ClientCase):
             sock.bind(sockaddr)
             self.assertEqual(sock.getsockname()[0], local)
         for host in ('host.example', socket.gethostbyname('host.example')):
-            with socket.socket() as sock, self.assertRaisesRegex(OSError, 'host.example: not looked up'):
+            with socket.socket() as sock, self.assertRaisesRegex(OSError, 'not looked up'):
                 sock.bind((host, 0))
 
 
@@ -5096,7 +5096,7 @@ with context.wrap_socket(plain, server_hostname='localhost') as sock:
             if name.partition('.')[0] not in sys.modules:
                 with self.assertRaisesRegex(ImportError, 'bypass the proxy'):
                     importlib.import_module(name)
-        with self.assertRaisesRegex(ImportError, 'past the proxy'):
+        with self.assertRaisesRegex(ImportError, 'bypass the proxy'):
             importlib.reload(socket)
         socks.unwrap_module(http.client)
         socks.wrap_module(http.client)

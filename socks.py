@@ -8064,7 +8064,7 @@ class _BaseSocket(_Descriptor):
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
     def _leave_proxy(self):
-        """End the association, if there is one: connect() was given a host exempt from the proxy."""
+        """End the association, if there is one: the destination of connect() is exempt."""
         self._goes_directly = True
         if self._proxyconn:
             self._proxyconn.close()

@@ -5385,7 +5385,7 @@ class UdpRelay(Relay):
 # ----------------------------------------------------------------------------------------- client
 
 SOCKS4, SOCKS5, HTTP = 1, 2, 3          # PySocks' numbers
-TLS, GSSAPI = 0x10, 0x20                # may be added: inside of this
+TLS, GSSAPI = 0x10, 0x20                # flags that may be added: the layer that SOCKS is inside of
 LAYERS = TLS | GSSAPI
 SCHEMES = {                             # of proxy URLs: type, whether the proxy resolves names
     'socks4': (SOCKS4, False), 'socks4a': (SOCKS4, True), 'socks5': (SOCKS5, False),
@@ -5395,31 +5395,31 @@ TYPE_NAMES = {SOCKS4: 'SOCKS4', SOCKS5: 'SOCKS5', HTTP: 'HTTP'}
 SOCKS5_ERRORS = {int(code): code.text for code in Reply if code != Reply.SUCCEEDED}
 SOCKS4_ERRORS = {int(code): code.text for code in Reply4 if code != Reply4.GRANTED}
 DEFAULT_PORTS = {SOCKS4: 1080, SOCKS5: 1080, HTTP: 8080}
-SETUP_TIMEOUT = 60.0                    # seconds, where a caller cannot wait and set none
-KEEPIDLE = 60                           # seconds until a silent program is looked for
-INTERIM = {100, 102, 103}               # of HTTP: the answer is still to come (RFC 9110 15.2)
+SETUP_TIMEOUT = 60.0                    # seconds, for callers that have no timeout of their own
+KEEPIDLE = 60                           # seconds of silence before a `PlainEnd` is probed
+INTERIM = {100, 102, 103}               # HTTP codes that precede the final one (RFC 9110 15.2)
 
 
-def is_whole(value):
-    """Whether it is a whole number; True and False are none, whatever Python says."""
+def is_integer(value):
+    """Whether `value` is an int, but not a bool: True as a port or a type is a mistake."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_port(value):
-    return is_whole(value) and 0 <= value < 65536
+    return is_integer(value) and 0 <= value < 65536
 
 
 class Proxy(NamedTuple):
-    """A proxy and how to use it; the six fields are those that PySocks' programs know.
+    """A proxy and how to use it.  The six fields are those of PySocks' tuple, in its order.
 
-    type        SOCKS4, SOCKS5 or HTTP; with TLS added, inside of TLS; SOCKS5 with GSSAPI added:
-                it authenticates us by that, and all is encrypted then, or only signed if the
-                proxy wants it so
+    type        SOCKS4, SOCKS5 or HTTP; plus TLS to speak it inside of TLS; SOCKS5 plus GSSAPI to
+                authenticate by GSSAPI, with all data encrypted, or only signed if the proxy
+                chooses so
     addr        host name, IP address, or path of a unix socket, which begins with a slash
-    port        0 or None: the usual one
+    port        0 or None: the default port of the type
     rdns        whether the proxy resolves names
-    username    bytes; of SOCKS4, the userid; of GSSAPI, the service, rcmd unless given, or
-                a principal, which has a slash
+    username    bytes; for SOCKS4, the userid; for GSSAPI, the service (default rcmd), or a
+                principal, which has a slash
     password    bytes
     """
     type: int
@@ -5432,10 +5432,13 @@ class Proxy(NamedTuple):
     @classmethod
     def checked(cls, proxy_type: int, addr: Union[str, bytes], port: Optional[int] = None,
                 rdns: bool = True, username: Secret = None, password: Secret = None) -> 'Proxy':
-        """One of a caller's arguments; GeneralProxyError or ValueError says which is wrong."""
-        kind = proxy_type & ~LAYERS if is_whole(proxy_type) else None
+        """Make a `Proxy` from a caller's arguments.
+
+        Raises GeneralProxyError for an invalid type, ValueError for any other argument.
+        """
+        kind = proxy_type & ~LAYERS if is_integer(proxy_type) else None
         if kind not in TYPE_NAMES:
-            what = proxy_type if is_whole(proxy_type) else type(proxy_type).__name__
+            what = proxy_type if is_integer(proxy_type) else type(proxy_type).__name__
             raise GeneralProxyError(f'Invalid proxy type: {what}')
         addr = addr.decode() if isinstance(addr, bytes) else addr
         is_path = isinstance(addr, str) and addr.startswith('/')
@@ -5452,11 +5455,11 @@ class Proxy(NamedTuple):
             raise ValueError('GSSAPI: expected a proxy of type SOCKS5')
         if proxy_type & GSSAPI and (password or not is_utf8(username or b'')):
             raise ValueError('GSSAPI: expected a service name in UTF-8 and no password')
-        if kind == SOCKS5:
+        if kind == SOCKS5:              # pack() checks the lengths (RFC 1929 section 2)
             Credentials(username or b'', password or b'').pack()
         if kind == SOCKS4 and username and (b'\0' in username or len(username) > MAX_USERID):
             raise ValueError(f'userid: expected at most {MAX_USERID} bytes, none of them 0')
-        if kind == HTTP and username and b':' in username:
+        if kind == HTTP and username and b':' in username:      # RFC 7617 section 2
             raise ValueError('user name for an HTTP proxy: expected no colon')
         addr = addr[1:-1] if addr.startswith('[') and addr.endswith(']') else addr
         return cls(proxy_type, addr, port, rdns, username, password)
@@ -5466,16 +5469,22 @@ class Proxy(NamedTuple):
         return f'<{self}{secret}>'
 
     def __str__(self) -> str:
-        kind = ''.join((TYPE_NAMES[self.type & ~LAYERS], '+TLS' if self.type & TLS else '',
+        name = ''.join((TYPE_NAMES[self.kind], '+TLS' if self.type & TLS else '',
                         '+GSSAPI' if self.type & GSSAPI else ''))
-        return f'{kind} proxy {self.place}'
+        return f'{name} proxy {self.place}'
+
+    @property
+    def kind(self) -> int:
+        """SOCKS4, SOCKS5 or HTTP: the type without TLS and GSSAPI."""
+        return self.type & ~LAYERS
 
     @property
     def place(self):
-        """Where it is, as text."""
+        """Its path, or host and port, as text."""
         return self.addr if self.is_path else str(Address(self.addr, self.sure_port))
 
     def without_secrets(self) -> 'Proxy':
+        """A copy without user name and password."""
         return self._replace(username=None, password=None)
 
     @property
@@ -5484,24 +5493,27 @@ class Proxy(NamedTuple):
 
     @property
     def sure_port(self) -> int:
-        return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.type & ~LAYERS])
+        """The port, or the default one of the type."""
+        return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.kind])
 
 
 def parse_proxy_url(url: str) -> Proxy:
-    """The `Proxy` of a URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT]; ValueError says what is wrong.
+    """Parse a proxy URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT], into a `Proxy`.
 
-    Schemes: socks5h and socks4a, where the proxy resolves names, socks5 and socks4, where we do,
-    http, and https for HTTP inside of TLS.  With +tls added, inside of TLS; with +gssapi added,
-    authenticated and protected by GSSAPI, USER is the service then; with +unix added, the path is
-    that of a unix socket.  User and password are percent-decoded.
+    Schemes: socks5h and socks4a (the proxy resolves names), socks5 and socks4 (this host does),
+    http, and https (HTTP inside of TLS).  Suffixes: +tls for SOCKS inside of TLS; +gssapi for
+    GSSAPI, with the service as USER; +unix for a unix socket, whose path is the URL's path.
+    User and password are percent-decoded.
+
+    Raises ValueError for anything else; its text never contains a password.
     """
     from urllib.parse import unquote, unquote_to_bytes, urlsplit
     try:
         parts = urlsplit(url)
-    except ValueError:                  # its text may have the password
+    except ValueError:                  # whose text may contain the password
         raise ValueError('proxy URL: malformed') from None
     scheme, *layers = parts.scheme.split('+')
-    if '://' not in url:                # which may have a password
+    if '://' not in url:                # an example with a password in it must not be shown
         example = url if re.match(r'[\w.-]+(:[0-9]+)?$', url) else 'HOST:PORT'
         raise ValueError(f'proxy URL: scheme missing, expected socks5h://{example} for example')
     if scheme not in SCHEMES or set(layers) - {'tls', 'gssapi', 'unix'}:
@@ -5516,59 +5528,67 @@ def parse_proxy_url(url: str) -> Proxy:
     addr = parts.hostname
     if addr and ':' in addr:            # RFC 6874: %25 before a zone
         addr = addr.replace('%25', '%', 1)
-    if 'unix' in layers or addr == 'localhost' and len(parts.path) > 1:     # so has curl it
+    # socks5h://localhost/PATH is how curl writes a unix socket.
+    if 'unix' in layers or addr == 'localhost' and len(parts.path) > 1:
         addr = unquote(parts.path)
         if not addr.startswith('/'):
             raise ValueError('proxy URL: expected the path of a unix socket')
     elif parts.path not in ('', '/') or parts.query or parts.fragment:
-        raise ValueError('proxy URL: there is something behind host and port')
+        raise ValueError('proxy URL: expected no path, query or fragment')
     if not addr:
-        raise ValueError('proxy URL: there is no host')
+        raise ValueError('proxy URL: host missing')
     username, password = (text and unquote_to_bytes(text)
                           for text in (parts.username, parts.password))
     return Proxy.checked(kind, addr, port, rdns, username, password)
 
 
 def parse_chain(proxy: ProxyArgument) -> List[Proxy]:
-    """The chain of `Proxy`, first hop first, that is meant by a URL, a tuple of arguments as
-    set_proxy() takes them, a list of those, or None."""
+    """Parse a `proxy` argument into a chain: a list of `Proxy`, the nearest one first.
+
+    The argument is a URL, a tuple of set_proxy()'s arguments, a list of these, or None.  Raises
+    ValueError or GeneralProxyError if it is none of them.
+    """
     if not proxy:
         return []
     if isinstance(proxy, str):
         return [parse_proxy_url(proxy)]
     if isinstance(proxy, list):
-        chain = [hop for item in proxy for hop in parse_chain(item)]
-        if any(hop.is_path for hop in chain[1:]):
-            raise ValueError('proxy chain: a unix socket can only be the first')
+        chain = [each for item in proxy for each in parse_chain(item)]
+        if any(each.is_path for each in chain[1:]):     # a proxy connects to host and port only
+            raise ValueError('proxy chain: a unix socket can only be the first proxy')
         return chain
-    if proxy[0] is None or isinstance(proxy[0], (str, list)):
+    if proxy[0] is None or isinstance(proxy[0], (str, list)):   # see proxy_tuple()
         return parse_chain(proxy[0])
     return [Proxy.checked(*proxy)]
 
 
 def is_bypassed(host: str, patterns: str, port: Optional[int] = None) -> bool:
-    """Whether `host` is to be reached without a proxy, as curl and urllib read NO_PROXY.
+    """Whether `patterns` exempt `host` from the proxy, as curl and urllib read NO_PROXY.
 
-    patterns: separated by commas or spaces; a name stands for itself and all below it, with or
-    without a dot before it, *.name for all below it; IP addresses and networks (10.0.0.0/8) for
-    those, IPv6 with or without brackets; * for everything.  HOST:PORT is for that `port` only.
+    patterns    separated by commas or spaces:
+                NAME or .NAME   the name and its subdomains
+                *.NAME          the subdomains only
+                IP or NETWORK   an address, or those of 10.0.0.0/8; IPv6 with or without brackets
+                *               every host
+                HOST:PORT       any of these, for this `port` only
     """
     if not patterns:
         return False
     host = host.partition('%')[0]
-    with contextlib.suppress(ProtocolError):
+    with contextlib.suppress(ProtocolError):    # no valid name, but "*" matches it, too
         host = canonical(Address(host, 0)).host
     return any(matches(pattern, host, port)
                for pattern in patterns.lower().replace(',', ' ').split())
 
 
 def matches(pattern, host, port):
-    """Whether a canonical host and a port are what a pattern of is_bypassed() stands for."""
-    place, colon, number = pattern.rpartition(':')
-    if colon and number.isdigit() and (':' not in place or place.endswith(']')):
+    """Whether one pattern of is_bypassed() matches a canonical host and a port."""
+    rest, colon, number = pattern.rpartition(':')
+    # With more colons and no brackets, it is an IPv6 address without a port.
+    if colon and number.isdigit() and (':' not in rest or rest.endswith(']')):
         if int(number) != port:
             return False
-        pattern = place
+        pattern = rest
     if pattern == '*':
         return True
     ip = plain_ip(host)
@@ -5577,26 +5597,39 @@ def matches(pattern, host, port):
             network = ipaddress.ip_network(pattern.strip('[]'), strict=False)
             return ipaddress.ip_address(ip) in network
         return False
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):       # a pattern that cannot be a name matches nothing
         pattern = name_bytes(pattern).decode()
-    below = pattern.startswith('*.')
-    name = pattern[2 * below:].strip('.')
-    return bool(name) and (host.endswith('.' + name) or host == name and not below)
+    is_wildcard = pattern.startswith('*.')
+    name = pattern[2 * is_wildcard:].strip('.')
+    return bool(name) and (host.endswith('.' + name) or host == name and not is_wildcard)
 
 
 def proxy_from_environment(host: Optional[str] = None, port: Optional[int] = None) -> Optional[str]:
-    """The URL in all_proxy or ALL_PROXY; None without one, or if no_proxy names `host`."""
+    """The URL in all_proxy or ALL_PROXY; None if unset, or if no_proxy or NO_PROXY exempts `host`
+    (and `port`), see is_bypassed()."""
     url, bypass = (os.environ.get(name) or os.environ.get(name.upper())
                    for name in ('all_proxy', 'no_proxy'))
     return None if not url or host and bypass and is_bypassed(host, bypass, port) else url
 
 
 @contextlib.contextmanager
-def negotiating(proxy, target):
-    """Raise what goes wrong while asking `proxy` for `target` as PySocks does: the cause is
-    `socket_err`.
+def owned(*sockets):
+    """Context manager: close the sockets if the block fails; else they belong to its result."""
+    try:
+        yield
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
 
-    The class is that of the cause if this is a GeneralProxyError, so that either can be caught.
+
+@contextlib.contextmanager
+def negotiating(proxy, target):
+    """Context manager: turn errors of a negotiation with `proxy` for `target` into PySocks'.
+
+    The error raised is a GeneralProxyError with the cause as `socket_err`.  If the cause is a
+    GeneralProxyError itself, it has the same class: programs written for PySocks look at one or
+    the other.
     """
     try:
         yield
@@ -5612,17 +5645,23 @@ def negotiating(proxy, target):
 
 
 def system_errno(error):
-    """The errno of an error, if it is one of the system: a resolver's and OpenSSL's are others."""
+    """The errno of an OSError, None for errors of the resolver and of OpenSSL, whose numbers have
+    another meaning."""
     return None if isinstance(error, socket.gaierror) or hasattr(error, 'library') else error.errno
 
 
-def ask(stream, proxy, command, address):
-    """Conversation: have `proxy` do `command` for `address`; the address it answers with, BND."""
-    kind = proxy.type & ~LAYERS
-    if kind == SOCKS5 and not proxy.type & GSSAPI:
+def request_from(stream, proxy, command, address):
+    """Conversation: request `command` for `address` from `proxy`; the `Address` in its reply, BND.
+
+    Raises SOCKS5AuthError, SOCKS5Error, SOCKS4Error or HTTPError if the proxy refuses.
+    """
+    kind = proxy.kind
+    if kind == SOCKS5 and not proxy.type & GSSAPI:      # open_gssapi() has authenticated
         yield from authenticate5(stream, proxy)
+    # Not before the greeting: that is PySocks' order, on which fake proxies of test suites rely.
     if not proxy.rdns and ip_bytes(address.host) is None:
         found = yield from resolve(address, stream.until)
+        # SOCKS4 has no IPv6: take an IPv4 address if there is one.
         address = min(found, key=lambda address: kind == SOCKS4 and ':' in address.host)
         if kind == SOCKS4 and ':' in address.host:
             raise SOCKS4Error(f'{address.host}: SOCKS4 has no IPv6 addresses')
@@ -5633,14 +5672,18 @@ def ask(stream, proxy, command, address):
         yield from stream.write(Request4(command, address, proxy.username or b''))
         return (yield from stream.read(unpack_answer4))
     if command != Command.CONNECT:
-        raise HTTPError('HTTP proxies have CONNECT only', reply=Reply.COMMAND_NOT_SUPPORTED)
+        raise HTTPError('HTTP proxies support CONNECT only', reply=Reply.COMMAND_NOT_SUPPORTED)
     credentials = (proxy.username or b'') + b':' + (proxy.password or b'')
     yield from stream.write(HttpConnect(address, credentials.strip(b':') and credentials))
-    return (yield from answer_http(stream))
+    return (yield from read_http_answer(stream))
 
 
 def authenticate5(stream, proxy):
-    """Conversation: what comes before a SOCKS5 request."""
+    """Conversation: method negotiation and login of SOCKS5 (RFC 1928 section 3, RFC 1929).
+
+    One message at a time, each in one send(), without pipelining: some proxies, and the mocks of
+    test suites, expect a message to be all that one recv() returns.
+    """
     credentials = Credentials(proxy.username or b'', proxy.password or b'')
     offered = b'\0\2' if any(credentials) else b'\0'
     yield from stream.write(Greeting(offered))
@@ -5659,7 +5702,10 @@ def authenticate5(stream, proxy):
 
 
 def unpack_answer5(read):
-    """BND of a SOCKS5 reply; the code alone decides, whatever is behind it."""
+    """Decoder of a SOCKS5 reply: BND (RFC 1928 section 6).
+
+    A refusal is raised without reading on: some proxies send its first bytes only.
+    """
     code = Response.unpack_reply(read)
     if code:
         raise SOCKS5Error(f'{code:#04x}: {SOCKS5_ERRORS.get(code, "Unknown error")}', reply=code)
@@ -5667,45 +5713,53 @@ def unpack_answer5(read):
 
 
 def unpack_answer4(read):
-    """The address in a SOCKS4 reply."""
+    """Decoder of a SOCKS4 reply: the address in it."""
     code, address = Response4.unpack(read)
     if code != Reply4.GRANTED:
         raise SOCKS4Error(f'{code:#04x}: {SOCKS4_ERRORS.get(code, "Unknown error")}')
     return address
 
 
-def answer_http(stream):
-    """Conversation: UNSPECIFIED, once the head of an answer that grants a tunnel is read."""
+def read_http_answer(stream):
+    """Conversation: read the head of an HTTP proxy's answer; UNSPECIFIED, as it names no address.
+
+    Interim answers are skipped.  Raises HTTPError unless the code is 2xx.
+    """
     code = None
     for _ in range(MAX_LINES):
         if not code:
             code, phrase = yield from stream.read(HttpStatus.unpack)
             if not 200 <= code < 300 and code not in INTERIM:
-                note = ('; it may be that this proxy makes no tunnels (CONNECT)'
+                note = ('; the proxy may not support tunnels (CONNECT)'
                         if code in (400, 403, 405) else '')
                 raise HTTPError(f'{code}: {printable_line(phrase)}{note}')
-        elif not (yield from stream.read(http_line)):
+        elif not (yield from stream.read(http_line)):   # the empty line ends the head
             if code not in INTERIM:
                 return UNSPECIFIED
             code = None
     raise ProtocolError(f'more than {MAX_LINES} lines in the head of an HTTP answer')
 
 
-class NoSession:
-    """Whom a tunnel of our own serves: nobody that is logged or has a limit.
+# Theory of operation.  A program gets a socket with a descriptor, which it may poll, duplicate or
+# wrap in TLS, even where the proxy is inside of TLS or GSSAPI.  So a layer is not that socket: a
+# TCP connection within this host is made, one end of which, `PlainEnd`, is the program's.  A
+# `Tunnel` joins the other end to the layer, in a background loop that all of them share.
 
-    But what a program has closed looks as if only one direction had ended, and must not stay where
-    the loop does not learn of errors.
+class NoSession:
+    """Stand-in for the session of a tunnel to a layer: no log line, no limits.
+
+    A `PlainEnd` that is closed looks half-closed from here.  Where the loop cannot watch for the
+    reset that follows, `linger` (seconds) bounds how long such a tunnel is kept.
     """
     address, idle_timeout, linger = 'a layer', 0, 0 if ERRORS else 300.0
 
     def end(self, *_):
-        """There is no line to write."""
+        """Called by the tunnel at its end; there is no line to log."""
 
 
 def background_loop():
-    """The loop, in a thread of its own, that joins layers to the sockets that programs get."""
-    return background_loop_of(os.getpid())      # a fork has no threads
+    """The `Loop` of this process for layers, running in a daemon thread."""
+    return background_loop_of(os.getpid())      # threads do not survive a fork
 
 
 @functools.lru_cache(1)
@@ -5717,10 +5771,13 @@ def background_loop_of(_):
 
 
 def flush_at_exit(loop, patience=5.0):
-    """Wait, for `patience` seconds at most, until the loop has taken what programs have sent."""
+    """Wait, for `patience` seconds at most, until all that the program sent has left the loop.
+
+    For atexit: the loop's daemon thread ends with the interpreter, whatever it still holds.
+    """
     until = deadline(patience)
     while time.monotonic() < until:
-        with contextlib.suppress(OSError, ValueError):      # a socket was closed just now
+        with contextlib.suppress(OSError, ValueError):      # the loop has closed a socket meanwhile
             pipes = [tunnel.up for tunnel in list(loop.items)]
             if not any(pipe.load or not pipe.done and poll([pipe.source], (), time.monotonic())
                        for pipe in pipes):
@@ -5730,69 +5787,77 @@ def flush_at_exit(loop, patience=5.0):
 
 @functools.lru_cache(4)
 def usual_context(*_):
-    """The ssl.SSLContext of a client; to read all certificates that it trusts takes long."""
+    """The ssl.SSLContext for proxies whose caller gave none.
+
+    Cached, because loading the trusted certificates is slow; by the values of the environment
+    variables that say where these are.
+    """
     import ssl
     return ssl.create_default_context()
 
 
-def secured(sock, proxy, context, until):
-    """Conversation: a plain socket, in front of TLS over (a duplicate of) `sock` to `proxy`."""
+def open_tls(sock, proxy, context, until):
+    """Conversation: start TLS to `proxy` over a duplicate of `sock`; a `PlainEnd` of it."""
     context = context or usual_context(
         *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
     name = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
-    keep_urgent(sock)
+    keep_urgent(sock)                   # a byte taken out would corrupt a TLS record
     tls = TlsLayer(sock.dup(), context, server_hostname=name)
-    try:
+    with owned(tls):
         yield from tls.handshake(until)
         return expose(tls)
-    except BaseException:
-        tls.close()
-        raise
 
 
 class PlainEnd(_orig_socket):
-    """The plain socket that a program gets in front of a layer; `context` protects datagrams."""
+    """The plain TCP socket that a program gets instead of a layer.
+
+    context     the `GssContext` that protects datagrams of an association, or None
+    """
     __slots__ = ('context',)
 
 
 def expose(layer, context=None):
-    """A `PlainEnd` of the layer, which belongs to the loop of background_loop() then."""
+    """A non-blocking `PlainEnd` for `layer`, which belongs to the background loop from now on."""
     near, far = tcp_pair()
     if hasattr(socket, 'TCP_KEEPIDLE'):
-        # What a program has closed looks as if only one direction had ended, until one asks.
+        # A closed `PlainEnd` looks half-closed; it answers a probe by RST, which ends the tunnel.
         far.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPIDLE)
-    front = PlainEnd(near.family, socket.SOCK_STREAM, 0, near.detach())
-    front.setblocking(False)
-    front.context = context
-    tunnel = Tunnel(NoSession(), far, layer)
-    background_loop().call(tunnel, tunnel.start, background_loop())
-    background_loop().call(tunnel, tunnel.down.fill)    # it may have come with the handshake
-    return front
+    plain = PlainEnd(near.family, socket.SOCK_STREAM, 0, near.detach())
+    plain.setblocking(False)
+    plain.context = context
+    tunnel, loop = Tunnel(NoSession(), far, layer), background_loop()
+    loop.call(tunnel, tunnel.start, loop)
+    # Data that came with the end of the handshake is in the layer; the socket will not tell of it.
+    loop.call(tunnel, tunnel.down.fill)
+    return plain
 
 
-def protected(sock, proxy, in_sequence, until):
-    """Conversation: a plain socket, in front of GSSAPI over (a duplicate of) `sock` to `proxy`."""
+def open_gssapi(sock, proxy, in_sequence, until):
+    """Conversation: authenticate to `proxy` by GSSAPI over `sock`, and protect all that follows
+    (RFC 1961); a `PlainEnd` of that.
+
+    in_sequence     whether messages come in order: false where the context is for datagrams, too
+    """
     stream = ExactStream(sock, until)
     yield from stream.write(Greeting(bytes((Method.GSSAPI,))))
     if (yield from stream.read(Choice.unpack)).method != Method.GSSAPI:
         raise SOCKS5AuthError('The SOCKS5 proxy does not accept GSSAPI')
     try:
-        context = yield from initiate(stream, proxy, in_sequence)
+        context = yield from initiate_gssapi(stream, proxy, in_sequence)
     except GssError as error:
         raise SOCKS5AuthError(printable_line(error.strerror)) from None
-    keep_urgent(sock)
+    keep_urgent(sock)                   # as in open_tls()
     layer = GssLayer(sock.dup(), context)
-    try:
+    with owned(layer):
         return expose(layer, context)
-    except BaseException:
-        layer.close()
-        raise
 
 
-def initiate(stream, proxy, in_sequence):
-    """Conversation: a complete `GssContext` with the proxy, and its level (RFC 1961 section 4).
+def initiate_gssapi(stream, proxy, in_sequence):
+    """Conversation: establish a `GssContext` with the proxy and agree on its protection level
+    (RFC 1961 sections 3 and 4); the context.
 
-    While the library talks to the KDC, a caller's timeout does not count, as in a name look-up.
+    With run(), the timeout is not observed while the library talks to a KDC.  The same is true of
+    name look-ups: both block inside of a C library.
     """
     service = name_text(proxy.username or b'rcmd')
     host = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
@@ -5805,6 +5870,7 @@ def initiate(stream, proxy, in_sequence):
             break
         token = yield from read_token(stream, GssMessage.TOKEN)
         token, complete = yield Call(functools.partial(context.step, token), stream.until)
+    # Signed but not encrypted, as the level is only being agreed on (RFC 1961 section 4).
     best = bytes((max(level for level in range(3) if context.allows(level)),))
     yield from stream.write(GssMessage(GssMessage.LEVEL, context.wrap(best, False)))
     level, _, _ = context.unwrap((yield from read_token(stream, GssMessage.LEVEL)))
@@ -5815,15 +5881,16 @@ def initiate(stream, proxy, in_sequence):
 
 
 def read_token(stream, kind):
+    """Conversation: the token of the next message, which must be of this kind."""
     message = yield from stream.read(GssMessage.unpack)
     if message.kind != kind:
-        raise SOCKS5AuthError('The SOCKS5 proxy does not accept us by GSSAPI')
+        raise SOCKS5AuthError('The SOCKS5 proxy rejected the GSSAPI authentication')
     return message.token
 
 
 @contextlib.contextmanager
 def connecting(proxy):
-    """Raise what goes wrong on the way to `proxy` as ProxyConnectionError."""
+    """Context manager: turn an OSError of connecting to `proxy` into a ProxyConnectionError."""
     try:
         yield
     except OSError as error:
@@ -5834,7 +5901,7 @@ def connecting(proxy):
 
 
 def await_connect(sock, address, until):
-    """Conversation: connect the non-blocking `sock` to `address`."""
+    """Conversation: connect the non-blocking `sock` to `address`, a tuple or a path."""
     try:
         sock.connect(address)
     except BLOCKED:
@@ -5842,34 +5909,43 @@ def await_connect(sock, address, until):
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error)) from None
-        sock.connect_ex(address)        # Linux would let the next connect() succeed, too
+        # Linux reports a success once more.  This takes it, so that a program's own connect() later
+        # raises EISCONN, as on other systems.
+        sock.connect_ex(address)
 
 
 def connect_by_name(host, port, until=None, source=()):
-    """Conversation: a non-blocking socket that is connected to a host of the user's choice."""
+    """Conversation: a non-blocking socket, connected to a host of the user's choice.
+
+    A name is looked up by the rules of the system, search domains included, unlike the names that
+    clients send.  `source` has local addresses, see dial().
+    """
     found = yield Call(functools.partial(look_up, host, port), until)
     addresses = dict.fromkeys(Address.with_zone(sockaddr) for *_, sockaddr in found)
     return (yield from dial(list(addresses), until, source))
 
 
 def connect_to_proxy(proxy, until=None, source=()):
-    """Conversation: a non-blocking socket that is connected to `proxy`."""
+    """Conversation: a non-blocking socket, connected to `proxy`.
+
+    Raises ProxyConnectionError.
+    """
     with connecting(proxy):
         if not proxy.is_path:
             return (yield from connect_by_name(proxy.addr, proxy.sure_port, until, source))
         sock = _orig_socket(socket.AF_UNIX)
-        try:
+        with owned(sock):
             sock.setblocking(False)
             yield from await_connect(sock, proxy.addr, until)
             return sock
-        except BaseException:
-            sock.close()
-            raise
 
 
 def destination(pair, chain):
-    """The `Address` that a caller's (host, port, ...) means; GeneralProxyError if the proxies of
-    the chain could not be told."""
+    """The `Address` for a caller's (host, port, ...).
+
+    Raises GeneralProxyError if it is malformed, or if a proxy of the chain cannot be asked for its
+    target by its protocol: checked here for all, before anything is sent.
+    """
     if not (isinstance(pair, (tuple, list)) and 2 <= len(pair) <= 4 and pair[0]
             and isinstance(pair[0], (str, bytes)) and is_port(pair[1])):
         raise GeneralProxyError('Invalid destination-connection (host, port) pair')
@@ -5877,7 +5953,7 @@ def destination(pair, chain):
     bare = without_brackets(host)
     address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
     for proxy, (host, port) in zip(chain, targets(chain, address)):
-        if proxy.type & ~LAYERS == SOCKS4 and ':' in host:
+        if proxy.kind == SOCKS4 and ':' in host:
             raise SOCKS4Error(f'{host}: SOCKS4 has no IPv6 addresses')
         canonical(Address(host, port))
         try:
@@ -5888,65 +5964,61 @@ def destination(pair, chain):
 
 
 def targets(chain, address):
-    """What each proxy of the chain is asked for: the next proxy, at last `address`."""
+    """What each proxy of the chain is asked for: the next proxy, and the last one for `address`."""
     return [Address(proxy.addr, proxy.sure_port) for proxy in chain[1:]] + [address]
 
 
 def negotiate_chain(sock, chain, command, address, until=None, context=None):
-    """Conversation: over `sock`, which is connected to the first proxy of the chain, have each
-    proxy connect to the next, and the last one do `command` for `address`.
+    """Conversation: have each proxy of the chain connect to the next one, and the last one do
+    `command` for `address`; the socket to go on with, and BND.
 
-    The result is the socket to go on with, another one where a layer is in between, and BND.
+    `sock` is connected to the first proxy.  The socket returned is `sock`, or a `PlainEnd` if there
+    is a layer in between.  Each layer works on a duplicate of the socket below it.
+
+    context     ssl.SSLContext for proxies inside of TLS, None for the usual one
     """
-    sockets = [sock]
+    last, plain_ends = sock, []
     try:
-        bnd = yield from ask_all(sockets, chain, command, address, until, context)
+        for proxy, target in zip(chain, targets(chain, address)):
+            step = command if target is address else Command.CONNECT
+            with negotiating(proxy, target):
+                if proxy.type & TLS:
+                    last = yield from open_tls(last, proxy, context, until)
+                    plain_ends.append(last)
+                if proxy.type & GSSAPI:
+                    last = yield from open_gssapi(last, proxy, step != Command.UDP_ASSOCIATE, until)
+                    plain_ends.append(last)
+                bnd = yield from request_from(ExactStream(last, until), proxy, step, target)
     except BaseException:
-        for made in sockets[1:]:        # all of it, and at once
-            abort(made)
+        for plain in plain_ends:        # by RST, which makes the background loop drop the layers
+            abort(plain)
         raise
-    for made in sockets[1:-1]:          # a layer further in has duplicates of these
-        made.close()
-    return sockets[-1], bnd
-
-
-def ask_all(sockets, chain, command, address, until, context):
-    """Conversation: the part of negotiate_chain() that can fail; `sockets` has the first socket,
-    and gets one more for each layer."""
-    for proxy, target in zip(chain, targets(chain, address)):
-        step = command if target is address else Command.CONNECT
-        with negotiating(proxy, target):
-            if proxy.type & TLS:
-                sockets.append((yield from secured(sockets[-1], proxy, context, until)))
-            if proxy.type & GSSAPI:
-                sockets.append((yield from protected(
-                    sockets[-1], proxy, step != Command.UDP_ASSOCIATE, until)))
-            bnd = yield from ask(ExactStream(sockets[-1], until), proxy, step, target)
-    return bnd
+    for plain in plain_ends[:-1]:
+        plain.close()
+    return last, bnd
 
 
 def open_chain(chain, address, until=None, source=(), context=None, command=Command.CONNECT):
-    """Conversation: a new socket through the proxies of the chain, and BND, see negotiate_chain().
+    """Conversation: connect to the first proxy and negotiate_chain(); its socket, and BND.
+
+    For BIND and UDP_ASSOCIATE, BND is an address that can be reached from here.
     """
-    sock = last = yield from connect_to_proxy(chain[0], until, source)
-    try:
+    sock = yield from connect_to_proxy(chain[0], until, source)
+    with owned(sock):
         last, bnd = yield from negotiate_chain(sock, chain, command, address, until, context)
         if command in (Command.BIND, Command.UDP_ASSOCIATE):
-            bnd = yield from reachable(bnd, chain, sock, until)
-    except BaseException:
-        sock.close()
-        last.close()
-        raise
+            with owned(last):
+                bnd = yield from usable_bnd(bnd, chain, sock, until)
     if last is not sock:
         sock.close()
     return last, bnd
 
 
-def reachable(bnd, chain, sock, until):
-    """Conversation: `bnd`, where the last proxy says that it waits, for those who do not know the
-    proxy's address; where it is not to be believed, the same port of the proxy.
+def usable_bnd(bnd, chain, sock, until):
+    """Conversation: the address at which the last proxy waits, as it can be reached from here.
 
-    With remote names, a name that the proxy chose is not looked up: that would tell who we are.
+    That is `bnd`, from its reply, if is_believable(); else the proxy's own address with the port of
+    `bnd`, because many proxies say 0.0.0.0, or an address that is valid in their network only.
     `sock` is connected to the first proxy.
     """
     last = chain[-1]
@@ -5955,21 +6027,22 @@ def reachable(bnd, chain, sock, until):
     else:
         proxy = Address.with_zone(sock.getpeername()) if len(chain) == 1 else Address(last.addr, 0)
     ip = plain_ip(proxy.host.partition('%')[0])
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a name without an address is not believable, either
+        # With rdns, no name is looked up here: the proxy could learn this host's address by one.
         if not last.rdns or ip_bytes(bnd.host) is not None:
             for host, port in (yield from resolve(bnd, until)):
                 if is_believable(host, ip):
+                    # Link-local addresses mean nothing without the interface (RFC 4007 section 6).
                     zone = proxy.host.partition('%')[2] if host.startswith('fe80:') else ''
                     return Address(f'{host}%{zone}' if zone else host, port)
     return Address(ip if ip and '%' not in proxy.host else proxy.host, bnd.port)
 
 
 def is_believable(host, proxy):
-    """Whether a proxy at the IP address `proxy`, None if that is not known, can be reached at
-    `host`, an IP address that it names.
+    """Whether a proxy may be reached at the IP address `host`, which it names in a reply.
 
-    A proxy elsewhere must not name an address that is local to us, nor a public one a private
-    address.
+    A proxy on another host must not direct the client to this host or its network, nor a proxy with
+    a public address to a private one.  `proxy` is its IP address, None if that is not known.
     """
     if host == proxy:
         return True
@@ -7568,26 +7641,26 @@ class Server(socketserver.ThreadingTCPServer):
 
 # ------------------------------------------------------------------------------------ socket face
 #
-# The client half as sockets: what PySocks 1.7.1 has, by the same names, and more in the same style.
-# A socket without a proxy is a stock socket in every respect.
+# The client as socket objects: the interface of PySocks 1.7.1, and additions in its style.  Without
+# a proxy, such a socket behaves as a stock one in every respect.
 
 PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
 PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 PRINTABLE_PROXY_TYPES = TYPE_NAMES
 NO_PROXY = (None,) * 6
-# Of sockets, (type, protocol): what proxies carry, over IPv4 and IPv6.
+# (type, protocol) of the IPv4 and IPv6 sockets that a proxy can serve.
 TCP_KINDS = {(socket.SOCK_STREAM, proto) for proto in (0, socket.IPPROTO_TCP, 262)}     # 262: MPTCP
 UDP_KINDS = {(socket.SOCK_DGRAM, proto) for proto in (0, socket.IPPROTO_UDP)}
-# What other families have to say stays on this host, or on one bus or link.
+# Families that may reach other networks; others stay on this host, or on one bus or link.
 WIDE_FAMILIES = {getattr(socket, name) for name in ('AF_INET', 'AF_INET6', 'AF_PACKET')
                  if hasattr(socket, name)}
 MSG_FASTOPEN = 0x20000000 if sys.platform == 'linux' else 0
-SO_ACCEPTCONN = getattr(socket, 'SO_ACCEPTCONN', 2)     # Windows has it, its module socket not
-MOST_RECEIVERS = 1024                   # ports that a socket remembers whom it sent to on
+SO_ACCEPTCONN = getattr(socket, 'SO_ACCEPTCONN', 2)     # Windows has it, its socket module does not
+MAX_RECEIVERS = 1024                    # ports for which a socket remembers the host it sent to
 # The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
 STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
 
-if ContextVar is None:                  # Python 3.6: a value for each thread only
+if ContextVar is None:                  # Python 3.6: one value per thread, not per task
     class ContextVar(threading.local):
         def __init__(self, name, default=None):
             self.value = default
@@ -7601,13 +7674,16 @@ if ContextVar is None:                  # Python 3.6: a value for each thread on
 
         reset = set
 
-_scope = ContextVar('socks_default_proxy', default=None)       # as _default() gives it
+_scope = ContextVar('socks_default_proxy', default=None)       # what _default() returns, or None
 
 
 def proxy_tuple(proxy_type, addr=None, port=None, rdns=True, username=None, password=None):
-    """The 6-tuple that set_proxy() keeps: a `Proxy`, or one whose first field is a chain or None.
+    """The 6-tuple that set_proxy() keeps, as PySocks' programs read it.
 
-    That field may be a URL, or a list of them and of such tuples: a chain, first hop first.
+    It is a `Proxy`; or for no proxy, a tuple whose first field is None; or for a chain, the fields
+    of the first proxy, but with the list of all in place of the type.
+
+    proxy_type may be a URL, or a list of URLs and of such tuples; then the rest is not used.
     """
     if proxy_type is None:
         return None, addr, port, rdns, encoded(username), encoded(password)
@@ -7623,17 +7699,17 @@ def proxy_tuple(proxy_type, addr=None, port=None, rdns=True, username=None, pass
 def set_default_proxy(proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
                       port: Optional[int] = None, rdns: bool = True, username: Secret = None,
                       password: Secret = None, *, bypass: str = '') -> None:
-    """Set the proxy of all socksockets made from now on, unless set_proxy() gives them another.
+    """Set the proxy for all socksockets created from now on, unless their set_proxy() is called.
 
-    The arguments are those of socksocket.set_proxy().  `bypass` names hosts that are reached
-    without it, as is_bypassed() has it: 'localhost, 127.0.0.0/8, .local'.
+    The arguments are those of socksocket.set_proxy().  `bypass` lists hosts that are reached
+    without the proxy, in the format of is_bypassed(): 'localhost, 127.0.0.0/8, .local'.
     """
     socksocket.default_proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
     socksocket.default_bypass = bypass
 
 
 def setdefaultproxy(*args: Any, **kwargs: Any) -> None:
-    """set_default_proxy(), also with `proxytype` for `proxy_type`."""
+    """Alias of set_default_proxy() that also accepts `proxytype` for `proxy_type`."""
     if 'proxytype' in kwargs:
         kwargs['proxy_type'] = kwargs.pop('proxytype')
     return set_default_proxy(*args, **kwargs)
@@ -7641,43 +7717,50 @@ def setdefaultproxy(*args: Any, **kwargs: Any) -> None:
 
 @contextlib.contextmanager
 def default_proxy(proxy: ProxyArgument, bypass: str = '') -> Iterator[None]:
-    """Within a `with`, and only in this thread or task, have another default proxy.
+    """Context manager: another default proxy, for this thread or task only.
 
-    proxy   URL, list of URLs for a chain, 6-tuple as set_proxy() takes it, or None for none
+    proxy   URL, list of URLs for a chain, tuple of set_proxy()'s arguments, or None for no proxy
+    bypass  as in set_default_proxy()
     """
-    chosen = proxy_tuple(*proxy) if isinstance(proxy, tuple) else proxy_tuple(proxy)
-    token = _scope.set((chosen, bypass))
+    default = proxy_tuple(*proxy) if isinstance(proxy, tuple) else proxy_tuple(proxy)
+    token = _scope.set((default, bypass))
     try:
         yield
     finally:
         _scope.reset(token)
 
 
-def _default(kind=None):
-    """The default proxy of a class of sockets, as a 6-tuple, and what to bypass it for."""
-    kind = kind or socksocket
-    return (_scope.get() or not kind.default_proxy and _wrapped_with
-            or (kind.default_proxy, kind.default_bypass))
+def _default(socket_class=None):
+    """(default proxy, bypass) for a class of sockets; the proxy is a 6-tuple or None.
+
+    In this order: default_proxy() around the call, set_default_proxy(), default_proxy() around
+    wrap_module().  Programs may set the class attribute, too, as PySocks' do.
+    """
+    socket_class = socket_class or socksocket
+    return (_scope.get() or not socket_class.default_proxy and _wrapped_with
+            or (socket_class.default_proxy, socket_class.default_bypass))
 
 
 def get_default_proxy() -> Optional[ProxyTuple]:
-    """The default proxy, as a 6-tuple, or None if none was ever set."""
+    """The default proxy, a 6-tuple, or None if none was ever set."""
     return _default()[0]
 
 
 getdefaultproxy = get_default_proxy
-_wrapped_with = None                    # as _default() gives it
+_wrapped_with = None                    # what _default() returned within default_proxy(), or None
 
 
 def wrap_module(module: Any, dns: bool = False) -> None:
-    """Have the module `socket` that `module` imported make socksockets, for the whole process.
+    """Replace socket.socket by socksocket, for the whole process, not only for `module`.
 
-    Inside of default_proxy(), that proxy is also for threads that have no default proxy, as those
-    of asyncio.
+    module  a module that has imported `socket`
+    dns     whether to replace the resolver's functions, too, so that names are not looked up on
+            this host but left to the proxy, see getaddrinfo()
 
-    With `dns`, names are not looked up here but handed to the proxy, see getaddrinfo().
+    Within default_proxy(), its proxy becomes that of all threads without a default proxy, for
+    example those of asyncio.
 
-    The import of modules that would go past the proxy, see PAST_SOCKET, is logged as a warning, and
+    Importing a module that connects without using `socket` (PAST_SOCKET) is logged as a warning;
     with `dns` it fails.
 
     Raises GeneralProxyError if there is no default proxy.
@@ -7701,7 +7784,7 @@ def wrap_module(module: Any, dns: bool = False) -> None:
 
 
 def unwrap_module(module: Any) -> None:
-    """Undo wrap_module()."""
+    """Undo wrap_module(), for the whole process."""
     global _wrapped_with
     _wrapped_with = None
     module.socket.socket = _orig_socket
@@ -7716,30 +7799,29 @@ def unwrap_module(module: Any) -> None:
 
 wrapmodule, unwrapmodule = wrap_module, unwrap_module
 
-# Modules with sockets or a resolver of their own, which do not know of ours.
+# Modules that have sockets or a resolver of their own, and so bypass the proxy.
 PAST_SOCKET = {'curl_cffi', 'eventlet', 'gevent', 'grpc', 'pycares', 'pycurl', 'uvloop', 'winloop'}
 
 
 class ImportGuard:
-    """A finder of modules, for sys.meta_path, that refuses those of PAST_SOCKET, or warns of them.
-    """
-    TEXT = 'what the module %s connects goes past the proxy'
+    """A finder for sys.meta_path that warns of the modules of PAST_SOCKET, or refuses them."""
+    TEXT = 'connections of the module %s bypass the proxy'
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name in PAST_SOCKET or name == 'socket':     # the stock one, again
+        if name in PAST_SOCKET or name == 'socket':     # a fresh copy, not wrapped
             if virtual_addresses.is_on:
                 raise ModuleNotFoundError(f'refused: {cls.TEXT % name}', name=name)
             log.warning(cls.TEXT, name)
 
 
 def host_text(host):
-    """A host as a caller gave it, as text; '' for what is none."""
+    """A caller's host, str or bytes, as str; '' for any other type."""
     return name_text(host) if isinstance(host, bytes) else host if isinstance(host, str) else ''
 
 
-def named(dest_pair):
-    """A caller's (host, port, ...), with the name instead of an address that stands for one."""
+def restore_name(dest_pair):
+    """A caller's (host, port, ...), with a virtual address replaced by the name it stands for."""
     name = None
     if isinstance(dest_pair, (tuple, list)) and dest_pair:
         name = virtual_addresses.name(host_text(dest_pair[0]))
@@ -7747,16 +7829,17 @@ def named(dest_pair):
 
 
 def is_looked_up(host):
-    """Whether the host is for this machine's resolver: no default proxy resolves it."""
+    """Whether this host's resolver may see the host: the default proxy does not resolve it."""
     default, bypass = _default()
     chain = parse_chain(default)
     return not chain or not chain[-1].rdns or is_bypassed(host, bypass)
 
 
-def withheld(host):
-    """(what the stock resolver may have instead of `host`, the name that it must not see or None).
+def screen_host(host):
+    """(host, name) of a look-up: either `host` for the stock resolver and None, or None and a name
+    that the stock resolver must not see, because the proxy resolves it.
 
-    Raises socket.gaierror for what can be no name.
+    Raises socket.gaierror if `host` is no valid name.
     """
     text = host_text(host)
     if text in ('', '<broadcast>') or ip_bytes(text.partition('%')[0]) or is_looked_up(text):
@@ -7766,11 +7849,15 @@ def withheld(host):
         address.pack()
     except (ProtocolError, ValueError) as error:
         raise socket.gaierror(socket.EAI_NONAME, f'{printable(text)}: {error}') from None
+    # canonical() turns the old forms of IPv4 addresses (127.1) into the usual one.
     return (address.host, None) if ip_bytes(address.host) else (None, text)
 
 
 def remember(host, found):
-    """Remember the IP addresses that were found for a host that is reached directly by its name."""
+    """Remember the IP addresses found for a name that `bypass` lists.
+
+    A program then connects to such an address, and `bypass` must exempt it, too.
+    """
     text = host_text(host)
     if text and not ip_bytes(text) and is_bypassed(text, _default()[1]):
         for ip in found:
@@ -7778,29 +7865,31 @@ def remember(host, found):
 
 
 def resolver(function):
-    """Decorator of a function that wrap_module() puts in the place of the one in `socket`."""
+    """Decorator of a function that wrap_module() may put in place of the one in `socket`, which it
+    has as the attribute `stock`."""
     function.stock = getattr(socket, function.__name__)
     return function
 
 
-# No name leaves this machine by these, unless its host is reached without a proxy, or the default
-# proxy leaves it to us (socks5, socks4).  getfqdn() and create_connection() use them.
+# These ask no name server for a name, unless the host is exempt from the proxy, or the default
+# proxy does not resolve names (socks5, socks4).  The stock getfqdn() and create_connection()
+# look these functions up in `socket`, so they need no replacement.
 
 @resolver
 def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None], family: int = 0,
                 type: int = 0, proto: int = 0,
                 flags: int = 0) -> List[Tuple[Any, Any, int, str, Any]]:
-    """socket.getaddrinfo(), but a name that the default proxy is to resolve has an address of
-    `VirtualAddresses`, which connect() and sendto() turn into the name again."""
-    ask = getaddrinfo.stock
-    host, name = withheld(host) if not flags & socket.AI_NUMERICHOST else (host, None)
+    """socket.getaddrinfo(), except for names that the default proxy resolves: they get an address
+    of `VirtualAddresses`, which connect() and sendto() turn into the name again."""
+    original = getaddrinfo.stock
+    host, name = screen_host(host) if not flags & socket.AI_NUMERICHOST else (host, None)
     if name is None:
-        found = ask(host, port, family, type, proto, flags)
+        found = original(host, port, family, type, proto, flags)
         remember(host, [info[4][0] for info in found])
         return found
     kept = flags & (socket.AI_PASSIVE | socket.AI_CANONNAME | getattr(socket, 'AI_NUMERICSERV', 0))
-    found = ask(virtual_addresses.of(name, family), port, family or socket.AF_INET, type, proto,
-                kept | socket.AI_NUMERICHOST)
+    found = original(virtual_addresses.of(name, family), port, family or socket.AF_INET, type,
+                     proto, kept | socket.AI_NUMERICHOST)
     if flags & socket.AI_CANONNAME:
         found[0] = (*found[0][:3], name, found[0][4])
     return found
@@ -7808,8 +7897,8 @@ def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None
 
 @resolver
 def gethostbyname(host):
-    """socket.gethostbyname(), as getaddrinfo()."""
-    stand_in, name = withheld(host)
+    """socket.gethostbyname(), with the exception of getaddrinfo()."""
+    stand_in, name = screen_host(host)
     if name is not None:
         return virtual_addresses.of(name)
     found = gethostbyname.stock(stand_in)
@@ -7819,8 +7908,8 @@ def gethostbyname(host):
 
 @resolver
 def gethostbyname_ex(host):
-    """socket.gethostbyname_ex(), as getaddrinfo()."""
-    stand_in, name = withheld(host)
+    """socket.gethostbyname_ex(), with the exception of getaddrinfo()."""
+    stand_in, name = screen_host(host)
     if name is not None:
         return name, [], [virtual_addresses.of(name)]
     found = gethostbyname_ex.stock(stand_in)
@@ -7829,7 +7918,8 @@ def gethostbyname_ex(host):
 
 
 def name_of(ip):
-    """The name that an IP address stands for, '' if it has none, None if that may be looked up."""
+    """The name for which getaddrinfo() gave an IP address; else None if the stock resolver may be
+    asked for it, '' if not."""
     with contextlib.suppress(GeneralProxyError):
         name = virtual_addresses.name(ip)
         return name or virtual_addresses.origin(ip) or (None if is_looked_up(ip) else '')
@@ -7838,10 +7928,10 @@ def name_of(ip):
 
 @resolver
 def gethostbyaddr(ip_address):
-    """socket.gethostbyaddr(); other addresses than those of getaddrinfo() have no name."""
+    """socket.gethostbyaddr(), but only addresses that getaddrinfo() gave have names."""
     text = host_text(ip_address)
     if not ip_bytes(text):
-        stand_in, name = withheld(ip_address)
+        stand_in, name = screen_host(ip_address)
         return (gethostbyaddr.stock(stand_in) if name is None
                 else (name, [], [virtual_addresses.of(name)]))
     name = name_of(text)
@@ -7852,12 +7942,12 @@ def gethostbyaddr(ip_address):
 
 @resolver
 def getnameinfo(sockaddr, flags):
-    """socket.getnameinfo(); other addresses than those of getaddrinfo() have no name."""
-    ask = getnameinfo.stock
-    host, service = ask(sockaddr, flags & ~socket.NI_NAMEREQD | socket.NI_NUMERICHOST)
+    """socket.getnameinfo(), but only addresses that getaddrinfo() gave have names."""
+    original = getnameinfo.stock
+    host, service = original(sockaddr, flags & ~socket.NI_NAMEREQD | socket.NI_NUMERICHOST)
     name = '' if flags & socket.NI_NUMERICHOST else name_of(host)
     if name is None:
-        return ask(sockaddr, flags)
+        return original(sockaddr, flags)
     if not name and flags & socket.NI_NAMEREQD:
         raise socket.gaierror(socket.EAI_NONAME, f'{host} has no name')
     return name or host, service
@@ -7865,49 +7955,56 @@ def getnameinfo(sockaddr, flags):
 
 RESOLVER = (getaddrinfo, gethostbyname, gethostbyname_ex, gethostbyaddr, getnameinfo)
 
-_listeners = set()                      # weak references to sockets that listen
-_proxied = weakref.WeakValueDictionary()        # by descriptor, the last socket with a proxy
+_listeners = set()                      # weak references to listening socksockets
+_proxied = weakref.WeakValueDictionary()        # by descriptor: the last socksocket with a proxy
 
 
 def check_own_name(sockaddr):
-    """Raise OSError if the resolver should not look up a host that a program binds to."""
+    """Raise OSError if a program binds to a name that must not be looked up, see getaddrinfo().
+
+    The name of this host itself may be, whatever the domain.
+    """
     host = host_text(sockaddr[0]) if isinstance(sockaddr, (tuple, list)) and sockaddr else ''
     if (not virtual_addresses.is_on or host in ('', '<broadcast>', 'localhost')
             or ip_bytes(host.partition('%')[0]) or is_looked_up(host)):
         return
     if host.lower().partition('.')[0] != socket.gethostname().lower().partition('.')[0]:
-        raise OSError(errno.EADDRNOTAVAIL, f'{printable(host)} is not known as a name of this '
-                                           f'host, and is not looked up')
+        raise OSError(errno.EADDRNOTAVAIL, f'{printable(host)}: not looked up, expected an IP '
+                                           f'address or the name of this host')
 
 
-def is_named(dest_pair, bypass):
-    """Whether the patterns `bypass` name the host of (host, port, ...), or that for which the
-    resolver found it."""
-    host = host_text(named(dest_pair)[0])
+def matches_bypass(dest_pair, bypass):
+    """Whether the patterns `bypass` match the host of (host, port, ...), or the name for which
+    getaddrinfo() found it."""
+    host = host_text(restore_name(dest_pair)[0])
     return any(is_bypassed(known, bypass, dest_pair[1])
                for known in (host, virtual_addresses.origin(host)) if known)
 
 
 def listens_here(dest_pair):
-    """Whether a socksocket of this process listens there, on the loopback interface."""
+    """Whether (host, port, ...) is that of a socksocket of this process listening on loopback.
+
+    Programs connect to themselves, and servers in tests to each other; a default proxy on another
+    host could not reach them.
+    """
     if not _listeners:
         return False
-    host, port = host_text(named(dest_pair)[0]), dest_pair[1]
+    host, port = host_text(restore_name(dest_pair)[0]), dest_pair[1]
     ip, name = plain_ip(host), host.lower().rstrip('.')
     if not (is_loopback(ip) if ip else ('.' + name).endswith('.localhost')):
         return False
     for listener in [reference() for reference in list(_listeners)]:
         with contextlib.suppress(OSError):      # closed
             sockaddr = _orig_socket.getsockname(listener) if listener is not None else ('', -1)
-            own = plain_ip(sockaddr[0].partition('%')[0])
-            if sockaddr[1] == port and (own in ('0.0.0.0', '::', ip)
-                                        or not ip and is_loopback(own)):
+            bound_ip = plain_ip(sockaddr[0].partition('%')[0])
+            if sockaddr[1] == port and (bound_ip in ('0.0.0.0', '::', ip)
+                                        or not ip and is_loopback(bound_ip)):
                 return True
     return False
 
 
 def set_self_blocking(function: Function) -> Function:
-    """Decorator of a socket's method: let it block, whatever the socket's mode is."""
+    """Decorator of a socket's method: make it block, even if the socket is non-blocking."""
     @functools.wraps(function)
     def blocking(self, *args, **kwargs):
         timeout = self.gettimeout()
@@ -7922,44 +8019,54 @@ def set_self_blocking(function: Function) -> Function:
 
 
 def relayed(method: Function) -> Function:
-    """Decorator: what a socket does whose datagrams go through a relay; any other is stock."""
+    """Decorator of a method for sockets whose datagrams go through a relay; others get the stock
+    method."""
     stock = getattr(_orig_socket, method.__name__, None)
 
     @functools.wraps(method)
-    def either(self, *args, **kwargs):
-        if self._is_datagram and self._use_relay():
+    def wrapper(self, *args, **kwargs):
+        if self._is_datagram and self._ensure_relay():
             return method(self, *args, **kwargs)
         return stock(self, *args, **kwargs)
-    del either.__wrapped__              # stock's parameters have no names
-    return either
+    del wrapper.__wrapped__             # parameters of the stock methods have no names
+    return wrapper
 
 
 class _Descriptor(_orig_socket):
-    """The part of `socksocket` that is about its descriptor."""
+    """The part of `socksocket` that is about its descriptor.
+
+    Theory of operation.  A program makes a socket of one family and may give its number to a
+    selector before connect().  The connection may then need another one: a proxy of another family
+    or on a unix socket, the next address after a failure, or the `PlainEnd` of a layer.  So the new
+    descriptor is put in place of the old one, under its number.
+    """
 
     def _check_open(self):
         if self.fileno() < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     @contextlib.contextmanager
-    def _bare(self):
-        """This socket as a non-blocking stock one, whatever subclasses make of its methods."""
+    def _stock_copy(self):
+        """Context manager: a non-blocking stock socket for the same connection.
+
+        Conversations use it, because subclasses may override any method.
+        """
         timeout = self.gettimeout()
         self._check_open()
-        # A duplicate, because another thread may close this one, and its number be used anew.
+        # A duplicate, because another thread may close this socket, and its number be reused.
         with _orig_socket(self.family, self.type, self.proto, socket.dup(self.fileno())) as sock:
             sock.setblocking(False)
             try:
                 yield sock
-            finally:
+            finally:                    # duplicates share O_NONBLOCK
                 super().settimeout(timeout)
 
     def _replace(self, sock):
-        """Have the descriptor of `sock` instead, by the old number where the system lets us."""
+        """Take over the descriptor of `sock`, under the number of this one except on Windows."""
         timeout, fd, family, kind, proto = (self.gettimeout(), super().detach(), sock.family,
                                             sock.type, sock.proto)
         other = sock.detach()
-        if os.name == 'posix':
+        if os.name == 'posix':          # dup2() closes the old descriptor in the same step
             os.dup2(other, fd, inheritable=False)
             os.close(other)
         else:
@@ -7972,56 +8079,62 @@ class _Descriptor(_orig_socket):
 class _BaseSocket(_Descriptor):
     """The part of `socksocket` that is for datagrams: with a proxy, they go through its relay.
 
-    The relay is asked for by bind(), connect() or the first datagram (RFC 1928 section 7).
+    The relay is requested by bind(), connect() or the first datagram (RFC 1928 section 7).
+
+    Theory of operation.  An association lives as long as its TCP connection, `_proxyconn`.  If all
+    datagrams go through the relay, this socket is connected to it, so that the system drops those
+    of other hosts.  With a `bypass`, other hosts are sent to directly: then it is not connected,
+    `_relay` is where the relay is, and the source of a datagram tells which way it came.
     """
-    _is_datagram = False                # UDP over IPv4 or IPv6
-    _is_proxied = False                 # TCP or UDP, over IPv4 or IPv6
-    _is_local = True                    # of a family that reaches no other network
+    _is_datagram = False                # whether it is UDP over IPv4 or IPv6
+    _is_proxiable = False               # whether it is TCP or UDP, over IPv4 or IPv6
+    _is_local = True                    # whether its family reaches no other network
     _is_default = False                 # whether `proxy` is the default one
     _goes_directly = False              # whether connect() has found that it needs no proxy
-    _bypass = ''                        # what to reach without the proxy
-    # (host, port) of the destination, and that it sees, as far as the proxy says
+    _bypass = ''                        # patterns of hosts to reach without the proxy
+    # (host, port) of the destination, and of the proxy's side of the connection if it says so
     proxy_peername: Optional[Tuple[Any, ...]] = None
     proxy_sockname: Optional[Tuple[Any, ...]] = None
     ssl_context: Optional['ssl.SSLContext'] = None      # for proxies inside of TLS; None: the usual
-    _proxyconn = None                   # TCP connection that keeps the relay alive
-    _gss_context = None                 # `GssContext` that protects datagrams
-    _relay = None                       # where it is, if other hosts may send directly
-    _peeked = None, b''                 # one that stays, and what it protects
-    _receivers = None                   # hosts by port, as sendto() had them; None for several
+    _proxyconn = None                   # TCP connection of the association
+    _gss_context = None                 # `GssContext` that protects datagrams, or None
+    _relay = None                       # address of the relay, if not connected to it
+    _peeked = None, b''                 # the datagram that MSG_PEEK has left, and its content
+    _receivers = None                   # by port: the host given to sendto(), None for several
 
-    def _use_relay(self, dest_pair=None):
-        """Whether there is a relay for datagrams to `dest_pair`; asks for one if there is not."""
+    def _ensure_relay(self, dest_pair=None):
+        """Whether datagrams to `dest_pair`, or any if that is None, go through a relay; requests
+        the relay if there is none yet."""
         self._check_open()
-        self._use_source(dest_pair)
+        self._bind_source(dest_pair)
         if (self._bypass and dest_pair or not self._proxyconn) and not self._chain(dest_pair):
             return False
         if not self._proxyconn and not dest_pair and self._bypass and self.getsockname()[1]:
-            return False                # what was sent so far went directly
-        with self._associating:
+            return False                # bound by datagrams that were sent directly
+        with self._associating:         # threads may share the socket
             if self._proxyconn:
                 self._check_relay()
             else:
-                if self._is_direct():   # the system would let no answer of the relay through
+                if self._is_connected():        # the system would drop the relay's datagrams
                     raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
                 if not self.getsockname()[1]:
                     super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
                 self._associate()
         return True
 
-    def _use_source(self, dest_pair):
-        """Bind this socket to one of `default_source`, if there are any, unless it is bound."""
-        if (not self.default_source or not self._is_proxied or self.family not in IP_FAMILIES
+    def _bind_source(self, dest_pair):
+        """Bind this socket to its family's address of `default_source`, unless it is bound."""
+        if (not self.default_source or not self._is_proxiable or self.family not in IP_FAMILIES
                 or self.getsockname()[1]):
             return
         ip = plain_ip(str(dest_pair[0])) if dest_pair else None
-        if self.family == socket.AF_INET6 and ip and ':' not in ip:
+        if self.family == socket.AF_INET6 and ip and ':' not in ip:     # IPv4-mapped
             super().bind(('::ffff:' + source_of(socket.AF_INET, self.default_source).host, 0))
         else:
             super().bind(source_of(self.family, self.default_source).sockaddr)
 
-    def _is_direct(self):
-        """Whether the socket is connected."""
+    def _is_connected(self):
+        """Whether the system's socket is connected, to whatever peer."""
         with contextlib.suppress(OSError):
             return bool(super().getpeername())
         return False
@@ -8038,42 +8151,48 @@ class _BaseSocket(_Descriptor):
             raise GeneralProxyError('The proxy ended the UDP association')
 
     def _deadline(self):
-        """For a setup: the socket's timeout, and some for one that does not block."""
+        """The deadline for connecting: by the timeout, or SETUP_TIMEOUT if it is non-blocking."""
         timeout = self.gettimeout()
         return deadline(SETUP_TIMEOUT if timeout == 0 else timeout)
 
     def _associate(self):
-        """Have the proxy relay what this bound socket sends and receives."""
+        """Request a relay for this bound socket from the proxy (RFC 1928 section 7)."""
         chain = self._chain()
-        if len(chain) > 1 or chain[0].type & ~LAYERS != SOCKS5:
+        if len(chain) > 1 or chain[0].kind != SOCKS5:
             raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
-        ours = Address('0.0.0.0', self.getsockname()[1])        # the host may be another there
-        control, relay = run(open_chain(chain, ours, self._deadline(), self._control_source(),
-                                   self.ssl_context, Command.UDP_ASSOCIATE))
-        try:
+        # The port only: behind a NAT, the proxy sees another address than this host's.
+        local = Address('0.0.0.0', self.getsockname()[1])
+        control, relay = run(open_chain(chain, local, self._deadline(), self._control_source(),
+                                        self.ssl_context, Command.UDP_ASSOCIATE))
+        with owned(control):
             if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
                 relay = Address('::ffff:' + relay.host, relay.port)
             elif family_of(relay.host) != self.family:
-                self._replace(bound(Address('::', ours.port), socket.SOCK_DGRAM))
-                self._bypass = ''       # to hosts of the other family there is no other way now
+                self._replace(bound(Address('::', local.port), socket.SOCK_DGRAM))
+                self._bypass = ''       # the new family cannot reach those hosts directly
             if self._bypass:
                 self._relay = relay.sockaddr
-            else:                       # the system keeps strangers away
+            else:
                 super().connect(relay.sockaddr)
-        except BaseException:
-            control.close()
-            raise
         self._proxyconn, self._gss_context = control, getattr(control, 'context', None)
         self.proxy_sockname = tuple(UNSPECIFIED)
 
     def _control_source(self):
-        """Where to connect from for an association: proxies serve datagrams from there only."""
+        """Local addresses for the TCP connection of an association, see dial().
+
+        The one that this socket is bound to: a proxy accepts datagrams only from the host that made
+        the TCP connection.
+        """
         host = Address.with_zone(self.getsockname()).host
         host = plain_ip(host) or host
         return () if host in ZEROS else (host, '0.0.0.0' if ':' in host else '::')
 
     def _receive(self, size, flags=0):
-        """The payload of the next datagram, its sender, and whether it was longer than `size`."""
+        """(payload, sender, whether it was longer than `size`) of the next datagram.
+
+        Skips datagrams that are malformed, fragments, or not from the peer of connect(), instead of
+        raising an error: anyone may have sent them.
+        """
         until = deadline(self.gettimeout())
         waits = self.gettimeout() != 0 and not flags & getattr(socket, 'MSG_DONTWAIT', 0)
         while True:
@@ -8082,33 +8201,42 @@ class _BaseSocket(_Descriptor):
                 if until and time.monotonic() >= until:
                     raise socket.timeout('timed out')
             data, source = super().recvfrom(1 << 16, flags)
-            if not source or self._relay and (      # none: shut down
-                    Address.of(source) != Address.of(self._relay)):
+            # No source: shut down.  Another than the relay: sent directly.
+            if not source or self._relay and Address.of(source) != Address.of(self._relay):
                 return data[:size], source, len(data) > size
-            data = self._opened(data, flags & socket.MSG_PEEK) if self._gss_context else data
+            data = self._unwrap(data, flags & socket.MSG_PEEK) if self._gss_context else data
             with contextlib.suppress(EOFError, ProtocolError):
                 datagram = Datagram.unpack(data)
                 if not datagram.fragment and self._is_from_peer(datagram.address):
                     payload = datagram.payload
                     return payload[:size], self._sender(datagram.address), len(payload) > size
             if flags & socket.MSG_PEEK:
-                super().recv(1)         # else it would come again
+                super().recv(1)         # remove what was skipped, or it would be peeked at forever
 
-    def _opened(self, message, stays):
-        """What a datagram protects; one that stays will come again, and is no replay then."""
+    def _unwrap(self, message, stays):
+        """The data that a datagram protects by GSSAPI (RFC 1961 section 5).
+
+        stays   whether it was only peeked at: the library would call it a replay the next time
+        """
         data = (self._peeked[1] if message == self._peeked[0]
                 else unwrap_datagram(self._gss_context, message))
         self._peeked = (message, data) if stays else (None, b'')
         return data
 
     def _is_from_peer(self, address):
-        """Whether connect() lets it in; of a name that the proxy resolved only the port counts."""
-        host, port = named(self.proxy_peername or ('', 0))[:2]
+        """Whether a datagram from `address` is from the peer of connect(), if there is one.
+
+        If the proxy has resolved the peer's name, only the port is compared.
+        """
+        host, port = restore_name(self.proxy_peername or ('', 0))[:2]
         return port in (0, address.port) and plain_ip(host) in (None, plain_ip(address.host))
 
     def _sender(self, address):
-        """The tuple for the sender of a datagram.  It is the address that stands for a name, if the
-        program sent to that name and to no other host with this port: the proxy tells another."""
+        """The sender of a datagram as a tuple, as recvfrom() returns it.
+
+        The proxy gives a real address.  A program that sent to a virtual one expects that back: it
+        is returned if the program sent to no other host on the same port.
+        """
         host, port = address
         receiver = (self.proxy_peername[0] if self.proxy_peername
                     else (self._receivers or {}).get(port))
@@ -8116,53 +8244,57 @@ class _BaseSocket(_Descriptor):
             host = receiver
         elif virtual_addresses.is_on and virtual_addresses.knows(host):
             host = virtual_addresses.of(host)
-        return self._name(Address(host, port))
+        return self._own_tuple(Address(host, port))
 
     def _note_receiver(self, dest_pair):
+        """Remember the host by its port, for _sender()."""
         self._receivers = self._receivers or {}
         host, port = host_text(dest_pair[0]), dest_pair[1]
         if self._receivers.setdefault(port, host) != host:
             self._receivers[port] = None
-        elif len(self._receivers) > MOST_RECEIVERS:
+        elif len(self._receivers) > MAX_RECEIVERS:
             del self._receivers[port]
 
-    def _name(self, address):
-        """The tuple that a socket of this family calls `address`."""
+    def _own_tuple(self, address):
+        """`address` as a tuple in the form of this socket's family."""
         if self.family != socket.AF_INET6:
             return tuple(address)
         host = address.host
-        is_ipv4 = len(ip_bytes(host) or b'') == 4       # else it may be a name
+        is_ipv4 = len(ip_bytes(host) or b'') == 4       # a name has no bytes
         return '::ffff:' + host if is_ipv4 else host, address.port, 0, 0
 
     def _send_to_relay(self, message, flags):
+        """Send a datagram to the relay; the number of bytes sent."""
         if self._relay:
             return super().sendto(message, flags, self._relay)
         return super().send(message, flags)
 
     def _transmit(self, data, flags, dest_pair):
+        """Send `data` to `dest_pair` through the relay; the number of its bytes sent."""
         if dest_pair is None:
             raise OSError(errno.EDESTADDRREQ, 'Destination address required')
         chain = self._chain()
-        address = destination(named(dest_pair), chain)
+        address = destination(restore_name(dest_pair), chain)
         if virtual_addresses.is_on and not self.proxy_peername:
             self._note_receiver(dest_pair)
         if not chain[-1].rdns and ip_bytes(address.host) is None:
             address = run(resolve(address))[0]
         header = Datagram(address, b'').pack()
-        whole = b''.join((header, data))
+        datagram = b''.join((header, data))
         if self._gss_context:
-            self._send_to_relay(self._gss_context.seal(whole), flags)
+            self._send_to_relay(self._gss_context.seal(datagram), flags)
             return len(data)
-        return max(0, self._send_to_relay(whole, flags) - len(header))
+        return max(0, self._send_to_relay(datagram, flags) - len(header))
 
     def sendto(self, *args: Any) -> int:
-        """As in stock, up to 65,497 bytes to an IPv4 address, less to others and with GSSAPI.
+        """As in stock, but because of the relay's header at most 65,497 bytes to an IPv4 address,
+        and fewer to other hosts or with GSSAPI.
 
         A TCP socket with a proxy connects first, as with MSG_FASTOPEN.
         """
         if len(args) > 1:
             flags, dest_pair = args[1] if len(args) > 2 else 0, args[-1]
-            if self._is_datagram and self._use_relay(dest_pair):
+            if self._is_datagram and self._ensure_relay(dest_pair):
                 return self._transmit(args[0], flags, dest_pair)
             if self._must_connect(dest_pair):
                 return self._connect_and_send(args[0], flags, dest_pair)
@@ -8170,9 +8302,9 @@ class _BaseSocket(_Descriptor):
         return super().sendto(*args)
 
     def _must_connect(self, dest_pair):
-        """Whether what is sent to `dest_pair` needs a connection through the proxy first."""
+        """Whether sending to `dest_pair` needs a connection through the proxy first."""
         return bool(self.proxy[0] and not self._is_datagram and not self.proxy_peername
-                    and self._chain(dest_pair) and not self._is_direct())
+                    and self._chain(dest_pair) and not self._is_connected())
 
     def _connect_and_send(self, data, flags, dest_pair):
         socksocket.connect(self, dest_pair)
@@ -8188,7 +8320,7 @@ class _BaseSocket(_Descriptor):
 
     def sendmsg(self, *args: Any) -> int:
         flags, address = args[2] if len(args) > 2 else 0, args[3] if len(args) > 3 else None
-        if self._is_datagram and self._use_relay(address):
+        if self._is_datagram and self._ensure_relay(address):
             return self._transmit(b''.join(args[0]), flags, address or self.proxy_peername)
         if address and self._must_connect(address):
             return self._connect_and_send(b''.join(args[0]), flags, address)
@@ -8231,7 +8363,7 @@ class _BaseSocket(_Descriptor):
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
     def _leave_proxy(self):
-        """Go on without the proxy, to a destination that is reached directly."""
+        """End the association, if there is one: the destination of connect() is exempt."""
         self._goes_directly = True
         if self._proxyconn:
             self._proxyconn.close()
@@ -8239,49 +8371,70 @@ class _BaseSocket(_Descriptor):
 
 
 class socksocket(_BaseSocket):
-    """A socket that connects through a proxy, if it has one; else a stock socket.
+    """A socket that connects through a proxy; a stock socket if it has none.
 
-    The arguments are those of socket.socket.  `proxy` is a URL, or a list of them: a chain, first
-    hop first; or None: the default proxy.
+    The first arguments are those of socket.socket.  `proxy` is a URL; a list of URLs, which is a
+    chain, the nearest proxy first; empty for no proxy; or None for the default proxy.
 
-    A proxy carries TCP and UDP over IPv4 and IPv6; sockets of all other kinds are stock ones.
-    A connect() that fails closes the socket.  It blocks even if the socket does not, for a minute
-    at most.
+    Proxies carry TCP and UDP over IPv4 and IPv6.  Sockets that reach no other network are always
+    stock ones; those of all other kinds raise OSError if they have a proxy.
+
+    connect() blocks even if the socket is non-blocking, for SETUP_TIMEOUT seconds at most.  If it
+    fails, the socket is closed.
+
+    Methods for the caller, besides those of a socket:
+
+    - set_proxy(proxy_type, addr, port, rdns, username, password)
+    - get_proxy_sockname() -> (host, port)
+    - get_proxy_peername() -> address
+
+    Instance variables:
+
+    - proxy                 6-tuple, see set_proxy()
+    - proxy_peername        (host, port) given to connect(), None without a proxy
+    - proxy_sockname        (host, port) that the proxy says it connects from
+    - ssl_context           for proxies inside of TLS; None for the usual one
+
+    Class variables, for all sockets created afterwards:
+
+    - default_proxy         6-tuple or None, see set_default_proxy()
+    - default_bypass        hosts reached without it
+    - default_source        local IP addresses to connect from, one per family
     """
     default_proxy: Optional[ProxyTuple] = None
     default_bypass = ''
-    default_source: Tuple[str, ...] = ()        # local IP addresses to connect from, one a family
+    default_source: Tuple[str, ...] = ()
     proxy: ProxyTuple
 
     def __init__(self, family: int = STOCK[0], type: int = STOCK[1], proto: int = STOCK[2],
                  fileno: Optional[int] = None, *, proxy: ProxyArgument = None) -> None:
         default, bypass = _default(self.__class__) if proxy is None else (proxy_tuple(proxy), '')
         super().__init__(family, type, proto, fileno)
-        kind = self.type & 0xF, self.proto      # before Python 3.7 there are flags in the type
+        kind = self.type & 0xF, self.proto      # Python 3.6 has flags in `type`
         if self.family in (socket.AF_INET, socket.AF_INET6):
             self._is_datagram = kind in UDP_KINDS
-            self._is_proxied = self._is_datagram or kind in TCP_KINDS
+            self._is_proxiable = self._is_datagram or kind in TCP_KINDS
         if self._is_datagram:
             self._associating = threading.Lock()
         self._is_local = self.family not in WIDE_FAMILIES
         self.proxy, self._is_default, self._bypass = default or NO_PROXY, proxy is None, bypass
-        if fileno is not None and self._twin():         # as ssl does, which will detach that one
-            self._take_over(self._twin())
+        if fileno is not None and self._twin():         # ssl does so, and then detaches that one
+            self._copy_state(self._twin())
         if self.proxy[0]:
             _proxied[self.fileno()] = self
 
-    _hops = None, []                    # a value of `proxy`, and the chain that it means
-    _options = None                     # of setsockopt(), for another descriptor
-    _local = None                       # address that the program has bound it to
-    _proxy_address = None
+    _parsed = None, []                  # cache: a value of `proxy`, and its chain
+    _options = None                     # arguments of setsockopt(), for _renew()
+    _local = None                       # address given to bind(), for _renew()
+    _proxy_address = None               # of the first proxy, as the system has it
 
     def _twin(self):
-        """Another socket that has this one's descriptor and has, or had, a proxy."""
+        """Another socksocket with a proxy that has the same descriptor, or None."""
         twin = _proxied.get(self.fileno())
         return twin if twin is not self and twin and twin.fileno() == self.fileno() else None
 
-    def _take_over(self, other):
-        """Know what a socket with the same connection knows about it."""
+    def _copy_state(self, other):
+        """Copy what another socket for the same connection knows about it."""
         for name in ('proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername',
                      'proxy_sockname', '_proxy_address', '_gss_context', '_relay'):
             setattr(self, name, getattr(other, name))
@@ -8289,70 +8442,77 @@ class socksocket(_BaseSocket):
     def set_proxy(self, proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
                   port: Optional[int] = None, rdns: bool = True, username: Secret = None,
                   password: Secret = None) -> None:
-        """Set the proxy for the next connect(); without arguments, none.
+        """Set the proxy for the next connect(); without arguments, use none.
 
-        proxy_type          SOCKS4, SOCKS5 or HTTP; or a URL, or a list of URLs for a chain; then
-                            the others are not used
-        addr, port          where it is; by default port 1080, of an HTTP proxy 8080
-        rdns                whether it resolves names
-        username, password  str or bytes; SOCKS4 has only the first
+        proxy_type          SOCKS4, SOCKS5 or HTTP; or a URL, or a list of URLs for a chain, with
+                            which the other arguments are not used
+        addr, port          of the proxy; the default port is 1080, for HTTP 8080
+        rdns                whether the proxy resolves names
+        username, password  str or bytes; SOCKS4 has only a user name
 
-        Raises ValueError or GeneralProxyError for what cannot be.
+        Raises GeneralProxyError for an invalid type, ValueError for any other argument.
         """
         self.proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
         self._is_default, self._bypass = False, ''
         _proxied[self.fileno()] = self
 
     def setproxy(self, *args: Any, **kwargs: Any) -> None:
-        """set_proxy(), also with `proxytype` for `proxy_type`."""
+        """Alias of set_proxy() that also accepts `proxytype` for `proxy_type`."""
         if 'proxytype' in kwargs:
             kwargs['proxy_type'] = kwargs.pop('proxytype')
         return self.set_proxy(*args, **kwargs)
 
     def _chain(self, dest_pair=None):
-        """The proxies on the way to `dest_pair`, first hop first; none: like a stock socket.
+        """The chain to use for `dest_pair`, empty to act as a stock socket.
 
-        Raises OSError for what no proxy carries.
+        Raises OSError if this is a kind of socket that no proxy carries: it must not send past it.
         """
         if self._is_local or not self.proxy[0] or dest_pair and self._is_bypassed(dest_pair):
             return []
-        if not self._is_proxied:
+        if not self._is_proxiable:
             raise OSError(errno.EOPNOTSUPP, 'only TCP and UDP go through a proxy, not sockets of '
                                             f'type {self.type & 15}, protocol {self.proto}')
-        if self._hops[0] is not self.proxy:     # programs may set it themselves
-            self._hops = self.proxy, parse_chain(tuple(self.proxy))
-        return self._hops[1]
+        return self._proxies()
+
+    def _proxies(self):
+        """The chain of `proxy`, parsed again if a program has set that attribute itself."""
+        if self._parsed[0] is not self.proxy:
+            self._parsed = self.proxy, parse_chain(tuple(self.proxy))
+        return self._parsed[1]
 
     def _is_bypassed(self, dest_pair):
-        """Whether `dest_pair` is reached without the proxy."""
+        """Whether `dest_pair` is exempt from the proxy.
+
+        A listener of this process is exempt from a default proxy, not from one set for this socket.
+        """
         if not isinstance(dest_pair, (tuple, list)) or len(dest_pair) < 2:
             return False
-        return bool(self._bypass) and is_named(dest_pair, self._bypass) or (
+        return bool(self._bypass) and matches_bypass(dest_pair, self._bypass) or (
             self._is_default and not self._is_datagram and listens_here(dest_pair))
 
     def _sockaddr(self, address):
-        """`address` as the system may have it: found by the resolver, if it stands for a name."""
-        pair = named(address)
+        """`address` for a system call: a virtual address is replaced by a real one of its name."""
+        pair = restore_name(address)
         if pair is address:
             return address
         return _orig_getaddrinfo(*pair[:2], self.family, self.type & 15)[0][4]
 
-    def _resolved(self, dest_pair):
-        """_sockaddr() for connect(), of another family if the name has no address of this one."""
-        pair = named(dest_pair)
+    def _connect_sockaddr(self, dest_pair):
+        """_sockaddr() for connect(); this socket changes its family if the name has no address of
+        it."""
+        pair = restore_name(dest_pair)
         if pair is dest_pair or self._is_datagram:
             return self._sockaddr(dest_pair)
-        # One of this socket's family, if there is one.
         family, *_, sockaddr = min(look_up(*pair[:2]), key=lambda info: info[0] != self.family)
         if family != self.family:
-            self._exchange(_orig_socket(family, socket.SOCK_STREAM))
+            self._renew(_orig_socket(family, socket.SOCK_STREAM))
         return sockaddr
 
     def setsockopt(self, *args: Any) -> None:
-        """As in stock; to a proxy on a unix socket, options of TCP and IP mean nothing."""
+        """As in stock, but options of TCP and IP are ignored if the proxy is on a unix socket."""
         if not self._ignores(args[0]):
             super().setsockopt(*args)
-        if self._is_proxied and not self.proxy_peername:
+        if self._is_proxiable and not self.proxy_peername:
             self._options = self._options or {}
             self._options[args[:2]] = args
 
@@ -8363,62 +8523,63 @@ class socksocket(_BaseSocket):
     def getsockopt(self, level: int, optname: int, buflen: int) -> bytes: ...
 
     def getsockopt(self, *args: Any) -> Any:
-        """As in stock; an option that means nothing is 0, or b''."""
+        """As in stock, but an option that setsockopt() ignores is 0, or b''."""
         if args and self._ignores(args[0]):
             return b'' if len(args) > 2 else 0
-        if args == (socket.SOL_SOCKET, socket.SO_TYPE) and self._is_proxied:
-            # ssl asks for this before its sockets, unless they are ours, take the descriptor.
+        if args == (socket.SOL_SOCKET, socket.SO_TYPE) and self._is_proxiable:
+            # SSLSocket asks for this and then takes the descriptor, which must be connected by now,
+            # unless wrap_module() came before ssl: then SSLSocket is a socksocket itself.
             if not issubclass(getattr(sys.modules.get('ssl'), 'SSLSocket', object), socksocket):
-                self._keep_descriptor()
+                self._guard_descriptor()
         return super().getsockopt(*args)
 
     def _ignores(self, level):
-        return (self._is_proxied and level != socket.SOL_SOCKET
+        return (self._is_proxiable and level != socket.SOL_SOCKET
                 and self.family not in IP_FAMILIES)
 
     def bind(self, *address: Any) -> None:
-        """As in stock; a UDP socket with a proxy gets its relay now."""
+        """As in stock; a UDP socket with a proxy requests its relay now."""
         if address and self.family in IP_FAMILIES:
-            check_own_name(named(address[0]))
+            check_own_name(restore_name(address[0]))
         elif address:
-            self._chain(address[0])     # a packet socket could send then
+            self._chain(address[0])     # raises: a bound packet socket can send past the proxy
         address = tuple(map(self._sockaddr, address))
         super().bind(*address)
         self._local = address[0]
         if self._is_datagram:
-            self._use_relay()
+            self._ensure_relay()
 
     def listen(self, *backlog: int) -> None:
         super().listen(*backlog)
         if not self._is_local:
             _listeners.add(weakref.ref(self, _listeners.discard))
 
-    def _keep_descriptor(self):
-        """Raise GeneralProxyError if the descriptor could yet be connected past the proxy."""
+    def _guard_descriptor(self):
+        """Raise GeneralProxyError if whoever takes the descriptor could connect past the proxy."""
         if (self.fileno() < 0 or self._is_local or not self.proxy[0] or self.proxy_peername
-                or self._proxyconn or self._goes_directly or self._is_direct()):
+                or self._proxyconn or self._goes_directly or self._is_connected()):
             return
         if not super().getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN):
             raise GeneralProxyError('Connect first: whatever takes the descriptor of this socket '
-                                    'would go past the proxy')
+                                    'would bypass the proxy')
 
     def detach(self) -> int:
         if not self._twin():
-            self._keep_descriptor()
+            self._guard_descriptor()
         return super().detach()
 
     def connect(self, dest_pair: Any, catch_errors: Optional[bool] = None) -> None:
         """Connect to `dest_pair`, (host, port), through the proxy, if there is one.
 
-        Raises ProxyConnectionError if the proxy cannot be reached, and SOCKS5AuthError,
-        SOCKS5Error, SOCKS4Error, HTTPError or another GeneralProxyError for what goes wrong there;
-        with `catch_errors`, the cause of it instead.
+        Raises ProxyConnectionError if the proxy cannot be reached; SOCKS5AuthError, SOCKS5Error,
+        SOCKS4Error, HTTPError or another GeneralProxyError if the negotiation fails; with
+        `catch_errors`, their `socket_err` instead.
         """
         chain = self._chain(dest_pair)
         if not chain:
             self._leave_proxy()
-            self._use_source(dest_pair)
-            return super().connect(self._resolved(dest_pair))
+            self._bind_source(dest_pair)
+            return super().connect(self._connect_sockaddr(dest_pair))
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
         if self.proxy_peername:
@@ -8432,15 +8593,15 @@ class socksocket(_BaseSocket):
             raise
 
     def connect_ex(self, dest_pair: Any) -> int:
-        """connect(), but return an errno, 0 for success; unknown names are still raised."""
+        """connect(), but return an errno, 0 for success; resolver errors are still raised."""
         try:
             goes_directly = not self._chain(dest_pair)
             if goes_directly:
                 self._leave_proxy()
-                self._use_source(dest_pair)
-                dest_pair = self._resolved(dest_pair)
+                self._bind_source(dest_pair)
+                dest_pair = self._connect_sockaddr(dest_pair)
             else:
-                socksocket.connect(self, dest_pair)     # whatever a subclass makes of that
+                socksocket.connect(self, dest_pair)     # a subclass's may call connect_ex()
         except OSError as error:
             cause = getattr(error, 'socket_err', error)
             if isinstance(cause, socket.timeout):
@@ -8451,49 +8612,59 @@ class socksocket(_BaseSocket):
         return super().connect_ex(dest_pair) if goes_directly else 0
 
     def _connect_datagrams(self, dest_pair, chain):
-        """Send to `dest_pair`, and receive from there only; from all if that is 0.0.0.0, 0."""
-        given = named(dest_pair)
-        address = destination(given, chain)
-        self._use_relay(dest_pair)
+        """connect() of UDP: send to `dest_pair`, and receive from it only; from any host if it is
+        ('0.0.0.0', 0)."""
+        real = restore_name(dest_pair)
+        address = destination(real, chain)
+        self._ensure_relay(dest_pair)
         if self._relay:
             super().connect(self._relay)
-            self._relay = None          # now everything comes from there
-        if given is not dest_pair:      # the program knows it by this
+            self._relay = None          # from now on, all datagrams come from the relay
+        if real is not dest_pair:       # recvfrom() gives the virtual address back
             address = Address.of(dest_pair)
         elif not chain[-1].rdns:
             address = run(resolve(address))[0]
-        anybody = address.host in ('0.0.0.0', '::') and not address.port
-        self.proxy_peername = None if anybody else tuple(address)
+        is_any = address.host in ('0.0.0.0', '::') and not address.port
+        self.proxy_peername = None if is_any else tuple(address)
 
     def _connect_through(self, dest_pair, chain, sockaddr=None):
-        """connect() by way of the chain, whose first proxy is at `sockaddr`, if that is known."""
-        destination(named(dest_pair), chain)    # before anything is sent
+        """connect() through the chain.
+
+        sockaddr    of the first proxy; None to try all its addresses
+        """
+        destination(restore_name(dest_pair), chain)     # raises before anything is sent
         until = self._deadline()
         with connecting(chain[0]):
-            self._connect_first(chain[0], sockaddr, until)
+            self._connect_to_first(chain[0], sockaddr, until)
         self._negotiate(dest_pair, chain, until)
 
     def _negotiate(self, dest_pair, chain, until):
-        """The rest of connect(), when this socket is connected to the first proxy."""
-        with self._bare() as sock:
-            address = destination(named(dest_pair), chain)
+        """The part of connect() after this socket is connected to the first proxy."""
+        with self._stock_copy() as sock:
+            address = destination(restore_name(dest_pair), chain)
             last, bnd = run(negotiate_chain(sock, chain, Command.CONNECT, address, until,
-                                    self.ssl_context))
-            if last is not sock:        # before this one's mode is what TLS over it has
+                                            self.ssl_context))
+            # Within the block: at its end the old descriptor would get this socket's timeout, and
+            # the layer's duplicate of it must stay non-blocking.
+            if last is not sock:
                 self._replace(last)
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
         _proxied[self.fileno()] = self
 
-    def _connect_first(self, proxy, sockaddr, until):
-        """Connect to the first proxy, at `sockaddr` or at any of its addresses in turn."""
+    def _connect_to_first(self, proxy, sockaddr, until):
+        """Connect to the first proxy, at `sockaddr`, or else at its addresses one after the other.
+
+        Those of this socket's family come first, as another family needs another descriptor.
+        """
         if sockaddr:
             return self._connect_at(self.family, sockaddr, until)
         if proxy.is_path:
             return self._connect_at(socket.AF_UNIX, proxy.addr, until)
         found = dict.fromkeys((family, sockaddr) for family, *_, sockaddr
                               in look_up(proxy.addr, proxy.sure_port))
-        places = sorted(found, key=lambda place: place[0] != self.family)[:ATTEMPTS]
-        for left, (family, sockaddr) in zip(range(len(places), 0, -1), places):
+        addresses = sorted(found, key=lambda item: item[0] != self.family)[:ATTEMPTS]
+        for left, (family, sockaddr) in zip(range(len(addresses), 0, -1), addresses):
+            # Each gets a fair share of the time that is left, the last one all of it.
             share = (until - time.monotonic()) / left if until else ATTEMPT_TIMEOUT
             limit = until if left == 1 else deadline(min(share, ATTEMPT_TIMEOUT))
             try:
@@ -8502,34 +8673,33 @@ class socksocket(_BaseSocket):
                 if left == 1 or self.fileno() < 0:      # closed by another thread
                     raise
                 log.debug('%s at %s: %s', proxy, Address.with_zone(sockaddr), error)
-                self._exchange(_orig_socket(self.family, socket.SOCK_STREAM))
+                self._renew(_orig_socket(self.family, socket.SOCK_STREAM))
 
     def _connect_at(self, family, sockaddr, until):
-        """Connect to one address of the first proxy, with another descriptor if it is of another
-        family."""
+        """Connect to one address of the first proxy, after a change of family if necessary."""
         if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
             sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
         elif family != self.family:
-            self._exchange(_orig_socket(family, socket.SOCK_STREAM))
-        self._use_source(sockaddr)
-        with self._bare() as sock:
+            self._renew(_orig_socket(family, socket.SOCK_STREAM))
+        self._bind_source(sockaddr)
+        with self._stock_copy() as sock:
             run(await_connect(sock, sockaddr, until))
         self._proxy_address = sockaddr
 
-    def _exchange(self, sock):
-        """Have the descriptor of `sock`, a new one, with our options and local address."""
+    def _renew(self, sock):
+        """Take over the descriptor of `sock`, a new socket, and apply options and bind() to it."""
         self._replace(sock)
         for option in (self._options or {}).values():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # an option may be unknown to the other family
                 super().setsockopt(*option)
         host = self._local and self._local[0]
         if host not in (None, '', *ZEROS) and self.family in IP_FAMILIES:
             super().bind(self._local)
 
     def dup(self) -> 'socksocket':
-        """As in stock; what goes through a relay goes on so."""
+        """As in stock; both sockets use the relay, if there is one."""
         other = super().dup()
-        other._take_over(self)
+        other._copy_state(self)
         if self._proxyconn:
             other._proxyconn = self._proxyconn.dup()
         return other
@@ -8540,21 +8710,21 @@ class socksocket(_BaseSocket):
         super().close()
 
     def get_proxy_sockname(self) -> Optional[Tuple[str, int]]:
-        """(host, port) of the proxy's own side of the connection, as far as it says."""
+        """(host, port) that the proxy says it connects from; None before connect()."""
         return self.proxy_sockname
 
     getproxysockname = get_proxy_sockname
 
     def get_proxy_peername(self) -> Any:
-        """The address of the proxy; None without one."""
+        """The address of the first proxy, as a stock getpeername() gives it; None without one."""
         return self._proxyconn.getpeername() if self._proxyconn else self._proxy_address
 
     getproxypeername = get_proxy_peername
 
     def get_peername(self) -> Any:
-        """The destination, as it was given to connect(); without a proxy as in stock.
+        """The destination, as it was given to connect(); without a proxy, as in stock.
 
-        After wrap_module() with `dns`, a name is an address that stands for it.
+        After wrap_module() with `dns`, the virtual address instead of a name.
         """
         address = super().getpeername()
         if self._proxyconn and not self.proxy_peername:         # connected to the relay only
@@ -8563,21 +8733,21 @@ class socksocket(_BaseSocket):
             return address
         host, port = host_text(self.proxy_peername[0]), self.proxy_peername[1]
         if virtual_addresses.is_on and not ip_bytes(host.partition('%')[0]):
-            return self._name(Address(virtual_addresses.of(host, self.family), port))
+            return self._own_tuple(Address(virtual_addresses.of(host, self.family), port))
         return self.proxy_peername
 
     getpeername = get_peername
 
-    # There are subclasses that connect to the proxy in a way of their own, and then call these.
+    # PySocks' private methods: subclasses that connect to the proxy themselves call them.
 
     def _negotiate_SOCKS5(self, *dest_addr):
-        self._negotiate(dest_addr, parse_chain(tuple(self.proxy)), self._deadline())
+        self._negotiate(dest_addr, self._proxies(), self._deadline())
 
     _negotiate_SOCKS4 = _negotiate_HTTP = _negotiate_SOCKS5
 
     def _proxy_addr(self):
-        proxy, *_ = parse_chain(tuple(self.proxy))
-        return proxy.addr, proxy.sure_port
+        first = self._proxies()[0]
+        return first.addr, first.sure_port
 
 
 def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = None,
@@ -8588,17 +8758,18 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
                       socket_options: Optional[Iterable[Sequence[Any]]] = None, *,
                       proxy: ProxyArgument = None,
                       ssl_context: Optional['ssl.SSLContext'] = None) -> 'socksocket':
-    """A socksocket that is connected to `dest_pair`, (host, port), through a proxy.
+    """Return a socksocket that is connected to `dest_pair`, (host, port), through a proxy.
 
-    timeout           seconds for each address that is tried, and of the socket afterwards
+    timeout           seconds for each address that is tried, and for the socket afterwards
     source_address    (host, port) to connect from
     proxy_type, ...   as in socksocket.set_proxy()
-    socket_options    arguments of setsockopt(), set before it connects
-    proxy             instead of these: a URL, or a list of URLs for a chain, empty for no proxy
-    ssl_context       for proxies inside of TLS
+    socket_options    tuples of arguments for setsockopt(), applied before connecting
+    proxy             instead of proxy_type, ...: a URL, or a list of URLs for a chain; empty for
+                      no proxy
+    ssl_context       ssl.SSLContext for proxies inside of TLS
 
-    Without a proxy, the default one is used, if there is one.  Tries all addresses of the proxy,
-    or of the destination if there is none.  Raises as socksocket.connect() does.
+    If no proxy is given, the default proxy is used, if there is one.  Tries each address of the
+    proxy; without a proxy, each of the destination.  Raises what socksocket.connect() raises.
     """
     if proxy is None and (proxy_type is not None or proxy_addr is not None):
         proxy = proxy_tuple(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
@@ -8606,14 +8777,14 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
     dest_pair = (without_brackets(host), *dest_pair[1:])
     chain = effective_chain(proxy, dest_pair)
-    error = OSError('getaddrinfo() gave no address')
+    error = OSError('getaddrinfo() returned no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
         sock = socksocket(family, kind, proto, proxy=chain)
         sock.ssl_context = ssl_context
         try:
             for option in socket_options or ():
                 sock.setsockopt(*option)
-            if isinstance(timeout, (int, float)):
+            if isinstance(timeout, (int, float)):       # urllib3 passes an object for "default"
                 sock.settimeout(timeout)
             if source_address:
                 sock.bind(source_address)
@@ -8624,59 +8795,61 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
             return sock
         except BaseException as caught:
             sock.close()
-            # Another address of the proxy makes no difference to what it says.
+            # A proxy that has answered would say the same at its other addresses.
             if isinstance(caught, GeneralProxyError) or not isinstance(caught, OSError):
                 raise
             error = caught
     try:
         raise error
     finally:
-        error = None                    # it has this frame, which has it
+        error = None                    # breaks the cycle: error, traceback, this frame
 
 
 def effective_chain(proxy, dest_pair=None):
-    """The chain that is meant by an argument `proxy`; the default one if it is None."""
+    """The chain for an argument `proxy`; for None, that of the default proxy, which is empty if
+    `dest_pair` is exempt from it."""
     if proxy is not None:
         return parse_chain(proxy)
     default, bypass = _default()
-    if dest_pair and (is_named(dest_pair, bypass) or listens_here(dest_pair)):
+    if dest_pair and (matches_bypass(dest_pair, bypass) or listens_here(dest_pair)):
         return []
     return parse_chain(default)
 
 
 def first_addresses(chain, dest_pair):
-    """What getaddrinfo() gives for the first proxy; or for the destination, without one."""
+    """The result of getaddrinfo() for the first proxy, or without one, for the destination."""
     if not chain:
-        return look_up(*named(dest_pair)[:2])
-    if chain[0].is_path:                # connect() replaces the descriptor by one that fits
+        return look_up(*restore_name(dest_pair)[:2])
+    if chain[0].is_path:                # of any family: connecting replaces the descriptor
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, '', None)]
     with connecting(chain[0]):
         return look_up(chain[0].addr, chain[0].sure_port)
 
 
 class _ServerSocket(socksocket):
-    """A connection to a proxy that waits there for another one (BIND, RFC 1928 section 4)."""
-    _asked = None                       # proxy, and what it was asked for
-    _unpack = None                      # for the second reply
-    _begun = b''                        # of it
+    """The connection to a proxy that listens for one peer (BIND, RFC 1928 section 4)."""
+    _request = None                     # (proxy, target) of the request, for errors
+    _unpack_reply = None                # decoder of the second reply
+    _partial_reply = b''                # what came of it before accept() timed out
 
     def getsockname(self) -> Any:
-        """(host, port) where the proxy waits."""
+        """(host, port) at which the proxy listens."""
         return self.proxy_sockname
 
     def accept(self) -> Tuple['socksocket', Tuple[str, int]]:
-        """(socket, its peer's address), when there is one; this socket has served then.
+        """Wait for the peer; (socket, its address).  Works once, as the socket takes over the
+        connection of this one.
 
-        Raises SOCKS5Error or SOCKS4Error if the proxy gave up, socket.timeout as in stock.
+        Raises SOCKS5Error or SOCKS4Error if the proxy gives up, socket.timeout as in stock.
         """
         timeout = self.gettimeout()
-        with negotiating(*self._asked), self._bare() as sock:
+        with negotiating(*self._request), self._stock_copy() as sock:
             stream = ExactStream(sock, time.monotonic() if timeout == 0 else deadline(timeout))
-            stream.surplus = self._begun
+            stream.surplus = self._partial_reply
             try:
-                address = run(stream.read(self._unpack))
+                address = run(stream.read(self._unpack_reply))
             except socket.timeout:
-                address, self._begun = None, stream.surplus
+                address, self._partial_reply = None, stream.surplus
         if not address:
             raise socket.timeout('timed out') if timeout else BlockingIOError(
                 errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -8689,34 +8862,39 @@ class _ServerSocket(socksocket):
 def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = None,
                   timeout: Optional[float] = None,
                   ssl_context: Optional['ssl.SSLContext'] = None) -> '_ServerSocket':
-    """A socket for one connection that somebody makes to the proxy (BIND, RFC 1928 section 4).
+    """Return a socket that accepts one connection made to the proxy (BIND, RFC 1928 section 4).
 
-    address   (host, port) of who is expected; an empty host for anybody, if the proxy allows that
+    address   (host, port) of the peer that is expected; an empty host for any, if the proxy allows
+              that
     proxy     as in create_connection()
-    timeout   seconds for the proxy's answer, and of the socket afterwards
+    timeout   seconds for the proxy's reply, and for the socket afterwards
 
-    Its getsockname() is where to connect to; its accept() gives (socket, address), once.  Raises as
-    socksocket.connect() does.
+    The peer must connect to the socket's getsockname(); accept() works once.  Raises what
+    socksocket.connect() raises.
     """
     chain = effective_chain(proxy)
     if not chain:
         raise GeneralProxyError('No proxy specified')
-    expected = destination(named((address[0] or UNSPECIFIED.host, address[1])), chain)
+    expected = destination(restore_name((address[0] or UNSPECIFIED.host, address[1])), chain)
     near, bnd = run(open_chain(chain, expected, deadline(timeout), socksocket.default_source,
                                ssl_context, Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
-    sock._asked = chain[-1], expected
-    sock._unpack = unpack_answer4 if chain[-1].type & ~LAYERS == SOCKS4 else unpack_answer5
+    sock._request = chain[-1], expected
+    sock._unpack_reply = unpack_answer4 if chain[-1].kind == SOCKS4 else unpack_answer5
     sock.proxy_sockname = tuple(bnd)
     return sock
 
 
-def wrap_proactor(kind):
-    """Have a class of asyncio's proactors, usual on Windows, connect by our sockets' connect(): it
-    would connect the descriptor.  Datagrams through a proxy are an error there."""
-    stock_connect, stock_sendto = kind.connect, getattr(kind, 'sendto', None)
-    if hasattr(stock_connect, '__wrapped__'):
+def wrap_proactor(proactor_class):
+    """Make a class of asyncio's proactors (Windows' default) call socksocket.connect().
+
+    Its own connect() passes the descriptor to the system, past the proxy.  Datagrams through a
+    proxy raise OSError.
+    """
+    stock_connect = proactor_class.connect
+    stock_sendto = getattr(proactor_class, 'sendto', None)
+    if hasattr(stock_connect, '__wrapped__'):   # done by an earlier wrap_module()
         return
 
     def chain_of(conn, address):
@@ -8728,7 +8906,7 @@ def wrap_proactor(kind):
     @functools.wraps(stock_connect)
     def connect(self, conn, address):
         if not chain_of(conn, address):
-            address = conn._resolved(address) if isinstance(conn, socksocket) else address
+            address = conn._connect_sockaddr(address) if isinstance(conn, socksocket) else address
             return stock_connect(self, conn, address)
         connected = self._loop.create_future()
         conn.connect(address)
@@ -8739,9 +8917,9 @@ def wrap_proactor(kind):
         chain_of(conn, addr)
         return stock_sendto(self, conn, buf, flags, addr)
 
-    kind.connect = connect
+    proactor_class.connect = connect
     if stock_sendto:                    # since Python 3.8
-        kind.sendto = sendto
+        proactor_class.sendto = sendto
 
 
 async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
@@ -8751,37 +8929,37 @@ async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
     """asyncio.open_connection() through a proxy: (reader, writer).
 
     proxy, ssl_context    as in create_connection()
-    timeout               seconds until it is connected
+    timeout               seconds for connecting, the negotiation included
     options               of asyncio.open_connection(): ssl, server_hostname, limit, local_addr
+
+    Raises what socksocket.connect() raises.
     """
     import asyncio
     chain = effective_chain(proxy, (host, port))
     until = deadline(timeout)
     if not chain:
         return await within(until, asyncio.open_connection(host, port, **options))
-    address = destination(named((host, port)), chain)
+    address = destination(restore_name((host, port)), chain)
     source = await drive(local_source(options.pop('local_addr', None), until))
     sock, _ = await drive(open_chain(chain, address, until, source, ssl_context))
-    if options.get('ssl'):
+    if options.get('ssl'):              # asyncio has no `host` to take it from
         options.setdefault('server_hostname', host)
-    try:
+    with owned(sock):
         return await within(until, asyncio.open_connection(sock=sock, **options))
-    except BaseException:
-        sock.close()
-        raise
 
 
 def local_source(address, until):
-    """Conversation: the local addresses that a caller's (host, port) means, one of a family."""
+    """Conversation: the local addresses for a caller's (host, port), the first of each family."""
     if not address:
         return socksocket.default_source
     found = yield Call(functools.partial(look_up, *address), until)
+    # Reversed, so that the first one of a family is the one that stays.
     first = {family: Address.with_zone(sockaddr) for family, *_, sockaddr in reversed(found)}
     return tuple(first.values())
 
 
 async def within(until, awaitable):
-    """What it gives; socket.timeout after `until`."""
+    """The result of `awaitable`; raises socket.timeout after `until`."""
     import asyncio
     try:
         return await asyncio.wait_for(awaitable, until and max(0, until - time.monotonic()))
@@ -8790,26 +8968,26 @@ async def within(until, awaitable):
 
 
 async def drive(conversation):
-    """run() in an asyncio task."""
+    """Drive a conversation in an asyncio task, as run() does in a thread; its result."""
     advance, value = conversation.send, None
     while True:
         try:
-            wish = advance(value)
+            awaited = advance(value)
         except StopIteration as stop:
             return stop.value
         try:
-            value = await wait_for_wish(wish)
+            value = await wait_in_task(awaited)
             advance = conversation.send
-        except BaseException as error:          # CancelledError too: it ends the conversation
+        except BaseException as error:          # CancelledError, too, so that it closes its sockets
             advance, value = conversation.throw, error
 
 
-async def wait_for_wish(wish):
-    """What a conversation asks for."""
+async def wait_in_task(awaited):
+    """The answer to a `Wait` or a `Call` of a conversation, by the task's event loop."""
     import asyncio
     loop = asyncio.get_event_loop()
-    if not isinstance(wish, Wait):
-        return await within(wish.until, loop.run_in_executor(None, wish.function))
+    if not isinstance(awaited, Wait):
+        return await within(awaited.until, loop.run_in_executor(None, awaited.function))
     found, watched = loop.create_future(), []
 
     def tell(sock):
@@ -8817,16 +8995,16 @@ async def wait_for_wish(wish):
             found.set_result([sock])
 
     try:
-        for sockets, watch, unwatch in ((wish.reading, loop.add_reader, loop.remove_reader),
-                                        (wish.writing, loop.add_writer, loop.remove_writer)):
+        for sockets, watch, unwatch in ((awaited.reading, loop.add_reader, loop.remove_reader),
+                                        (awaited.writing, loop.add_writer, loop.remove_writer)):
             for sock in sockets:
                 watch(sock, tell, sock)
                 watched.append((unwatch, sock))
-        return await within(wish.until, found)
+        return await within(awaited.until, found)
     except socket.timeout:
         return []
     except NotImplementedError:         # Windows' usual loop
-        return await loop.run_in_executor(None, poll, *wish)
+        return await loop.run_in_executor(None, poll, *awaited)
     finally:
         for unwatch, sock in watched:
             unwatch(sock)
@@ -9909,7 +10087,7 @@ def client_command(args):
 
 def resolve_through(chain, host, until, source):
     """The IP address of a name, or the name of an IP address, as the last proxy finds it."""
-    if not chain or chain[-1].type & ~LAYERS == HTTP:
+    if not chain or chain[-1].kind == HTTP:
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
     chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR

@@ -2723,7 +2723,7 @@ class Settings(NamedTuple):
     field.
 
     users              mapping from name to password: text, bytes or `Hashed`; empty: no login
-    open               allow to listen beyond loopback although anyone could connect
+    open               listen beyond loopback even if anyone can connect then; else refuse to start
     clients            ip_networks of the clients to serve; empty: all
     trusted            ip_networks of clients that need no password; empty: none
     rules              `Rule`s, of which the first match decides; None: allow what is not local
@@ -2802,7 +2802,8 @@ class NetworkMap:
     """
 
     def __init__(self):
-        self._tables = {4: {}, 16: {}}  # bytes of an address: {bits of the host: {network: values}}
+        # By length of addresses in bytes: by length of the host part in bits: values by prefix.
+        self._tables = {4: {}, 16: {}}
 
     def add(self, network, value):
         network = plain_network(network)
@@ -3081,14 +3082,15 @@ class Rules(tuple):
         self._clients, self._networks = NetworkMap(), NetworkMap()
         self._always, openers = [], {}
         conditions = [self._conditions(rule) for rule in self]
-        count = Counter(key for choice in conditions for keys in choice for key in keys)
-        for number, choice in enumerate(conditions):
-            rarest = min(choice, default=(), key=lambda keys: max(map(count.get, keys)))
+        uses = Counter(key for lists in conditions for keys in lists for key in keys)
+        for number, lists in enumerate(conditions):
+            rarest = min(lists, default=(), key=lambda keys: max(map(uses.get, keys)))
             for kind, key in rarest:
                 self._add_to_index(kind, key, number)
             if not rarest:
                 self._always.append(number)
             rule = self[number]
+            # A rule that is indexed by another condition is found by that.
             if rule.allow and rule.networks and rarest[0][0] in ('names', 'networks'):
                 openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports), number)
         # A name is looked up if any rule on networks may allow its addresses.  Of several rules
@@ -3098,14 +3100,15 @@ class Rules(tuple):
 
     def _conditions(self, rule):
         """The conditions of a rule that can be indexed, each a list of (kind, key)."""
+        # A range is cut at PORTS + 1, which is too many already.
         ports = [port for low, high in rule.ports
-                 for port in range(low, min(high, low + self.PORTS) + 1)]       # cut: PORTS is over
-        choice = ([('users', user) for user in rule.users],
-                  [('clients', network) for network in rule.clients],
-                  [('names', name) for name in rule.names]
-                  + [('networks', network) for network in rule.networks],
-                  [('ports', port) for port in ports if len(ports) <= self.PORTS])
-        return [keys for keys in choice if keys]
+                 for port in range(low, min(high, low + self.PORTS) + 1)]
+        lists = ([('users', user) for user in rule.users],
+                 [('clients', network) for network in rule.clients],
+                 [('names', name) for name in rule.names]
+                 + [('networks', network) for network in rule.networks],
+                 [('ports', port) for port in ports if len(ports) <= self.PORTS])
+        return [keys for keys in lists if keys]
 
     def _add_to_index(self, kind, key, number):
         index = getattr(self, '_' + kind)
@@ -3273,7 +3276,7 @@ def parse_target(word):
         name = word if '*' in word else canonical(Address(word[len(dot):], 0)).host
     except ProtocolError as error:
         raise ValueError(str(error)) from None
-    # Top-level domains are not numeric: this is an incomplete IP address, and no name would match.
+    # canonical() makes no name like these, so the rule would never match.
     if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():
         raise ValueError(f'{word!r}, expected a network, a name, .suffix, or * alone')
     return 'names', [dot + name]
@@ -3308,8 +3311,10 @@ RULE_WORDS = {
 
 
 def all_of(function, items):
-    """The list of function(*item) for each item.  FileError has the errors of all items, so that a
-    user can mend them at once."""
+    """The list of function(*item) for each item.
+
+    Raises FileError with the errors of all items, so that they can be mended at once.
+    """
     results, faults = [], []
     for item in items:
         try:
@@ -3335,7 +3340,7 @@ def read_lines(path):
     except OSError as error:
         raise FileError(f'{path}: {reason(error)}') from None
     for number, line in enumerate(lines, 1):
-        line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()        # as Windows' Notepad writes
+        line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()        # Notepad writes a BOM
         if line and not line.startswith(b'#'):
             yield f'{path}:{number}', line
 
@@ -3350,9 +3355,8 @@ class Hashed:
 
     The text is METHOD:PARAMETERS:SALT:HASH, the last two in hexadecimal.
 
-    To verify a password is slow on purpose.  The one found right is therefore cached as a fast
-    hash, keyed with a random key that exists only in this process, so the cache is of no use to
-    others.
+    Verifying is slow on purpose.  The password that was right last is therefore cached, as a fast
+    hash with a random key of this process.
     """
     KEY = os.urandom(32)
     SCRYPT = 'scrypt:16384-8-1'         # n, r, p: 16 MiB and some 50 ms (RFC 7914 section 2)
@@ -3365,7 +3369,7 @@ class Hashed:
         self._parameters = [int(number) for number in parameters.split('-')]
         self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
         numbers = self._parameters
-        # The bounds keep a mistaken line of the file from taking gigabytes, or hours.
+        # The bounds keep a wrong line of a file from taking gigabytes or hours.
         if not (self._method == 'pbkdf2' and len(numbers) == 1 and numbers[0] > 0
                 or self._method == 'scrypt' and hasattr(hashlib, 'scrypt')
                 and len(numbers) == 3 and min(numbers) > 0
@@ -3910,7 +3914,6 @@ class Task:
         else:
             self._step(self._conversation.send, value)
 
-
     def _watch(self):
         for sockets, wanted in (self._awaited.reading, READ), (self._awaited.writing, WRITE):
             for sock in sockets:
@@ -4071,8 +4074,8 @@ class BlockingPool:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._closed, self._patience)
-                # To leave `_threads` under the same lock is what keeps a job from being lost: who
-                # adds one either sees it taken here, or starts another thread.
+                # The thread leaves `_threads` under the lock under which jobs are added, so run()
+                # either finds it waiting or starts another one, and no job is lost.
                 if self._closed or not self._ready:
                     return self._threads.discard(threading.current_thread())
                 owner, job = self._ready.popleft()
@@ -4084,7 +4087,7 @@ class BlockingPool:
                 self._done(owner, job)
                 self._distribute()
                 self._changed.notify(max(0, len(self._ready) - 1))      # this thread takes one
-                with contextlib.suppress(RuntimeError):         # this thread does them in turn
+                with contextlib.suppress(RuntimeError):         # then this thread does them all
                     self._start_threads()
             job = None                  # its objects must not live on while the thread waits
 
@@ -4219,10 +4222,11 @@ class Resolver:
     Theory of operation.  All tasks that ask for a name at the same time share one `Query`.  It has
     one look-up for each family, in parallel (RFC 8305 section 3).  The first thread that finds
     addresses waits for the other family, for DELAY at most, then answers all tasks.  Addresses that
-    come later only complete the remembered answer.  A family that was later than that LATE times in
-    succession is no longer waited for, and its look-ups are no longer many at a time, since some
-    name servers never answer for one family.  An answer is remembered for MEMORY; one that is asked
-    for in the second half of that time is renewed in the background.
+    come later only complete the remembered answer.  An answer is remembered for MEMORY; a request
+    in the second half of that time renews it in the background.
+
+    Some name servers never answer for one family.  So a family that was late LATE times in
+    succession is no longer waited for, and only one of its look-ups runs at a time.
     """
     DELAY = 0.05                        # seconds, RFC 8305 section 8
     LATE = 3                            # times
@@ -4433,7 +4437,7 @@ class Relay:
     def expire(self):
         """Close the relay if it is idle, else set the timer for when it may be.
 
-        The timer is not set again for each read: that would cost more than one look in a while.
+        Reads do not set the timer, which would cost more than to look again when it expires.
         """
         patience = self.client and self.patience
         if patience and self.last_active + patience <= time.monotonic() and not self.is_active():
@@ -4640,7 +4644,7 @@ class Pipe:
         """Have the loop watch the source for the events that this pipe and its twin wait for."""
         wanted = ERRORS if self.load or self.done else READ
         if self.twin.load or getattr(self.source, 'unsent', False):
-            wanted = wanted & READ | WRITE
+            wanted = wanted & READ | WRITE      # without ERRORS, which is edge-triggered
         if wanted != self.events:
             self.tunnel.loop.watch(self.source, self.events, wanted, self)
             self.events = wanted
@@ -4707,7 +4711,7 @@ class Tunnel(Relay):
         for sock in (self.up.source, self.down.source):
             if isinstance(sock, Layer):
                 sock.count_in(loop)
-        loop.watch(self.up.source, near_events, near_events, self.up)
+        loop.watch(self.up.source, near_events, near_events, self.up)   # no longer for the task
         self.up.events = near_events
         self.up.watch()
         self.down.watch()
@@ -4751,6 +4755,7 @@ class Tunnel(Relay):
                 pipe.source.close()
             else:
                 abort(pipe.source)
+        # A forwarding HTTP layer has the cause in `failure`, such as a malformed request.
         client.end(getattr(self.up.source, 'failure', None) or outcome, self.up.count,
                    self.down.count)
 
@@ -5103,14 +5108,15 @@ class UdpRelay(Relay):
         self.is_here = is_here
         self.release = release
         self.owner = None               # the client's UDP address, as recvfrom() returns it
-        self.reply_to = None            # the latest owner, also while there is none
+        self.reply_to = None            # the owner, or the last one while there is none
         self.connected = False          # `near` is connected to the owner
         self.is_settled = False         # the owner stays when it is silent
         self.far = {}                   # socket for targets, by family
         self.routes = Routes(self)
         self.errands = set()            # `Errand`s that have not ended
         self.reassembly = Reassembly()
-        self.targets = self.sent = self.answers = self.dropped = 0      # datagrams, but `targets`
+        self.targets = 0                # how many have been used
+        self.sent = self.answers = self.dropped = 0             # datagrams
         self.up = self.down = 0         # bytes of payload
 
     @property
@@ -5355,7 +5361,7 @@ class UdpRelay(Relay):
                 errand.cancel()
             self.close_far()
             for sock in self.control, self.near:
-                if sock.fileno() >= 0:
+                if sock.fileno() >= 0:  # forget_owner() may have failed to replace `near`
                     self.loop.watch(sock, READ, 0, self)
                     sock.close()
             if self.release:

@@ -2732,49 +2732,51 @@ def stock_pair():
 # ----------------------------------------------------------------------------------------- access
 
 class Settings(NamedTuple):
-    """Everything that can be set, with its default.  Times are in seconds; 0 means no limit.
+    """The settings of a server, with their defaults.
 
-    A server also takes the texts that the command line does: for networks, rules, proxies,
-    addresses, ports and numbers; ValueError names the field that is wrong.
+    Times are in seconds.  `Server` also accepts the texts of the command line for networks, rules,
+    proxies, addresses, ports and numbers.  For a wrong value it raises ValueError, which names the
+    field.
 
-    users               name to password, bytes or text, or to `Hashed`; without users nobody is
-                        asked
-    open                serve strangers: listen beyond loopback although there are no users
-    clients             ip_networks of those who may connect; none: all
-    trusted             ip_networks of clients that need no password
-    rules               `Rule`s on what may be reached; None: anything that is not local
-    upstream            chain of `Proxy` that CONNECT goes through
-    tls                 ssl.SSLContext: clients talk to us inside of TLS
-    udp_over_plain      allow UDP beside TLS, although datagrams are not encrypted
-    gssapi              levels of protection that clients may choose, of `GssContext`; with any, and
-                        without users, clients must authenticate by GSSAPI
-    gssapi_nec          agree on the level without protection, as NEC's programs do
-    ident               ask SOCKS4 clients' hosts whether the userid is right (RFC 1413)
-    http                serve HTTP clients, too: CONNECT, and requests for http URLs
-    unix_mode           permissions of unix sockets that are made; None: 0600, less the umask
-    balancers           ip_networks from which each connection begins with a PROXY header
-    source              local IP addresses to connect from, at most one of a family
-    advertise           IP addresses to name in replies to BIND and UDP ASSOCIATE instead of our
-                        own, at most one of a family, for a proxy behind NAT
-    udp_ports           (lowest, highest) that clients send datagrams to; (0, 0): any
-    family              connect to IPv4 or to IPv6 only: 4 or 6; 0: both
-    prefer              which family to try first: 4 or 6; 0: as the system would
-    udp_strict          pass on datagrams only from where the client has sent some
-    tor_extensions      offer Tor's RESOLVE and RESOLVE_PTR
-    login_delay         until a wrong password is answered
-    handshake_timeout   from accept to the whole request
-    connect_timeout     for connecting to the target, all its addresses together
-    bind_timeout        for the peer that BIND waits for
-    idle_timeout        for a tunnel through which nothing moves
-    udp_timeout         for an association without datagrams; four times as long while targets send
-    drain_timeout       for clients that are served when the server is to stop
-    max_clients         clients at once; further ones wait in the listen queue
-    max_per_client      connections at once from one client, an IPv4 address or an IPv6 /64;
-                        further ones are closed; None: any number from this host, from others half
-                        of max_clients, or 64 if that is more, but at most three quarters
-    max_handshakes      clients at once that have not said yet what they want; the one that makes
-                        room is of the client that has most, and has taken longest; 0: as many as
-                        are of one client by default
+    users              mapping from name to password: text, bytes or `Hashed`; empty: no login
+    open               listen beyond loopback even if anyone can connect then; else refuse to start
+    clients            ip_networks of the clients to serve; empty: all
+    trusted            ip_networks of clients that need no password; empty: none
+    rules              `Rule`s, of which the first match decides; None: allow what is not local
+    upstream           `Proxy`s to send CONNECT through, first hop first; empty: none
+    tls                ssl.SSLContext for the connections of clients; None: no TLS
+    udp_over_plain     allow UDP beside TLS, although datagrams are not encrypted
+    gssapi             protection levels to offer, as in `GssContext`; empty: no GSSAPI; without
+                       users, GSSAPI is the only login
+    gssapi_nec         negotiate the level without protection, as NEC's programs do
+    ident              ask the hosts of SOCKS4 clients to confirm the userid (RFC 1413)
+    http               also serve HTTP clients: CONNECT, and requests for http URLs
+    unix_mode          permissions of new unix sockets; None: 0600, less the umask
+    balancers          ip_networks whose connections begin with a PROXY header; empty: none
+    source             IP addresses to connect from, one of a family; empty: the system chooses
+    advertise          IP addresses to name in replies to BIND and UDP ASSOCIATE (proxy behind
+                       NAT), one of a family; empty: the address that the client connected to
+    udp_ports          (lowest, highest) port for the datagrams of clients; (0, 0): any free port
+    family             4 or 6: connect to IPv4 or IPv6 only; 0: both
+    prefer             4 or 6: try addresses of this version of IP first; 0: as the system routes
+    udp_strict         pass on datagrams only from addresses to which the client has sent some
+    tor_extensions     offer Tor's commands RESOLVE and RESOLVE_PTR
+    login_delay        time until the answer to a wrong password; 0: at once
+    handshake_timeout  time from accept to the complete request; 0: no limit
+    connect_timeout    time to connect to a target, for all its addresses; 0: no limit
+    bind_timeout       time to wait for the peer of a BIND; 0: no limit
+    idle_timeout       time without data that ends a tunnel; 0: no limit
+    udp_timeout        time without datagrams that ends an association, four times as long if only
+                       targets send; 0: no limit
+    drain_timeout      time that clients get to finish when the server stops; 0: none
+    max_clients        clients served at once, others wait in the listen queue; 0: as many as the
+                       limit of open files allows
+    max_per_client     connections at once from an IPv4 address or IPv6 /64, others are closed; 0:
+                       no limit; None: no limit for this host, for others half of max_clients, at
+                       least 64, but at most three quarters of max_clients
+    max_handshakes     clients at once without a complete request; one more closes the oldest of
+                       the client that has most; 0: half of max_clients, bounded as above
+
     """
     users: Mapping[Union[bytes, str], object] = MappingProxyType({})
     open: bool = False
@@ -2811,14 +2813,18 @@ class Settings(NamedTuple):
     def __repr__(self) -> str:
         fields = ', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self)
                            if name != 'users')
-        return f'Settings({len(self.users)} users, {fields})'       # and no passwords
+        return f'Settings({len(self.users)} users, {fields})'       # logs must not have passwords
 
 
 class NetworkMap:
-    """Values by ip_network.  A look-up takes the same time however many there are."""
+    """Values by ip_network.
+
+    A look-up takes one step for each length of prefix in use, however many networks there are.
+    """
 
     def __init__(self):
-        self._tables = {4: {}, 16: {}}  # bytes of an address: {bits of the host: {network: values}}
+        # By length of addresses in bytes: by length of the host part in bits: values by prefix.
+        self._tables = {4: {}, 16: {}}
 
     def add(self, network, value):
         network = plain_network(network)
@@ -2827,7 +2833,7 @@ class NetworkMap:
         table.setdefault(int(network.network_address) >> shift, []).append(value)
 
     def find(self, packed):
-        """The values of all networks that have the IP address of these 4 or 16 bytes."""
+        """The values of all networks that contain an IP address, given as 4 or 16 bytes."""
         number, found = int.from_bytes(packed, 'big'), []
         for shift, table in self._tables[len(packed)].items():
             found += table.get(number >> shift, ())
@@ -2835,14 +2841,18 @@ class NetworkMap:
 
 
 class Networks(tuple):
-    """ip_networks, which are compiled when the first address is looked up."""
+    """A tuple of ip_networks with a quick test for membership.
+
+    The tables for it are made at the first look-up: most `Networks` are empty or never asked.
+    """
     _map = _local = None
 
     def has(self, host):
-        """Whether the IP address `host` is in one of them."""
+        """Whether one of the networks contains the IP address `host`, a text."""
         return bool(self) and self.has_bytes(ip_bytes(host))
 
     def has_bytes(self, packed):
+        """The same for an IP address of 4 or 16 bytes."""
         if self._map is None:
             self._map = NetworkMap()
             for network in self:
@@ -2851,22 +2861,22 @@ class Networks(tuple):
 
     @property
     def local(self):
-        """Those that are inside one of LOCAL_NETWORKS."""
+        """The networks that are inside one of LOCAL_NETWORKS."""
         if self._local is None:
             self._local = Networks(filter(is_inside_local, map(plain_network, self)))
         return self._local
 
 
 def plain_network(network):
-    """The ip_network `network`; if its addresses are v4-mapped, the IPv4 network."""
+    """The ip_network `network`; the IPv4 network if it is one of v4-mapped addresses."""
     if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
         return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF,
                                       network.prefixlen - 96))
     return network
 
 
-# What only the proxy's own host should reach: itself, its link, the metadata services of clouds,
-# groups, and addresses that are not one host's.
+# Networks that only clients on the proxy's host may reach by default: the host itself, its link,
+# multicast, reserved addresses, and the metadata services of clouds, which hand out credentials.
 LOCAL_NETWORKS = Networks(map(ipaddress.ip_network, (
     '0.0.0.0/8', '127.0.0.0/8', '169.254.0.0/16', '224.0.0.0/4', '240.0.0.0/4',
     '::/128', '::1/128', 'fe80::/10', 'fec0::/10', 'ff00::/8',
@@ -2875,7 +2885,8 @@ LOCAL_NETWORKS = Networks(map(ipaddress.ip_network, (
 
 ZEROS = ('0.0.0.0', '::')
 
-# How IPv6 addresses begin that carry an IPv4 address, and the places of its bytes.
+# IPv6 addresses that contain an IPv4 address: their prefix, and the indexes of its bytes.  Gateways
+# may deliver packets for them to the IPv4 address, so they are judged like that one.
 LAST = (12, 13, 14, 15)
 EMBEDDED = (
     (V4_MAPPED, LAST),                                  # RFC 4291 section 2.5.5.2
@@ -2883,17 +2894,18 @@ EMBEDDED = (
     (bytes(8) + b'\xff\xff\0\0', LAST),                 # IPv4-translated, RFC 2765 section 2.1
     (b'\0\x64\xff\x9b' + bytes(8), LAST),               # NAT64, RFC 6052 section 2.1
     (b'\x20\x02', (2, 3, 4, 5)),                        # 6to4, RFC 3056 section 2
-    (b'\x20\x01\0\0', (4, 5, 6, 7)),                    # Teredo's server, RFC 4380 section 4
+    (b'\x20\x01\0\0', (4, 5, 6, 7)),                    # server of Teredo, RFC 4380 section 4
 )
-TEREDO = b'\x20\x01\0\0'                # the last bytes are the client's, inverted
-ISATAP = (b'\0\0\x5e\xfe', b'\2\0\x5e\xfe')            # before the last bytes, RFC 5214 section 6.1
-# Prefixes for a network's own NAT64 have several lengths (RFC 8215, RFC 6052 section 2.2).
+TEREDO = b'\x20\x01\0\0'                # the client is in the last 4 bytes, with all bits inverted
+ISATAP = (b'\0\0\x5e\xfe', b'\2\0\x5e\xfe')             # bytes 8 to 11, RFC 5214 section 6.1
+# NAT64 with a prefix for local use (RFC 8215): its length is not known, and decides where the IPv4
+# address is (RFC 6052 section 2.2).
 OWN_NAT64 = b'\0\x64\xff\x9b\0\1'
 OWN_NAT64_PLACES = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), LAST)
 
 
 def with_embedded(packed):
-    """The bytes of an IP address, and of each IPv4 address that may be within it."""
+    """A list of an IP address and each IPv4 address that it may contain, all as bytes."""
     found = [packed]
     if len(packed) == 16:
         found += [bytes(map(packed.__getitem__, places)) for start, places in EMBEDDED
@@ -2904,12 +2916,12 @@ def with_embedded(packed):
             found.append(packed[12:])
         if packed.startswith(OWN_NAT64):
             readings = [bytes(map(packed.__getitem__, places)) for places in OWN_NAT64_PLACES]
-            found += [reading for reading in readings if reading[0]]    # else it is the prefix
+            found += [reading for reading in readings if reading[0]]    # a 0 is of the prefix
     return found
 
 
 def is_inside_local(network):
-    """Whether an ip_network, or the IPv4 network that an IPv6 one is for, is in a local one."""
+    """Whether an ip_network, or an IPv4 network that it contains, is inside a local one."""
     start, length = network.network_address.packed, network.prefixlen
     readings = [network]
     for prefix, places in EMBEDDED if network.version == 6 else ():
@@ -2923,19 +2935,19 @@ def is_inside_local(network):
 
 @functools.lru_cache(4096)
 def is_local(host):
-    """Whether the IP address `host`, or an IPv4 address within it, is in LOCAL_NETWORKS."""
+    """Whether the IP address `host`, or an IPv4 address that it contains, is in LOCAL_NETWORKS."""
     return any(map(LOCAL_NETWORKS.has_bytes, with_embedded(ip_bytes(host))))
 
 
 @functools.lru_cache(4096)
 def is_loopback(host):
-    """Whether the IP address `host` is of this host alone."""
+    """Whether the IP address `host` is in 127.0.0.0/8, or is ::1."""
     packed = ip_bytes(host)
     return packed[0] == 127 if len(packed) == 4 else packed == LOOPBACK6
 
 
 def is_ours(host):
-    """Whether the IP address `host` is one of this machine's."""
+    """Whether the IP address `host` belongs to this machine: whether a socket can bind to it."""
     with _orig_socket(family_of(host), socket.SOCK_DGRAM) as sock:
         try:
             sock.bind(Address(host, 0).sockaddr)
@@ -2945,18 +2957,23 @@ def is_ours(host):
 
 
 def authorize(client, command, target, listeners, rule=None):
-    """Raise Refused unless `client` may reach `target`; all are IP addresses with ports.
+    """Raise Refused if `client` may not reach `target`, whatever the rules say.
 
-    A client on this host may reach anything.  Any other may reach LOCAL_NETWORKS, and BIND for any
-    peer, which a target of zeros means, only if the `rule` that allows it is on a network for that;
-    and the proxy (`listeners`) itself never.
+    client, target    `Address`es of IP addresses
+    listeners         `Address`es on which the proxy listens
+    rule              the `Rule` that allows the request, or None
+
+    A client on this host may reach anything.  Other clients never reach the proxy itself.  They
+    reach LOCAL_NETWORKS, or BIND for any peer (a target of zeros), only by a rule on such a
+    network.
     """
-    if target.host in ZEROS and command != Command.BIND:
-        raise Refused(f'{target.host} is no host', reply=Reply.GENERAL_FAILURE)
+    if target.host in ZEROS and command != Command.BIND:        # systems take zeros for loopback
+        raise Refused(f'{target.host} is not a host address', reply=Reply.GENERAL_FAILURE)
     if is_loopback(client.host):
         return
     if is_local(target.host) and not (rule and rule.opens(target.host)):
         raise Refused(f'{target.host} is local to the proxy')
+    # A client that reaches the proxy through itself appears as one on this host.
     if any(target.port == port for _, port in listeners):
         hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
         for host, port in listeners:
@@ -2967,17 +2984,19 @@ def authorize(client, command, target, listeners, rule=None):
 
 
 class Names(tuple):
-    """Host names in lower case; one with a dot before it stands for itself and all below it."""
+    """Host names in lower case; one with a dot before it stands for the name and all below it."""
     _known = None
 
     def has(self, name):
+        """Whether one of the items matches the host name `name`."""
         if self._known is None:
             self._known = frozenset(self)
         return not self._known.isdisjoint(name_keys(name))
 
 
 def name_keys(name):
-    """The items of `Names` that match `name`."""
+    """All items of `Names` that would match the host name `name`: for a.b these are a.b, .a.b, .b.
+    """
     keys, dot = [name, '.' + name], name.find('.')
     while dot >= 0:
         keys.append(name[dot:])
@@ -2998,17 +3017,18 @@ class Way(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Whether certain clients may reach certain targets.  What is empty holds for all.
+    """Allows or denies requests that meet all its conditions.  An empty condition always holds.
 
-    allow      or deny
-    commands   of `Command`
-    users      names, as they are logged
-    clients    ip_networks
-    names      that were asked for, in lower case; with a dot before it: those below it, too
-    networks   ip_networks of the target
-    ports      (lowest, highest) of the target
-    via        `Way` of the connection; None: as the settings say
-    place      where it is written
+    allow      True to allow, False to deny
+    commands   `Command`s
+    users      names of users, as they are logged
+    clients    ip_networks of clients
+    names      requested host names, in lower case; .name stands for the name and all below it
+    networks   ip_networks of targets; `names` and `networks` are one condition, either may hold
+    ports      (lowest, highest) pairs of ports of targets
+    via        `Way` of what is allowed; None: as the settings say
+    place      where the rule is written, for messages
+
     """
     allow: bool
     commands: Tuple = ()
@@ -3021,17 +3041,18 @@ class Rule(NamedTuple):
     place: str = 'a rule'
 
     def compiled(self):
-        """The same rule, for `Rules`."""
+        """The same rule with conditions that are quick to test, as `Rules` needs it."""
         return self._replace(users=frozenset(self.users), clients=Networks(self.clients),
                              names=Names(self.names), networks=Networks(self.networks))
 
     @property
     def is_for_all_hosts(self):
+        """Whether the rule has no condition on the target's name or address."""
         return not (self.names or self.networks)
 
     @property
     def denied_versions(self):
-        """The versions of IP all of whose addresses and ports it denies."""
+        """The set of IP versions (4, 6) of which the rule denies all addresses and ports."""
         if self.allow or self.ports:
             return set()
         return {4, 6} if self.is_for_all_hosts else {
@@ -3042,84 +3063,99 @@ class Rule(NamedTuple):
                 and (not self.clients or self.clients.has(client.address.host)))
 
     def concerns(self, client, port):
-        """Whether it is for what `client` wants, as far as that is not the host."""
+        """Whether all conditions but those on the target's host hold for a `Session`'s request."""
         return ((not self.commands or client.command in self.commands)
                 and (not self.ports or any(low <= port <= high for low, high in self.ports))
                 and self.is_for_client(client))
 
     def is_for_host(self, hosts, name):
-        """`hosts` is what asked_hosts() gives; `name` the name that was asked for, or None."""
+        """Whether the condition on the target's host holds.
+
+        hosts    result of asked_hosts() for its IP address
+        name     the requested name, or None if an IP address was requested
+        """
         if self.is_for_all_hosts or name and self.names.has(name):
             return True
         return any(map(self.networks.has_bytes, hosts[not self.allow]))
 
     def opens(self, host):
-        """Whether it is on a network for what is local; for zeros, on one that has them."""
+        """Whether the rule names a network inside the local ones that contains `host`.
+
+        For zeros, a BIND for any peer, whether it names a network that contains zeros.
+        """
         networks = self.networks if host in ZEROS else self.networks.local
         return any(map(networks.has_bytes, asked_hosts(host)[0]))
 
 
 def asked_hosts(host):
-    """The addresses, as bytes, that are looked up for the IP address `host` in networks that rules
-    allow, and in networks that they deny: denying a network denies the ways around it as well.
+    """Two lists of addresses, as bytes, to look up for the IP address `host`: in the networks of
+    rules that allow, and of rules that deny.
 
-    Zeros stand for any peer; a network of either family may allow them.
+    Denying an IPv4 network also denies the IPv6 addresses that lead into it; allowing it does not
+    allow them.  Zeros stand for any peer of a BIND; a rule for either family may allow them.
     """
     packed = ip_bytes(host)
     return [bytes(4), bytes(16)] if host in ZEROS else [packed], with_embedded(packed)
 
 
 class Rules(tuple):
-    """`Rule`s, compiled; the first one that matches decides.
+    """A tuple of compiled `Rule`s, of which the first that matches decides.
 
-    Each is filed under the rarest of its conditions, so that few need to be looked at.
+    Theory of operation.  A condition is a list of keys, such as networks or names, of which one
+    must match.  An index maps a key to the numbers of rules.  Each rule is in the index under the
+    keys of one of its conditions, the one whose keys the fewest rules share.  A request has few
+    keys itself, so a look-up finds a small set of candidates; these are tested whole, in the order
+    of the file.  Rules without a condition that can be indexed are always candidates.
     """
-    PORTS = 128                         # a rule is not filed under more
+    PORTS = 128                         # wider ranges of ports are not indexed
 
     def __new__(cls, rules):
         return super().__new__(cls, map(Rule.compiled, rules))
 
     def __init__(self, _):
         super().__init__()
-        self._users, self._names, self._ports = {}, {}, {}      # numbers of rules by condition
+        self._users, self._names, self._ports = {}, {}, {}      # the index: numbers of rules by key
         self._clients, self._networks = NetworkMap(), NetworkMap()
         self._always, openers = [], {}
         conditions = [self._conditions(rule) for rule in self]
-        count = Counter(key for choice in conditions for keys in choice for key in keys)
-        for number, choice in enumerate(conditions):
-            rarest = min(choice, default=(), key=lambda keys: max(map(count.get, keys)))
+        uses = Counter(key for lists in conditions for keys in lists for key in keys)
+        for number, lists in enumerate(conditions):
+            rarest = min(lists, default=(), key=lambda keys: max(map(uses.get, keys)))
             for kind, key in rarest:
-                self._file(kind, key, number)
+                self._add_to_index(kind, key, number)
             if not rarest:
                 self._always.append(number)
             rule = self[number]
+            # A rule that is indexed by another condition is found by that.
             if rule.allow and rule.networks and rarest[0][0] in ('names', 'networks'):
                 openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports), number)
-        # Of those for the same clients and ports, one is enough for a name to be looked up.
+        # A name is looked up if any rule on networks may allow its addresses.  Of several rules
+        # with the same other conditions, the first is enough to tell.
         self._openers = openers.values()
         self._general = [rule for rule in self if rule.allow or rule.denied_versions]
         self.have_ways = any(rule.via for rule in self)
 
     def _conditions(self, rule):
-        """Lists of (kind, key).  The rule matches only if of each list at least one is met."""
+        """The conditions of a rule that can be indexed, each a list of (kind, key)."""
+        # A range is cut at PORTS + 1, which is too many already.
         ports = [port for low, high in rule.ports
                  for port in range(low, min(high, low + self.PORTS) + 1)]
-        choice = ([('users', user) for user in rule.users],
-                  [('clients', network) for network in rule.clients],
-                  [('names', name) for name in rule.names]
-                  + [('networks', network) for network in rule.networks],
-                  [('ports', port) for port in ports if len(ports) <= self.PORTS])
-        return [keys for keys in choice if keys]
+        lists = ([('users', user) for user in rule.users],
+                 [('clients', network) for network in rule.clients],
+                 [('names', name) for name in rule.names]
+                 + [('networks', network) for network in rule.networks],
+                 [('ports', port) for port in ports if len(ports) <= self.PORTS])
+        return [keys for keys in lists if keys]
 
-    def _file(self, kind, key, number):
-        filed = getattr(self, '_' + kind)
-        if isinstance(filed, NetworkMap):
-            filed.add(key, number)
+    def _add_to_index(self, kind, key, number):
+        index = getattr(self, '_' + kind)
+        if isinstance(index, NetworkMap):
+            index.add(key, number)
         else:
-            filed.setdefault(key, []).append(number)
+            index.setdefault(key, []).append(number)
 
     def _candidates(self, client, port, name, *more):
-        """The rules that may match, in their order."""
+        """The rules that may match, in order; `more` are further sequences of their numbers."""
         numbers = {*self._always, *self._users.get(client.user, ()), *self._ports.get(port, ()),
                    *self._clients.find(ip_bytes(client.address.host))}
         for key in name_keys(name) if name and self._names else ():
@@ -3127,7 +3163,10 @@ class Rules(tuple):
         return map(self.__getitem__, sorted(numbers.union(*more)))
 
     def first(self, client, target, name=None):
-        """The rule that decides about an IP address, asked for by `name` or not; None without one.
+        """The rule that decides about `target`, the `Address` of an IP address, or None.
+
+        client    the `Session`
+        name      the requested name, or None if an IP address was requested
         """
         hosts = asked_hosts(target.host)
         found = map(self._networks.find, {*hosts[0], *hosts[1]})
@@ -3137,10 +3176,12 @@ class Rules(tuple):
         return None
 
     def first_for_name(self, client, target, is_final):
-        """The rule that decides about a name, or may allow an address that it has, else None.
+        """The rule that decides about `target`, the `Address` of a name, before it is looked up.
 
-        So a name that is forbidden is not even looked up.  `is_final`: none is, here, so that no
-        rule on networks can allow it.
+        That is the first rule that matches by name, or that might allow one of the name's
+        addresses; None if there is no such rule.  So a forbidden name causes no look-up.
+
+        is_final    the name is not resolved here, so rules on networks cannot allow it
         """
         name, openers = target.host, () if is_final else self._openers
         for rule in self._candidates(client, target.port, name, openers):
@@ -3184,7 +3225,10 @@ class Rules(tuple):
         return ways
 
     def may_allow(self, client, command):
-        """Whether there may be a target for which the client may use the command."""
+        """Whether the rules may allow `client` (a `Session`) the command for at least one target.
+
+        It may err on the side of True: each target is judged later.
+        """
         denied = set()
         for rule in self._general:
             if (not rule.commands or command in rule.commands) and rule.is_for_client(client):
@@ -3197,9 +3241,9 @@ class Rules(tuple):
 
 
 def allowing(rule, target):
-    """`rule`, which decides about `target`; Refused unless there is one and it allows it."""
+    """Return `rule`, the one that decides about `target`; raise Refused if it denies or is None."""
     if not rule:
-        raise Refused(f'no rule is for {target}')
+        raise Refused(f'no rule matches {target}')
     if not rule.allow:
         raise Refused(f'{rule.place} denies {target}')
     return rule
@@ -3212,7 +3256,9 @@ RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names', 'via': 'via'
 
 
 def parse_rule(text: str, place: str) -> Rule:
-    """The `Rule` of one line, FileError says where and what is wrong:
+    """Parse one line of a rules file; FileError says what is wrong with it.
+
+    A line has this form, without the break:
 
     allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
     to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...] [via direct|inbound|ADDRESS|URL ...]
@@ -3221,7 +3267,7 @@ def parse_rule(text: str, place: str) -> Rule:
     address that the client has connected to; from a local ADDRESS, or one of each family; through
     the proxies of the URLs, first hop first.
 
-    Words may be quoted, which names with spaces need: 'Bob Smith'.
+    Words may be quoted, as 'Bob Smith'.  `place` names the line in messages.
     """
     try:
         (first, _), *words = split_rule(text) or [('', False)]
@@ -3238,7 +3284,7 @@ def parse_rule(text: str, place: str) -> Rule:
 
 
 def split_rule(text):
-    """[(word, whether it is quoted)] of a line, up to a comment."""
+    """The words of a line up to a comment, as a list of (word, is it quoted)."""
     words = []
     for match in re.finditer(r'"([^"]*)"(?!\S)|\'([^\']*)\'(?!\S)|(\S+)', text):
         double, single, plain = match.groups()
@@ -3247,16 +3293,21 @@ def split_rule(text):
         elif plain[0] == '#':
             break
         elif plain[0] in '"\'':
-            raise ValueError(f'{plain}: expected one more {plain[0]}, and a space after it')
+            raise ValueError(f'{plain}: expected a closing {plain[0]}, then a space')
         else:
             words.append((plain, False))
     return words
 
 
 def parse_conditions(words):
-    """The fields of a `Rule` by name; ValueError says what is wrong."""
+    """The fields of a `Rule`, by name, from the words after "allow" or "deny".
+
+    Sections come in the order commands, user, from, to, via; each word belongs to the section before it.
+    Raises ValueError.
+    """
     parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': [],
              'via': []}
+
     section, is_for_all = 'commands', False
     for word, is_quoted in words:
         hosts = is_for_all or parts['names'] or parts['networks']
@@ -3277,7 +3328,7 @@ def parse_conditions(words):
     via = parse_way(parts.pop('via')) if section == 'via' else None
     if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
             and parts['ports'] and all(low for low, _ in parts['ports'])):
-        raise ValueError('look-ups have no port, so this is for none; expected no ports')
+        raise ValueError('resolve has no port, so this never matches; expected no ports')
     return dict({name: tuple(values) for name, values in parts.items()}, via=via)
 
 
@@ -3298,13 +3349,15 @@ def parse_way(words):
 
 
 def parse_command(word):
+    """The field of a `Rule` that a word before "user", "from" and "to" belongs to, and its values.
+    """
     if word not in RULE_COMMANDS:
         raise ValueError(f'{word!r}, expected connect, bind, udp, resolve, user, from or to')
     return 'commands', RULE_COMMANDS[word]
 
 
 def parse_target(word):
-    """The field of a `Rule` where a word after "to" belongs, and what it is there."""
+    """The field of a `Rule` that a word after "to" belongs to, and its values."""
     if re.match('[0-9]+(-[0-9]+)?$', word):
         low, _, high = word.partition('-')
         low, high = int(low), int(high or low)
@@ -3322,13 +3375,17 @@ def parse_target(word):
         name = word if '*' in word else canonical(Address(word[len(dot):], 0)).host
     except ProtocolError as error:
         raise ValueError(str(error)) from None
-    if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():         # it matches nobody
+    # canonical() makes no name like these, so the rule would never match.
+    if '*' in name or ':' in name or name.rpartition('.')[2].isdigit():
         raise ValueError(f'{word!r}, expected a network, a name, .suffix, or * alone')
     return 'names', [dot + name]
 
 
 def parse_network(text: str) -> Network:
-    """The ip_network of a text, one of v4-mapped addresses as IPv4; ValueError has the right form.
+    """The ip_network that a text names; an IPv4 network for v4-mapped addresses.
+
+    Raises ValueError with the expected form, also for bits beyond the prefix: 10.0.0.1/8 may be
+    meant as a network or as an address.
     """
     word = text.strip('[]')
     try:
@@ -3345,7 +3402,7 @@ def parse_network(text: str) -> Network:
     return plain_network(network)
 
 
-# By section of a rule: the field to which a word belongs, and its values.
+# By section of a rule: a function of a word that gives the field of `Rule`, and the values.
 RULE_WORDS = {
     'commands': parse_command, 'names': parse_target,
     'users': lambda word: ('users', [printable(word)]),
@@ -3354,7 +3411,9 @@ RULE_WORDS = {
 
 
 def all_of(function, items):
-    """The results of function(*item) for each item; FileError with all faults, not the first only.
+    """The list of function(*item) for each item.
+
+    Raises FileError with the errors of all items, so that they can be mended at once.
     """
     results, faults = [], []
     for item in items:
@@ -3368,31 +3427,39 @@ def all_of(function, items):
 
 
 def read_lines(path):
-    """(place, line) of the lines of a file that are neither empty nor comments, bytes."""
+    """Iterate over the lines of a file, as (place, line), without empty lines and comments.
+
+    line     bytes, stripped
+    place    PATH:NUMBER, for messages
+
+    Raises FileError if the file cannot be read.
+    """
     try:
         with open(path, 'rb') as file:
             lines = file.readlines()
     except OSError as error:
         raise FileError(f'{path}: {reason(error)}') from None
     for number, line in enumerate(lines, 1):
-        line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()
+        line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()        # Notepad writes a BOM
         if line and not line.startswith(b'#'):
             yield f'{path}:{number}', line
 
 
 def read_rules(path: str) -> Tuple[Rule, ...]:
-    """The `Rule`s in a file; FileError says where it is wrong."""
+    """The `Rule`s in a file; FileError has all errors with their lines."""
     return tuple(all_of(lambda place, line: parse_rule(name_text(line), place), read_lines(path)))
 
 
 class Hashed:
-    """A password of which only a hash is known.  It is costly to verify, so what was right once is
-    remembered, as a hash that is cheap but whose key nobody has.
+    """A password, known only by a hash.
 
     The text is METHOD:PARAMETERS:SALT:HASH, the last two in hexadecimal.
+
+    Verifying is slow on purpose.  The password that was right last is therefore cached, as a fast
+    hash with a random key of this process.
     """
     KEY = os.urandom(32)
-    SCRYPT = 'scrypt:16384-8-1'         # n, r, p: 16 MiB and some 50 ms
+    SCRYPT = 'scrypt:16384-8-1'         # n, r, p: 16 MiB and some 50 ms (RFC 7914 section 2)
     PBKDF2 = 'pbkdf2:600000'            # rounds of SHA-256
 
     def __init__(self, text: str) -> None:
@@ -3402,13 +3469,14 @@ class Hashed:
         self._parameters = [int(number) for number in parameters.split('-')]
         self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
         numbers = self._parameters
+        # The bounds keep a wrong line of a file from taking gigabytes or hours.
         if not (self._method == 'pbkdf2' and len(numbers) == 1 and numbers[0] > 0
                 or self._method == 'scrypt' and hasattr(hashlib, 'scrypt')
                 and len(numbers) == 3 and min(numbers) > 0
                 and numbers[0] > 1 and not numbers[0] & numbers[0] - 1
                 and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64):
             raise ValueError(self._method)
-        self._right = None
+        self._verified = None
 
     def __eq__(self, other):
         return isinstance(other, Hashed) and self._text == other._text
@@ -3418,7 +3486,7 @@ class Hashed:
 
     @classmethod
     def make(cls, password: bytes) -> str:
-        """The text for a password."""
+        """The text for a password, with a new random salt."""
         import hashlib
         kind = cls.SCRYPT if hasattr(hashlib, 'scrypt') else cls.PBKDF2
         start = f'{kind}:{os.urandom(16).hex()}:'
@@ -3432,26 +3500,27 @@ class Hashed:
                                   maxmem=256 * n * r)
         return hashlib.pbkdf2_hmac('sha256', password, self._salt, *self._parameters)
 
-    def _quick(self, password):
+    def _fast_hash(self, password):
         import hmac
         return hmac.new(self.KEY, password, 'sha256').digest()
 
     def is_known(self, password):
-        """Whether it was found right before."""
+        """Whether verify() has found the password right before."""
         import hmac
-        return self._right is not None and hmac.compare_digest(self._right, self._quick(password))
+        return (self._verified is not None
+                and hmac.compare_digest(self._verified, self._fast_hash(password)))
 
     def verify(self, password):
-        """Whether it is right; takes long."""
+        """Whether the password is right; this blocks for some 50 ms or more."""
         import hmac
         same = hmac.compare_digest(self._hash(password), self.digest)
         if same:
-            self._right = self._quick(password)
+            self._verified = self._fast_hash(password)
         return same
 
 
 def parse_user(place, line):
-    """(name, password) of a line NAME:PASSWORD or NAME:METHOD:...:HASH."""
+    """(name, password) of a line NAME:PASSWORD or NAME:METHOD:...:HASH, as bytes or `Hashed`."""
     name, _, password = line.partition(b':')
     if not (0 < len(name) < 256 and 0 < len(password) < 256):
         raise FileError(f'{place}: expected NAME:PASSWORD, of 1 to 255 bytes each')
@@ -3461,37 +3530,40 @@ def parse_user(place, line):
             if len(password.digest) != 32:
                 raise ValueError
         except ValueError:
-            raise FileError(f'{place}: expected what --hash-password prints, by this Python if it '
-                            f'lacks scrypt') from None
+            raise FileError(f'{place}: expected a hash as --hash-password prints it, with this '
+                            f'Python if it lacks scrypt') from None
     return name, password
 
 
 def read_users(path: str) -> Dict[bytes, Union[bytes, Hashed]]:
-    """The users in a file of such lines; FileError if it is wrong.  Warns if others can read it."""
+    """Passwords by user name from a file of NAME:PASSWORD and NAME:HASH lines.
+
+    Raises FileError; logs a warning if other users of the system can read the file.
+    """
     users = {}
 
     def add(place, line):
         name, password = parse_user(place, line)
         if name in users:
-            raise FileError(f'{place}: expected each name once, {printable(name_text(name))} is '
-                            f'there')
+            raise FileError(f'{place}: expected each user once, {printable(name_text(name))} is '
+                            f'defined twice')
         users[name] = password
 
     all_of(add, read_lines(path))
-    if not users:
-        raise FileError(f'{path}: there are no users, so nobody would be asked')
+    if not users:                       # else an empty file would mean: no login
+        raise FileError(f'{path}: expected at least one NAME:PASSWORD line')
     warn_if_readable(path)
     return users
 
 
 def warn_if_readable(path):
-    """Of a file with secrets, if others than its owner can read it."""
+    """Log a warning if users other than the owner can read a file that holds secrets."""
     if os.name == 'posix' and os.stat(path).st_mode & 0o077:
-        log.warning('%s: others can read it', path)
+        log.warning('%s: other users can read this file, expected mode 600', path)
 
 
 class Users(dict):
-    """Passwords by user name, all bytes; or a `Hashed` in place of a password."""
+    """Passwords by user name, as bytes; a password may be a `Hashed` instead."""
 
     def __init__(self, users=()):
         super().__init__((encoded(name), encoded(password))
@@ -3499,11 +3571,14 @@ class Users(dict):
         self._decoy = next((each for each in self.values() if isinstance(each, Hashed)), None)
 
     def verify(self, credentials, until=None, is_hopeless=lambda: False):
-        """Conversation: whether `credentials` are those of a user.
+        """Conversation: whether `credentials`, with `username` and `password`, are right.
 
-        Before costly work begins, is_hopeless() tells whether it is in vain: many may be tried at
-        once.  If the password of one user is hashed, a failure takes that work for every name: else
-        its time would tell who has a hashed password.
+        until          time limit, for `Call`
+        is_hopeless    called just before slow work; if true, the login fails without that work
+                       (the user may have reached the limit of failures in the meantime)
+
+        If any user has a hashed password, a failed login takes as long for all names, known or
+        not.  Otherwise the time would tell which names exist.
         """
         import hmac                     # here, because few servers need it and it is large
         given, password = credentials.password, self.get(credentials.username)
@@ -3514,7 +3589,7 @@ class Users(dict):
             return True
         hashed = password if isinstance(password, Hashed) else self._decoy
 
-        def verify():                   # it may be known by now
+        def verify():                   # in a thread; meanwhile the same password may be verified
             return (hashed is password and hashed.is_known(given)
                     or not is_hopeless() and hashed.verify(given))
 
@@ -3523,37 +3598,43 @@ class Users(dict):
 
 
 class Failures:
-    """How often logins failed of late, by client (see client_key) and user name."""
-    LIMIT, WINDOW = 30, 60.0            # failures, seconds
-    CLIENT_LIMIT = 300                  # with whatever user names; many may share an address
-    ROOM = 16384                        # counts that are remembered
+    """Counts failed logins within WINDOW, for each pair of a client and a user name, and for each
+    client.
+
+    A client is identified by its `key`, see client_key().
+    """
+    LIMIT, WINDOW = 30, 60.0            # failures with one user name, seconds
+    CLIENT_LIMIT = 300                  # failures with any user names; many may share an address
+    ROOM = 16384                        # counters kept; the oldest makes room
 
     def __init__(self):
-        self._since = {}                # [when the first one was, how many there were]
+        self._since = {}                # (key, user or None): [time of the first failure, count]
 
-    def _counts(self, key, user):
-        """What is counted of such a login, and up to which number."""
+    def _counters(self, key, user):
+        """The counters of a login, as (key in `_since`, limit)."""
         return ((key, user), self.LIMIT), ((key, None), self.CLIENT_LIMIT)
 
     def note(self, key, user):
-        """Count a failure; (user or None for all, how many) for each limit that it reaches."""
+        """Count a failure.  Returns a list of (user or None, limit), one for each counter that has
+        just reached its limit."""
         now, reached = time.monotonic(), []
-        for each, limit in self._counts(key, user):
+        for each, limit in self._counters(key, user):
             if now > self._since.get(each, (now, 0))[0] + self.WINDOW:
                 del self._since[each]
             if len(self._since) >= self.ROOM and each not in self._since:
                 del self._since[next(iter(self._since))]
-            count = self._since.setdefault(each, [now, 0])
-            count[1] += 1
-            if count[1] == limit:
+            counter = self._since.setdefault(each, [now, 0])
+            counter[1] += 1
+            if counter[1] == limit:     # not beyond it: one warning for each window
                 reached.append((each[1], limit))
         return reached
 
     def too_many(self, key, user):
+        """Whether a login of `user` from that client must be refused without a check."""
         now = time.monotonic()
-        for each, limit in self._counts(key, user):
-            since, count = self._since.get(each, (0, 0))
-            if count >= limit and now <= since + self.WINDOW:
+        for each, limit in self._counters(key, user):
+            since, failures = self._since.get(each, (0, 0))
+            if failures >= limit and now <= since + self.WINDOW:
                 return True
         return False
 
@@ -3561,7 +3642,7 @@ class Failures:
 # ------------------------------------------------------------------------------------------ loops
 
 class Poller:
-    """The interface of select.epoll(), by `selectors` on other systems."""
+    """The part of select.epoll()'s interface that `Loop` uses, for systems without epoll."""
     READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
     def __init__(self):
@@ -3576,14 +3657,15 @@ class Poller:
 if hasattr(select, 'epoll'):            # used directly: `selectors` takes twice as long
     Poller = select.epoll
     READ, WRITE = select.EPOLLIN, select.EPOLLOUT
-    ERRORS = select.EPOLLET             # errors only, edge-triggered
+    # epoll_ctl(2): errors and hang-ups are always reported; edge-triggered, each only once.
+    ERRORS = select.EPOLLET
 else:
     READ, WRITE = Poller.READ, Poller.WRITE
-    ERRORS = 0                          # errors show in the next read or write
+    ERRORS = 0                          # not watched: errors show in the next read or write
 
 
 class Waker:
-    """A socket that is readable after wake(), which any thread may call, until clear()."""
+    """A socket that is readable from wake(), which any thread may call, until clear()."""
 
     def __init__(self):
         self._reader, self._writer = stock_pair()
@@ -3594,15 +3676,15 @@ class Waker:
         return self._reader.fileno()
 
     def wakeup_fd(self):
-        """For signal.set_wakeup_fd()."""
+        """The descriptor for signal.set_wakeup_fd()."""
         return self._writer.fileno()
 
     def wake(self):
-        with contextlib.suppress(OSError):      # the buffer is full: it is readable already
+        with contextlib.suppress(OSError):      # a full buffer is readable already
             self._writer.send(b'\0')
 
     def clear(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # it was empty
             self._reader.recv(4096)
 
     def close(self):
@@ -3611,19 +3693,20 @@ class Waker:
 
 
 class Timers:
-    """A timer for each item, in its attribute `due`, in units of TICK seconds.
+    """One timer for each item, with a resolution of TICK.
 
-    The items of a tick are in one set, so that setting and cancelling a timer take constant time,
-    and a cancelled timer leaves nothing behind.
+    The items that are due in one tick are in one set, so setting and cancelling a timer take
+    constant time, and a cancelled timer leaves nothing behind, unlike in a heap.  The attribute
+    `due` of an item has its tick, or None.
     """
     TICK = 0.05                         # seconds
 
     def __init__(self):
-        self._ticks = {}
-        self.next = float('inf')        # no timer expires before that time
+        self._ticks = {}                # set of items by number of the tick
+        self.next = float('inf')        # no timer expires before this time
 
     def set(self, item, when):
-        """Set the timer of `item` to a time, or cancel it (None)."""
+        """Set the timer of `item` to a time of time.monotonic(), or cancel it (None)."""
         tick = when and int(when / self.TICK) + 1
         if tick != item.due:
             if item.due in self._ticks:
@@ -3637,12 +3720,13 @@ class Timers:
                     self.next = tick * self.TICK
 
     def pause(self, now):
-        """Seconds until a timer may expire."""
+        """Seconds from the time `now` until a timer may expire, at most LONGEST."""
         pause = self.next - now
         return LONGEST if pause > LONGEST else pause if pause > 0 else 0
 
     def expired(self, now):
-        """The items whose timers have expired; these are cancelled."""
+        """The items whose timers have expired at the time `now`, the earliest first; their timers
+        are cancelled."""
         ticks = [tick for tick in self._ticks if tick * self.TICK <= now]
         items = [item for tick in sorted(ticks) for item in self._ticks.pop(tick)]
         self.next = min(self._ticks, default=float('inf')) * self.TICK
@@ -3652,43 +3736,52 @@ class Timers:
 
 
 class Loop:
-    """One poller, and one thread at a time in run(), for any number of items.
+    """An event loop: serves any number of items by one poller, in the thread that calls run().
 
-    An item is a `Task` or a relay.  It has
+    pool        `BlockingPool` for calls that block, or None
+    on_heavy    function of a `Tunnel` that has turned out to have heavy traffic, or None
+    resolver    `Resolver`, or None
 
-    client                 whom it serves, or None
-    due                    for `Timers`
-    ready(fd, events)      a socket that it watches, by its descriptor, is ready: READ and WRITE, or
-                           something else, which counts as both
-    expire()               its time has passed
-    close(outcome)         give everything back
+    An item is a `Task` or a `Relay`.  Its attributes and methods:
 
-    Other threads use only call() and stop().  `pool` does what blocks, `resolver` looks names up.
-    relieve(tunnel), if there is one, is called for a tunnel that turned out to carry much.
+    client               `Session` that it belongs to, or None
+    due                  used by `Timers`
+    ready(fd, events)    a socket that the item watches is ready; `fd` is its descriptor, `events`
+                         has READ and WRITE, anything else (an error, a hang-up) counts as both
+    expire()             the item's timer has expired
+    close(outcome)       release all resources; `outcome` is a text for the log
+
+    Only call() and stop() may be used from other threads.
+
+    Theory of operation.  run() works in rounds: poll, then the events, the timers, and the inbox
+    of call().  An event may be out of date when its turn comes, because an earlier one of the round
+    has closed its socket, or the descriptor has a new owner already.  So a descriptor that is no
+    longer watched is in `_stale` up to the end of the round, and its events are skipped; those of a
+    new owner are reported again by the next poll.
     """
-    BUFFER = 1 << 20                    # bytes that one read can bring
-    ROUND = 256                         # events at a time
-    ROUND_TIME = 0.001                  # seconds that datagrams may take of a round
-    client = None                       # as an item of itself, for its waker
+    BUFFER = 1 << 20                    # bytes, the most that one read can return
+    ROUND = 256                         # events in a round
+    ROUND_TIME = 0.001                  # seconds of a round for datagrams, so that others get turns
+    client = None                       # the loop is an item itself, for its waker
 
-    def __init__(self, pool=None, relieve=None, resolver=None):
+    def __init__(self, pool=None, on_heavy=None, resolver=None):
         self.pool = pool
         self.resolver = resolver
-        self.relieve = relieve
-        self.items = {}                 # as a set, which would take twice the room
+        self.on_heavy = on_heavy
+        self.items = {}                 # used as a set; a set would take twice the memory
         self.timers = Timers()
-        self.now = time.monotonic()     # as of this round of events
-        self.share = self.ROUND_TIME    # of one of the sockets that are ready
-        # Other than a bytearray's, its memory is only taken as far as it is written to.
+        self.now = time.monotonic()     # when this round began
+        self.time_slice = self.ROUND_TIME       # seconds for one socket with datagrams
+        # Unlike a bytearray, a map takes memory only for the pages that have been written to.
         private = {'flags': mmap.MAP_PRIVATE} if os.name == 'posix' else {}
         self.buffer = memoryview(mmap.mmap(-1, self.BUFFER, **private))
-        self.held = 0                   # bytes that relays hold because nobody takes them
-        self._inbox = deque()
-        self._asleep = False
+        self.held = 0                   # bytes that relays hold for sinks that do not take them
+        self._inbox = deque()           # calls of other threads, (item, function, args)
+        self._asleep = False            # the thread is in poll(), or about to be
         self._stopping = False
         self.closed = False
         self._watched = {}              # items by descriptor
-        self._stale = set()             # descriptors that may have changed hands since the poll
+        self._stale = set()             # descriptors no longer watched since the poll
         self._poller = Poller()
         try:
             self.waker = Waker()
@@ -3698,16 +3791,17 @@ class Loop:
         self.watch(self.waker, 0, READ, self)
 
     def call(self, item, function, *args):
-        """Call function(*args) on behalf of `item`, after the events of this round."""
+        """Have the loop call function(*args) on behalf of `item`, after the events of this round.
+        """
         self._inbox.append((item, function, args))
         if self._asleep:
             self.waker.wake()
 
     def watch(self, sock, before, wanted, item):
-        """Watch `sock` for the events `wanted` instead of those `before`, on behalf of `item`.
+        """Watch `sock` on behalf of `item` for the events `wanted`, instead of `before`.
 
-        With nothing wanted it is not watched at all: a poll for no events still reports a hang-up,
-        again and again.
+        Both are combinations of READ, WRITE and ERRORS; 0 means not watched.  A socket must not
+        stay registered for no events, since a poll would still report a hang-up, again and again.
         """
         fd = sock.fileno()
         if not wanted:
@@ -3727,11 +3821,13 @@ class Loop:
         timers, inbox, monotonic = self.timers, self._inbox, time.monotonic
         poll, watched, stale = self._poller.poll, self._watched, self._stale
         while not self._stopping:
-            self._asleep = True         # before the look at the inbox: call() may come in between
+            # Set before the look at the inbox: if call() comes after that look, it sees the flag
+            # and wakes the poll.
+            self._asleep = True
             found = poll(0 if inbox else timers.pause(monotonic()), self.ROUND)
             self._asleep = False
             self.now = monotonic()
-            self.share = self.ROUND_TIME / (len(found) or 1)
+            self.time_slice = self.ROUND_TIME / (len(found) or 1)
             for fd, events in found:
                 if fd in stale:
                     continue
@@ -3750,20 +3846,21 @@ class Loop:
         self._stopping = False
 
     def stop(self):
-        """Have run() return."""
+        """Have run() return, after its current round."""
         self._stopping = True
         self.waker.wake()
 
     def close(self):
-        """Close all items; no thread may be in run()."""
+        """Close all items and the poller; no thread may be in run()."""
         self.closed = True
+        # Items in the inbox may be on their way from another loop, and not in `items` yet.
         for item in [*(item for item, _, _ in self._inbox), *self.items]:
             self.attempt(item, item.close, 'server closed')
         self._poller.close()
         self.waker.close()
 
     def attempt(self, item, function, *args):
-        """Call function(*args) on behalf of `item`; what happens to one must not end the others."""
+        """Call function(*args) on behalf of `item`; an exception ends that item, not the loop."""
         try:
             function(*args)
         except Exception:
@@ -3771,53 +3868,66 @@ class Loop:
 
     @staticmethod
     def failed(item):
-        """An exception came out of `item`."""
+        """Log the exception that `item` has raised, and close the item."""
         log.exception('%s: this is a bug', item.client and item.client.address)
         with contextlib.suppress(Exception):
             item.close('failed: this is a bug')
 
     def ready(self, *_):
-        """The waker is; the loop watches it as an item does its sockets."""
+        """The waker is readable."""
         self.waker.clear()
 
 
 class Task:
-    """A conversation in a loop, and the client's socket, which it owns.
+    """Runs a conversation in a loop; owns the client's socket.
 
-    The conversation's result is a relay, which takes the socket over, or None.  If the client
-    resets its connection, ClientReset is raised in the conversation, whatever that waits for.
+    client          `Session` of the client
+    sock            the client's socket, or None
+    conversation    generator that yields `Wait`, `Call` and `LookUp`; it returns a `Relay`, which
+                    takes the socket over, or None
+
+    If the client resets its connection, ClientReset is raised in the conversation, whatever it
+    waits for.
+
+    Theory of operation.  The conversation waits either for sockets (`_awaited`, else NOTHING) or
+    for a result from another thread (`_call`, else None).  A result counts only while `_call` is
+    still the call that it is for: after a timeout or a close, it comes too late and is dropped.
+    The client's socket stays watched between two waits for the same event, which saves system
+    calls.  Other sockets are watched only during the wait, because the conversation may close them.
     """
-    __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation', '_wish',
-                 '_call')
+    __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation',
+                 '_awaited', '_call')
     NOTHING = Wait()
-    COSTLY_CALLS = 2                    # at a time, of all clients
+    COSTLY_CALLS = 2                    # at a time, for all clients, so that others get the CPU
 
     def __init__(self, client, sock, conversation):
         self.client = client
         self.due = None
         self._sock = sock
-        self._events = 0                # that it is watched for
-        self._others = []               # sockets that are watched
-        self._conversation = conversation
-        self._wish = self.NOTHING
-        self._call = None               # the `Call` or `LookUp` that others are at
+        self._events = 0                # events that `_sock` is watched for
+        self._others = []               # other sockets that are watched
+        self._conversation = conversation       # None after its end
+        self._awaited = self.NOTHING    # the `Wait`
+        self._call = None               # the `Call` or `LookUp` that other threads work on
 
-    traffic = 0, 0
+    traffic = 0, 0                      # as of a relay, for the table of clients
 
     def start(self, loop):
+        """Begin the conversation in `loop`."""
         self.loop = loop
         loop.items[self] = True
         self._step(self._conversation.send, None)
 
     def ready(self, fd, _):
-        found = [sock for sock in (*self._wish.reading, *self._wish.writing) if sock.fileno() == fd]
+        awaited = self._awaited
+        found = [sock for sock in (*awaited.reading, *awaited.writing) if sock.fileno() == fd]
         if found:
             self._step(self._conversation.send, found)
         elif self._conversation and self._sock.fileno() == fd:
             error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 self._step(self._conversation.throw, ClientReset(os.strerror(error)))
-            else:                       # it says something, or ends its direction: not now
+            else:                       # data or an end of data, to be read later
                 self._watch_own(ERRORS)
 
     def expire(self):
@@ -3827,7 +3937,10 @@ class Task:
             self._step(self._conversation.send, [])
 
     def close(self, outcome):
-        """End the conversation where it stands, with no more than one last word to the client."""
+        """Raise OSError(ECANCELED) in the conversation; if it goes on after that, end it.
+
+        So it can send a last reply to the client, but cannot wait for anything.
+        """
         if self._conversation:
             with contextlib.suppress(Exception):
                 self._step(self._conversation.throw, OSError(errno.ECANCELED, outcome))
@@ -3837,28 +3950,28 @@ class Task:
             self._end(None)
 
     def _step(self, advance, value):
-        """Resume the conversation and see to what it wants next."""
+        """Resume the conversation by advance(value), and begin to wait for what it yields."""
         self._unwatch()
-        self._wish, self._call = self.NOTHING, None
+        self._awaited, self._call = self.NOTHING, None
         try:
-            wish = advance(value)
+            awaited = advance(value)
         except StopIteration as stop:
             return self._end(stop.value)
-        self.loop.timers.set(self, wish.until)
-        if isinstance(wish, Wait):
-            self._wish = wish
+        self.loop.timers.set(self, awaited.until)
+        if isinstance(awaited, Wait):
+            self._awaited = awaited
             self._watch()
         else:
-            self._call = wish
+            self._call = awaited
             try:
-                self._delegate(wish)
-            except RuntimeError as error:           # no thread to be had
+                self._delegate(awaited)
+            except RuntimeError as error:           # no thread is available
                 return self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
         if ERRORS and not self._events and self._conversation and self._sock:
-            self._watch_own(ERRORS)     # a reset ends the conversation
+            self._watch_own(ERRORS)     # to notice a reset during the wait
 
     def _delegate(self, call):
-        """Have other threads do what blocks; RuntimeError if they cannot."""
+        """Give a `Call` or `LookUp` to another thread; RuntimeError if none is available."""
         owner = self.client.key
         if isinstance(call, LookUp):
             self.loop.resolver.ask(owner, self, call)
@@ -3871,8 +3984,8 @@ class Task:
             self.loop.pool.run(owner, self._work, call)
 
     def _work(self, call):
-        """In a thread of the pool."""
-        if self.is_waiting_for(call):
+        """Do a `Call`, in a thread of the pool or in one of its own."""
+        if self.is_waiting_for(call):   # it may have waited for a thread for too long
             value = error = None
             try:
                 value = call.function()
@@ -3881,16 +3994,19 @@ class Task:
             self.answer(call, value, error)
 
     def is_waiting_for(self, call):
-        """Whether the conversation still does; from any thread."""
+        """Whether the conversation still waits for the result of `call`; for any thread."""
         return call is self._call
 
     def answer(self, call, value=None, error=None):
-        """Resume the conversation with the result of a call, or with its error; from any thread."""
+        """Have the loop resume the conversation with the result of `call`, or with its error.
+
+        Any thread may call this.
+        """
         self.loop.call(self, self._resume, call, value, error)
 
     def _resume(self, call, value, error):
         if call is not self._call:
-            if isinstance(value, socket.socket):        # it came too late
+            if isinstance(value, socket.socket):        # too late, and now without an owner
                 value.close()
             return
         if error:
@@ -3898,11 +4014,8 @@ class Task:
         else:
             self._step(self._conversation.send, value)
 
-    # The client's socket stays watched between waits, which saves system calls; others may be
-    # closed by the conversation, so it gets them back unwatched.
-
     def _watch(self):
-        for sockets, wanted in (self._wish.reading, READ), (self._wish.writing, WRITE):
+        for sockets, wanted in (self._awaited.reading, READ), (self._awaited.writing, WRITE):
             for sock in sockets:
                 if sock is not self._sock:
                     self.loop.watch(sock, 0, wanted, self)
@@ -3916,14 +4029,14 @@ class Task:
         self._events = wanted
 
     def _unwatch(self):
-        while self._others:
+        while self._others:             # READ stands for whatever each was watched for
             self.loop.watch(self._others.pop(), READ, 0, self)
 
     def _end(self, relay):
         self._conversation = None
         self.loop.timers.set(self, None)
         self.loop.items.pop(self, None)
-        if relay:
+        if relay:                       # errors of start() end the relay
             self.loop.attempt(relay, relay.start, self.loop, self._events)
         else:
             self.loop.watch(self._sock, self._events, 0, self)
@@ -3931,8 +4044,11 @@ class Task:
 
 
 class Errand(Task):
-    """A conversation on behalf of a relay, in the relay's loop; `relay.errands` has those that are
-    under way.  It has no socket of its own, and its result means nothing."""
+    """A conversation on behalf of a relay, in the relay's loop.
+
+    It has no socket of its own, and its result is ignored.  `relay.errands` has the errands that
+    have not ended; the relay cancels them when it closes.
+    """
     __slots__ = ('_relay',)
 
     def __init__(self, relay, conversation):
@@ -3944,10 +4060,11 @@ class Errand(Task):
         self._relay.errands.add(self)
         self._step(self._conversation.send, None)
 
-    def close(self, outcome):
+    def close(self, outcome):           # after a bug: the relay cannot go on without its errand
         self._relay.close(outcome)
 
     def cancel(self):
+        """End the conversation at once."""
         self._unwatch()
         self._call = None
         self._conversation.close()
@@ -3960,40 +4077,51 @@ class Errand(Task):
 
 
 class Share:
-    """What one owner has of the `BlockingPool`'s threads, and its jobs that wait for one."""
+    """The jobs of one owner in a `BlockingPool`."""
     __slots__ = ('under_way', 'limit', 'waiting')
 
     def __init__(self, limit):
-        self.under_way = 0
-        self.limit = limit
-        self.waiting = deque()
+        self.under_way = 0              # jobs that have a thread
+        self.limit = limit              # of those
+        self.waiting = deque()          # jobs that wait for one
 
 
 class BlockingPool:
-    """Threads that do what blocks; a free one waits a while for the next job before it ends.
+    """A pool of threads for calls that block, shared fairly between owners.
 
-    An owner may have three times as many threads as are left, of which an eighth of all is kept for
-    owners that have none.  So one alone has most of them, several have equal shares in the long
-    run, and there is one for the first job of another.
+    size        number of threads at most; they are started when needed
+    patience    seconds after which a thread without a job ends
+
+    An owner is any hashable value, such as the key of a client.  It may have three times as many
+    threads as are free, not counting an eighth of all, which is kept for owners without a thread.
+    So one owner alone gets most of the threads, several get equal shares in the long run, and the
+    first job of a new owner finds a thread.
+
+    Theory of operation.  A job is first in `waiting` of its owner's `Share`, then, as soon as the
+    owner may have one more thread, in `_ready`, where any free thread takes it.  It is counted in
+    `_taken` and `under_way` from then on up to its end.  All state is guarded by `_changed`.
     """
-    LONGEST_QUEUE = 1024                # jobs of one owner that wait
+    LONGEST_QUEUE = 1024                # jobs of one owner that may wait
 
     def __init__(self, size=256, patience=5.0):
         self.size = size
-        self._patience = patience       # seconds
+        self._patience = patience
         self._changed = threading.Condition()
         self._threads = set()
-        self._ready = deque()           # jobs that the next free threads take, as (owner, job)
-        self._taken = 0                 # threads that have a job, or are to take one of those
-        self._shares = {}               # by owner
-        self._turns = deque()           # owners with jobs that wait
+        self._ready = deque()           # jobs for the next free threads, (owner, job)
+        self._taken = 0                 # number of jobs that have a thread or are ready
+        self._shares = {}               # `Share` by owner
+        self._turns = deque()           # owners with waiting jobs, in the order of their turns
         self._closed = False
 
     def run(self, owner, *job, limit=float('inf'), at_once=False):
-        """Call job[0](*job[1:]) in some thread, at most `limit` of the owner's at a time.
+        """Call job[0](*job[1:]) in a thread of the pool; return at once.
 
-        Raises RuntimeError if no thread starts, or too many jobs of the owner wait already; with
-        `at_once`, if the job would have to wait at all.
+        limit      number of the owner's jobs that may run at a time
+        at_once    refuse the job if it would have to wait for a thread
+
+        Raises RuntimeError if the job is refused, if too many jobs of the owner wait, or if no
+        thread can be started.
         """
         with self._changed:
             if self._closed:
@@ -4001,9 +4129,9 @@ class BlockingPool:
             share = self._shares.setdefault(owner, Share(limit))
             if (len(share.waiting) >= self.LONGEST_QUEUE
                     or at_once and not self._may_have_thread(share)):
-                raise RuntimeError('too many wait for a thread')
+                raise RuntimeError('too many jobs wait for a thread')
             if not share.waiting:
-                # A newcomer is before those who have some threads already.
+                # An owner without a thread comes before those that have some.
                 (self._turns.append if share.under_way else self._turns.appendleft)(owner)
             share.waiting.append(job)
             self._distribute()
@@ -4011,7 +4139,7 @@ class BlockingPool:
             try:
                 self._start_threads()
             except RuntimeError:
-                if not self._threads:   # else one of them will do it
+                if not self._threads:   # else one of them will take the job
                     self._done(*self._ready.pop())
                     raise
 
@@ -4022,7 +4150,7 @@ class BlockingPool:
         return share.under_way < min(share.limit, 3 * (left - self.size // 8))
 
     def _distribute(self):
-        """Make those jobs ready that may have a thread."""
+        """Make waiting jobs ready, owner by owner, as far as there are threads for them."""
         for _ in range(len(self._turns)):
             if self._taken >= self.size:
                 return
@@ -4042,9 +4170,12 @@ class BlockingPool:
             self._threads.add(thread)
 
     def _work(self):
+        """Do jobs, in a thread of the pool, until there is none for a while."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._closed, self._patience)
+                # The thread leaves `_threads` under the lock under which jobs are added, so run()
+                # either finds it waiting or starts another one, and no job is lost.
                 if self._closed or not self._ready:
                     return self._threads.discard(threading.current_thread())
                 owner, job = self._ready.popleft()
@@ -4055,13 +4186,13 @@ class BlockingPool:
             with self._changed:
                 self._done(owner, job)
                 self._distribute()
-                self._changed.notify(max(0, len(self._ready) - 1))      # one is for this thread
-                with contextlib.suppress(RuntimeError):
+                self._changed.notify(max(0, len(self._ready) - 1))      # this thread takes one
+                with contextlib.suppress(RuntimeError):         # then this thread does them all
                     self._start_threads()
-            job = None                  # hold nothing while waiting
+            job = None                  # its objects must not live on while the thread waits
 
     def _done(self, owner, _):
-        """Account for a job that has ended."""
+        """Count a job as ended."""
         share = self._shares[owner]
         share.under_way -= 1
         self._taken -= 1
@@ -4069,7 +4200,7 @@ class BlockingPool:
             del self._shares[owner]
 
     def dismiss(self):
-        """Have all threads end as soon as they are free, and begin no job that waits."""
+        """Have all threads end after their current jobs; jobs that wait are dropped."""
         with self._changed:
             self._closed = True
             self._turns.clear()
@@ -4078,12 +4209,12 @@ class BlockingPool:
 
 HOSTS_FILE = r'C:\Windows\System32\drivers\etc\hosts' if os.name == 'nt' else '/etc/hosts'
 RESOLV_CONF = '/etc/resolv.conf'
-FAMILIES = socket.AF_INET, socket.AF_INET6              # each has a look-up of its own
-TOGETHER = (socket.AF_UNSPEC,)                          # or both have one
+FAMILIES = socket.AF_INET, socket.AF_INET6              # one look-up for each
+TOGETHER = (socket.AF_UNSPEC,)                          # one look-up for both
 
 
-def when_written(path):
-    """The time of a file; None if it is not there."""
+def modification_time(path):
+    """The time when a file was last modified, in ns; None if there is no such file."""
     with contextlib.suppress(OSError):
         return os.stat(path).st_mtime_ns
     return None
@@ -4091,9 +4222,12 @@ def when_written(path):
 
 @functools.lru_cache(1)
 def hosts_file_names(path, _):
-    """The names in the system's table of hosts, in lower case; `_` is its time."""
+    """The set of the names in a hosts file (hosts(5)), as bytes in lower case.
+
+    The second argument is the file's modification time, so that a changed file is read again.
+    """
     names = set()
-    with contextlib.suppress(OSError), open(path, 'rb') as file:
+    with contextlib.suppress(OSError), open(path, 'rb') as file:        # there may be no file
         for line in file:
             names.update(line.lower().partition(b'#')[0].split()[1:])
     return names
@@ -4101,7 +4235,11 @@ def hosts_file_names(path, _):
 
 @functools.lru_cache(1)
 def has_search_list(path, _):
-    """Whether names may be looked up with domains of this host behind them (resolv.conf(5))."""
+    """Whether the system may append domains to names that it looks up (resolv.conf(5)).
+
+    The second argument is the file's modification time, as in hosts_file_names().
+    """
+    # Without a "search" line, the search list is the domain of the host's own name.
     if '.' in socket.gethostname() or os.name != 'posix':
         return True
     with contextlib.suppress(OSError), open(path, 'rb') as file:
@@ -4110,31 +4248,35 @@ def has_search_list(path, _):
 
 
 def look_up_plan(name, is_strict):
-    """How to look a name up: (name, families) for one step after the other, until one finds it.
+    """The steps for looking a name up, a list of (name, families); the first with a result counts.
 
-    The table of hosts overrides DNS for both families.  Where a search list may apply, a name with
-    a dot is tried as absolute first: its families must not be found under different domains.  With
-    `is_strict`, no name is looked up through a search list.
+    A name in the hosts file takes one step for both families, since the file overrides DNS for
+    both.  If a search list may apply, the two families could be found under different domains, so
+    a name with a dot is tried as an absolute name first, and then with one look-up for both.
+
+    is_strict    use no search list
     """
     plain, has_dot = name.rstrip('.'), '.' in name
     if (plain == 'localhost'
-            or plain.encode() in hosts_file_names(HOSTS_FILE, when_written(HOSTS_FILE))):
+            or plain.encode() in hosts_file_names(HOSTS_FILE, modification_time(HOSTS_FILE))):
         return [(plain, TOGETHER)]
-    if not (is_strict and not has_dot or has_search_list(RESOLV_CONF, when_written(RESOLV_CONF))):
+    if not (is_strict and not has_dot
+            or has_search_list(RESOLV_CONF, modification_time(RESOLV_CONF))):
         return [(name, FAMILIES)]
     steps = [(plain + '.', FAMILIES)] if has_dot or is_strict else []
     return steps if is_strict or name != plain else [*steps, (name, TOGETHER)]
 
 
-# IPv6 networks of lower precedence than IPv4 (RFC 6724 section 2.1): Teredo, 6to4, unique local.
+# IPv6 networks with lower precedence than IPv4 (RFC 6724 section 2.1): Teredo, 6to4, unique local.
 AFTER_IPV4 = [ipaddress.ip_network(network)
               for network in ('2001::/32', '2002::/16', 'fc00::/7')]
 
 
 def preferred(hosts):
-    """IP addresses in the order in which to try them, families in turn, at most ATTEMPTS.
+    """The IP addresses `hosts` in the order in which to try them, at most ATTEMPTS of them.
 
-    IPv6 comes first if this host has a route for it, unless one of its two ends is in AFTER_IPV4.
+    The families alternate (RFC 8305 section 4).  IPv6 comes first if this host has a route for it,
+    unless the local or the remote address is in AFTER_IPV4.
     """
     v4, v6 = ([host for host in hosts if (':' in host) == is_v6] for is_v6 in (False, True))
     if v4 and v6:
@@ -4146,81 +4288,91 @@ def preferred(hosts):
 
 
 class Query:
-    """The look-up of one name, and who waits for it."""
+    """The look-up of one name, and the tasks that wait for it."""
     __slots__ = ('name', 'memory', 'owners', 'waiting', 'is_renewal', 'steps', 'missing', 'found',
                  'failures', 'complete', 'answered')
 
     def __init__(self, name, memory, is_renewal):
         self.name = name
-        self.memory = memory            # for the answer
-        self.owners = set()             # among whose jobs it is
-        self.waiting = []               # (task, wish)
-        self.is_renewal = is_renewal    # of an answer that still serves
-        self.steps = None               # that are left of its plan; None: it has not begun
-        self.missing = set()            # families of the step under way
-        self.found = {}                 # family: IP addresses
-        self.failures = []              # (errno, text)
-        self.complete = threading.Event()       # all families of a step are in
-        self.answered = None            # when
+        self.memory = memory            # dictionary for the answer
+        self.owners = set()             # owners that have a job for it in the pool
+        self.waiting = []               # (task, its `LookUp`)
+        self.is_renewal = is_renewal    # there is an answer that may still be used
+        self.steps = None               # steps left of its plan; None: not begun
+        self.missing = set()            # families of the current step without a result
+        self.found = {}                 # IP addresses by family
+        self.failures = []              # (errno, text) of each look-up without addresses
+        self.complete = threading.Event()       # set when no family is missing
+        self.answered = None            # time of the answer
 
 
 class Answer(NamedTuple):
-    """What is remembered of a name: `hosts`, or the (errno, text) of a `failure`."""
+    """The remembered result of a look-up: IP addresses, or why there are none."""
     hosts: Sequence
-    failure: Optional[Tuple]
-    renewal: float                      # when to look it up again if it is asked for
-    end: float                          # of its use
+    failure: Optional[Tuple]            # (errno, text), or None
+    renewal: float                      # time from which a request starts a new look-up
+    end: float                          # time until which the answer may be used
 
 
 class Resolver:
-    """Finds the IP addresses of names, in the threads of `pool`.
+    """Finds the IP addresses of names by the system's resolver, in the threads of `pool`.
 
-    A name is looked up once for all who ask at the same time, with one look-up for each family
-    (RFC 8305 section 3): the first addresses are the answer, together with those that come within
-    DELAY.  It is remembered for a while, and renewed in the background while it is in use.
+    is_strict    use no search list, see look_up_plan()
 
-    is_strict   see look_up_plan()
+    Theory of operation.  All tasks that ask for a name at the same time share one `Query`.  It has
+    one look-up for each family, in parallel (RFC 8305 section 3).  The first thread that finds
+    addresses waits for the other family, for DELAY at most, then answers all tasks.  Addresses that
+    come later only complete the remembered answer.  An answer is remembered for MEMORY; a request
+    in the second half of that time renews it in the background.
+
+    Some name servers never answer for one family.  So a family that was late LATE times in
+    succession is no longer waited for, and only one of its look-ups runs at a time.
     """
     DELAY = 0.05                        # seconds, RFC 8305 section 8
-    LATE = 3                            # times that a family took longer: it is not waited for
-    MEMORY = 60.0                       # seconds, for addresses
-    RETRY = 3.0                         # seconds, for failures
-    LIMIT = 1024                        # names that are remembered
+    LATE = 3                            # times
+    MEMORY = 60.0                       # seconds to remember addresses; getaddrinfo has no TTL
+    RETRY = 3.0                         # seconds to remember a failure
+    LIMIT = 1024                        # names to remember
 
     def __init__(self, pool):
         self.pool = pool
         self.is_strict = False
         self._lock = threading.Lock()
-        self._answers = {}              # name: `Answer`, the latest one last
-        self._queries = {}              # name: `Query`
-        self._late = dict.fromkeys(FAMILIES + TOGETHER, 0)      # how often in succession
+        self._answers = {}              # `Answer` by name, the latest one last
+        self._queries = {}              # `Query` by name
+        self._late = dict.fromkeys(FAMILIES + TOGETHER, 0)      # times late in succession
         self._busy = dict.fromkeys(FAMILIES + TOGETHER, 0)      # look-ups under way
 
-    def ask(self, owner, task, wish):
-        """Have `task` get the answer to its `LookUp`; RuntimeError if no thread can find it."""
+    def ask(self, owner, task, awaited):
+        """Have task.answer() called with the result of `awaited`, a `LookUp`.
+
+        The look-up is a job of `owner` in the pool.  Raises RuntimeError if no thread is available.
+        """
         with self._lock:
-            answer, query = self._answers.get(wish.name), self._queries.get(wish.name)
+            answer, query = self._answers.get(awaited.name), self._queries.get(awaited.name)
             now = time.monotonic()
             is_known = answer is not None and now < answer.end
             if is_known:
-                self._tell(task, wish, answer)
+                self._deliver(task, awaited, answer)
                 if query or now < answer.renewal:
                     return
             if not query:
-                query = self._queries[wish.name] = Query(wish.name, self._answers, is_known)
+                query = self._queries[awaited.name] = Query(awaited.name, self._answers, is_known)
             if not is_known:
-                query.waiting.append((task, wish))
-            # If it waits among the jobs of others, it must not wait for all of theirs.
+                query.waiting.append((task, awaited))
+            # A query that has not begun may be far back in the queue of another owner.  It becomes
+            # a job of this owner too; whichever job comes first does it.
             if query.steps is None and owner not in query.owners:
                 query.owners.add(owner)
                 try:
                     self.pool.run(owner, self._begin, query, owner)
                 except RuntimeError:
-                    self._withdraw(query, owner, (task, wish))
+                    self._withdraw(query, owner, (task, awaited))
                     if not is_known:
                         raise
 
     def _withdraw(self, query, owner, waiting):
+        """Undo what ask() did for a job that the pool has refused."""
         query.owners.discard(owner)
         if waiting in query.waiting:
             query.waiting.remove(waiting)
@@ -4228,31 +4380,34 @@ class Resolver:
             del self._queries[query.name]
 
     @staticmethod
-    def _tell(task, wish, answer):
+    def _deliver(task, awaited, answer):
         error = None if answer.hosts else socket.gaierror(*answer.failure)
-        task.answer(wish, answer.hosts, error)
+        task.answer(awaited, answer.hosts, error)
 
-    # In threads of the pool
+    # What follows runs in threads of the pool.
 
     def _begin(self, query, owner):
+        """Start the first step, unless another job did, or no task waits any more."""
         plan = look_up_plan(query.name, self.is_strict)
         with self._lock:
             if query.steps is not None:
-                return                  # somebody else's job did
+                return
             query.steps = deque(plan)
             if not (query.is_renewal
-                    or any(task.is_waiting_for(wish) for task, wish in query.waiting)):
+                    or any(task.is_waiting_for(awaited) for task, awaited in query.waiting)):
                 return self._remove(query)
         self._take_step(query, owner)
 
     def _remove(self, query):
-        if self._queries.get(query.name) is query:      # it may be another's after forget()
+        if self._queries.get(query.name) is query:      # after forget() there may be another one
             del self._queries[query.name]
 
     def _take_step(self, query, owner):
+        """Look up all families of the next step: one in this thread, others in further threads."""
         with self._lock:
             name, families = query.steps.popleft()
-            # Look-ups that never end take threads; of a family that is late, one is enough.
+            # A look-up of a late family may occupy its thread for long, so only one runs at a
+            # time; that of this query becomes a step of its own, after the quick family.
             slow = [family for family in families
                     if self._busy[family] and self._late[family] >= self.LATE]
             if len(slow) < len(families):
@@ -4263,19 +4418,20 @@ class Resolver:
         for family in families[1:]:
             try:
                 self.pool.run(owner, self._look_up, query, owner, name, family, at_once=True)
-            except RuntimeError:        # no thread is free: one after the other
+            except RuntimeError:        # no thread is free: a step of its own, after this one
                 with self._lock:
                     query.missing.discard(family)
                     query.steps.appendleft((name, (family,)))
         self._look_up(query, owner, name, families[0])
 
     def _look_up(self, query, owner, name, family):
+        """Look one family up; answer the tasks if this is the first result, or the last failure."""
         with self._lock:
             self._busy[family] += 1
         hosts, failure = self._outcome(name, family)
         with self._lock:
             is_first, is_last = self._note(query, family, hosts, failure)
-        if is_first:                    # so this thread answers
+        if is_first:
             if not is_last and any(self._late[each] < self.LATE for each in list(query.missing)):
                 query.complete.wait(self.DELAY)
             self._finish(query)
@@ -4287,7 +4443,7 @@ class Resolver:
 
     @staticmethod
     def _outcome(name, family):
-        """The IP addresses of a name, and the (errno, text) of the failure if there are none."""
+        """(IP addresses of a name, None), or ([], (errno, text)) if there are none."""
         try:
             return hosts_of(name, family), None
         except OSError as error:
@@ -4298,7 +4454,10 @@ class Resolver:
             return [], (socket.EAI_FAIL, 'the look-up failed')
 
     def _note(self, query, family, hosts, failure):
-        """Record the outcome for a family: (is it the first success, is no family missing)."""
+        """Record the outcome for a family.
+
+        Returns (is it the first family with addresses, has every family of the step a result).
+        """
         now = time.monotonic()
         self._busy[family] -= 1
         if not query.answered or now - query.answered < self.DELAY:
@@ -4310,12 +4469,12 @@ class Resolver:
             query.failures.append(failure)
         if not query.missing:
             query.complete.set()
-        if query.answered and hosts:    # too late for those who asked, but not for the next
+        if query.answered and hosts:    # too late for the tasks that asked, in time for the next
             self._remember(query, self._answer(query, query.answered))
         return bool(hosts) and len(query.found) == 1, not query.missing
 
     def _finish(self, query):
-        """Give the answer to all who wait for it."""
+        """Answer all tasks that wait, with what has been found."""
         with self._lock:
             query.answered = time.monotonic()
             for family in query.missing:
@@ -4324,14 +4483,15 @@ class Resolver:
             self._remember(query, answer)
             self._remove(query)
             waiting, query.waiting = query.waiting, []
-        for task, wish in waiting:
-            self._tell(task, wish, answer)
+        for task, awaited in waiting:
+            self._deliver(task, awaited, answer)
 
     def _answer(self, query, now):
-        """What a query has found up to now."""
+        """The `Answer` of a query with what it has found by the time `now`."""
         if query.found:
             hosts = preferred(list(itertools.chain(*query.found.values())))
             return Answer(hosts, None, now + self.MEMORY / 2, now + self.MEMORY)
+        # "No such name" says less than a name server that failed: the name may exist.
         failure = min(query.failures, key=lambda failure: failure[0] in NO_SUCH_NAME)
         return Answer((), failure, now + self.RETRY, now + self.RETRY)
 
@@ -4340,14 +4500,14 @@ class Resolver:
         memory, name = query.memory, query.name
         before = memory.pop(name, None)
         if before and before.hosts and before.end > answer.end:
-            # It could not be renewed just now, or there was a later query.
+            # The renewal failed, or a later query has finished before.  Keep the old addresses.
             answer = before._replace(renewal=max(before.renewal, answer.renewal))
         if len(memory) >= cls.LIMIT:
             del memory[next(iter(memory))]
         memory[name] = answer
 
     def forget(self):
-        """Look everything up anew."""
+        """Drop all answers; queries under way keep their tasks, but are not remembered."""
         with self._lock:
             self._answers, self._queries = {}, {}
 
@@ -4355,46 +4515,50 @@ class Resolver:
 # ----------------------------------------------------------------------------------------- relays
 
 class Relay:
-    """What a loop carries for a client after the conversation; closes its sockets at its end.
+    """Base of what serves a client in a loop after the conversation; owns its sockets.
 
-    `moved` is when something last did, in the loop's time; after `patience` seconds without, the
-    relay ends.
+    client         `Session` of the client; None after the end
+    patience       seconds without data after which the relay ends; 0: no limit
+    last_active    time of the last data
     """
-    __slots__ = ('client', 'loop', 'due', 'moved')
+    __slots__ = ('client', 'loop', 'due', 'last_active')
 
     def __init__(self, client):
         self.client = client
         self.due = None
 
-    def begin(self, loop):
-        """Belong to `loop`."""
+    def attach(self, loop):
+        """Become an item of `loop`."""
         self.loop = loop
-        self.moved = loop.now
+        self.last_active = loop.now
         loop.items[self] = True
         self.expire()
 
     def expire(self):
-        """Close what is idle; come back when it may be."""
+        """Close the relay if it is idle, else set the timer for when it may be.
+
+        Reads do not set the timer, which would cost more than to look again when it expires.
+        """
         patience = self.client and self.patience
-        if patience and self.moved + patience <= time.monotonic() and not self.goes_on():
-            self.close(self.outcome_of_silence)
+        if patience and self.last_active + patience <= time.monotonic() and not self.is_active():
+            self.close(self.idle_outcome)
         elif patience:
-            self.loop.timers.set(self, self.moved + patience)
+            self.loop.timers.set(self, self.last_active + patience)
 
-    outcome_of_silence = 'idle'
+    idle_outcome = 'idle'
 
-    def goes_on(self):
-        """Whether something has moved after all, that the relay itself does not see."""
+    def is_active(self):
+        """Whether there is activity that `last_active` does not show."""
         return False
 
-    def leave(self):
-        """Belong to no loop."""
+    def detach(self):
+        """Be an item of no loop."""
         self.loop.timers.set(self, None)
         self.loop.items.pop(self, None)
 
 
 def seconds_since_sent(sock):
-    """How long ago the system sent data on a TCP socket; infinity where it does not tell."""
+    """Seconds since the system last sent data on a TCP socket (tcp(7)); infinity if unknown."""
     with contextlib.suppress(OSError):
         if sys.platform == 'linux':
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
@@ -4402,17 +4566,17 @@ def seconds_since_sent(sock):
     return float('inf')
 
 
-# Of a half-closed connection: seconds until a silent peer is asked whether it lives, and between
-# questions.
+# TCP keep-alive for half-closed connections (tcp(7)): seconds of silence before the first probe,
+# and between probes.
 PROBES = [(getattr(socket, name), seconds) for name, seconds in (
     ('TCP_KEEPIDLE', 30), ('TCP_KEEPALIVE', 30), ('TCP_KEEPINTVL', 15)) if hasattr(socket, name)]
 
 
 class Spill:
-    """In the place of a sink that takes no more, for what its source may still say."""
+    """Takes the place of a sink that has failed, and discards up to 4096 bytes."""
 
     def __init__(self):
-        self._room = 4096               # bytes
+        self._room = 4096
 
     def send(self, data):
         self._room -= len(data)
@@ -4421,33 +4585,39 @@ class Spill:
         return len(data)
 
     def shutdown(self, _):
-        """As of a socket."""
+        """As of a socket; there is nothing to do."""
 
 
 class Pipe:
-    """One direction of a `Tunnel`: what `source` sends goes to `sink`.
+    """One direction of a `Tunnel`: copies from the socket `source` to the socket `sink`.
 
-    hungry    waits for the source; holds nothing
-    loaded    holds what the sink did not take, and waits for it; reads nothing meanwhile
-    done      the source has ended, or the sink is gone
+    load    bytes that the sink did not take yet
+    done    the source has ended, or the sink has failed
 
-    Theory of operation.  A tunnel has two sockets and two pipes, each the other's `twin`: the
-    source of one is the sink of the other.  So an event of a socket concerns both, and only the
-    pipe whose source it is watches it: for reading on its own behalf while it is hungry, for
-    writing on behalf of its twin while that is loaded.
+    Theory of operation.  While `load` is empty, the pipe waits until it can read from the source.
+    While `load` is not empty, it waits until it can write to the sink and reads nothing, so memory
+    is bounded and the sender is slowed down.
 
-    A pipe ends in one of two ways.  end(): the source has said all, which is passed on; the twin
-    goes on.  sink_failed(): the sink takes no more.  That alone is no fault.  A side that has ended
-    has often closed its socket, and refuses what the other still says at its end, as TLS does.
-    So the pipe reads on for a while, into a `Spill`, and if then its source ends too, both have
-    ended and the tunnel is done.  It is a fault if the source does not end (GRACE), has much more
-    to say, or if the sink's side had not ended before; then the tunnel ends by RST both ways.
+    A tunnel has two sockets and two pipes, each the other's `twin`: the source of one is the sink
+    of the other.  An event of a socket concerns both pipes, but a loop has one item for a
+    descriptor.  So each pipe watches its source: for reading on its own behalf, for writing on
+    behalf of its twin.
+
+    A pipe ends in one of two ways.
+
+    end(): the source has ended.  The sink's direction is shut down, and the twin goes on.
+
+    sink_failed(): the sink takes no more data.  This is not yet an error, because a peer that has
+    sent all often closes its socket at once, and then refuses what the other side sends at its own
+    end, such as TLS's close_notify.  So the pipe reads on, into a `Spill`.  If its source then ends
+    too, the tunnel is done.  It is an error if the sink's side had not ended, or if the source does
+    not end within Tunnel.GRACE or sends more than the `Spill` takes; then both sides get an RST.
     """
-    # One read takes `size` bytes at most: more while the source fills it, because few large system
-    # calls are what makes it fast; little at first and after the sink did not take all, and when
-    # the loop holds much already, so that many slow sinks cannot make it hold more and more.
-    SMALLEST, LARGEST = 1 << 14, Loop.BUFFER
-    HELD = 1 << 26
+    # `size`, the limit of one read, grows while the source fills it: few large system calls make
+    # the copying fast.  It is small at first, after the sink did not take all, and while the loop
+    # holds more than HELD bytes, so that many slow sinks cannot use up the memory.
+    SMALLEST, LARGEST = 1 << 14, Loop.BUFFER        # bytes
+    HELD = 1 << 26                                  # bytes
 
     __slots__ = ('tunnel', 'source', 'sink', 'twin', 'load', 'done', 'size', 'count', 'events')
 
@@ -4459,17 +4629,17 @@ class Pipe:
         self.load = load
         self.done = False
         self.size = self.SMALLEST
-        self.count = len(load)          # bytes taken from the source
-        self.events = 0                 # what the loop watches the source for
+        self.count = len(load)          # bytes read from the source
+        self.events = 0                 # events that the loop watches the source for
 
     @property
     def client(self):
-        """Whom the loop says it about if something goes wrong here."""
+        """The tunnel's `Session`, for Loop.failed()."""
         return self.tunnel.client
 
     def ready(self, _, events):
-        """The loop saw `events` at the source, which is also the twin's sink."""
-        # An earlier event of the same round may have changed what is waited for.
+        """Handle `events` of the source, which is also the twin's sink."""
+        # An earlier event of the round may have changed `self.events`.
         if self.events & READ and events & ~WRITE:
             self.fill()
         elif self.events == ERRORS:
@@ -4480,7 +4650,7 @@ class Pipe:
             self.twin.flush()
 
     def fill(self):
-        """Read once, and pass on at once what was read."""
+        """Read once from the source, and write the data to the sink."""
         tunnel = self.tunnel
         loop = tunnel.loop
         try:
@@ -4492,7 +4662,7 @@ class Pipe:
             return tunnel.close(tunnel.fault_of(self.source, error))
         if not count:
             return self.end()
-        tunnel.moved = loop.now
+        tunnel.last_active = loop.now
         self.count += count
         if count == self.size < self.LARGEST:
             self.grow()
@@ -4505,19 +4675,20 @@ class Pipe:
             return self.sink_failed(error)
         if sent < count:
             self.size = self.SMALLEST
-            self.keep(memoryview(bytes(data[sent:])))   # the buffer is the whole loop's
+            self.keep(memoryview(bytes(data[sent:])))   # a copy: all pipes share the loop's buffer
             tunnel.watch()
 
     def grow(self):
+        """Read more at a time; heavy traffic may move the tunnel to another loop."""
         self.size *= 4
         loop = self.tunnel.loop
-        if self.size == self.LARGEST and loop.relieve:
-            loop.call(self.tunnel, loop.relieve, self.tunnel)
+        if self.size == self.LARGEST and loop.on_heavy:
+            loop.call(self.tunnel, loop.on_heavy, self.tunnel)      # later: this one is in fill()
 
     def flush(self):
-        """Send what is loaded, or what TLS has kept."""
+        """Send what `load` or a TLS layer holds for the sink."""
         if self.load:
-            self.tunnel.moved = self.tunnel.loop.now
+            self.tunnel.last_active = self.tunnel.loop.now
             try:
                 self.keep(self.load[self.sink.send(self.load):])
             except BLOCKED:
@@ -4525,7 +4696,7 @@ class Pipe:
             except OSError as error:
                 return self.sink_failed(error)
             self.tunnel.watch()
-        elif getattr(self.sink, 'unsent', False):
+        elif getattr(self.sink, 'unsent', False):       # only a `Layer` has that
             try:
                 self.sink.flush()
             except OSError as error:
@@ -4533,46 +4704,47 @@ class Pipe:
             self.tunnel.watch()
 
     def keep(self, load):
+        """Set `load`, and count its bytes in the loop."""
         self.tunnel.loop.held += len(load) - len(self.load)
-        self.load = load or b''         # an empty view would hold on to all of it
+        self.load = load or b''         # an empty view would keep all of its memory alive
 
     def end(self):
-        """The source has said all: tell the sink; the other direction goes on (half-close)."""
+        """The source has ended: shut the sink down for writing.  The twin goes on (half-close)."""
         self.done = True
         tunnel, twin = self.tunnel, self.twin
-        if not twin.done:                       # else the tunnel's close says it
-            tunnel.moved = tunnel.loop.now
+        if not twin.done:                       # else the tunnel closes both sockets
+            tunnel.last_active = tunnel.loop.now
             try:
                 self.sink.shutdown(socket.SHUT_WR)
-                for option, value in PROBES:    # each may be dead, and nothing would tell
+                for option, value in PROBES:    # a dead peer would otherwise stay unnoticed
                     self.source.setsockopt(socket.IPPROTO_TCP, option, value)
                     twin.source.setsockopt(socket.IPPROTO_TCP, option, value)
-            except OSError:                     # gone, as the twin will notice
+            except OSError:                     # closed by its peer, which the twin notices
                 pass
-            tunnel.expire()                     # it may have to end in time now
+            tunnel.expire()                     # `patience` may be shorter now
         tunnel.watch()
 
     def sink_failed(self, error):
-        """The sink takes no more, see above; the twin goes on, to read what it sent before."""
+        """The sink takes no more data; see the class.  The twin reads what it has sent before."""
         tunnel = self.tunnel
         self.keep(b'')
         fault = tunnel.fault_of(self.twin.source, error)
         if isinstance(self.sink, Spill):
-            self.done, tunnel.fault = True, tunnel.lost
+            self.done, tunnel.fault = True, tunnel.sink_failure
         else:
-            # EPIPE: the end of the sink's side is there, if not read yet.
+            # EPIPE means that the peer has closed in order: its end will be read, if not yet.
             if not (self.twin.done or isinstance(error, BrokenPipeError)):
                 tunnel.fault = fault
-            self.sink, tunnel.lost = Spill(), fault
-            tunnel.moved = tunnel.loop.now
+            self.sink, tunnel.sink_failure = Spill(), fault
+            tunnel.last_active = tunnel.loop.now
             tunnel.expire()
         tunnel.watch()
 
     def watch(self):
-        """Have the loop watch the source for what this pipe and its twin wait for there."""
+        """Have the loop watch the source for the events that this pipe and its twin wait for."""
         wanted = ERRORS if self.load or self.done else READ
         if self.twin.load or getattr(self.source, 'unsent', False):
-            wanted = wanted & READ | WRITE
+            wanted = wanted & READ | WRITE      # without ERRORS, which is edge-triggered
         if wanted != self.events:
             self.tunnel.loop.watch(self.source, self.events, wanted, self)
             self.events = wanted
@@ -4691,7 +4863,7 @@ class SplicePipe(Pipe):
     def flush(self):
         if not isinstance(self.load, range):
             return super().flush()
-        self.tunnel.moved = self.tunnel.loop.now
+        self.tunnel.last_active = self.tunnel.loop.now
         try:
             sent = os.splice(self._ends[0], self.sink.fileno(), len(self.load), flags=self.FLAGS)
         except BLOCKED:
@@ -4707,42 +4879,48 @@ class SplicePipe(Pipe):
 
 
 class Tunnel(Relay):
-    """Two sockets, joined; owns both from its making on.
+    """A relay that joins two sockets.
 
-    Ends when both directions are done; and by RST both ways when a side resets, when nothing has
-    moved for too long, or with its loop, so that what was cut does not look complete.
+    near, far    the sockets of client and target, which the tunnel owns from now on
+    surplus      bytes that the client has sent already, for the target
+
+    It ends when both directions are done.  If it ends early, by a reset, a time limit or the end of
+    its loop, both sides get an RST: an ordinary end would make the data look complete.
     """
     GRACE = 0.5                         # seconds, see `Pipe`
 
-    __slots__ = ('up', 'down', 'lost', 'fault')
+    __slots__ = ('up', 'down', 'sink_failure', 'fault')
 
     def __init__(self, client, near, far, surplus=b''):
         super().__init__(client)
         self.up = Pipe(self, near, far, surplus)
         self.down = Pipe(self, far, near)
         self.up.twin, self.down.twin = self.down, self.up
-        self.lost = None                # why one side takes no more
-        self.fault = None               # the same, if that is a fault
+        self.sink_failure = None        # text: why one side takes no more data
+        self.fault = None               # the same, if it is an error
 
     @property
     def patience(self):
-        if self.lost and (self.up.done or self.down.done):
+        if self.sink_failure and (self.up.done or self.down.done):
             return self.GRACE
         return self.client.idle_timeout or self.up.done and self.client.linger
 
     @property
-    def outcome_of_silence(self):
-        return self.lost or 'idle'
+    def idle_outcome(self):
+        return self.sink_failure or 'idle'
 
-    def goes_on(self):
-        """Whether one side took something of late that it was sent before."""
-        if not self.lost:
-            self.moved = max(self.moved, time.monotonic() - min(
+    def is_active(self):
+        """Whether the system still sends data to a side, of what the tunnel has given it before.
+
+        A slow receiver may take minutes for what is in the system's buffers.
+        """
+        if not self.sink_failure:
+            self.last_active = max(self.last_active, time.monotonic() - min(
                 seconds_since_sent(self.up.source), seconds_since_sent(self.down.source)))
-        return self.moved + self.patience > time.monotonic()
+        return self.last_active + self.patience > time.monotonic()
 
     def fault_of(self, sock, error):
-        """The outcome for an error of one of the two sockets."""
+        """The outcome, a text, for an error of one of the two sockets."""
         side = 'client' if sock is self.up.source else 'target'
         return f'{side}: {printable_line(reason(error))}'
 
@@ -4752,30 +4930,33 @@ class Tunnel(Relay):
         return self.up.count, self.down.count
 
     def start(self, loop, near_events=0):
-        """Go on in `loop`, which watches the client's socket for `near_events` already."""
-        self.begin(loop)
+        """Begin or go on in `loop`, which already watches the client's socket for `near_events`."""
+        self.attach(loop)
         loop.held += len(self.up.load) + len(self.down.load)
         for sock in (self.up.source, self.down.source):
             if isinstance(sock, Layer):
                 sock.count_in(loop)
-        loop.watch(self.up.source, near_events, near_events, self.up)
+        loop.watch(self.up.source, near_events, near_events, self.up)   # no longer for the task
         self.up.events = near_events
         self.up.watch()
         self.down.watch()
         self.up.flush()
 
     def move(self, loop, pipes):
-        """Go on in another loop, splicing unless there is a layer; `pipes` is a `SystemPipes`."""
-        self.leave()
+        """Go on in another loop, splicing unless there is a layer; `pipes` is a `SystemPipes`.
+
+        Call this in the thread of the present loop.
+        """
+        self.detach()
         if not (isinstance(self.up.source, Layer) or isinstance(self.down.source, Layer)):
             self.up, self.down = SplicePipe(self.up, pipes), SplicePipe(self.down, pipes)
             self.up.twin, self.down.twin = self.down, self.up
         self.loop = loop
-        loop.items[self] = True         # at once, so that it counts as served all the time
+        loop.items[self] = True         # at once, so that limits on clients always count it
         loop.call(self, self.start, loop)
 
-    def leave(self):
-        super().leave()
+    def detach(self):
+        super().detach()
         for pipe in (self.up, self.down):
             if pipe.events:
                 self.loop.watch(pipe.source, pipe.events, 0, pipe)
@@ -4785,6 +4966,7 @@ class Tunnel(Relay):
         self.loop.held -= len(self.up.load) + len(self.down.load)
 
     def watch(self):
+        """Watch both sockets for what the pipes wait for, or end if both pipes are done."""
         if self.up.done and self.down.done:
             self.close(self.fault or 'done')
         else:
@@ -4792,37 +4974,40 @@ class Tunnel(Relay):
             self.down.watch()
 
     def close(self, outcome):
-        """Close both sockets, by RST unless all is done; only the first call counts."""
+        """Close both sockets, with an RST unless the outcome is 'done'.  Further calls do nothing.
+        """
         client, self.client = self.client, None
         if not client:
             return
-        self.leave()
+        self.detach()
         for pipe in (self.up, self.down):
             pipe.done, pipe.load = True, b''
             if outcome == 'done':
                 pipe.source.close()
             else:
                 abort(pipe.source)
+        # A forwarding HTTP layer has the cause in `failure`, such as a malformed request.
         client.end(getattr(self.up.source, 'failure', None) or outcome, self.up.count,
                    self.down.count)
 
 
 class Reassembly:
-    """The queue of the fragments of one datagram (RFC 1928 section 7)."""
-    PATIENCE = 10.0                     # seconds; the RFC wants 5 at least
-    LARGEST = 65507                     # bytes, what one UDP datagram over IPv4 can carry
+    """Joins the fragments of datagrams, one datagram at a time (RFC 1928 section 7)."""
+    PATIENCE = 10.0                     # seconds for one datagram; the RFC asks for at least 5
+    LARGEST = 65507                     # bytes of payload of one UDP datagram over IPv4
 
     def __init__(self):
-        self.position = 0               # of the last fragment; 0: the queue is empty
+        self.position = 0               # of the last fragment; 0: there are no fragments
 
     def add(self, datagram, now):
-        """The whole datagram if this is its last fragment, else None.
+        """Take a `Datagram`; return a complete one, or None if fragments are missing.
 
-        A datagram that is none abandons the queue, as does a fragment that cannot follow.
+        A datagram that is not a fragment is complete.  It drops the fragments that there are, as
+        does a fragment out of order or too late.
         """
         position, last = datagram.fragment & 0x7F, datagram.fragment & 0x80
         if position == self.position > 1 and now <= self._end:
-            return None                 # the same again
+            return None                 # a duplicate; at position 1, a new datagram begins
         if position != self.position + 1 or self.position and now > self._end:
             self.position = 0
         if not datagram.fragment:
@@ -4843,7 +5028,10 @@ class Reassembly:
 
 
 class Latest(dict):
-    """What was remembered last: at most `limit` items, and at most ROOM bytes of keys."""
+    """A dictionary of the latest items: at most `limit`, and at most ROOM bytes of keys.
+
+    Keys are chosen by clients and may be 262 bytes long each, so their size is limited too.
+    """
     ROOM = 1 << 16
 
     def __init__(self, limit):
@@ -4852,7 +5040,7 @@ class Latest(dict):
         self._size = 0                  # bytes of keys
 
     def remember(self, key, value):
-        """Have `value` for `key`, as the latest; what was remembered first makes room."""
+        """Set `key` to `value` as the latest item, dropping the oldest ones if necessary."""
         if key in self:
             self.forget(key)
         self._size += len(key)
@@ -4873,12 +5061,12 @@ class Latest(dict):
 
 
 class Target:
-    """Where the datagrams go that have the same header.
+    """The destination of all datagrams with the same header.
 
-    route    the socket that sends them, and the IP address
-    until    the time from which Routes.follow() has to see them; never for an IP address
-    found    when the name was looked up
-    spare    an IP address of the other family, as long as nothing has come back; or None
+    route    (socket to send from, `Address` of the target)
+    until    time until which the route needs no review; infinity for an IP address
+    found    time when the name was looked up
+    spare    `Address` of the other family to try as long as nothing has come back, or None
     """
     __slots__ = ('route', 'until', 'found', 'spare')
 
@@ -4890,72 +5078,74 @@ class Target:
 
 
 class Routes:
-    """Which way one client's datagrams go, and from whom answers may come.
+    """The routes of one client's datagrams, in both directions; `relay` is its `UdpRelay`.
 
-    The bytes of a header are the key to its target, so that this is unpacked, looked up and judged
-    once, and the address of a sender is the key to the header of its answers.  `relay` is the
-    `UdpRelay` that sends.
+    Theory of operation.  The bytes of a header are the key to its `Target`, so a header is
+    unpacked, resolved and judged once, not for each datagram.  In the other direction, the address
+    of a sender is the key to the header of its answers.
 
-    A name is looked up again while it is used.  If it has addresses of both families, and nothing
-    comes back from the first one, the other one gets datagrams too, until one of them answers.
+    Payloads for a name wait in a queue, by header, during the look-up.  A name is looked up again
+    from time to time while it is used.  If it has addresses of both families and nothing comes back
+    from the first one, the spare one gets the datagrams too, until one of them answers: UDP has no
+    connect that could fail.
     """
-    LIMIT = 1024                        # targets, and senders, that are known at a time
-    LOOKUPS = 16                        # at a time
-    QUEUE, ROOM = 512, 1 << 18          # datagrams that wait for them, and bytes of these
-    PATIENCE = 10.0                     # seconds that they wait for one
-    RETRY = 5.0                         # seconds until a failed look-up is tried again
-    REFRESH = Resolver.MEMORY + 1       # seconds until a name is looked up again
-    TRIAL = 1.0                         # seconds until the other family is tried, and tried again
+    LIMIT = 1024                        # targets, and senders, to remember
+    LOOKUPS = 16                        # look-ups at a time
+    QUEUE, ROOM = 512, 1 << 18          # datagrams that may wait for look-ups, and their bytes
+    PATIENCE = 10.0                     # seconds for one look-up
+    RETRY = 5.0                         # seconds before a failed target is tried again
+    REFRESH = Resolver.MEMORY + 1       # seconds before a name is looked up again
+    TRIAL = 1.0                         # seconds before the spare address is tried, and again
 
     def __init__(self, relay):
         self.relay = relay
-        self.known = Latest(self.LIMIT)         # header: `Target`
-        self.headers = Latest(self.LIMIT)       # address of a sender: header, b'' before it answers
-        self._failed = Latest(self.LIMIT)       # header: when to try again
-        self._on_trial = Latest(self.LIMIT)     # address of a sender: `Target` with a spare
-        self._queues = {}                       # header: payloads that wait for its look-up
-        self._count = self._size = 0            # of these: how many, and bytes with their headers
+        self.known = Latest(self.LIMIT)         # `Target` by header
+        self.headers = Latest(self.LIMIT)       # header by sender, b'' before its first answer
+        self._failed = Latest(self.LIMIT)       # time of the next try, by header
+        self._on_trial = Latest(self.LIMIT)     # `Target` with a spare, by either address
+        self._queues = {}                       # payloads that wait for a look-up, by header
+        self._count = self._size = 0            # number of these, and bytes with their headers
         self._waiting = deque()                 # headers of names to look up
-        self._under_way = 0                     # conversations that do so
+        self._under_way = 0                     # number of _resolve_waiting()s
 
-    def follow(self, header, datagram):
-        """Send the payload of `datagram` now, or when the way is found."""
+    def forward(self, header, datagram):
+        """Send the payload of `datagram` now, or when its target is resolved."""
         target = self.known.get(header)
         if target:
             self.relay.send(target.route, datagram.payload)
             if self.relay.loop.now >= target.until:
-                self._review(header, target, datagram.payload)
+                self._refresh(header, target, datagram.payload)
         elif header in self._queues:
             self._queue(header, datagram.payload)
         elif self._failed.get(header, 0) > self.relay.loop.now:
-            self.relay.drop('its target failed a moment ago')
+            self.relay.drop('its target has failed recently')
         else:
-            self._meet(header, datagram)
+            self._find_route(header, datagram)
 
-    def _meet(self, header, datagram):
-        """A target that is not known."""
+    def _find_route(self, header, datagram):
+        """Find the route for a new header, and send the payload."""
         try:
             address = canonical(datagram.address)
             self.relay.client.server.judge_name(self.relay.client, address)
         except ProxyError as error:
             return self.relay.drop(error)
         if ip_bytes(address.host) is not None:
-            self._found(header, [address], None, [datagram.payload])
+            self._use_addresses(header, [address], None, [datagram.payload])
         elif self._queue(header, datagram.payload):
             self._look_up(header)
 
     def _queue(self, header, payload):
-        """Whether there is room for it."""
+        """Queue a payload for a look-up; whether there is room for it."""
         size = len(header) + len(payload)
         if self._count >= self.QUEUE or self._size + size > self.ROOM:
-            return self.relay.drop('too many wait for look-ups')
+            return self.relay.drop('too many datagrams wait for look-ups')
         self._queues.setdefault(header, []).append(payload)
         self._count += 1
         self._size += size
         return True
 
-    def _review(self, header, target, payload):
-        """Try the other family, or see whether the name has another address by now."""
+    def _refresh(self, header, target, payload):
+        """Do what `until` of the target asks for: a new look-up, or a try of the spare address."""
         now = self.relay.loop.now
         target.until = target.found + self.REFRESH
         if now >= target.until:
@@ -4964,17 +5154,17 @@ class Routes:
             self._look_up(header)
         if target.spare:
             target.until = min(target.until, now + self.TRIAL)
-            self._try(target, payload)
+            self._try_spare(target, payload)
 
-    def _try(self, target, payload):
-        """Send to the spare address too."""
-        with contextlib.suppress(OSError):
+    def _try_spare(self, target, payload):
+        """Send the payload to the spare address."""
+        with contextlib.suppress(OSError):      # there may be no route for that family
             route = self.relay.far_socket(target.spare.host), target.spare
-            self._expect(route, target)
+            self._start_trial(route, target)
             self.relay.send(route, payload)
 
-    def _expect(self, route, target):
-        """The first answer from there settles which of its addresses the target has."""
+    def _start_trial(self, route, target):
+        """Have the first answer from the route's address make it the address of the target."""
         _, address = route
         self.headers.remember(address, b'')
         self._on_trial.remember(address, target)
@@ -4982,17 +5172,17 @@ class Routes:
     def _look_up(self, header):
         self._waiting.append(header)
         if self._under_way < self.LOOKUPS:
-            Errand(self.relay, self._look_ups()).start(self.relay.loop)
+            Errand(self.relay, self._resolve_waiting()).start(self.relay.loop)
 
-    def _look_ups(self):
-        """Conversation: look up all names that wait, one after the other."""
+    def _resolve_waiting(self):
+        """Conversation: look up the names that wait, one after the other."""
         self._under_way += 1
         while self._waiting:
-            yield from self._find(self._waiting.popleft())
+            yield from self._resolve(self._waiting.popleft())
         self._under_way -= 1
 
-    def _find(self, header):
-        """Conversation: look a name up, and send what waits for that."""
+    def _resolve(self, header):
+        """Conversation: look a name up, and send the payloads that wait for it."""
         address = Address.unpack(reader(header[3:])[0])
         addresses, why = [], None
         try:
@@ -5003,13 +5193,16 @@ class Routes:
         payloads = self._queues.pop(header, ())
         self._count -= len(payloads)
         self._size -= sum(len(header) + len(payload) for payload in payloads)
-        self._found(header, addresses, canonical(address).host, payloads, why)
+        self._use_addresses(header, addresses, canonical(address).host, payloads, why)
 
-    def _found(self, header, addresses, name, payloads, why=None):
-        """Remember the way to one of the addresses of a target, and send the payloads there.
+    def _use_addresses(self, header, addresses, name, payloads, why=None):
+        """Choose one of a target's addresses, and send the payloads there.
 
-        `name` is what was looked up, or None; `why` is the error if that failed.  A target that is
-        known already stays as it is if that still is right, or was not found this time.
+        name    the name that was looked up, or None if the target is an IP address
+        why     the error if the look-up has failed
+
+        A target that is known already keeps its route if its address is still among the addresses,
+        or if the look-up has failed; it loses the route if it is no longer allowed.
         """
         try:
             target = self._target(header, addresses, name)
@@ -5020,17 +5213,19 @@ class Routes:
             return
         for payload in payloads:
             if not self.relay.send(target.route, payload) and target.spare:
-                self._try(target, payload)
+                self._try_spare(target, payload)
+        # A client that sends once and waits, as for DNS, would never get to a review.
         if target.spare and payloads and len(self.relay.errands) < 4 * self.LOOKUPS:
-            Errand(self.relay, self._repeat(target, payloads[-1])).start(self.relay.loop)
+            Errand(self.relay, self._retry_spare(target, payloads[-1])).start(self.relay.loop)
 
-    def _repeat(self, target, payload):
-        """Conversation: send it to the other family too if nothing has come back by then."""
+    def _retry_spare(self, target, payload):
+        """Conversation: send the payload to the spare address if nothing comes back in TRIAL."""
         yield Wait((), (), deadline(self.TRIAL))
         if target.spare:
-            self._try(target, payload)
+            self._try_spare(target, payload)
 
     def _fail(self, header, error, payloads):
+        """Remember that a target has failed, and drop its payloads."""
         self.known.forget(header)
         self._failed.remember(header, self.relay.loop.now + self.RETRY)
         if error.errno in NO_ROOM:
@@ -5039,14 +5234,15 @@ class Routes:
             self.relay.drop(reason(error))
 
     def _target(self, header, addresses, name):
-        """The target with the first address of each family that may be reached; OSError if none.
+        """The `Target` for a header, with the first allowed address of each family.
 
-        One that is known already keeps its address if it still is one of these.
+        Raises OSError if no address is allowed or has a route.  A target that is known already
+        keeps its address if that is among `addresses`.
         """
         client, known, allowed = self.relay.client, self.known.get(header), {}
         error = OSError(errno.EHOSTUNREACH, 'no address was found')
         if known and known.route[1] in addresses:
-            addresses = [known.route[1], *addresses]    # name servers may change their order
+            addresses = [known.route[1], *addresses]    # name servers vary the order
         for address in addresses:
             family = family_of(address.host)
             try:
@@ -5068,7 +5264,10 @@ class Routes:
         raise error
 
     def _learn(self, header, route, name, spares):
-        """The new target for a header."""
+        """Remember a new `Target` for a header.
+
+        spares    list of at most one `Address`, of the other family
+        """
         self.relay.note_target(name, route[1], header not in self.known)
         target = Target(route)
         self.known.remember(header, target)
@@ -5077,20 +5276,23 @@ class Routes:
             target.until = target.found + (self.TRIAL if spares else self.REFRESH)
         if spares:
             target.spare, = spares
-            self._expect(route, target)
+            self._start_trial(route, target)
         else:
             answers = Datagram(route[1], b'').pack()
+            # Equal bytes are kept once; most targets are IP addresses.
             self.headers.remember(route[1], header if header == answers else answers)
         return target
 
     def forget(self):
-        """Judge all targets anew."""
+        """Forget all targets, so that they are judged again."""
         for known in (self.known, self.headers, self._failed, self._on_trial):
             known.clear()
 
     def header_for(self, source, sock):
-        """The header for the answers of `source`, of which the first one came to `sock`; None if
-        they are not to be passed on."""
+        """The header for answers from the address `source`, whose first one has come to `sock`.
+
+        None if they must not be passed on (Settings.udp_strict).
+        """
         if source not in self.headers and self.relay.client.server.settings.udp_strict:
             return None
         target = self._on_trial.get(source)
@@ -5104,27 +5306,31 @@ class Routes:
 
 
 class UdpRelay(Relay):
-    """The datagrams of one client, to any targets and back (RFC 1928 section 7).
+    """Relays the datagrams of one client to any targets, and back (RFC 1928 section 7).
 
-    control    the client's TCP connection, whose end is the relay's
+    control    the client's TCP connection; the relay ends with it
     near       the UDP socket for the client
-    hint       the address that the client says it will send from, as far as it knows
+    hint       `Address` that the client has announced to send from; port 0 if it does not know
     is_here    whether the client is on this host
-    release    a function to call at the end, when `near` is closed
+    release    function to call at the end, when `near` is closed, or None
 
-    Datagrams count only from the client's IP address, and from the port that it announced.  Until
-    one comes from there, the port counts that is used first.  Once that is settled, `near` is
-    connected and the system keeps strangers away.  A port that was not announced may change on the
-    way here (NAT): after SILENCE seconds without a datagram, the next port that is used counts; but
-    not for a client on this host, where another port is another program.  A datagram that goes
-    wrong is never answered.
+    Datagrams are accepted only from the IP address of the control connection.  The port from which
+    the first one comes is the client's, the `owner`.  If the client has announced another port, the
+    first datagram from there makes that one the owner, for good.
 
-    What targets send does not tell whether the client is still there.  If nothing else moves, it
-    keeps the relay for ONE_WAY times the idle time (compare RFC 4787 section 4.3).
+    Unless the announced port may still take over, `near` is connected to the owner, so that the
+    system itself drops the datagrams of strangers.  A port that was not announced may be changed by
+    a NAT on the way: after SILENCE without datagrams, the next port becomes the owner.  This is not
+    so for a client on this host, where another port is another program.
+
+    Datagrams that cannot be relayed are dropped and counted, never answered.
+
+    Datagrams from targets do not show that the client is still there.  If nothing else comes, they
+    keep the relay alive for ONE_WAY times the idle time only (compare RFC 4787 section 4.3).
     """
-    SILENCE = 20.0
+    SILENCE = 20.0                      # seconds
     ONE_WAY = 4
-    HEADER = 22                         # bytes of the longest header of an answer
+    HEADER = 22                         # bytes of the longest header of an answer, with IPv6
 
     def __init__(self, client, control, near, hint, is_here=True, release=None):
         super().__init__(client)
@@ -5133,15 +5339,17 @@ class UdpRelay(Relay):
         self.hint = hint
         self.is_here = is_here
         self.release = release
-        self.owner = None               # the client's UDP address, once it sent
-        self.answer_to = None           # the same, also while another one may take its place
-        self.connected = self.is_settled = False
-        self.far = {}                   # family: the socket that targets see
+        self.owner = None               # the client's UDP address, as recvfrom() returns it
+        self.reply_to = None            # the owner, or the last one while there is none
+        self.connected = False          # `near` is connected to the owner
+        self.is_settled = False         # the owner stays when it is silent
+        self.far = {}                   # socket for targets, by family
         self.routes = Routes(self)
-        self.errands = set()            # `Errand`s under way
+        self.errands = set()            # `Errand`s that have not ended
         self.reassembly = Reassembly()
-        self.targets = self.sent = self.answers = self.dropped = 0
-        self.up = self.down = 0
+        self.targets = 0                # how many have been used
+        self.sent = self.answers = self.dropped = 0             # datagrams
+        self.up = self.down = 0         # bytes of payload
 
     @property
     def patience(self):
@@ -5153,14 +5361,16 @@ class UdpRelay(Relay):
         return self.up, self.down
 
     def protected(self, near):
-        """`near`, with its datagrams protected as the control connection is."""
+        """The socket `near`, wrapped in `GssDatagrams` if the control connection uses GSSAPI (RFC
+        1961 section 5)."""
         if isinstance(self.control, GssLayer):
             return GssDatagrams(near, self.control.context)
         return near
 
     def start(self, loop, control_events=0):
-        self.heard = loop.now           # when the client sent last
-        self.begin(loop)
+        """Begin in `loop`, which already watches the control connection for `control_events`."""
+        self.last_heard = loop.now      # time of the client's last datagram
+        self.attach(loop)
         self.client.server.sessions.associations += 1
         loop.watch(self.control, control_events, READ, self)
         loop.watch(self.near, 0, READ, self)
@@ -5169,12 +5379,12 @@ class UdpRelay(Relay):
         if fd == self.near.fileno():
             self.from_client()
         elif fd == self.control.fileno():
-            self.listen()
+            self.read_control()
         else:
             self.from_target(next(sock for sock in self.far.values() if sock.fileno() == fd))
 
-    def listen(self):
-        """What a client says on its TCP connection means nothing, but that it ends does."""
+    def read_control(self):
+        """Ignore data on the TCP connection; end the relay with it (RFC 1928 section 6)."""
         try:
             if self.control.recv(4096):
                 return
@@ -5185,17 +5395,17 @@ class UdpRelay(Relay):
         self.close('done')
 
     def expire(self):
-        """Close what is idle; have another port of the client take over from a silent one."""
-        if not self.client:
+        """Close the relay if it is idle; forget an owner that is silent; else set the timer."""
+        if not self.client:             # closed earlier in this round
             return
         now, times = self.loop.now, []
         if self.owner and not self.is_settled:
-            if now >= self.heard + self.SILENCE:
-                return self.disown()
-            times.append(self.heard + self.SILENCE)
+            if now >= self.last_heard + self.SILENCE:
+                return self.forget_owner()
+            times.append(self.last_heard + self.SILENCE)
         if self.patience:
-            times.append(min(max(self.heard, self.moved) + self.patience,
-                             self.heard + self.ONE_WAY * self.patience))
+            times.append(min(max(self.last_heard, self.last_active) + self.patience,
+                             self.last_heard + self.ONE_WAY * self.patience))
             if now >= times[-1]:
                 return self.close('idle')
         self.loop.timers.set(self, min(times, default=None))
@@ -5203,30 +5413,35 @@ class UdpRelay(Relay):
     # From the client
 
     def from_client(self):
+        """Relay the client's datagrams, for the time slice of this socket.
+
+        This is the busiest code: known headers are not unpacked, and names used in the loop are
+        local.
+        """
         loop, known, reassembly = self.loop, self.routes.known, self.reassembly
         receive, buffer, now = self.near.recvfrom_into, loop.buffer, loop.now
         monotonic = time.monotonic
-        end_of_turn = monotonic() + loop.share
+        end_of_turn = monotonic() + loop.time_slice
         while monotonic() < end_of_turn:
             try:
                 count, source = receive(buffer)
             except BLOCKED:
                 return
-            except OSError:             # of an earlier send
+            except OSError:             # an ICMP error for an earlier send
                 continue
-            # An address of IPv4 is what most have.
+            # The common case, IPv4, without a call.
             end = 10 if count >= 10 and buffer[3] == 1 else self.header_end(buffer, count)
             if end > count or source != self.owner and not self.admit(source):
-                self.drop('malformed, or not the client:', source)
+                self.drop('malformed, or not from the client:', source)
                 continue
-            self.heard = now
+            self.last_heard = now
             header = bytes(buffer[:end])
             target = known.get(header)
             if not target or now >= target.until or reassembly.position:
-                self.take(header, bytes(buffer[end:count]))
+                self.slow_path(header, bytes(buffer[end:count]))
                 continue
             sock, address = target.route
-            try:                        # as send() does; a call less for most datagrams
+            try:                        # as in send(), without the call
                 sock.sendto(buffer[end:count], address)
                 self.sent += 1
                 self.up += count - end
@@ -5235,7 +5450,7 @@ class UdpRelay(Relay):
 
     @staticmethod
     def header_end(data, count):
-        """Where the header of a datagram of `count` bytes ends; beyond them if it has none."""
+        """The length of the header of a datagram of `count` bytes; more than that if malformed."""
         if count > 4:
             kind = data[3]
             if kind == AddressType.IPV4:
@@ -5247,34 +5462,35 @@ class UdpRelay(Relay):
         return count + 1
 
     def admit(self, source):
-        """Whether a valid datagram from elsewhere than the owner is the client's."""
+        """Whether a valid datagram from another address than the owner's makes it the owner."""
         if Address.of(source).host != self.client.address.host:
             return False
         announced = source[1] == self.hint.port
         if self.owner:
             if not announced:
                 return False
-            self.close_far()            # what another program asked for, it does not get
-        self.owner = self.answer_to = source
+            self.close_far()            # the former owner may be another program: not its answers
+        self.owner = self.reply_to = source
         self.is_settled = announced or self.is_here
         if announced or not self.hint.port:
             with contextlib.suppress(OSError):
                 self.near.connect(source)
                 self.connected = True
-        self.heard = self.loop.now
-        self.expire()                   # which looks for its silence
+        self.last_heard = self.loop.now
+        self.expire()                   # sets the timer for the owner's silence
         return True
 
     def close_far(self):
+        """Close the sockets for targets, and forget the routes that use them."""
         self.routes.forget()
         while self.far:
             _, sock = self.far.popitem()
             self.loop.watch(sock, READ, 0, self)
             sock.close()
 
-    def disown(self):
-        """The next port that the client uses counts; answers go to the last one until then."""
-        if self.connected:              # which only a new socket can undo everywhere
+    def forget_owner(self):
+        """Let the client's next port be the owner; answers go to the last one until then."""
+        if self.connected:              # not every system can undo that, so take a new socket
             address = Address.of(self.near.getsockname())
             self.loop.watch(self.near, READ, 0, self)
             self.near.close()
@@ -5287,15 +5503,16 @@ class UdpRelay(Relay):
         self.owner = None
         self.expire()
 
-    def take(self, header, payload):
-        """A datagram that is a fragment, or whose route is not known or due for review."""
+    def slow_path(self, header, payload):
+        """Handle a datagram that is a fragment, or whose target is unknown or due for review."""
         datagram = self.reassembly.add(
             Datagram(Address.unpack(reader(header[3:])[0]), payload, header[2]), self.loop.now)
         if datagram:
-            self.routes.follow(b'\0\0\0' + header[3:], datagram)
+            self.routes.forward(b'\0\0\0' + header[3:], datagram)       # without FRAG
 
     def far_socket(self, host):
-        """The socket for targets of the family of `host`."""
+        """The socket for targets of the family of the IP address `host`; OSError if none can be
+        bound."""
         family = family_of(host)
         if family not in self.far:
             source = source_of(family, self.client.server.settings.source)
@@ -5304,6 +5521,7 @@ class UdpRelay(Relay):
         return self.far[family]
 
     def note_target(self, name, address, is_new):
+        """Count and log a target: `address`, found for `name` unless that is None."""
         self.targets += is_new
         self.client.target = f'{self.targets} targets'
         if log.isEnabledFor(logging.DEBUG):
@@ -5311,7 +5529,7 @@ class UdpRelay(Relay):
                       address)
 
     def send(self, route, payload):
-        """Whether the system takes it."""
+        """Send a payload to a target; whether the system has taken it."""
         sock, address = route
         try:
             sock.sendto(payload, address)
@@ -5321,55 +5539,61 @@ class UdpRelay(Relay):
         self.up += len(payload)
         return True
 
-    # To the client.  The header of an answer goes into the room before it, so that nothing is
-    # copied.
+    # To the client
 
     def from_target(self, sock):
+        """Relay the datagrams of targets to the client, for the time slice of `sock`.
+
+        A payload is received behind room for its header, so that it need not be copied.
+        """
         loop, headers, room = self.loop, self.routes.headers, self.HEADER
         buffer, now, monotonic = loop.buffer, loop.now, time.monotonic
         payload = buffer[room:]
-        end_of_turn = monotonic() + loop.share
+        end_of_turn = monotonic() + loop.time_slice
         while monotonic() < end_of_turn:
             try:
                 count, source = sock.recvfrom_into(payload)
             except BLOCKED:
                 return
-            except OSError:             # of an earlier send
+            except OSError:             # an ICMP error for an earlier send
                 continue
             header = headers.get(source[:2]) or self.routes.header_for(source[:2], sock)
             if not header:
-                self.drop('nothing was sent to', source)
+                self.drop('the client has sent nothing to', source)
                 continue
-            self.moved = now
+            self.last_active = now
             start = room - len(header)
             buffer[start:room] = header
             self.answer(buffer[start:room + count], count)
 
     def answer(self, datagram, count):
+        """Send a datagram to the client, header included; `count` is the length of its payload."""
         try:
             if self.connected:
                 self.near.send(datagram)
             else:
-                self.near.sendto(datagram, self.answer_to)
+                self.near.sendto(datagram, self.reply_to)
             self.answers += 1
             self.down += count
-        except OSError as error:        # too large with its header, or nobody listens any more
+        except OSError as error:        # too large with its header, or the client's port is closed
             self.drop(reason(error))
 
     def drop(self, *why):
+        """Count a datagram as dropped, and log the reason."""
         self.dropped += 1
         if log.isEnabledFor(logging.DEBUG):
             log.debug('%s: datagram dropped: %s', self.client.address, ' '.join(map(str, why)))
 
     def close(self, outcome):
+        """Close all sockets and log the client's line.  Further calls do nothing."""
         client, self.client = self.client, None
         if client:
-            self.leave()
+            self.detach()
             for errand in list(self.errands):
                 errand.cancel()
             self.close_far()
             for sock in self.control, self.near:
-                if sock.fileno() >= 0:
+                if sock.fileno() >= 0:  # forget_owner() may have failed to replace `near`
                     self.loop.watch(sock, READ, 0, self)
                     sock.close()
             if self.release:

@@ -1888,7 +1888,7 @@ class RelayTest(Case):
         self.assertEqual(pair[1 - index].rest(), b'')
         pair[1 - index].send(b'goodbye')
         if socks.ERRORS:
-            eventually(lambda: self.carried(server).lost)
+            eventually(lambda: self.carried(server).sink_failure)
         return pair[1 - index]
 
     def test_leave_taken_of_who_has_closed(self):
@@ -6084,10 +6084,10 @@ WRONG_RULES = [
     ('allow to 10.8.0.2:80', "f:1: '10.8.0.2:80', expected the port as the next word: 10.8.0.2 80"),
     ('allow to [::1]:80', r"f:1: '\[::1\]:80', expected the port as the next word: \[::1\] 80"),
     ('allow to a.example:80', "f:1: 'a.example:80', expected the port as the next word: a.exam"),
-    ("deny user 'Bob Smith to *", "f:1: 'Bob: expected one more ', and a space after it"),
-    ('deny user "Bob" to "*', 'f:1: "\\*: expected one more ", and a space after it'),
-    ("deny user 'a'b to *", "f:1: 'a'b: expected one more '"),
-    ('deny resolve to * 53', 'f:1: look-ups have no port, so this is for none'),
+    ("deny user 'Bob Smith to *", "f:1: 'Bob: expected a closing ', then a space"),
+    ('deny user "Bob" to "*', 'f:1: "\\*: expected a closing ", then a space'),
+    ("deny user 'a'b to *", "f:1: 'a'b: expected a closing '"),
+    ('deny resolve to * 53', 'f:1: resolve has no port, so this never matches'),
     ('allow to * 70000', "f:1: '70000', expected PORT or LOW-HIGH"),
     ('allow to * 5-4', "f:1: '5-4', expected PORT or LOW-HIGH"),
     ('allow to * x.example', 'f:1: expected "to"'), ('allow to a%b', 'f:1: host name a%b'),
@@ -6415,7 +6415,7 @@ class RulesTest(FileCase):
                 self.assertEqual(peer.connect(name, 80).reply, Reply.NOT_ALLOWED)
         eventually(lambda: len(self.lines) == 3)
         self.assertRegex('\n'.join(self.lines), r'refused: .*rules:1 denies a.slow:80')
-        self.assertIn('refused: no rule is for y.example:80', '\n'.join(self.lines))
+        self.assertIn('refused: no rule matches y.example:80', '\n'.join(self.lines))
 
     def test_names_and_addresses(self):
         """A name that is allowed must not lead to an address that is not."""
@@ -6780,13 +6780,13 @@ class AccessTest(FileCase):
             socks.read_users(self.write('users', 'bob\nann:x\nann:y\n'))
         self.assertEqual([fault.partition(': ')[0][-7:] for fault in caught.exception.args],
                          ['users:1', 'users:3'])
-        with self.assertRaisesRegex(socks.FileError, 'there are no users'):
+        with self.assertRaisesRegex(socks.FileError, 'expected at least one NAME:PASSWORD'):
             socks.read_users(self.write('users', '# none\n'))
         path = self.write('users', 'bob:x\n')
         os.chmod(path, 0o644)
         with self.assertLogs('socks', 'WARNING') as logged:
             socks.read_users(path)
-        self.assertIn('others can read it', logged.output[0])
+        self.assertIn('other users can read this file', logged.output[0])
         os.chmod(path, 0o600)
         self.write('users', '\ufeffbob:x\n')           # as Windows' Notepad begins it
         self.assertEqual(socks.read_users(path), {b'bob': b'x'})

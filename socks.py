@@ -5760,16 +5760,16 @@ def is_believable(host, proxy):
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
-PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
+PROXY_TIMEOUT = 5.0                     # seconds to read a load balancer's header
 IDENT_PORT = 113
-IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
-ACCEPT_BATCH = 8                        # at a time: other clients, and workers, have their turn
+IDENT_TIMEOUT = 10.0                    # seconds for the whole query (RFC 1413 suggests more)
+ACCEPT_BATCH = 8                        # per event, to leave some for other clients and workers
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
-STARVING_PAUSE = 60.0                   # seconds between warnings of that
-TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
+WARNING_PAUSE = 60.0                    # seconds between two warnings of the same kind
+TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection (RFC 8446 section 5.1)
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
-DESCRIPTORS_KEPT = 32                   # for all that is not a client
-UPSTREAM_ATTEMPTS = 4                   # addresses of one name that another proxy is asked for
+DESCRIPTORS_KEPT = 32                   # reserved for files that are not clients' sockets
+UPSTREAM_ATTEMPTS = 4                   # addresses of one name to ask another proxy for
 
 # First bytes of an HTTP request: those of a token (RFC 9110 section 5.6.2).
 HTTP_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
@@ -5793,14 +5793,142 @@ METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
 
 
 class HttpPage(NamedTuple):
-    """The answer to a program that takes us for an HTTP proxy."""
+    """The answer to an HTTP request when HTTP is switched off."""
 
     def pack(self):
         return HTTP_PAGE
 
 
+# Conversions of the fields of `Settings`, from the texts of the command line or other types.  Each
+# takes a value, and returns it as `Settings` documents the field, or raises ValueError.
+
+def as_networks(value):
+    return tuple(parse_network(str(item)) for item in several(value))
+
+
+def as_rules(value):
+    return None if value is None else tuple(
+        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
+        for number, item in enumerate(several(value), 1))
+
+
+def as_hosts(value):
+    hosts = tuple(str(item) for item in several(value))
+    for host in hosts:
+        if ip_bytes(host.partition('%')[0]) is None:
+            raise ValueError(f'{host!r}: expected an IP address')
+    if len(set(map(family_of, hosts))) < len(hosts):
+        raise ValueError('expected at most one IPv4 and one IPv6 address')
+    return hosts
+
+
+def as_users(value):
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a mapping from names to passwords')
+    users = {encoded(name): encoded(password) for name, password in value.items()}
+    for name, password in users.items():
+        if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
+            raise ValueError('expected names and passwords as text or bytes')
+        if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
+            raise ValueError(f'{printable(name_text(name))}: expected at most 255 bytes each')
+    return MappingProxyType(users)
+
+
+def as_chain(value):
+    # parse_chain() takes a tuple for one proxy, whose first item is an integer (see `Proxy`).
+    if isinstance(value, tuple) and value and not isinstance(value[0], int):
+        value = list(value)
+    if value and not isinstance(value, (str, tuple, list)):
+        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
+    return tuple(parse_chain(value))
+
+
+def as_ports(value):
+    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
+    low, high = int(low), int(low if high == '' else high)
+    if not 0 <= low <= high < 65536 or high and not low:
+        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
+    return low, high
+
+
+def as_levels(value):
+    levels = several(value)
+    if not all(level in (0, 1, 2) for level in levels):
+        raise ValueError(f'{value!r}: expected 0, 1 or 2 each, the levels of GssContext')
+    return levels
+
+
+def as_number(kind, value):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = kind(value or 0)
+        if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
+            return number
+    raise ValueError(f'{value!r}: expected a number, 0 or more'
+                     if kind is float else f'{value!r}: expected a whole number, 0 or more')
+
+
+def as_context(value):
+    if value is not None and not hasattr(value, 'wrap_bio'):    # isinstance() would import ssl
+        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
+    return value
+
+
+def several(value):
+    """The items of a setting, as a tuple; a str is one item."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f'{value!r}: expected a str, or a sequence')
+    return tuple(value)
+
+
+CONVERSIONS = {
+    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
+    'rules': as_rules, 'upstream': as_chain,
+    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
+    'udp_ports': as_ports}
+CONVERSIONS.update(
+    (name, functools.partial(as_number, type(default)))
+    for name, default in Settings()._asdict().items() if type(default) in (int, float))
+CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
+
+
+def converted(settings):
+    """The `Settings` with every field checked and converted; ValueError names a wrong field."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
+    values = {}
+    for name, convert in CONVERSIONS.items():
+        try:
+            values[name] = convert(getattr(settings, name))
+        except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
+            raise ValueError(f'Settings.{name}: {error}') from None
+    return settings._replace(**values)
+
+
+def prepared(settings):
+    """The `Settings` for a server: converted, with networks and rules in a form that is quick to
+    search.
+
+    Raises ValueError for a wrong field, OSError if `source` is not an address of this host, or if
+    GSSAPI has no keys.
+    """
+    settings = converted(settings)
+    for host in settings.source:
+        if not is_ours(host):
+            raise OSError(errno.EADDRNOTAVAIL,
+                          f'cannot connect from {host}: not an address of this host')
+    if settings.gssapi:
+        with gss_library().keys():
+            pass
+    return settings._replace(
+        users=Users(settings.users), clients=Networks(settings.clients),
+        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
+        rules=None if settings.rules is None else Rules(settings.rules))
+
+
 class LogLine(NamedTuple):
-    """What is logged of one client."""
+    """What is logged about one client at its end."""
     client: Address
     user: str
     protocol: str
@@ -5809,28 +5937,30 @@ class LogLine(NamedTuple):
     outcome: str
     up: int                             # bytes from the client
     down: int                           # bytes from the target
-    seconds: float
-    target_address: str                 # the address that was connected to
+    seconds: float                      # since accept
+    target_address: str                 # what the server connected to; not part of the text
 
     def __str__(self) -> str:
         return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self[:-1]
 
     def entries(self) -> List[Dict[str, Any]]:
-        """A list of one dictionary, for JSON."""
+        """A list of one dictionary, for `JsonFormatter`."""
         return [dict(self._asdict(), client=str(self.client), seconds=round(self.seconds, 3))]
 
 
 class Session:
-    """What is known of one client, from accept to its log line.
+    """One client, from accept() to its log line.
 
-    address           of the client, as a load balancer announces it
-    peer              address from which it connects
+    address           `Address` of the client; a load balancer may have announced it
+    peer              `Address` of the other end of the connection, maybe a load balancer's
     key               what counts as one client in limits, see client_key()
     user              name, or '-'
-    protocol          SOCKS4, SOCKS5, HTTP, TLS (nothing else is known yet) or '-'
-    command           a `Command`, or None
-    target            what it asked for, as text
-    target_address    `Address` that it is connected to; None: that is the target
+    protocol          'SOCKS4', 'SOCKS5', 'HTTP'; 'TLS' or '-' before the first byte of those
+    command           a `Command`, or None before the request
+    target            text of the address in the request, or '-'
+    target_address    `Address` that the server connected to; None if it is the same as the target;
+                      '' before
+    started           time.monotonic() at accept()
     """
     linger = 0                          # see `NoSession`
     __slots__ = ('server', 'address', 'peer', 'key', 'is_counted', 'protocol', 'user', 'command',
@@ -5840,7 +5970,7 @@ class Session:
         self.server = server
         self.address = self.peer = address
         self.key = client_key(address.host)
-        self.is_counted = False         # in `Sessions.connections`
+        self.is_counted = False         # whether `Sessions.connections` counts it
         self.protocol = self.user = self.target = '-'
         self.target_address: Union[Address, str, None] = ''
         self.command: Optional[Command] = None
@@ -5848,19 +5978,21 @@ class Session:
 
     @property
     def idle_timeout(self) -> float:
-        """Seconds, for a tunnel."""
-        return self.server.settings.idle_timeout
+        """Seconds without traffic after which a tunnel is closed; 0 for no limit."""
+        return self.server.settings.idle_timeout    # asked each time: a reload may change it
 
     def end(self, outcome: str, up: int = 0, down: int = 0) -> None:
-        """The client is no longer served; log its line.
+        """Remove the client from the server's sessions, and log its line.
 
-        up, down    bytes that came from the client, and from the target
+        outcome     text, see the README for the first words
+        up, down    bytes from the client, and from the target
         """
         self.server.session_ended(self, up, down)
         self.report(outcome, up, down)
 
     def report(self, outcome: str, up: int = 0, down: int = 0) -> None:
-        """Log the client's line, with the time that has passed until now."""
+        """Log the client's line; the connection may go on for a moment, for a reply."""
+        # A line costs some microseconds, so it is only made if it is used.
         if self.server.logs_sessions or log.isEnabledFor(logging.INFO):
             self.server.log_session(self.line(outcome, up, down))
 
@@ -5872,24 +6004,29 @@ class Session:
 
 
 def accept_gssapi(stream, settings):
-    """Conversation: a complete `GssContext` with the client, at a level that both sides allow
-    (RFC 1961 sections 3 and 4).  Raises GssError and ProtocolError."""
+    """Conversation: establish a GSSAPI context with the client and agree on a level of protection
+    (RFC 1961 sections 3 and 4).
+
+    The result is the `GssContext`, with `level` set.  Raises GssError and ProtocolError.
+    """
     context, complete = GssContext(), False
     unpack = functools.partial(GssMessage.unpack_token, GssMessage.TOKEN)
     while not complete:
         token = yield from stream.read(unpack)
-        if not token:                   # the library would take it for a request for SPNEGO
+        if not token:                   # MIT's library would take it for a request for SPNEGO
             raise ProtocolError('an empty GSSAPI token')
         token, complete = yield Call(functools.partial(context.step, token), stream.until)
         if token or complete:
             yield from stream.write(GssMessage(GssMessage.TOKEN, token))
     token = yield from stream.read(functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
+    # NEC's implementation sends the level as one plain byte, not as a wrapped one.
     is_nec = settings.gssapi_nec and len(token) == 1
     wanted = token if is_nec else context.unwrap(token)[0]
     levels = [level for level in settings.gssapi if context.allows(level)]
     if len(wanted) != 1 or not levels:
         raise ProtocolError(f'GSSAPI level {wanted.hex()}, expected one byte'
                             if levels else 'GSSAPI: no level is possible')
+    # The server has the last word (RFC 1961 section 4); a client that disagrees leaves.
     context.level = wanted[0] if wanted[0] in levels else max(levels)
     answer = bytes((context.level,))
     yield from stream.write(GssMessage(
@@ -5898,13 +6035,13 @@ def accept_gssapi(stream, settings):
 
 
 def ask_ident(client, local, source):
-    """Conversation: the userid that the client's host gives for its connection to `local` (RFC
-    1413); bytes.
+    """Conversation: ask the ident server on the client's host which user owns a connection
+    (RFC 1413).
 
-    client, local    addresses of both ends
-    source           as of dial()
+    client, local    `Address` of the connection's two ends
+    source           local IP addresses to ask from, as for dial()
 
-    Raises Refused if the host does not say.
+    The result is the userid, bytes.  Raises Refused if there is no answer.
     """
     until = deadline(IDENT_TIMEOUT)
     try:
@@ -5916,49 +6053,49 @@ def ask_ident(client, local, source):
     except (OSError, EOFError) as error:
         raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
     if userid is None:
-        raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
+        raise Refused("ident: the client's host knows no user", reply=Reply4.NO_IDENTD)
     return userid
 
 
-CO_GENERATOR = 0x20                     # that of the module inspect, whose import takes long
+CO_GENERATOR = 0x20                     # inspect.CO_GENERATOR; importing inspect takes long
 COMMAND_METHODS = {command: 'do_' + command.name for command in Command}
 
 
 class Handler(socketserver.BaseRequestHandler):
     """Serves one client: negotiates, then does what the client asks for.
 
-    Handler(request, client_address, server) is constructed by the server, as in `socketserver`; but
-    the constructor returns at once, and the server's loop runs conversation(), which takes the
-    place of handle().  setup() and finish() are not called.
+    The server constructs Handler(request, client_address, server) for each client, as in
+    `socketserver`.  The constructor only stores its arguments; the server's loop then runs
+    conversation(), in place of handle().  setup() and finish() are not called.
 
-    For methods of subclasses:
+    Instance variables and methods for subclasses:
 
-    request           the client's socket, which does not block
+    request           the client's socket, non-blocking
     client_address    as accept() returned it
     server            the `Server`
-    settings          its `Settings` when the client connected
-    client            the `Session`
-    reply(code, address)    conversation: send a reply, a `Reply` and the bound address (BND)
-    join(socket, address)   conversation: reply that the request has succeeded, and relay between
-                            the client and the socket from then on
+    settings          the server's `Settings`, as of the client's request
+    client            the client's `Session`; client.report(outcome) logs its line
+    reply(code, address)     conversation: send a `Reply`, with the bound address (BND)
+    join(socket, address)    conversation: send the reply Succeeded; the result is a `Tunnel`
+                             between the client and `socket`
 
-    May be overridden:
+    Methods that may be overridden:
 
     do_CONNECT(request), do_BIND(request), do_UDP_ASSOCIATE(request), do_RESOLVE(request),
-    do_RESOLVE_PTR(request)    do one command; `request` is a `Request`, `Request4` or
-                               `HttpRequest`, with `command` and `address`
+    do_RESOLVE_PTR(request), do_FORWARD(request)
+        do one command.  `request` is a `Request`, `Request4` or `HttpRequest`; it has `command` and
+        `address`.  A command without a method is refused as not supported (07).  FORWARD is an HTTP
+        request other than CONNECT; it connects by do_CONNECT.
 
     Such a method may be an ordinary function.  It runs in a thread of its own, so it may block and
-    sleep.  It returns a connected socket to join the client to; or None, to close the client's
-    connection without a reply; or what super() returns, to do what the server does.  To refuse, it
-    raises `Refused`, with the code in `reply`; any other OSError is a failure on the way to the
-    target.
+    sleep.  It returns a connected socket to join the client to; None to close the client's
+    connection without a reply; or the result of the method in super(), to do what the server does.
+    It refuses by raising `Refused`, with the code in `reply`; any other OSError means that the
+    target cannot be reached.
 
-    Or it is a generator, a conversation, which runs in the server's loop and must not block.  It
-    yields what it waits for (`Wait`, `Call`, `LookUp`), and returns a `Tunnel` or a `UdpRelay`, or
-    None.
-
-    A command without a method is refused as not supported (07).
+    Or the method is a generator, a conversation.  It runs in the server's loop, so it must not
+    block; it yields what it waits for (`Wait`, `Call`, `LookUp`).  It returns a `Tunnel` or a
+    `UdpRelay`, or None after it has logged the client's line.  It raises the same errors.
     """
     methods: Dict[int, Tuple[Command, Callable, bool]]
 
@@ -5979,19 +6116,21 @@ class Handler(socketserver.BaseRequestHandler):
             address = UnixAddress(request.getsockname())
         self.client = Session(server, address)
         self.stream = Stream(request, deadline(self.settings.handshake_timeout))
-        self.connection = request       # the socket, or the layer over it
-        self.reached = None             # the address that the client connected to, as announced
+        self.connection = request       # the socket, or the topmost layer over it
+        self.reached = None             # `Address` that the balancer's client connected to
         self.is_authenticated = False
-        self.login = None               # (user name, password), see `Users`
-        self.make_reply = None          # (code, address) -> message of the current protocol
-        self.is_verbose = log.isEnabledFor(logging.DEBUG)       # else note() is not worth its call
+        self.login = None               # (user name, password) that were right, see `Users`
+        # function(code, address) that makes a reply in the form of the protocol and of the step in
+        # it; None before the first byte, when there is no form.
+        self.make_reply = None
+        self.is_verbose = log.isEnabledFor(logging.DEBUG)       # saves most calls of note()
 
     def note(self, text, *args):
-        """Log a step."""
+        """Log a step, at level DEBUG."""
         log.debug('%s: ' + text, self.client.address, *args)
 
     def conversation(self) -> Conversation:
-        """The conversation with the client; its result is a relay, or None at its end."""
+        """Conversation: serve the client.  The result is a relay to go on with, or None."""
         relay = None
         try:
             relay = yield from self.serve()
@@ -6009,16 +6148,17 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.sessions.negotiated(self.client)
         except ProxyError as error:
             return (yield from self.refuse(error))
-        # The client's own connection has failed: there is nobody to answer.
+        # The connection to the client has failed, so there is no reply.
         except (OSError, EOFError, ClientReset) as error:
+            # Port scans and health checks that send nothing are not logged.
             if self.make_reply or self.client.protocol != '-':
                 self.client.report(f'no request: {printable_line(reason(error))}')
             return None
         try:
             return (yield from self.do(request))
-        except OSError as error:                # on the way to the target
+        except OSError as error:        # about the target
             return (yield from self.refuse(error))
-        except (EOFError, ClientReset) as error:        # the client's connection again
+        except (EOFError, ClientReset) as error:        # about the client
             self.client.report(f'client: {printable_line(reason(error))}')
             return None
 
@@ -6026,8 +6166,9 @@ class Handler(socketserver.BaseRequestHandler):
         return self.stream.write(self.make_reply(code, address))
 
     def refuse(self, error):
-        """Conversation: tell the client of an error, in the current protocol."""
-        is_refusal = isinstance(error, ProxyError) and not error.socket_err     # not a proxy's
+        """Conversation: log an error, and send the reply that stands for it."""
+        # With a `socket_err` it is not this server that refuses, but the next proxy that fails.
+        is_refusal = isinstance(error, ProxyError) and not error.socket_err
         self.outcome = f'{"refused" if is_refusal else "failed"}: {printable_line(reason(error))}'
         self.client.report(self.outcome)
         cause = getattr(error, 'socket_err', None) or error
@@ -6035,20 +6176,21 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.starve(cause)
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.make_reply:
-            with contextlib.suppress(OSError, EOFError):        # the client is gone
+            with contextlib.suppress(OSError, EOFError):        # the client may have left
                 yield from self.reply(reply_for(error), address)
                 yield from self.stream.linger(deadline(LINGER))
 
     # Before the first byte of SOCKS or HTTP
 
     def prepare(self):
-        """Conversation: the header of a load balancer, the limits, TLS."""
+        """Conversation: read a load balancer's header, check the limits, start TLS."""
         settings = self.settings
         if settings.balancers and settings.balancers.has(self.client.peer.host):
+            # Exact, because what follows the header may be TLS, which reads the socket itself.
             header = yield from ExactStream(self.request, deadline(PROXY_TIMEOUT)).read(
                 ProxyHeader.unpack)
-            if header.source:
-                self.announced(header)
+            if header.source:           # the balancer's own health checks have none
+                self.take_addresses(header)
         if isinstance(self.client.address, UnixAddress):
             self.client.user = yield Call(functools.partial(account_of, self.request),
                                           self.stream.until)
@@ -6056,27 +6198,27 @@ class Handler(socketserver.BaseRequestHandler):
         if settings.tls:
             yield from self.start_tls()
 
-    def announced(self, header):
-        """Take the client's address from a load balancer's header.
+    def take_addresses(self, header):
+        """Take the client's address, and the one that it connected to, from a `ProxyHeader`.
 
-        A loopback address is the balancer's own host, so from another host it is not believed: the
-        client stays at the balancer's address.
+        A loopback address is only believed from a balancer on this host: on another, it means the
+        balancer's host, and would give the client the rights of a local program here.
         """
         client, source = self.client, canonical(header.source)
         if is_loopback(client.peer.host) or not is_loopback(source.host):
-            sessions = self.server.sessions
+            sessions = self.server.sessions         # which count by key
             task = sessions.negotiated(client)
             client.address, self.reached = source, header.destination
             client.key = client_key(source.host)
             sessions.add(client, task)
 
     def start_tls(self):
-        """Conversation: go on inside TLS; a client with a certificate is its common name."""
+        """Conversation: start TLS.  The common name of a client's certificate is its user name."""
         first = (yield from self.stream.look())[0]
-        if first != TLS_HANDSHAKE:      # without TLS each side would wait for the other
+        if first != TLS_HANDSHAKE:      # ssl would wait for more bytes of a SOCKS greeting
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
-        context = self.server.settings.tls or self.settings.tls
+        context = self.server.settings.tls or self.settings.tls     # the latest certificate
         tls = TlsLayer(self.request, context, server_side=True)
         yield from tls.handshake(self.stream.until)
         self.stream = Stream(tls, self.stream.until, self.request)
@@ -6091,7 +6233,10 @@ class Handler(socketserver.BaseRequestHandler):
     # Negotiation
 
     def negotiate(self):
-        """Conversation: the client's request, after all that comes before it."""
+        """Conversation: go through the negotiation of the protocol that the first byte tells.
+
+        The result is a `Request`, `Request4` or `HttpRequest`.
+        """
         first = yield from self.stream.peek()
         if first == 4:
             return (yield from self.negotiate4())
@@ -6114,13 +6259,14 @@ class Handler(socketserver.BaseRequestHandler):
         return request
 
     def identify(self, userid):
-        """Conversation: raise Refused unless the client's host confirms the userid."""
+        """Conversation: raise Refused unless the ident server on the client's host has the same
+        userid as the request."""
         local = self.reached or local_address(self.request)
         found = yield from ask_ident(self.client.address, local,
                                      () if self.reached else (local.host,))
         user = printable(name_text(found))
         if found != userid or self.is_authenticated and self.client.user != user:
-            raise Refused(f'ident: it is {user}', reply=Reply4.IDENT_MISMATCH)
+            raise Refused(f'ident: the user is {user}', reply=Reply4.IDENT_MISMATCH)
         self.client.user = user
 
     def negotiate5(self):
@@ -6144,7 +6290,8 @@ class Handler(socketserver.BaseRequestHandler):
     def choose(self, offered: bytes) -> int:
         """The authentication method to use, of those offered (RFC 1928 section 3).
 
-        A client that needs no password may still insist on sending one; any is accepted then.
+        Raises Refused without one.  Where no password is needed, a client that offers nothing else
+        may send any.
         """
         settings, needs_login = self.server.settings, self.needs_login
         methods = [] if needs_login else [Method.NO_AUTHENTICATION]
@@ -6161,7 +6308,7 @@ class Handler(socketserver.BaseRequestHandler):
                       f'expected {expected}')
 
     def negotiate_gssapi(self):
-        """Conversation: authenticate by GSSAPI, and go on at the level that is agreed on."""
+        """Conversation: authenticate by GSSAPI; what follows is protected as agreed."""
         self.make_reply = lambda *_: GssMessage(GssMessage.ABORT)
         try:
             context = yield from accept_gssapi(self.stream, self.settings)
@@ -6173,7 +6320,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.stream = Stream(self.connection, self.stream.until, self.request)
 
     def negotiate_http(self):
-        """Conversation: the request of an HTTP client."""
+        """Conversation: read and authenticate the request of an HTTP client."""
         self.client.protocol = 'HTTP'
         if not self.settings.http:
             self.make_reply = lambda *_: HttpPage()
@@ -6190,10 +6337,10 @@ class Handler(socketserver.BaseRequestHandler):
         return request
 
     def http_answer(self, method, code, _):
-        """The `HttpAnswer` for a reply code.
+        """The `HttpAnswer` to a request with `method`, for a reply code.
 
         After a refusal by rules, or a failure of the network, its text is that of the code: the
-        error's own text could name addresses and files that are not for the client.
+        error's own text could disclose internal addresses and names of files.
         """
         if code == Reply.SUCCEEDED:
             return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
@@ -6205,7 +6352,10 @@ class Handler(socketserver.BaseRequestHandler):
                           method != 'HEAD')
 
     def authenticate_http(self, request):
-        """Conversation: Basic authentication (RFC 7617), with the users and limits of SOCKS5."""
+        """Conversation: Basic authentication (RFC 7617), with the users and limits of SOCKS5.
+
+        Raises Refused unless the credentials are right.
+        """
         if not self.server.settings.users:
             raise Refused('HTTP has no GSSAPI here, expected SOCKS5', reply=HttpCode.FORBIDDEN)
         make_reply = self.make_reply
@@ -6216,16 +6366,18 @@ class Handler(socketserver.BaseRequestHandler):
         yield from self.authenticate(credentials)
         self.make_reply = make_reply
 
-    # Who the client is.  The settings may be reloaded at any time, so the server's count.
+    # Authentication.  It asks the server's settings, not the handler's: a password that a reload
+    # has removed must not work for a client that connected before.
 
     @property
     def needs_login(self):
+        """Whether the client has to authenticate, and has not done so."""
         settings = self.server.settings
         return bool(settings.users or settings.gssapi) and not (
             self.is_authenticated or settings.trusted.has(self.client.address.host))
 
     def authenticated(self, user):
-        """Take over the user that the client has authenticated as; the first one counts."""
+        """The client has authenticated as `user`, by TLS or GSSAPI; the first one counts."""
         if not self.is_authenticated:
             self.client.user = printable(user)
         self.is_authenticated = True
@@ -6233,13 +6385,14 @@ class Handler(socketserver.BaseRequestHandler):
     def authenticate(self, credentials: Credentials) -> Conversation:
         """Conversation: raise Refused unless the credentials are right.
 
-        A failure takes `Settings.login_delay`, whatever the reason, to slow down guessing.
+        A failure takes `Settings.login_delay` seconds whatever the reason, which slows down
+        guessing, and does not tell whether the user exists.
         """
         if not self.needs_login:
             return
         client, username = self.client, credentials.username
         until = time.monotonic() + self.settings.login_delay
-        # The name of a user that does not exist is not logged: it may be a password.
+        # The name of a user that does not exist is not logged: it may be a mistyped password.
         name = printable(name_text(username)) if username in self.server.settings.users else '-'
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(client.key, username):
@@ -6258,18 +6411,18 @@ class Handler(socketserver.BaseRequestHandler):
         raise Refused(why)
 
     def verify(self, credentials):
-        """Conversation: whether the credentials are right, by the users at its end."""
+        """Conversation: whether the credentials are right, by the users at the end of it."""
         is_hopeless = functools.partial(
             self.server.failures.too_many, self.client.key, credentials.username)
         right = users = None
-        while users is not self.server.settings.users:
+        while users is not self.server.settings.users:      # a reload came during the hashing
             users = self.server.settings.users
             right = yield from users.verify(credentials, self.stream.until, is_hopeless)
         return right
 
     def check_again(self):
-        """Raise Refused unless the client may go on with the settings that were reloaded since it
-        connected."""
+        """Adopt the settings that were reloaded since the client connected; raise Refused if they
+        do not let it in."""
         self.settings = self.server.settings
         if self.login and self.settings.users.get(self.login[0]) != self.login[1]:
             raise Refused('the password has changed')
@@ -6280,7 +6433,7 @@ class Handler(socketserver.BaseRequestHandler):
     # Commands
 
     def do(self, request: AnyRequest) -> Conversation:
-        """The conversation that does what the request asks for."""
+        """The conversation that does the command of a request."""
         command, method, is_conversation = self.methods.get(request.command, (None, None, None))
         if not (method and self.offered(command, isinstance(request, Request4))):
             name = command.name if command else f'command {request.command:#04x}'
@@ -6296,7 +6449,11 @@ class Handler(socketserver.BaseRequestHandler):
         return self.run_in_thread(functools.partial(method, self, request))
 
     def run_in_thread(self, function):
-        """Conversation: the result of a do_COMMAND that is an ordinary function."""
+        """Conversation: call a do_COMMAND that is an ordinary function, and use its result.
+
+        There is no deadline, but a client that resets its connection ends the conversation; what
+        the function returns later is closed.
+        """
         result = yield Call(function, None, Worker.OWN)
         if result is None:
             self.client.report('closed')
@@ -6306,7 +6463,7 @@ class Handler(socketserver.BaseRequestHandler):
             if result.family in IP_FAMILIES:
                 address = local_address(result)
             return (yield from self.join(result, address))
-        elif hasattr(result, 'send'):           # a conversation
+        elif hasattr(result, 'send'):           # a conversation, of super() for example
             return (yield from result)
         else:
             raise TypeError(f'{function.func.__qualname__}() returned a {type(result).__name__}, '
@@ -6318,14 +6475,16 @@ class Handler(socketserver.BaseRequestHandler):
         settings = self.settings
         if command in (Command.CONNECT, Command.FORWARD):
             return True
-        if command == Command.BIND:             # does not go through other proxies
+        # With other proxies, BIND and UDP would leave from this host, past them.
+        if command == Command.BIND:
             return not settings.upstream
-        if command == Command.UDP_ASSOCIATE:    # nor does this, nor through TLS
+        if command == Command.UDP_ASSOCIATE:    # SOCKS4 has none; TLS does not cover datagrams
             return not (is_socks4 or settings.upstream
                         or settings.tls and not settings.udp_over_plain)
         return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
 
     def do_CONNECT(self, request: AnyRequest) -> Conversation:
+        """Connect to the target, at one of its addresses or by way of other proxies."""
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
         until = self.stream.until = deadline(self.settings.connect_timeout)
@@ -6342,17 +6501,29 @@ class Handler(socketserver.BaseRequestHandler):
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def do_FORWARD(self, request: 'HttpRequest') -> Conversation:
-        """Forward one HTTP request, through a connection as CONNECT makes it."""
+        """Forward one HTTP request, through a connection as CONNECT makes it.
+
+        The new head is sent as if the client had sent it early, after CONNECT; `HttpForward` does
+        the same to what follows, and to the response.
+        """
         self.client.command = HttpMethod(request.method)
         layer = HttpForward(self.connection, request)
         surplus = layer.take(self.stream.surplus)
         self.stream.surplus = request.forwarded().pack() + surplus
         self.connection = layer
-        return (yield from self.do_CONNECT(request))
+        _, connect, is_conversation = self.methods[Command.CONNECT]
+        if is_conversation:
+            return (yield from connect(self, request))
+        return (yield from self.run_in_thread(functools.partial(connect, self, request)))
 
     def join(self, target: socket.socket, bnd: Address) -> Conversation:
-        """Answer, and join the client to the socket `target`."""
+        """Conversation: send the reply Succeeded with the bound address `bnd`.
+
+        The result is a `Tunnel` between the client and the socket `target`, which owns both.  Bytes
+        that the client sent early go to the target first.
+        """
         try:
+            # Urgent data stays in the stream, as with keep_urgent().
             target.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             yield from self.reply(Reply.SUCCEEDED, bnd)
             return Tunnel(self.client, self.connection, target, self.stream.surplus)
@@ -6361,14 +6532,14 @@ class Handler(socketserver.BaseRequestHandler):
             raise
 
     def connect_through(self, address, until):
-        """CONNECT by way of other proxies.
+        """Conversation: CONNECT by way of other proxies (Settings.upstream).
 
-        Where the last one looks names up, we do not.  Where we do, it is asked for the addresses
-        that the client may reach, one after the other as long as it cannot reach them.
+        If the last one looks names up, it is asked for the name.  Otherwise it is asked for the
+        addresses that the client may reach, one after the other, until it can reach one.
         """
         chain = self.settings.upstream
         if chain[-1].rdns:
-            addresses = [self.passed_on(address)]
+            addresses = [self.unresolved(address)]
         else:
             addresses = (yield from self.destinations(address, until))[:UPSTREAM_ATTEMPTS]
         if self.is_verbose:
@@ -6385,14 +6556,15 @@ class Handler(socketserver.BaseRequestHandler):
             self.client.target_address = None if wanted == address else wanted
         if self.is_verbose:
             self.note('the last proxy connects from %s', printable(str(bnd)))
-        if ip_bytes(bnd.host) is None:
+        if ip_bytes(bnd.host) is None:  # a name as BND, which many clients cannot read
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
 
-    def passed_on(self, address):
-        """What the last proxy is asked for: an IP address that the client may reach, or a name.
+    def unresolved(self, address):
+        """The address to ask the last proxy for if it looks names up; raises Refused.
 
-        What its own host is called is judged as the loopback addresses that it has.
+        A name of the last proxy's own host, such as localhost, must be allowed as the loopback
+        addresses that it stands for there.
         """
         wanted = self.permitted(address)
         if ip_bytes(wanted.host) is not None:
@@ -6403,21 +6575,27 @@ class Handler(socketserver.BaseRequestHandler):
         return absolute(address)
 
     def do_BIND(self, request: AnyRequest) -> Conversation:
-        """Accept one connection, of the peer that the client named, on its behalf.
+        """Accept one connection for the client, from the peer that it named (RFC 1928 section 4).
 
-        Others are turned away; if one of them was all that came, the second reply says so.
+        The first reply has the address to connect to, the second the peer's.  Other peers are
+        closed; if no other came until the timeout, the second reply is "not allowed" with the
+        address of the last of them.
         """
         until = self.stream.until = deadline(self.settings.bind_timeout)
         expected = [host for host, _ in (yield from self.destinations(request.address, until))]
-        host, told = self.own_address(expected)
+        host, advertised = self.own_address(expected)
         with bound(Address(host, 0)) as listener:
-            listener.listen(16)
-            yield from self.reply(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
+            listener.listen(16)         # strangers must not fill the queue before the peer comes
+            yield from self.reply(Reply.SUCCEEDED, Address(advertised, listener.getsockname()[1]))
             peer, address = yield from self.accept(listener, expected, until)
         return (yield from self.join(peer, address))
 
     def accept(self, listener, expected, until):
-        """The socket and the address of the expected peer, any if zeros are expected."""
+        """Conversation: wait for the expected peer on `listener`, a bound and listening socket.
+
+        The result is its socket and its `Address`.  Raises socket.timeout, or Refused if only other
+        peers came.
+        """
         stranger = None
         while True:
             try:
@@ -6428,7 +6606,7 @@ class Handler(socketserver.BaseRequestHandler):
                 raise
             try:
                 peer, address = listener.accept()
-            except (*BLOCKED, ConnectionError):     # he has left already
+            except (*BLOCKED, ConnectionError):     # it has left again
                 continue
             address = Address.of(address)
             if self.is_expected(address, expected):
@@ -6438,49 +6616,53 @@ class Handler(socketserver.BaseRequestHandler):
             peer.close()
 
     def is_expected(self, peer, expected):
-        """Whether BIND accepts this peer; with zeros expected, any that no rule denies."""
+        """Whether BIND accepts the peer at `Address` peer, where the client named the IP addresses
+        `expected`.  0.0.0.0 and :: stand for any peer that no rule denies."""
         rules = self.server.settings.rules
         rule = rules.first(self.client, peer) if rules else None
         return (peer.host in expected
                 or not set(expected).isdisjoint(ZEROS) and not (rule and not rule.allow))
 
     def do_UDP_ASSOCIATE(self, request: AnyRequest) -> Conversation:
-        """Relay datagrams; DST may be where the client will send from, or anything."""
+        """Relay datagrams (RFC 1928 section 7).  The request's address may be the one that the
+        client will send from."""
         client, host = self.client, self.client.address.host
         client.target = '-'
         self.server.judge_association(client)
-        own, told = self.own_address()
-        is_here = is_loopback(host) or is_ours(host)
+        own, advertised = self.own_address()
+        is_here = is_loopback(host) or is_ours(host)        # local programs have no share of ports
         near, release = self.server.udp_ports.bind(
             own, self.settings.udp_ports, None if is_here else client_key(host))
         try:
-            yield from self.reply(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
-            return UdpRelay(client, self.connection, near, self.hint(request.address), is_here,
-                            release)
+            yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
+            return UdpRelay(client, self.connection, near, self.announced_source(request.address),
+                            is_here, release)
         except BaseException:
             near.close()
             release()
             raise
 
-    def hint(self, address):
-        """Where the client will send from, of what it says.
+    def announced_source(self, address):
+        """Where the client will send from, of the `Address` in its request, or UNSPECIFIED.
 
-        Some programs put their target there, and some do not know their address (PySocks: "0").
+        Some programs put their target there, and some do not know their address: PySocks sends
+        the name "0".
         """
         plausible = ('', '0', '0.0.0.0', '::', self.client.address.host)
         return address if address.port and address.host in plausible else UNSPECIFIED
 
     def do_RESOLVE(self, request: AnyRequest) -> Conversation:
-        """Tor's command for a look-up; an IPv4 address is what its users expect."""
+        """Look up a name (Tor's socks-extensions); IPv4 first, because some clients read no other.
+        """
         until = self.stream.until = deadline(self.settings.connect_timeout)
         addresses = yield from self.destinations(request.address, until, self.server.judge)
         address = min(addresses, key=lambda address: ':' in address.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
-        yield from self.tell(Address(address.host, 0))
+        yield from self.reply_with(Address(address.host, 0))
 
     def do_RESOLVE_PTR(self, request: AnyRequest) -> Conversation:
-        """Tor's command for the name of an IP address."""
+        """Look up the name of an IP address (Tor's socks-extensions)."""
         host = plain_ip(request.address.host)
         if host is None:
             raise ProtocolError('RESOLVE_PTR of a name, expected an IP address',
@@ -6489,42 +6671,47 @@ class Handler(socketserver.BaseRequestHandler):
         until = self.stream.until = deadline(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
             stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
-        yield from self.tell(canonical(Address(name, 0)))
+        yield from self.reply_with(canonical(Address(name, 0)))
 
-    def tell(self, address):
-        """Answer with an address, which is all that was asked for."""
+    def reply_with(self, address):
+        """Conversation: send the reply to a look-up, and end the connection."""
         yield from self.reply(Reply.SUCCEEDED, address)
         self.client.report(f'done, {address.host}')
         yield from self.stream.linger(deadline(LINGER))
 
     def own_address(self, peers=ZEROS):
-        """Our IP address for others to connect or send to, and how to tell it to the client.
+        """The pair (IP address to bind for BIND or UDP, IP address to send to the client as BND).
 
-        The one from which we reach one of the peers, or if these are not known the one that the
-        client reached us at; or the one to advertise; that may be another host's which forwards to
-        us, so it is not always one to listen on.
+        The first is the local address that leads to one of `peers`, IP addresses, or, if they are
+        not known, the one that the client connected to.  The second is the same without a zone, or
+        the one of Settings.advertise; that may belong to a NAT, which forwards to this host, so it
+        is not always one that can be bound.
         """
         host = local_address(self.request).host
         if not set(peers) & set(ZEROS):
-            family = family_of(host)    # which the client knows how to use
+            family = family_of(host)    # the client can use this one, so it comes first
             peers = [in_zone_of(host, peer) for peer in peers]
-            host = local_ip_towards(sorted(peers, key=lambda peer: family_of(peer) != family),
-                           self.settings.source)
-        for told in self.settings.advertise:
-            if family_of(told) == family_of(host) and not is_loopback(host):
-                return (told if is_ours(told) else host), told
+            host = local_ip_towards(
+                sorted(peers, key=lambda peer: family_of(peer) != family), self.settings.source)
+        for advertised in self.settings.advertise:
+            if family_of(advertised) == family_of(host) and not is_loopback(host):
+                return (advertised if is_ours(advertised) else host), advertised
         return host, host.partition('%')[0]
 
     def permitted(self, address):
-        """The canonical address; Refused if rules forbid its name."""
+        """The canonical form of an `Address`; raises Refused if rules forbid its name."""
         address = canonical(address)
         self.server.judge_name(self.client, address)
         return address
 
     def destinations(self, address, until, judge=None):
-        """The IP addresses behind `address` that this client may reach; at least one.
+        """Conversation: look an `Address` up; the result is a list of the `Address`es of it that
+        the client may reach, at least one.
 
-        `judge` raises Refused for one that it may not: the server's authorize().
+        judge    function(client, address, name) that raises Refused for one that the client may
+                 not reach; by default the server's authorize()
+
+        Raises socket.gaierror, or Refused if none is allowed.
         """
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
@@ -6546,21 +6733,39 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 def command_methods(handler_class):
-    """By the number of a command: the `Command`, the method of a class of handlers that does it,
-    and whether that is a conversation."""
+    """A dictionary from the number of each command to (`Command`, the method of a handler class
+    that does it or None, whether that is a conversation)."""
     methods = {}
     for command, name in COMMAND_METHODS.items():
         method = getattr(handler_class, name, None)
         flags = getattr(getattr(method, '__code__', None), 'co_flags', 0)
         methods[int(command)] = command, method, bool(flags & CO_GENERATOR)
+    if not methods[Command.CONNECT][1]:         # which FORWARD connects by
+        methods[Command.FORWARD] = Command.FORWARD, None, False
     return methods
 
 
 Handler.methods = command_methods(Handler)
 
 
+def processors():
+    """The number of processors that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):        # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def clients_possible():
+    """The number of clients, of two descriptors each, that the limit of open files allows; 0 for
+    any number."""
+    if not resource:                    # Windows, where Python's select() takes 512 sockets
+        return (512 - DESCRIPTORS_KEPT) // 2
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
+
+
 def listening_addresses(server_address):
-    """The list of (host, port) that a server is to listen on, of one or several of them."""
+    """The list of (host, port) in a `server_address`, which is one pair or a sequence of pairs."""
     several = [server_address] if is_pair(server_address) else server_address
     if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
         several = [several]
@@ -6576,153 +6781,17 @@ def is_pair(address):
     return isinstance(address, (tuple, list)) and len(address) > 1 and isinstance(address[0], str)
 
 
-# What texts stand for in `Settings`, as on the command line.
-
-def as_networks(value):
-    return tuple(parse_network(str(item)) for item in several(value))
-
-
-def as_rules(value):
-    return None if value is None else tuple(
-        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
-        for number, item in enumerate(several(value), 1))
-
-
-def as_hosts(value):
-    hosts = tuple(str(item) for item in several(value))
-    for host in hosts:
-        if ip_bytes(host.partition('%')[0]) is None:
-            raise ValueError(f'{host!r}: expected an IP address')
-    if len(set(map(family_of, hosts))) < len(hosts):
-        raise ValueError('expected one address of a family')
-    return hosts
-
-
-def as_users(value):
-    if not isinstance(value, Mapping):
-        raise ValueError('expected a mapping from names to passwords')
-    users = {encoded(name): encoded(password) for name, password in value.items()}
-    for name, password in users.items():
-        if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
-            raise ValueError('expected names and passwords as text or bytes')
-        if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
-            raise ValueError(f'{printable(name_text(name))}: expected at most 255 bytes each')
-    return MappingProxyType(users)
-
-
-def as_chain(value):
-    if isinstance(value, tuple) and value and not isinstance(value[0], int):    # as a `Proxy` has
-        value = list(value)
-    if value and not isinstance(value, (str, tuple, list)):
-        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
-    return tuple(parse_chain(value))
-
-
-def as_ports(value):
-    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
-    low, high = int(low), int(low if high == '' else high)
-    if not 0 <= low <= high < 65536 or high and not low:
-        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
-    return low, high
-
-
-def as_levels(value):
-    levels = several(value)
-    if not all(level in (0, 1, 2) for level in levels):
-        raise ValueError(f'{value!r}: expected levels of GssContext')
-    return levels
-
-
-def as_number(kind, value):
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        number = kind(value or 0)
-        if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
-            return number
-    raise ValueError(f'{value!r}: expected a number, 0 or more'
-                     if kind is float else f'{value!r}: expected a whole number, 0 or more')
-
-
-def as_context(value):
-    if value is not None and not hasattr(value, 'wrap_bio'):
-        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
-    return value
-
-
-def several(value):
-    """The items of a setting, a tuple; one text is one item."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, Iterable):
-        raise ValueError(f'{value!r}: expected a text, or a sequence')
-    return tuple(value)
-
-
-CONVERSIONS = {
-    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
-    'rules': as_rules, 'upstream': as_chain,
-    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
-    'udp_ports': as_ports}
-CONVERSIONS.update(
-    (name, functools.partial(as_number, type(default)))
-    for name, default in Settings()._asdict().items() if type(default) in (int, float))
-CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
-
-
-def converted(settings):
-    """The settings, checked, with all values as they are documented; ValueError names the field
-    that is wrong."""
-    if not isinstance(settings, Settings):
-        raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
-    values = {}
-    for name, convert in CONVERSIONS.items():
-        try:
-            values[name] = convert(getattr(settings, name))
-        except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
-            raise ValueError(f'Settings.{name}: {error}') from None
-    return settings._replace(**values)
-
-
-def prepared(settings):
-    """The settings, converted, with networks and rules compiled; OSError if `source` is not ours,
-    or GSSAPI has no keys."""
-    settings = converted(settings)
-    for host in settings.source:
-        if not is_ours(host):
-            raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
-    if settings.gssapi:
-        with gss_library().keys():
-            pass
-    return settings._replace(
-        users=Users(settings.users), clients=Networks(settings.clients),
-        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
-        rules=None if settings.rules is None else Rules(settings.rules))
-
-
-def processors():
-    """How many this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def clients_possible():
-    """How many clients, each with a target, the limit of open files allows; 0: any number."""
-    if not resource:                    # Windows, whose select() takes 512 sockets
-        return (512 - DESCRIPTORS_KEPT) // 2
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
-
-
 def addresses_to_bind(addresses):
-    """[(IP addresses, port)] for each (host, port): those of a name, or one.
+    """A list of ([IP address, ...], port) for a list of (host, port); looks names up.
 
-    `::` stands for both families, unless there is an IPv4 address with the same port beside it.
+    `::` stands for both families, unless an IPv4 address with the same port is in the list, too.
+    Raises ValueError, and OSError if a name is not found.
     """
     found = []
     for host, port in addresses:
         if ip_bytes(host) is not None:
             hosts = [plain_ip(host) or host]
-        elif host in ('', '*'):         # which resolvers take for loopback, or for all
+        elif host in ('', '*'):         # some resolvers take these for loopback, some for all
             raise ValueError(f'cannot listen on {host!r}: expected 0.0.0.0 for all IPv4 addresses, '
                              f':: for all of both families')
         else:
@@ -6737,7 +6806,11 @@ def addresses_to_bind(addresses):
 
 
 def bound_to_all(hosts, port):
-    """Sockets bound to those of the IP addresses that are here; OSError if none is."""
+    """A list of sockets, bound to those of the IP addresses `hosts` that this host has.
+
+    A name may have addresses of other hosts or of a family that is missing here; these are skipped.
+    Raises OSError if none is left, or for any other failure.
+    """
     missing, sockets = None, []
     for ip in hosts:
         try:
@@ -6749,14 +6822,14 @@ def bound_to_all(hosts, port):
                 raise
             missing = error
         else:
-            port = sockets[-1].getsockname()[1]     # a free one serves all of them
+            port = sockets[-1].getsockname()[1]     # port 0 is the same free one for all
     if not sockets:
         raise missing
     return sockets
 
 
 def listening_sockets(addresses, tries=FREE_PORT_TRIES):
-    """Sockets bound to all of the addresses, (host, port); port 0 is the same free one on all."""
+    """A list of sockets, bound to a list of (host, port); port 0 is the same free one for all."""
     wanted, sockets, free_port = addresses_to_bind(addresses), [], 0
     try:
         for hosts, port in wanted:
@@ -6769,51 +6842,61 @@ def listening_sockets(addresses, tries=FREE_PORT_TRIES):
             sock.close()
         if error.errno != errno.EADDRINUSE or tries == 1 or all(port for _, port in wanted):
             raise
-    return listening_sockets(addresses, tries - 1)      # what is free on one is not on another
+    return listening_sockets(addresses, tries - 1)      # the port was in use on another address
 
 
 def remove_files(files):
-    """Remove the files, (path, its os.stat()), except those that another program has replaced."""
+    """Empty `files`, a list of (path, os.stat_result), and remove the files that it names.
+
+    A file that another program has replaced since, for example a new server, is left alone.
+    """
     while files:
         path, known = files.pop()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # it was removed already
             if os.path.samestat(os.stat(path), known):
                 os.unlink(path)
 
 
-
 def refuse_open_proxy(settings, addresses):
-    """Raise ValueError if strangers could reach one of the addresses, and nobody has allowed it."""
+    """Raise ValueError if hosts other than this one could use the proxy without authentication, on
+    one of the addresses, a list of `Address`, and the settings do not say that they may."""
     if not (settings.users or settings.gssapi or settings.clients or settings.open
             or settings.tls and settings.tls.verify_mode):      # CERT_NONE is 0
         for address in addresses:
             if not is_loopback(address.host):
                 raise ValueError(
-                    f'listening on {address} without users would serve everybody; give users '
-                    f'(--users, SOCKS_USERS, -u) or networks (--from), or allow that (--open)')
+                    f'listening on {address} without users would serve everybody; expected users '
+                    f'(--users, SOCKS_USERS, -u), networks (--from), or --open to allow it')
 
 
 class Sessions:
-    """Whom a server serves, and what it did for others before.
+    """The counts of a server's clients.
 
-    associations  how many there are
-    connections   by client (see client_key), if they are limited
-    ended         clients before, who sent `up` bytes and got `down`
+    associations    number of UDP associations
+    connections     dictionary from client_key() to the number of connections, where that is limited
+    negotiating     number of clients that have not sent their request yet
+    ended, up, down    number of clients that have left; bytes from them and from their targets
 
-    The number of clients that have not made their request yet is limited.  For one more, the oldest
-    of the key with most of them is closed, so that one host cannot push out the others.
+    Theory of operation.  `negotiating` is limited.  To make room for one more client, the oldest is
+    closed of the key that has most of them, so that one host cannot push out the others.  To find
+    that key at once, keys are kept by how many clients they have: `_keys[n]` holds, in the order in
+    which they got there, the keys with n clients; its last item is never empty unless it is the
+    only one.  add() and negotiated() move a key by one place.
+
+    add() and negotiated() are called in the thread of the server's loop only, the rest in those of
+    all loops.
     """
 
     def __init__(self):
         self.connections = {}
         self.ended = self.up = self.down = self.associations = 0
-        self.negotiating = 0            # clients that have not made their request yet
-        self._tasks = {}                # theirs, by key: {client: task}, in the order they came
-        self._keys = [{}]               # by how many tasks they have: the keys, as a set in order
-        self._lock = threading.Lock()   # for the threads of all loops
+        self.negotiating = 0
+        self._tasks = {}                # key -> {client: task}, the oldest first
+        self._keys = [{}]               # number of tasks -> keys; dictionaries, as ordered sets
+        self._lock = threading.Lock()   # for `connections`, `ended`, `up` and `down`
 
     def add(self, client, task, limit=None):
-        """A client begins to negotiate; if there are more than `limit` then, one makes room."""
+        """A client begins to negotiate; if there are more than `limit` now, close one of them."""
         key = client.key
         tasks = self._tasks.setdefault(key, {})
         self._keys[len(tasks)].pop(key, None)
@@ -6824,10 +6907,11 @@ class Sessions:
         self._keys[len(tasks)][key] = True
         if limit is not None and self.negotiating > limit:
             key = next(iter(self._keys[-1]))
-            next(iter(self._tasks[key].values())).close('others want to begin, too')
+            next(iter(self._tasks[key].values())).close('dropped to make room (--max-handshakes)')
 
     def negotiated(self, client):
-        """A client has made its request, or ends; its task if it was negotiating, else None."""
+        """A client has sent its request, or leaves; returns its task, or None if it was not
+        negotiating."""
         tasks = self._tasks.get(client.key, {})
         task = tasks.pop(client, None)
         if task:
@@ -6842,14 +6926,15 @@ class Sessions:
         return task
 
     def count(self, client, limit):
-        """Raise Refused if there are so many connections of the client."""
+        """Count a connection of a client; raise Refused if it has `limit` of them already."""
         with self._lock:
             if self.connections.get(client.key, 0) >= limit:
-                raise Refused('too many connections from there')
+                raise Refused('too many connections from this client (--max-per-client)')
             self.connections[client.key] = self.connections.get(client.key, 0) + 1
             client.is_counted = True
 
     def remove(self, client, up, down):
+        """A client leaves, after so many bytes from it and from its target."""
         if client in self._tasks.get(client.key, ()):
             self.negotiated(client)
         with self._lock:
@@ -6863,26 +6948,29 @@ class Sessions:
 
 
 class BulkLoops:
-    """Threads, each with a loop, for tunnels that carry much.
+    """Threads, each with a loop, for tunnels with heavy traffic; at most `size` of them.
 
-    Large reads and writes run in parallel even in Python, and light tunnels need not wait for them.
+    Large reads and writes release the GIL, so they run in parallel, and light tunnels need not wait
+    for them.
     """
 
     def __init__(self, size):
         self._size = size
-        self._threads = {}              # by loop
+        self._threads = {}              # loop -> thread
 
     @property
     def loops(self):
         return list(self._threads)
 
     def take(self, tunnel):
-        """Move `tunnel` to a loop of its own, or to the one that has least."""
+        """Move `tunnel` to a new loop if each has work and there may be one more, else to the loop
+        with the fewest items."""
         if len(self._threads) < self._size and all(loop.items for loop in self.loops):
-            with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
+            # Without descriptors or threads for another loop, the tunnel goes on where it can.
+            with contextlib.suppress(OSError, RuntimeError):
                 self._start()
         if self._threads and tunnel.client and tunnel.loop not in self._threads:
-            log.debug('%s: heavy traffic, goes on in another thread', tunnel.client.address)
+            log.debug('%s: heavy traffic: moved to a bulk thread', tunnel.client.address)
             tunnel.move(min(self.loops, key=lambda loop: len(loop.items)))
 
     def _start(self):
@@ -6902,8 +6990,8 @@ class BulkLoops:
 
 
 class Listening:
-    """A server as an item of its own loop, which watches the listeners for it."""
-    client = due = None                 # `due`: the end of a pause
+    """A server's listeners, as an item of its loop; `due` ends a pause, or a drain."""
+    client = due = None
 
     def __init__(self, server):
         self.ready, self.expire = server._accept, server._expire
@@ -6915,46 +7003,56 @@ class Listening:
 class Server(socketserver.ThreadingTCPServer):
     """A SOCKS and HTTP proxy on one or several addresses.
 
-    For the caller:
+    Methods for the caller:
 
-    Server(server_address, settings, handler_class, listeners=())
-        server_address   (host, port), or a list of them; a name stands for all its addresses, `::`
-                         for all of both families, port 0 for a free port, the same on all of them.
-                         The host `unix:PATH` stands for a unix socket, whatever the port; its file
-                         is removed at the end
+    Server(server_address, settings, handler_class, bind_and_activate=True, listeners=())
+        server_address   (host, port), or a list of them.  A name stands for all its addresses, `::`
+                         for all addresses of both families, port 0 for a free port, the same for
+                         all.  The host `unix:PATH`, with any port, stands for a unix socket; its
+                         file is removed by server_close()
         settings         a `Settings`
         handler_class    a subclass of `Handler`; or any other handler of `socketserver`, which gets
-                         the bare connections, in a thread each
-        listeners        sockets that listen already, to use instead of server_address
-    start()              serve in the background until stop(), or to the end of a `with`; returns
-                         the server
-    serve_forever()      serve in this thread until shutdown(), from another thread or from a signal
-                         handler.  The listeners stay open then: clients wait in the queue
-    stop()               end everything; the same as server_close()
-    drain(seconds)       accept no more clients; serve_forever() returns when the last one ends
+                         the plain connection of each client, in a thread of its own
+        listeners        listening sockets to use instead of server_address; the server closes them
+    start()              serve in a thread of its own; returns the server, for a `with`
+    serve_forever()      serve in this thread until shutdown(); may be called again
+    shutdown()           have serve_forever() return, from another thread or a signal handler.
+                         Clients stay connected, and new ones wait in the listen queue
+    server_close(), stop()   stop serving and close everything; also done at the end of a `with`
+    drain(seconds)       accept no more clients; serve_forever() returns when the last one has left
     reconfigure(settings)    use other settings from now on
-    server_address       `Address` of the first listener
-    addresses            `Address` of each listener
-    settings             the `Settings`, checked, with texts converted
-    clients              list of the `Session` of each client that is served
 
         with Server(('127.0.0.1', 0)).start() as server:
             print(server.server_address)
 
-    May be overridden; these are called in the server's loop and must not block:
+    Methods that may be overridden.  The server's loops call them, so they must not block:
 
-    verify_request(request, client_address)    whether a client may connect
-    authorize(client, target, name=None)       raise `Refused` unless a `Session` may reach an
-                                               IP address, which it asked for by `name` or not
-    log_session(line)                          log the `LogLine` of a client at its end
-    request_queue_size                         length of the listen queues
-    heavy_loops                                number of threads for heavy traffic
+    verify_request(request, client_address)    whether to serve a client
+    authorize(client, target, name=None)       raise `Refused` unless the client, a `Session`, may
+                                               reach the target, an `Address` with an IP address
+    log_session(line)                          log the `LogLine` of a client; several threads may
+                                               call it at once
 
-    Inherited, but without a meaning here: handle_request(), timeout, service_actions() and the
-    attributes for threads; shutdown_request() and handle_error() are used as in `socketserver`.
+    process_request(), shutdown_request() and handle_error() are used as in `socketserver`.
 
-    Raises OSError for an address that cannot be listened on; ValueError for wrong settings, or if
-    the settings would serve everybody on an address beyond loopback.
+    Class variables that may be overridden:
+
+    request_queue_size    length of the listen queues
+    heavy_loops           largest number of threads for heavy traffic, 0 for none
+
+    Instance variables:
+
+    server_address    `Address` of the first listener
+    addresses         list of the `Address` of each listener
+    settings          the `Settings`, checked, with all fields converted
+    clients           list of the `Session` of each client that is connected
+    RequestHandlerClass    the handler class
+
+    Inherited, but without effect: get_request(), service_actions(), timeout, allow_reuse_address,
+    block_on_close.  handle_request() raises NotImplementedError.
+
+    The constructor raises OSError if it cannot listen on an address; ValueError for wrong settings,
+    or if the settings would serve everybody on an address beyond loopback.
     """
     server_address: Address
     settings: Settings
@@ -6962,7 +7060,7 @@ class Server(socketserver.ThreadingTCPServer):
     request_queue_size = 1024
     heavy_loops = min(4, processors())
     _accepting = _draining = False
-    _starved = _warned = float('-inf')  # when it was last logged that something is used up
+    _starved = _warned = float('-inf')  # times of the last warnings, see starve() and _warn()
 
     def __init__(self, server_address: ServerAddress = ('127.0.0.1', 1080),
                  settings: Optional[Settings] = None, handler_class: Type[Handler] = Handler,
@@ -6971,16 +7069,18 @@ class Server(socketserver.ThreadingTCPServer):
         self._pool = BlockingPool()
         self.resolver = Resolver(self._pool)
         self.udp_ports = UdpPorts()
-        self._configure(Settings() if settings is None else settings)
+        self._configure(prepared(Settings() if settings is None else settings))
         self.listeners = [*listeners]   # sockets
-        self.addresses = []             # theirs, as `Address`
-        self.socket_files = []          # (path, its os.stat()), to remove at the end
+        self.addresses = []
+        self.socket_files = []          # (path, os.stat_result) of those to remove at the end
         self.failures = Failures()
         self.sessions = Sessions()
         self._has_conversations = isinstance(handler_class, type) and issubclass(
             handler_class, Handler)
+        # An overridden log_session() gets every line, even if the level of the log drops them.
         self.logs_sessions = type(self).log_session is not Server.log_session
         self._thread = None             # that of start()
+        # Held in serve_forever().  Reentrant, for shutdown() in a signal handler of that thread.
         self._serving = threading.RLock()
         self._bulk_loops = BulkLoops(self.heavy_loops)
         self._item = Listening(self)
@@ -6994,17 +7094,22 @@ class Server(socketserver.ThreadingTCPServer):
                 raise
 
     def _configure(self, settings):
-        self.settings = settings = prepared(settings)
-        self.places = clients_possible()        # clients that there are descriptors for
+        """Use `settings`, as prepared() returns them."""
+        self.settings = settings
+        self.places = clients_possible()        # number of clients that descriptors are left for
         self.max_clients = settings.max_clients or self.places
+        # The default for one host, and for clients without a request, is half of the places, so
+        # that others find some; but 64, which one browser may need, if three quarters are as many.
         clients = self.max_clients or 1 << 16
         share = min(max(64, clients // 2), max(2, clients * 3 // 4))
         self.max_handshakes = settings.max_handshakes or share
-        self.max_per_client = share     # for other hosts, unless the settings have a number
+        self.max_per_client = share     # of other hosts, unless settings.max_per_client is a number
+        # With rules on names, a search list must not turn one name into another.
         self.resolver.is_strict = settings.rules is not None
         self.resolver.forget()
 
     def server_bind(self) -> None:
+        """Bind the listeners, and set `addresses`, `server_address` and `socket`."""
         if not self.listeners:
             self.listeners = listening_sockets([
                 address for address in self.server_address if not address[0].startswith('unix:')])
@@ -7018,21 +7123,22 @@ class Server(socketserver.ThreadingTCPServer):
         for sock in self.listeners:
             sock.setblocking(False)
             if sock.family in IP_FAMILIES:
-                keep_urgent(sock)       # accepted sockets inherit it
+                keep_urgent(sock)       # accepted sockets inherit this
             self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
 
     def server_activate(self) -> None:
+        """Have the listeners listen."""
         for sock, address in zip(self.listeners, self.addresses):
             try:
                 sock.listen(self.request_queue_size)
-            except OSError as error:
+            except OSError as error:    # with SO_REUSEADDR, bind() may allow an address in use
                 raise OSError(error.errno, f'cannot listen on {address}: {reason(error)}') from None
 
     def start(self: Serving) -> Serving:
-        """Serve in a thread of its own; gives the server itself, for a `with`."""
+        """Serve in a thread of its own; returns the server itself, for a `with`."""
         if self.loop.closed or self._thread:
             raise RuntimeError('the server is closed, or started already')
         self._thread = threading.Thread(
@@ -7041,15 +7147,17 @@ class Server(socketserver.ThreadingTCPServer):
         return self
 
     def serve_forever(self, poll_interval: Optional[float] = None) -> None:
-        """Serve until shutdown(); may be called again."""
+        """Serve until shutdown(); may be called again.  `poll_interval` has no effect."""
         with self._serving:
             self._watch_listeners(True)
             self.loop.run()
             self._watch_listeners(False)
 
     def shutdown(self) -> None:
-        """Have serve_forever() return, at once if it has not begun; wait for that unless it is
-        this thread's."""
+        """Have serve_forever() return, and wait until it has, unless it runs in this thread.
+
+        If it is not running, its next call returns at once.
+        """
         self.loop.stop()
         with self._serving:
             thread, self._thread = self._thread, None
@@ -7057,7 +7165,7 @@ class Server(socketserver.ThreadingTCPServer):
             thread.join()
 
     def server_close(self) -> None:
-        """Stop serving, close every listener and connection, end every thread."""
+        """Stop serving; close every listener and connection, and end every thread."""
         self.shutdown()
         for sock in self.listeners:
             sock.close()
@@ -7067,14 +7175,15 @@ class Server(socketserver.ThreadingTCPServer):
         for loop in self.loops():
             loop.close()
 
-    stop = server_close                 # the end of what start() began
+    stop = server_close                 # the counterpart of start()
 
     def handle_request(self) -> None:
+        """Not supported: a client is served over many rounds of the loop, not in one call."""
         raise NotImplementedError('expected serve_forever() or start()')
 
     def drain(self, seconds: float) -> None:
-        """Accept no more clients, and have serve_forever() return when those that are served have
-        ended, or after so many seconds."""
+        """Close the listeners, and have serve_forever() return when the last client has left, or
+        after `seconds`."""
         self.loop.call(self._item, self._drain, seconds)
 
     def _drain(self, seconds):
@@ -7087,7 +7196,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._go_on()
 
     def _go_on(self):
-        """There is room again; or the last client may have ended."""
+        """A client has left: accept again, or end the drain if it was the last one."""
         if not self._draining:
             self._expire()
         elif not self.clients:
@@ -7096,13 +7205,15 @@ class Server(socketserver.ThreadingTCPServer):
     # Accepting
 
     def _watch_listeners(self, accepting):
+        """Accept clients from now on, or leave them in the listen queues."""
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self.listeners:
                 self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
 
     def _accept(self, fd, _):
-        """A listener is ready."""
+        """Accept clients from the listener with the descriptor `fd`, as many as there is room for.
+        """
         listener = next(sock for sock in self.listeners if sock.fileno() == fd)
         room = self._room()
         if room <= 0:
@@ -7116,12 +7227,13 @@ class Server(socketserver.ThreadingTCPServer):
                 if error.errno in NO_ROOM:
                     self.starve(error)
                     return self._pause()
-                continue                # that client has left already
+                continue                # accept(2): an error of the new connection, which is gone
             self._receive(request, client_address)
         if self._room() <= 0:
             self._pause()
 
     def _receive(self, request, client_address):
+        """Begin to serve a client; what goes wrong must not stop the others."""
         try:
             if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
@@ -7132,23 +7244,24 @@ class Server(socketserver.ThreadingTCPServer):
             self.shutdown_request(request)
 
     def starve(self, error: OSError) -> None:
-        """Warn, but not all the time, that descriptors or memory are used up."""
+        """Warn, once a minute at most, that descriptors or memory are used up."""
         now = time.monotonic()
-        if now >= self._starved + STARVING_PAUSE:
+        if now >= self._starved + WARNING_PAUSE:
             self._starved = now
-            log.warning('cannot accept clients, or not serve them: %s', reason(error))
+            log.warning('cannot accept clients, or cannot serve them: %s', reason(error))
 
     def _warn(self):
-        """Say that clients wait, but once a minute is enough."""
-        if self.loop.now - self._warned >= 60:
+        """Warn, once a minute at most, that clients have to wait."""
+        if self.loop.now - self._warned >= WARNING_PAUSE:
             self._warned = self.loop.now
             log.warning('%d clients are served, more have to wait (--max-clients)',
                         self.max_clients)
 
     def _room(self):
-        """For how many more clients.
+        """The number of clients that can be accepted now.
 
-        By descriptors, an association counts as two, since it may take four.
+        A client needs two descriptors.  An association may need four, so it counts as two clients:
+        the connection, a socket to the client, and one for the targets of each family.
         """
         clients = sum(len(loop.items) for loop in self.loops())
         room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
@@ -7156,12 +7269,15 @@ class Server(socketserver.ThreadingTCPServer):
         return min(room, places) if self.places else room
 
     def _pause(self):
-        """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
+        """Leave clients in the listen queue until another one leaves, or for ACCEPT_PAUSE.
+
+        The time-out is for descriptors that something else in this process has released.
+        """
         self._watch_listeners(False)
         self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
 
     def _expire(self):
-        """Accept again; or the time for draining has passed."""
+        """A pause is over: accept again.  Or the time of a drain is: stop."""
         self.loop.timers.set(self._item, None)
         if self._draining:
             self.loop.stop()
@@ -7171,7 +7287,7 @@ class Server(socketserver.ThreadingTCPServer):
     # One client
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin the conversation with a client in the loop, or another handler in a thread."""
+        """Start a `Handler`'s conversation in the loop, or another handler's thread."""
         if not self._has_conversations:
             request.setblocking(True)
             return super().process_request(request, client_address)
@@ -7182,10 +7298,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.loop.attempt(task, task.start, self.loop)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log the exception that is being handled, with its traceback."""
         log.exception('%s: this is a bug', client_address)
 
     def admit(self, client: Session) -> None:
-        """Raise Refused unless `client` may use the server at all."""
+        """Raise Refused unless `client` may use the server at all: by its network, and by the
+        number of its connections, which are counted from here on."""
         settings = self.settings
         if settings.clients:
             self.judge_client(client)
@@ -7196,48 +7314,57 @@ class Server(socketserver.ThreadingTCPServer):
             self.sessions.count(client, limit)
 
     def judge_client(self, client: Session) -> None:
-        """Raise Refused unless `client` is from one of the networks that are served."""
+        """Raise Refused unless `client` is in one of the networks to serve (Settings.clients)."""
         clients = self.settings.clients
         if clients and not clients.has(client.address.host):
-            raise Refused('not from the networks served')
+            raise Refused('the client is in none of the networks to serve (--from)')
 
     def authorize(self, client: Session, target: Address, name: Optional[str] = None) -> None:
-        """Raise Refused unless `client`, a `Session`, may reach `target`, the `Address` of an IP
-        address, for which it asked by `name`, if it did.
+        """Raise Refused unless a client may reach a target.
 
-        Only a rule on a network inside of a local one can allow what is local to the proxy.
+        client    a `Session`
+        target    an `Address` with an IP address; called for each one of a name
+        name      the name that the client asked for, or None
+
+        What is local to the proxy is refused to clients on other hosts, unless a rule on a network
+        inside the local one allows it.
         """
         rule = self.judge(client, target, name)
         authorize(client.address, client.command, target, self.addresses, rule)
 
     def judge(self, client: Session, target: Address, name: Optional[str] = None) -> Optional[Rule]:
-        """Raise Refused if the rules do not allow it; else the one that does, or None."""
+        """The `Rule` that allows a target, as in authorize(), or None if there are no rules; raises
+        Refused if none does."""
         rules = self.settings.rules
         return None if rules is None else allowing(rules.first(client, target, name), target)
 
     def judge_name(self, client: Session, target: Address) -> None:
-        """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
+        """Raise Refused if no rule can allow `target`, an `Address`, by its name.
+
+        It comes before the look-up, so that a forbidden name does not reach a name server.
+        """
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
             is_final = bool(settings.upstream) and settings.upstream[-1].rdns
             allowing(settings.rules.first_for_name(client, target, is_final), target)
 
     def judge_association(self, client: Session) -> None:
-        """Raise Refused if no rule can allow a datagram of `client`, OSError if there are no
-        descriptors for it."""
+        """Raise Refused if no rule can allow a datagram of `client`, OSError if there are not
+        enough descriptors for an association."""
         rules = self.settings.rules
         if rules is not None and not rules.may_allow(client, Command.UDP_ASSOCIATE):
-            raise Refused('no rule allows a datagram')
+            raise Refused('no rule allows datagrams of this client')
         served = sum(len(loop.items) for loop in self.loops())
         if self.places and served + self.sessions.associations >= self.places:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def log_session(self, line: LogLine) -> None:
-        """Log what a client asked for and how it ended."""
+        """Log the line of a client, at its end."""
         log.info(line)
 
     def session_ended(self, client: Session, up: int, down: int) -> None:
-        """A client is served no more; called in the thread of any loop."""
+        """Remove a client, after `up` bytes from it and `down` from its target; in the thread of
+        any loop."""
         self.sessions.remove(client, up, down)
         if not self._accepting:
             self.loop.call(self._item, self._go_on)
@@ -7245,10 +7372,12 @@ class Server(socketserver.ThreadingTCPServer):
     # All clients
 
     def reconfigure(self, settings: Settings) -> None:
-        """Have other settings from now on: who is served goes on, datagrams are judged anew.
+        """Use other settings from now on.
 
-        Raises as the constructor does.
+        Tunnels go on; the datagrams of associations are judged by the new rules.  Raises the same
+        errors as the constructor; the old settings stay then.
         """
+        settings = prepared(settings)
         refuse_open_proxy(settings, self.addresses)
         self._configure(settings)
         for loop in self.loops():
@@ -7258,12 +7387,13 @@ class Server(socketserver.ThreadingTCPServer):
 
     @property
     def clients(self) -> List[Session]:
-        """All that are served now, as a list of `Session`."""
+        """A list of the `Session` of each client that is connected."""
+        # list() copies at once, as other threads add and remove items.
         clients = (item.client for loop in self.loops() for item in list(loop.items))
-        return [client for client in clients if client]     # it may be ending
+        return [client for client in clients if client]     # None where a relay is just ending
 
     def loops(self) -> List[Loop]:
-        """All that carry clients."""
+        """A list of the loops that serve clients."""
         return [self.loop, *self._bulk_loops.loops]
 
 

@@ -1549,6 +1549,9 @@ class ConversationTest(VectorCase):
 
             do_BIND = None
 
+        class Connectionless(socks.Handler):
+            do_CONNECT = None
+
         origin = self.origin(echo)
         server = self.serve(Ordinary)
         for host, code, data in (('refuse.test', 6, b''), ('memory.test', 0, b'from memory'),
@@ -1566,6 +1569,10 @@ class ConversationTest(VectorCase):
             peer.ask(Greeting(b'\0'), Choice)
             self.assertEqual(peer.ask(Request(2, Address('0.0.0.0', 0)), Response).reply, 7)
         self.assertIn('refused: not today', self.lines[0])
+        for handler, answer in (Ordinary, b'without an HTTP answer'), (Connectionless, b' 501 '):
+            with self.subTest(handler), Peer(self.serve(handler).server_address) as peer:
+                peer.send(b'GET http://memory.test/ HTTP/1.0\r\n\r\n')
+                self.assertIn(answer, peer.rest())
 
     def test_client_leaves_an_ordinary_method(self):
         """What it returns then is closed."""
@@ -3167,7 +3174,7 @@ class LifecycleTest(Case):
             peer.ask(Greeting(b'\2'), Choice)
             self.assertEqual(peer.ask(Credentials(b'bob', b'secret'), Verdict), Verdict(0))
         self.assertNotIn('secret', repr(server.settings))
-        with self.assertRaisesRegex(OSError, 'not ours'):
+        with self.assertRaisesRegex(OSError, 'not an address of this host'):
             socks.Server(('127.0.0.1', 0), Settings(source=('203.0.113.1',)))
 
     def test_max_clients(self):
@@ -3485,7 +3492,7 @@ class Inside(Case):
         self.link_local()
         with self.assertRaisesRegex(OSError, r"on \[fe80::1%x\]:\d+: there is no interface 'x'"):
             socks.Server(('fe80::1%x', 0), Settings(open=True))
-        with self.assertRaisesRegex(OSError, 'connect from fe80::1%x: it is not ours'):
+        with self.assertRaisesRegex(OSError, 'connect from fe80::1%x: not an address'):
             socks.Server(('127.0.0.1', 0), Settings(source=('fe80::1%x',)))
 
     def test_advertise(self):
@@ -6744,7 +6751,7 @@ class AccessTest(FileCase):
         peer = self.peer(server.server_address, ('127.0.0.2', 0))
         self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
         eventually(lambda: self.lines)
-        self.assertIn('refused: not from the networks served', self.lines[0])
+        self.assertIn('refused: the client is in none of the networks to serve', self.lines[0])
 
     def test_trusted_networks(self):
         server = self.serve(users={'bob': 's'}, trusted=self.networks('127.0.0.2/32'))
@@ -9150,7 +9157,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 (('--rules', good[0], '--users', good[1]), 0, ''), (('--rules', bad), 1, 'bad:1:'),
                 (('--users', bad), 1, 'bad:1:'), (('--users', bad + 'x'), 1, 'No such file'),
                 (('-b', '0.0.0.0'), 2, 'would serve everybody'),
-                (('--tls-cert', bad), 1, 'bad: '), (('--source', '203.0.113.1'), 1, 'not ours')):
+                (('--tls-cert', bad), 1, 'bad: '), (('--source', '203.0.113.1'), 1, 'not an add')):
             with self.subTest(arguments):
                 done = run(sys.executable, os.path.join(HERE, 'socks.py'), '--check', *arguments)
                 self.assertEqual(done.returncode, status, done.stderr)
@@ -9402,7 +9409,7 @@ class CommandLineTest(Case):
                     (['-b', '203.0.113.1', '--open'], 'Cannot assign requested address'),
                     (['-b', '127.0.0.1:0', '-b', '203.0.113.1', '--open'], '203.0.113.1:1080: '),
                     (['-b', '127.0.0.1:0', '-b', '127.0.0.1:0', '-p', '0'], 'already in use'),
-                    (['--source', '203.0.113.1'], 'connect from 203.0.113.1: it is not'),
+                    (['--source', '203.0.113.1'], 'connect from 203.0.113.1: not an'),
                     (['--log-file', '/nowhere/log'], '/nowhere/log: No such file or directory'),
                     (['-b', 'nowhere.invalid'], 'nowhere.invalid is never resolved')]:
                 with self.subTest(arguments):

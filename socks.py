@@ -8665,26 +8665,35 @@ async def wait_for_wish(wish):
 
 # -------------------------------------------------------------------------------------- operation
 #
-# A server as a process: what its supervisor, its administrator and the system say to it.
+# A server as a process: signals, systemd, worker processes, log files.
 
-LONG_LIFE = 5.0                         # seconds; a worker that lived less is not restarted at once
-BACK_OFF = 10.0                         # seconds at most until it is
+LONG_LIFE = 5.0                         # seconds; a worker that ends earlier is replaced later
+FIRST_PAUSE = 0.1                       # seconds until then; twice as many each further time
+LONGEST_PAUSE = 10.0                    # seconds
 
 
 def tls_context(certificate: str, key: Optional[str] = None,
                 client_ca: Optional[str] = None) -> 'ssl.SSLContext':
-    """The ssl.SSLContext of a server with the certificate (chain) in a file, and its key there or
-    in another; with `client_ca` clients must show one that is signed by it.  FileError says which
-    file is wrong."""
-    import ssl
+    """The ssl.SSLContext of a server, for TLS 1.2 and newer.
+
+    certificate    name of a PEM file with the certificate and those that lead to it
+    key            name of the PEM file with its key; None if it is in the same file
+    client_ca      name of a PEM file with the certificate that clients' certificates must be signed
+                   by; None to ask for none
+
+    Raises FileError, which names the file that is wrong.
+    """
+    import ssl                          # here, because few servers need it and it is large
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if hasattr(context, 'minimum_version'):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:                               # Python 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)       # since Python 3.7
+    # Renegotiation costs the server more than the client; Python 3.6 cannot refuse it.
+    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)
     try:
-        for name in filter(None, (certificate, key, client_ca)):        # ssl would not say which
+        # The errors of ssl do not name the file.
+        for name in filter(None, (certificate, key, client_ca)):
             open(name, 'rb').close()
         name = key or certificate
         context.load_cert_chain(certificate, key)
@@ -8701,23 +8710,26 @@ def tls_context(certificate: str, key: Optional[str] = None,
 
 
 def activated_sockets(environ):
-    """The listening sockets that systemd hands over (sd_listen_fds(3)); they are taken from
-    `environ`."""
-    ours = environ.pop('LISTEN_PID', '') == str(os.getpid())
-    count = int(environ.pop('LISTEN_FDS', 0)) if ours else 0
+    """The list of listening sockets that systemd has opened for this process (sd_listen_fds(3)).
+
+    Removes its variables from `environ`, so that children do not take them for theirs.  Raises
+    ValueError for a socket of another kind.
+    """
+    is_for_us = environ.pop('LISTEN_PID', '') == str(os.getpid())
+    number_of_sockets = int(environ.pop('LISTEN_FDS', 0)) if is_for_us else 0
     sockets = []
-    for number in range(3, 3 + count):
+    for number in range(3, 3 + number_of_sockets):
         os.set_inheritable(number, False)
-        family = kind = None            # Python 3.6 does not ask the socket
+        family = kind = None            # Python 3.6 does not ask the system for these
         with contextlib.suppress(OSError), _orig_socket(fileno=os.dup(number)) as probe:
             family = probe.getsockopt(socket.SOL_SOCKET, getattr(socket, 'SO_DOMAIN', 39))
             kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
         families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
         if family not in families or kind != socket.SOCK_STREAM:
-            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP socket, or a unix '
-                             f'one with connections')
+            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP or unix stream '
+                             f'socket')
         sock = _orig_socket(family, kind, 0, number)
-        if family != socket.AF_UNIX:
+        if family != socket.AF_UNIX:    # accepted sockets inherit these, see bound()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sockets.append(sock)
@@ -8725,55 +8737,67 @@ def activated_sockets(environ):
 
 
 class Notifier:
-    """Tells systemd how the service is (sd_notify(3)); without systemd, nobody."""
+    """Sends the state of the service to systemd (sd_notify(3)); does nothing without systemd.
+
+    interval    seconds between two signs of life, 0 if systemd does not ask for any
+    """
     client = due = None                 # as an item of a loop, for the watchdog
 
     def __init__(self, environ):
         path = environ.pop('NOTIFY_SOCKET', '')
-        self._path = '\0' + path[1:] if path.startswith('@') else path
-        mine = environ.pop('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
-        self.interval = int(environ.pop('WATCHDOG_USEC', 0)) / 2e6 if mine else 0      # seconds
+        self._path = '\0' + path[1:] if path.startswith('@') else path     # unix(7): abstract
+        is_for_us = environ.pop('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
+        # Half of the time that systemd waits, as sd_watchdog_enabled(3) recommends.
+        self.interval = int(environ.pop('WATCHDOG_USEC', 0)) / 2e6 if is_for_us else 0
 
-    def tell(self, *words):
+    def notify(self, *assignments):
+        """Send lines VARIABLE=VALUE."""
         if self._path:
+            # systemd may be restarting; the service goes on without it.
             with contextlib.suppress(OSError), _orig_socket(
                     socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto('\n'.join(words).encode(), self._path)
+                sock.sendto('\n'.join(assignments).encode(), self._path)
 
-    def tell_reloading(self):
-        self.tell('RELOADING=1', f'MONOTONIC_USEC={int(time.monotonic() * 1e6)}')
+    def notify_reloading(self):
+        # With Type=notify-reload, the time tells systemd that this came after its request.
+        self.notify('RELOADING=1', f'MONOTONIC_USEC={int(time.monotonic() * 1e6)}')
 
     def watch(self, loop):
-        """Tell it regularly that the loop is alive, if that is asked for."""
+        """Have `loop` give a sign of life every `interval` seconds."""
         self._loop = loop
         if self.interval:
             self.expire()
 
     def expire(self):
-        self.tell('WATCHDOG=1')
+        self.notify('WATCHDOG=1')
         self._loop.timers.set(self, time.monotonic() + self.interval)
 
     def close(self, outcome):
-        """Nothing to give back."""
+        """There is nothing to close."""
 
 
 class Pulse(Notifier):
-    """A worker's: the time of its last sign of life, where its supervisor sees it."""
+    """The notifier of a worker: stores the time of its last sign of life for the supervisor.
+
+    memory      memory that both processes share, 8 bytes for each worker
+    place       number of the worker, from 0
+    interval    as in `Notifier`
+    """
 
     def __init__(self, memory, place, interval):
         self._memory, self.place, self.interval = memory, place, interval
-        self.tell()
+        self.notify()
 
-    def tell(self, *_):
+    def notify(self, *_):
         struct.pack_into('d', self._memory, 8 * self.place, time.monotonic())
 
     def silence(self):
-        """Seconds since then."""
+        """Seconds since the last sign of life."""
         return time.monotonic() - struct.unpack_from('d', self._memory, 8 * self.place)[0]
 
 
 def has_terminal():
-    """Whether this process has a controlling terminal that is still there."""
+    """Whether this process has a controlling terminal that is still open (tty(4))."""
     try:
         with open('/dev/tty', 'rb', 0) as terminal:
             os.tcgetpgrp(terminal.fileno())
@@ -8783,116 +8807,123 @@ def has_terminal():
 
 
 class Terminal:
-    """That from which this process was started, if it should end with it; nohup and setsid say
-    that it should not."""
+    """The terminal from which this process was started, if the process should end with it; after
+    nohup or setsid, it should not."""
 
     def __init__(self):
         self._matters = (hasattr(signal, 'SIGHUP') and has_terminal()
                          and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 
     def is_gone(self):
-        """Whether it was closed, so that HUP is a request to end, not to reload."""
+        """Whether it was closed, so that HUP means to end, not to reload."""
         return self._matters and not has_terminal()
 
 
-class Lifeline:
-    """As an item of a loop: has a server stop when the process at the other end is gone."""
+class Service:
+    """Runs a server until a signal ends it.
+
+    server       the `Server`
+    configure    function() that makes its `Settings` again for a reload; may raise ValueError and
+                 OSError
+    notifier     a `Notifier`
+    announce     function() to call when the server is ready
+    lifeline     descriptor of a pipe whose other end closes when the supervisor ends, or None
+
+    It is an item of the server's loop: reload() and show() run there, not in the signal handlers,
+    which interrupt the loop at any point.
+    """
     client = due = None
 
-    def __init__(self, server, fd):
-        self._server = server
-        self.fileno = lambda: fd
-        server.loop.watch(self, 0, READ, self)
-
-    def ready(self, *_):
-        self._server.loop.stop()
-
-
-class Service:
-    """A server, until a signal ends it.
-
-    configure   gives the `Settings` anew, or raises ValueError or OSError
-    announce()  is called when all is ready
-    """
-
-    def __init__(self, server, configure, notifier, announce):
+    def __init__(self, server, configure, notifier, announce, lifeline=None):
         self.server = server
         self._configure = configure
         self._notifier = notifier
         self._announce = announce
+        self._lifeline = lifeline
         self._stopping = False
         self._terminal = Terminal()
 
-    def run(self, lifeline=None):
-        """Serve; `lifeline` is a descriptor that is readable when it is time to end."""
-        handlers = {'SIGINT': self.stop, 'SIGTERM': self.stop, 'SIGHUP': self.reload,
-                    'SIGUSR1': self.show}
+    def run(self):
+        """Serve until a signal, or the end of the supervisor; then close the server."""
+        handlers = {'SIGINT': self.stop, 'SIGTERM': self.stop, 'SIGHUP': self.later(self.reload),
+                    'SIGUSR1': self.later(self.show)}
         with self.server:
             for name, handler in handlers.items():
-                if hasattr(signal, name):       # Windows has but two
+                if hasattr(signal, name):       # Windows has only two of them
                     signal.signal(getattr(signal, name), handler)
-            # A signal that comes just before select() would be seen only after it.
+            # Else a signal that comes just before the poll would be handled only after it.
             signal.set_wakeup_fd(self.server.loop.waker.wakeup_fd())
             if hasattr(signal, 'pthread_sigmask'):          # a supervisor has blocked them
                 signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            if lifeline is not None:
-                Lifeline(self.server, lifeline)
+            if self._lifeline is not None:
+                self.server.loop.watch(self, 0, READ, self)
             self._notifier.watch(self.server.loop)
-            self._notifier.tell('READY=1')
+            self._notifier.notify('READY=1')
             self._announce()
             self.server.serve_forever()
-            self._notifier.tell('STOPPING=1')
+            self._notifier.notify('STOPPING=1')
             signal.set_wakeup_fd(-1)
 
+    def fileno(self):
+        return self._lifeline
+
+    def ready(self, *_):
+        """The supervisor has ended: stop."""
+        self.server.loop.stop()
+
+    def later(self, function):
+        """A signal handler that has the loop call function()."""
+        return lambda *_: self.server.loop.call(self, function)
+
     def stop(self, number, _):
+        """Signal handler: stop at once, or after Settings.drain_timeout for a first TERM."""
         seconds = self.server.settings.drain_timeout
         if self._stopping or number == signal.SIGINT or not seconds:
             return self.server.shutdown()
         self._stopping = True
-        self._notifier.tell('STOPPING=1')
+        self._notifier.notify('STOPPING=1')
         self.server.drain(seconds)
 
-    def reload(self, number, _):
+    def reload(self):
+        """Make the settings again, and have the server use them; stop if the terminal is gone."""
         if self._terminal.is_gone():
-            return self.stop(number, _)
-        self.server.loop.call(self._notifier, self._reload)
-
-    def _reload(self):
-        self._notifier.tell_reloading()
+            return self.stop(signal.SIGHUP, None)
+        self._notifier.notify_reloading()
         try:
             self.server.reconfigure(self._configure())
             log.info('reloaded')
         except (ValueError, OSError) as error:
             log.error('not reloaded, the old settings stay: %s', error)
-        self._notifier.tell('READY=1')
+        self._notifier.notify('READY=1')
 
-    def show(self, *_):
-        self.server.loop.call(self._notifier, self._show)
-
-    def _show(self):
-        """In a thread, because many clients make a long table."""
+    def show(self):
+        """Log a `Table` from a thread, because formatting many clients takes long."""
         try:
             threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
-        except RuntimeError:            # there is none to be had
+        except RuntimeError:            # the system has no more threads
             self._log_table()
 
     def _log_table(self):
         record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
-        log.handle(record)              # whatever the level is: it was asked for
+        log.handle(record)              # at any level of the log, because a user asked for it
+
+    def close(self, outcome):
+        """There is nothing to close."""
 
 
 class Table(NamedTuple):
-    """All that a server serves now, a `LogLine` each, and what it did before."""
-    limit: int                          # of clients at once; 0: none
-    lines: Sequence[LogLine]
-    ended: int
-    up: int
-    down: int
+    """The clients that a server serves now, and the sums of those before."""
+    limit: int                          # of clients at once, 0 for none
+    lines: Sequence[LogLine]            # of the clients now, the oldest first
+    ended: int                          # number of clients before
+    up: int                             # bytes from them
+    down: int                           # bytes from their targets
 
     @classmethod
     def of(cls, server):
+        """The table of a `Server`."""
         items = [item for loop in server.loops() for item in list(loop.items) if item.client]
-        pairs = [(item, item.client) for item in items]
+        pairs = [(item, item.client) for item in items]     # None once a relay has ended
         lines = [client.line('open', *item.traffic) for item, client in pairs if client]
         sessions = server.sessions
         return cls(server.settings.max_clients, sorted(lines, key=lambda line: -line.seconds),
@@ -8910,17 +8941,25 @@ class Table(NamedTuple):
             for row in rows])
 
     def entries(self):
-        """For JSON: an object about the process, and one for each client."""
+        """A list of dictionaries for `JsonFormatter`: one of the process, one of each client."""
         about = dict(process=os.getpid(), clients=len(self.lines), limit=self.limit,
                      before=self.ended, up=self.up, down=self.down)
         return [about] + [entry for line in self.lines for entry in line.entries()]
 
 
 class Supervisor:
-    """Several processes that serve on the same sockets, each with a loop of its own; one that dies
-    is replaced.
+    """Runs several worker processes that serve on the same sockets, and replaces those that end.
 
-    The arguments are those of `Service`; the sockets are those of `server`.
+    size    number of workers
+
+    The other arguments are those of `Service`.  `server` only gives its sockets and settings; each
+    worker makes a server of its own.
+
+    Theory of operation.  All signals are blocked in this process, and taken by sigwait() one by
+    one, so that nothing runs in between.  SIGCHLD tells of a worker that has ended, SIGALRM that it
+    is time to start one or to look for frozen ones; other signals go to the workers, too.  A worker
+    ends if this process does: it watches the reading end of a pipe, `_lifeline`, whose writing end
+    only this process has open.
     """
 
     def __init__(self, size, server, configure, notifier, announce):
@@ -8932,30 +8971,27 @@ class Supervisor:
         self._notifier = notifier
         self._announce = announce
         server.server_close()
-        self._started = {}              # by pid: when, and its `Pulse`
-        self._memory = mmap.mmap(-1, 8 * size)          # shared with the workers
-        self._looked = time.monotonic()
+        self._started = {}              # pid -> (time of its start, its `Pulse`)
+        self._memory = mmap.mmap(-1, 8 * size)          # for the pulses; shared across fork()
+        self._looked = time.monotonic()                 # time of the last _end_frozen()
         self._terminal = Terminal()
-        self._due = 0.0                 # when the next one may be started
-        self._pause = 0.1               # seconds until one that died early is replaced
+        self._due = 0.0                 # time when the next worker may be started
+        self._pause = FIRST_PAUSE
         self._stopping = False
-        # Its other end closes when this process dies, however that happens.
         self._lifeline, self._held = os.pipe()
         self._signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
                          signal.SIGCHLD, signal.SIGALRM]
 
     def run(self):
-        """Until a signal ends it.
-
-        The signals are blocked, and taken when it is their turn, so that nothing interrupts us.
-        """
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who started us may have ignored it
+        """Run the workers until a signal, and until all of them have ended."""
+        # If the parent ignored it, waitpid() would not get the status of children.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         self._start_missing()
-        self._notifier.tell('READY=1')
+        self._notifier.notify('READY=1')
         self._announce()
         while self._started or not self._stopping:
-            self._notifier.tell('WATCHDOG=1')
+            self._notifier.notify('WATCHDOG=1')
             missing = len(self._started) < self._size and not self._stopping
             pauses = [max(0.001, self._due - time.monotonic())] if missing else []
             pauses += [self._notifier.interval] if self._notifier.interval else []
@@ -8965,9 +9001,10 @@ class Supervisor:
             self._end_frozen()
             self._start_missing()
         remove_files(self._socket_files)
-        self._notifier.tell('STOPPING=1')
+        self._notifier.notify('STOPPING=1')
 
     def _take(self, number):
+        """Handle a signal."""
         if number == signal.SIGHUP and self._terminal.is_gone():
             number = signal.SIGTERM
         if number in (signal.SIGINT, signal.SIGTERM):
@@ -8975,14 +9012,15 @@ class Supervisor:
             for sock in self._listeners:
                 sock.close()
         elif number == signal.SIGHUP:
-            # For workers to come; those that there are say what is wrong with the new settings.
+            # For the workers of later; those of now reload too, and log what is wrong.
             with contextlib.suppress(ValueError, OSError):
                 self._settings = self._configure()
         if number not in (signal.SIGCHLD, signal.SIGALRM):
             for pid in self._started:
-                os.kill(pid, number)    # it is not reaped yet, so this is still its number
+                os.kill(pid, number)    # not reaped yet, so no other process has this pid
 
     def _reap(self):
+        """Forget the workers that have ended."""
         for pid, (started, _) in list(self._started.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -8993,26 +9031,28 @@ class Supervisor:
                 if now - started < LONG_LIFE:
                     self._back_off()
                 else:
-                    self._pause = 0.1
+                    self._pause = FIRST_PAUSE
 
     def _back_off(self):
-        """Start the next one only after a pause, which grows."""
+        """Start the next worker only after a pause, which doubles each time."""
         self._due = time.monotonic() + self._pause
-        self._pause = min(BACK_OFF, 2 * self._pause)
+        self._pause = min(LONGEST_PAUSE, 2 * self._pause)
 
     def _end_frozen(self):
-        """Kill workers that gave no sign of life for as long as systemd would wait for ours."""
+        """Kill workers without a sign of life for as long as systemd waits for this process."""
         now, patience = time.monotonic(), 2 * self._notifier.interval
-        were_stopped, self._looked = now - self._looked > patience, now     # all of us, that is
+        # If this process did not run either (SIGSTOP, suspend), the workers start afresh.
+        were_stopped, self._looked = now - self._looked > patience, now
         for pid, (_, pulse) in self._started.items() if patience else ():
             if were_stopped:
-                pulse.tell()
+                pulse.notify()
             elif pulse.silence() > patience:
                 log.error('worker %d does not answer', pid)
                 os.kill(pid, signal.SIGKILL)
-                pulse.tell()            # it is a while until it has ended
+                pulse.notify()          # so that it is not killed again until it has ended
 
     def _start_missing(self):
+        """Start workers up to their number, unless it is too early for the next."""
         while len(self._started) < self._size and not self._stopping:
             if time.monotonic() < self._due:
                 return
@@ -9021,7 +9061,7 @@ class Supervisor:
                           self._notifier.interval / 2)
             try:
                 pid = os.fork()
-            except OSError as error:    # no process, no memory: there may be again
+            except OSError as error:    # too many processes, or no memory; try again later
                 log.error('cannot start a worker: %s', reason(error))
                 return self._back_off()
             if not pid:
@@ -9029,53 +9069,58 @@ class Supervisor:
             self._started[pid] = time.monotonic(), pulse
 
     def _be_worker(self, pulse):
+        """Serve in this process, a new worker, and exit."""
         status = 1
         try:
-            os.close(self._held)
+            os.close(self._held)        # else the pipe would stay open without the supervisor
             settings = self._settings
             if settings.max_clients:
                 settings = settings._replace(max_clients=-(-settings.max_clients // self._size))
             server = Server((), settings, listeners=self._listeners)
-            Service(server, self._configure, pulse, lambda: None).run(self._lifeline)
+            Service(server, self._configure, pulse, lambda: None, self._lifeline).run()
             status = 0
         except Exception:
             log.exception('this is a bug')
         finally:
             logging.shutdown()
-            os._exit(status)
+            os._exit(status)            # not up the stack, which is the supervisor's
 
 
 class LogWriter(logging.Handler):
-    """Writes the log to a file, or to stderr, in a thread of its own, so that logging never waits.
+    """Writes the log to a file, or to stderr, in a thread of its own, so that logging never blocks.
 
-    What comes while the thread is at work, or pauses, goes out together.  What the file does not
-    take is queued, LIMIT lines at most; the number of those lost beyond is one line, as soon as it
-    takes more.  After an error, which stderr is told once, the same is tried again.  A file that
-    was moved away is begun anew.
+    At most LIMIT lines are queued while the file takes no more.  Further ones are lost; their
+    number becomes a line of the log.  After an error, which is printed to stderr once, writing is
+    tried again.  If the file was moved away, a new one is created.
+
+    Theory of operation.  handle(), in any thread, appends to `_lines` and takes no lock, as the
+    thread that holds it could be stuck in a write.  `_wake` is a lock used as a signal: the thread
+    waits in acquire() while there is nothing to do (`_is_idle`), and handle() releases it.  After a
+    fork the thread is missing in the child; the first handle() there starts a new one.
     """
     LIMIT = 10000                       # lines
-    CHUNK = getattr(select, 'PIPE_BUF', 512)    # bytes that others' lines never come between
-    PAUSE = 0.05                        # seconds between two rounds of writing
+    CHUNK = getattr(select, 'PIPE_BUF', 512)    # bytes that a pipe takes as one piece (pipe(7))
+    PAUSE = 0.05                        # seconds between two rounds of writing, to write more each
     RETRY = 1.0                         # seconds from an error to the next try
-    PATIENCE = 1.0                      # seconds for what is still queued at the end
+    PATIENCE = 1.0                      # seconds that flush() waits
 
     def __init__(self, path=None):
-        """`path` names a file, None stands for stderr; OSError if it cannot be opened."""
+        """Open the file at `path`; None stands for stderr.  Raises OSError if that fails."""
         super().__init__()
         self._path = path
         self._file = None
-        self._process = None            # that the thread is in
-        self._error = None              # the one that was told last
+        self._process = None            # pid of the process that the thread is in
+        self._error = None              # errno of the error that was printed last
         self._hurry = self._ended = False
         self._lines = deque()
         try:
             self._open()
         except OSError as error:
-            if error.errno != errno.ENXIO:      # a fifo that has no reader yet
+            if error.errno != errno.ENXIO:      # fifo(7): there is no reader yet
                 raise
 
     def handle(self, record):
-        """Queue the record.  There is no lock that whoever writes could hold."""
+        """Queue the record, as a line, and wake the thread."""
         if self._process != os.getpid():
             self._begin()
         if len(self._lines) >= self.LIMIT:
@@ -9088,26 +9133,28 @@ class LogWriter(logging.Handler):
             self._lines.append(text.encode('ascii', 'backslashreplace') + b'\n')
         if self._is_idle:
             self._is_idle = False
-            with contextlib.suppress(RuntimeError):     # another thread has done it just now
+            with contextlib.suppress(RuntimeError):     # another thread has released it already
                 self._wake.release()
 
     def _begin(self):
-        """Have a thread in this process; what a fork has got in the queue is its parent's."""
+        """Start the thread, if this process has none."""
         with self.lock:
             if self._process == os.getpid():            # another thread came first
                 return
-            if self._process:
+            if self._process:           # after a fork: the parent writes these lines
                 self._lines.clear()
             self._process, self._lost, self._is_idle = None, 0, False
             self._wake = threading.Lock()               # held while there is nothing to do
             self._wake.acquire()
             self._thread = threading.Thread(target=self._work, name='socks-log', daemon=True)
-            with contextlib.suppress(RuntimeError), signals_blocked():  # no thread: the next time
+            # If the system has no more threads, the next record tries again.
+            with contextlib.suppress(RuntimeError), signals_blocked():
                 self._thread.start()
                 self._process = os.getpid()
 
     def _work(self):
-        told = 0
+        """The thread: write what is queued."""
+        reported = 0                    # of the lines that were lost
         while not self._ended:
             self._is_idle = True        # before the look at the queue: handle() may come between
             if not self._lines:
@@ -9115,9 +9162,9 @@ class LogWriter(logging.Handler):
             self._is_idle = False
             while self._lines:
                 self._write(self._chunk())
-            lost = self._lost - told
+            lost = self._lost - reported
             if lost:
-                told += lost
+                reported += lost
                 record = log.makeRecord(log.name, logging.WARNING, '', 0,
                                         '%d lines of the log were lost here', (lost,), None)
                 self._write(self.format(record).encode() + b'\n')
@@ -9125,7 +9172,7 @@ class LogWriter(logging.Handler):
                 time.sleep(self.PAUSE)
 
     def _chunk(self):
-        """The next lines, as many as a pipe takes in one piece."""
+        """The next lines, as many as a pipe takes without mixing them with other programs'."""
         lines = [self._lines.popleft()]
         room = self.CHUNK - len(lines[0])
         while self._lines and len(self._lines[0]) <= room:
@@ -9134,20 +9181,21 @@ class LogWriter(logging.Handler):
         return b''.join(lines)
 
     def _write(self, data):
+        """Write all of `data`, however long that takes."""
         while data:
             try:
                 self._open()
                 count = self._file.write(data)
                 if count:
                     data, self._error = data[count:], None
-                else:                   # it is non-blocking: a fifo, or whoever shares it did so
+                else:                   # non-blocking and full: a fifo, or a shared stderr
                     poll((), [self._file], deadline(self.RETRY))
             except OSError as error:
-                self._tell(error)
+                self._print(error)
                 time.sleep(self.RETRY)
 
     def _open(self):
-        """Open the file if that is not done, or if it was moved."""
+        """Open the file, unless it is open and still the one at its path."""
         if self._path is None:
             self._file = self._file or open(sys.stderr.fileno(), 'wb', 0, closefd=False)
             return
@@ -9156,23 +9204,24 @@ class LogWriter(logging.Handler):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(there, os.stat(self._path)):
                     return
-        # Not by mode 'a', with which Python 3.6 seeks, as a fifo cannot; nor may a fifo block.
+        # Not with mode 'a': Python 3.6 would seek, which a fifo cannot; and a fifo must not block.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NONBLOCK', 0)
         fd = os.open(self._path, flags | getattr(os, 'O_BINARY', 0), 0o666)
         old, self._file = self._file, open(fd, 'wb', 0)
         if old:
             old.close()
 
-    def _tell(self, error):
+    def _print(self, error):
+        """Print an error to stderr, once, unless that would block."""
         if error.errno != self._error and self._path and sys.stderr:
             self._error = error.errno
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):      # stderr is full, or closed
                 if os.name != 'posix' or poll((), [sys.stderr], time.monotonic()):
                     print(f'socks.py: {self._path}: {reason(error)}: lines of the log have to wait',
                           file=sys.stderr, flush=True)
 
     def flush(self):
-        """Wait until all is written, but PATIENCE seconds at most: there may be no reader."""
+        """Wait until all is written, at most PATIENCE seconds, as a fifo may have no reader."""
         if self._process == os.getpid() and not self._hurry:
             self._hurry = True
             until = deadline(self.PATIENCE)
@@ -9180,6 +9229,7 @@ class LogWriter(logging.Handler):
                 time.sleep(0.005)
 
     def close(self):
+        """Flush, end the thread if it is not stuck in a write, and close the file."""
         self.flush()
         if self._process == os.getpid() and self._is_idle:
             self._ended = True
@@ -9193,7 +9243,8 @@ class LogWriter(logging.Handler):
 
 @contextlib.contextmanager
 def signals_blocked():
-    """What starts a thread that must take no signal, as it has this from who starts it."""
+    """Block all signals; a thread that is started meanwhile inherits that, and never handles one.
+    """
     if not hasattr(signal, 'pthread_sigmask'):          # Windows
         yield
         return
@@ -9206,16 +9257,16 @@ def signals_blocked():
 
 
 class TextFormatter(logging.Formatter):
-    """A record as a line of text: time, unless whoever reads it has one, level, message.
+    """Formats a record as a line of text: the time (if `has_time`), the level, the message.
 
-    A table has several; those of a traceback are indented, so that none can be taken for another
+    A `Table` has several lines.  Those of a traceback are indented, so that none looks like another
     record.
     """
 
     def __init__(self, has_time):
         super().__init__()
         self._has_time = has_time
-        self._second = None, ''         # one, and its text, which is made once
+        self._second = None, ''         # a time in whole seconds, and its text: strftime() is slow
 
     def format(self, record):
         head = f'{record.levelname} '
@@ -9226,7 +9277,7 @@ class TextFormatter(logging.Formatter):
                 text = time.strftime(self.default_time_format, time.localtime(second))
                 self._second = second, text
             head = '%s,%03d %s' % (text, record.msecs, head)
-        if isinstance(record.msg, LogLine):        # in which all is printable, and by far the most
+        if isinstance(record.msg, LogLine):     # most records; all their fields are printable
             return head + str(record.msg)
         message = record.getMessage()
         lines = message.split('\n') if isinstance(record.msg, Table) else [printable_line(message)]
@@ -9238,10 +9289,11 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as a line of JSON, a client's `LogLine` with its fields; a `Table` as several."""
+    """Formats a record as a line of JSON; a `LogLine` with its fields, a `Table` as several lines.
+    """
 
     def format(self, record):
-        import json
+        import json                     # here, because few servers need it
         about = {'time': round(record.created, 3), 'level': record.levelname}
         if isinstance(record.msg, (LogLine, Table)):
             entries = record.msg.entries()
@@ -9256,7 +9308,7 @@ class JsonFormatter(logging.Formatter):
 
 EPILOG = """\
 examples:
-  socks.py                              serve this machine's programs on 127.0.0.1:1080
+  socks.py                              serve the programs on this machine
   socks.py -p 0                         take a free port and print it
   SOCKS_USERS=bob:secret socks.py -b 0.0.0.0
                                         serve bob, from everywhere
@@ -9266,325 +9318,322 @@ examples:
 
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
-  SOCKS_PROXY                           -x where none is given: URLs, separated by white space
-  ALL_PROXY, NO_PROXY                   the same for a client, and what to reach without it
+  SOCKS_PROXY                           URLs as for -x, separated by white space
+  ALL_PROXY, NO_PROXY                   --connect, --resolve, --run: the proxy if none is given,
+                                        and the hosts to connect to directly
 
 signals:
   TERM                                  stop, after --drain; a second one, or INT: at once
-  HUP                                   read users, rules, certificates and proxies anew; when the
-                                        terminal is gone, as TERM
-  USR1                                  log a table of the clients that are served
+  HUP                                   read users, rules, certificates and proxies again; if the
+                                        terminal was closed, like TERM
+  USR1                                  log a table of the clients that are connected
 
 exit status:
-  0 stopped by a signal, 1 cannot start, 2 wrong usage; of --run, that of the program
+  0 stopped by a signal, 1 cannot start, 2 wrong usage; with --run, that of the program
 """
 
 
-def port_number(text):
-    """argparse type: a port, 0 to 65535."""
-    if not (re.match('[0-9]{1,5}$', text) and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected a port, 0 to 65535')
-    return int(text)
+# Types of arguments: functions of a text that raise ValueError, see argument_type().
+
+def argument_type(convert):
+    """The argparse type for convert(text), with the message of its ValueError as the error."""
+    def converted_argument(text):
+        try:
+            return convert(text)
+        except (ValueError, GeneralProxyError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return converted_argument
+
+
+def number_of(kind, end, expected, pattern=''):
+    """A type: kind(text), from 0 up to but not including `end`; `pattern` is for the text."""
+    def number(text):
+        with contextlib.suppress(ValueError):
+            if re.match(pattern, text) and 0 <= kind(text) < end:
+                return kind(text)
+        raise ValueError(f'{text!r}: expected {expected}')
+    return number
+
+
+# The patterns exclude '1_000' and digits of other scripts, which int() takes.
+port_number = number_of(int, 65536, 'a port, 0 to 65535', '[0-9]{1,5}$')
+whole_number = number_of(int, float('inf'), 'a whole number, 0 or more', '[0-9]+$')
+time_span = number_of(float, float('inf'), 'seconds, 0 or more')
 
 
 def port_range(text):
-    """argparse type: (lowest, highest) of LOW-HIGH, or of one port."""
+    """(lowest, highest) of LOW-HIGH, or of one port."""
     low, _, high = text.partition('-')
     low, high = port_number(low), port_number(high or low)
     if not 0 < low <= high:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected LOW-HIGH, from 1 to 65535')
+        raise ValueError(f'{text!r}: expected LOW-HIGH, from 1 to 65535')
     return low, high
 
 
 def host_and_port(text):
-    """argparse type: (host, port or None) of HOST, HOST:PORT, IPV6 or [IPV6]:PORT."""
+    """(host, port or None) of HOST, HOST:PORT, IPV6 or [IPV6]:PORT."""
     if ip_bytes(text) is not None:
         return text, None
     host, colon, port = text.rpartition(':')
     if not colon or text.endswith(']'):
         host, port = text, None
     if host == '*':
-        raise argparse.ArgumentTypeError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: '
-                                         f'for all of both families')
+        raise ValueError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: for all of both '
+                         f'families')
     if host.startswith('[') and host.endswith(']') and ':' in host:
         host = host[1:-1]
     elif not host or set(host) & set('[]:'):
-        raise argparse.ArgumentTypeError(
-            f'{text!r}: expected ADDRESS, ADDRESS:PORT, IPV6 or [IPV6]:PORT')
+        raise ValueError(f'{text!r}: expected ADDRESS, ADDRESS:PORT, IPV6 or [IPV6]:PORT')
     return host, port if port is None else port_number(port)
 
 
 def where_to_listen(text):
-    """argparse type: that, or (unix:PATH, None)."""
+    """(host, port or None) as host_and_port(), or (unix:PATH, None)."""
     if not text.startswith('unix:'):
         return host_and_port(text)
     if text == 'unix:' or not hasattr(socket, 'AF_UNIX'):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected unix:PATH, where there are unix '
-                                         f'sockets')
+        raise ValueError(f'{text!r}: expected unix:PATH, on a system with unix sockets')
     return text, None
 
 
 def permissions(text):
-    """argparse type: the number that octal digits mean."""
+    """The integer of octal digits."""
     if not re.match('0?[0-7]{3}$', text):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected three octal digits, 660 for example')
+        raise ValueError(f'{text!r}: expected three octal digits, 660 for example')
     return int(text, 8)
 
 
 def name_and_password(text):
-    """argparse type: both bytes, of NAME:PASSWORD."""
+    """(name, password) of NAME:PASSWORD, both bytes.  The error does not show the text."""
     name, _, password = os.fsencode(text).partition(b':')
     if not (0 < len(name) < 256 and 0 < len(password) < 256):
-        raise argparse.ArgumentTypeError('expected NAME:PASSWORD, of 1 to 255 bytes each')
+        raise ValueError('expected NAME:PASSWORD, of 1 to 255 bytes each')
     return name, password
 
 
 def gssapi_levels(text):
-    """argparse type: the numbers of the levels named."""
+    """A tuple of levels of `GssContext`, of their names with commas between."""
     names = {'clear': GssContext.CLEAR, 'integrity': GssContext.INTEGRITY,
              'confidentiality': GssContext.CONFIDENTIALITY}
     words = text.split(',')
     if not set(words) <= set(names):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected some of {", ".join(names)}')
+        raise ValueError(f'{text!r}: expected some of {", ".join(names)}')
     return tuple(names[word] for word in words)
 
 
 def ip_address(text):
-    """argparse type: the text of an IP address."""
+    """The text of an IP address, v4-mapped ones as IPv4."""
     ip = plain_ip(text)
     if ip is None:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected an IP address')
+        raise ValueError(f'{text!r}: expected an IP address')
     return ip
 
 
 def source_address(text):
-    """argparse type: the text of an IP address; a link-local one may have a zone."""
+    """The text of an IP address; a link-local one may have a zone."""
     return text if '%' in text and ip_bytes(text) else ip_address(text)
 
 
-def seconds(text):
-    """argparse type: a time, 0 or more."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < float('inf'):
-            return float(text)
-    raise argparse.ArgumentTypeError(f'{text!r}: expected seconds, 0 or more')
-
-
-def count(text):
-    """argparse type: a whole number, 0 or more."""
-    if not re.match('[0-9]+$', text):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number, 0 or more')
-    return int(text)
-
-
-def network(text):
-    """argparse type: an ip_network."""
-    try:
-        return parse_network(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def workers(text):
-    """argparse type: a number of processes."""
+def worker_count(text):
+    """A number of processes; auto stands for one for each processor."""
     number = min(1024, processors())
     if text != 'auto':
-        number = int(text) if re.match('[0-9]+$', text) else 0
+        number = int(text) if re.match('[0-9]{1,4}$', text) else 0
     if not 0 < number <= 1024 or number > 1 and not hasattr(os, 'fork'):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected auto, or a number, 1 to 1024'
-                                         + ('' if hasattr(os, 'fork') else '; here only 1'))
+        raise ValueError(f'{text!r}: expected auto, or a number, 1 to 1024'
+                         + ('' if hasattr(os, 'fork') else '; on this system only 1'))
     return number
 
 
 def host_with_port(text):
-    """argparse type: (host, port) of HOST:PORT."""
+    """(host, port) of HOST:PORT."""
     host, port = host_and_port(text)
     if not port:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected HOST:PORT')
+        raise ValueError(f'{text!r}: expected HOST:PORT')
     return host, port
-
-
-def proxy_url(text):
-    """argparse type: a `Proxy`."""
-    try:
-        return parse_proxy_url(text)
-    except (ValueError, GeneralProxyError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 DEFAULTS = Settings()
 
-# Group, then its options: flags and what add_argument() takes.
+# (title of a group, its options); an option is (flags, arguments of add_argument()), where `type`
+# goes through argument_type().
 OPTIONS = [
     ('listening', [
         (('-b', '--bind'), dict(
             metavar='ADDRESS[:PORT]', type=where_to_listen, action='append', default=[],
-            help='address or name to listen on, :: for all of both families, or unix:PATH, '
-                 'repeatable (default: 127.0.0.1)')),
+            help='address or name to listen on, :: for all addresses of both families, or '
+                 'unix:PATH; repeatable (default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
             help='port where --bind has none, 0 for a free one (default: %(default)s)')),
         (('-w', '--workers'), dict(
-            metavar='N', type=workers, default=1,
-            help='serve with so many processes, or auto: one for each processor that it may use '
-                 '(default: %(default)s)')),
+            metavar='N', type=worker_count, default=1,
+            help='serve with N processes; auto: one for each processor (default: %(default)s)')),
         (('--unix-mode',), dict(
             metavar='OCTAL', type=permissions,
-            help='permissions of unix sockets: who may connect (default: 600, less the umask)')),
+            help='permissions of unix sockets, which decide who may connect (default: 600, less '
+                 'the umask)')),
         (('--no-http',), dict(
             action='store_false', dest='http', help='serve SOCKS only (default: HTTP, too)')),
         (('--proxy-protocol',), dict(
-            metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
-            help='expect a PROXY header from there, repeatable: load balancers'))]),
+            metavar='NETWORK', type=parse_network, action='append', default=[], dest='balancers',
+            help='expect a PROXY header from load balancers in NETWORK, repeatable (default: '
+                 'none)'))]),
     ('TLS', [
         (('--tls-cert',), dict(
-            metavar='FILE', help='certificate, and those that lead to it: clients use TLS')),
+            metavar='FILE', help="the server's certificate and its chain; clients must use TLS "
+                                 '(default: no TLS)')),
         (('--tls-key',), dict(
             metavar='FILE', help='its key (default: in the same file)')),
         (('--tls-client-ca',), dict(
-            metavar='FILE', help='serve only clients with a certificate signed by this one; its '
-                                 'common name is the user')),
+            metavar='FILE', help='serve only clients with a certificate signed by the one in FILE; '
+                                 'its common name is the user name')),
         (('--udp-over-plain',), dict(
-            action='store_true', help='allow UDP beside TLS, in the clear'))]),
+            action='store_true', help='allow UDP with TLS, although datagrams are in the clear'))]),
     ('who may use it', [
         (('-u', '--user'), dict(
             metavar='NAME:PASSWORD', type=name_and_password, action='append', default=[],
-            dest='users', help='ask for a password, repeatable; others on this machine can see it, '
-                               'see SOCKS_USERS below (default: ask nobody)')),
+            dest='users', help='name and password of a user, repeatable; clients must then log in; '
+                               'others on this machine can see it, but not SOCKS_USERS, see below '
+                               '(default: no users)')),
         (('--users',), dict(
             metavar='FILE', dest='users_file',
-            help='more of them, NAME:PASSWORD or NAME:HASH lines')),
+            help='read users from FILE, lines NAME:PASSWORD or NAME:HASH')),
         (('--hash-password',), dict(
-            action='store_true', help='print the HASH of a password, read from the terminal or '
-                                      'stdin, and end')),
+            action='store_true', help='read a password from the terminal or stdin, print its HASH, '
+                                      'and exit')),
         (('--from',), dict(
-            metavar='NETWORK', type=network, action='append', default=[], dest='clients',
-            help='serve only clients from there, repeatable (default: from anywhere)')),
+            metavar='NETWORK', type=parse_network, action='append', default=[], dest='clients',
+            help='serve only clients in NETWORK, repeatable (default: anywhere)')),
         (('--trust',), dict(
-            metavar='NETWORK', type=network, action='append', default=[], dest='trusted',
-            help='ask clients from there for no password, repeatable')),
+            metavar='NETWORK', type=parse_network, action='append', default=[], dest='trusted',
+            help='ask clients in NETWORK for no password, repeatable (default: none)')),
         (('--gssapi',), dict(
             action='store_true', dest='by_gssapi',
-            help='authenticate clients by Kerberos, too; the keys are in the keytab')),
+            help='authenticate clients by Kerberos, too, with the keys in the keytab')),
         (('--gssapi-level',), dict(
             metavar='LEVELS', type=gssapi_levels,
-            help='what protection clients may choose, of clear, integrity and confidentiality '
-                 '(default: integrity,confidentiality)')),
+            help='levels of protection that clients may choose, of clear, integrity and '
+                 'confidentiality (default: integrity,confidentiality)')),
         (('--gssapi-nec',), dict(
             action='store_true', help="agree on the level without protection, as NEC's programs "
-                                      'do; whoever is in between can lower it')),
+                                      'do; an attacker on the way can lower it')),
         (('--keytab',), dict(
-            metavar='FILE', help='keys for --gssapi (default: that in KRB5_KTNAME, or the '
+            metavar='FILE', help='keys for --gssapi (default: those in KRB5_KTNAME, or the '
                                  "system's)")),
         (('--ident',), dict(
-            action='store_true', help="ask SOCKS4 clients' hosts who they are (RFC 1413), and "
-                                      'refuse another userid')),
+            action='store_true', help='ask the host of a SOCKS4 client for the user (RFC 1413), '
+                                      'and refuse the client if its request names another')),
         (('--open',), dict(
             action='store_true',
             help='serve everybody: allow an address beyond loopback without users')),
         (('--max-clients',), dict(
-            metavar='N', type=count, default=DEFAULTS.max_clients,
-            help='serve so many at once, further ones wait '
-                 '(default: as many as open files allow)')),
+            metavar='N', type=whole_number, default=DEFAULTS.max_clients,
+            help='serve at most N clients at once, others wait (default: as many as the limit of '
+                 'open files allows)')),
         (('--max-per-client',), dict(
-            metavar='N', type=count, default=DEFAULTS.max_per_client,
-            help='connections at once from one IPv4 address or IPv6 /64, 0 for any number '
-                 '(default: any from this host, else half of --max-clients, or 64 if that is more, '
-                 'but at most three quarters)')),
+            metavar='N', type=whole_number, default=DEFAULTS.max_per_client,
+            help='serve at most N connections at once from one IPv4 address or IPv6 /64, 0 for no '
+                 'limit (default: no limit for this host; for others half of --max-clients, at '
+                 'least 64, but no more than three quarters)')),
         (('--max-handshakes',), dict(
-            metavar='N', type=count, default=DEFAULTS.max_handshakes,
-            help='clients at once that have not yet said what they want; for one more, the oldest '
-                 'of the address that has most is closed (default: half of --max-clients, or 64 if '
-                 'that is more, but at most three quarters)'))]),
+            metavar='N', type=whole_number, default=DEFAULTS.max_handshakes,
+            help='serve at most N clients at once that have not sent their request; for one more, '
+                 'the oldest from the address with most of them is dropped (default: half of '
+                 '--max-clients, at least 64, but no more than three quarters)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
-            help='what they may reach, see the README (default: all but what is local to the '
-                 'proxy)')),
+            help='read from FILE what clients may reach, see the README (default: all but what is '
+                 'local to the proxy)')),
         (('--check',), dict(
-            action='store_true', help='check all options and files, not addresses, print all that '
-                                      'is wrong or a summary, and end')),
+            action='store_true', help='check options and files, but not whether the addresses are '
+                                      'free; print all errors or a summary, and exit')),
         (('--tor-extensions',), dict(
             action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
         (('--udp-strict',), dict(
-            action='store_true', help='pass on datagrams only from where the client has sent some '
-                                      '(default: from anywhere)'))]),
+            action='store_true', help='pass on datagrams only from targets that the client has '
+                                      'sent to (default: from anywhere)'))]),
     ('addresses', [
         (('--source',), dict(
             metavar='ADDRESS', type=source_address, action='append', default=[],
-            help='connect from this address, repeatable: one IPv4, one IPv6 '
-                 '(default: as the system routes)')),
+            help='connect from this local address, repeatable: one IPv4, one IPv6 (default: as the '
+                 'system routes)')),
         (('--advertise',), dict(
             metavar='ADDRESS', type=ip_address, action='append', default=[],
-            help='tell this address to clients of BIND and UDP ASSOCIATE, repeatable: one IPv4, '
-                 'one IPv6 (default: where the client reached us)')),
+            help='address to send to clients of BIND and UDP ASSOCIATE, for a proxy behind NAT, '
+                 'repeatable: one IPv4, one IPv6 (default: the one that the client connected '
+                 'to)')),
         (('--udp-ports',), dict(
             metavar='LOW-HIGH', type=port_range, default=DEFAULTS.udp_ports,
             help='ports that clients send datagrams to (default: any)'))]),
     ('timeouts, in seconds, 0 for none', [
         ((f'--{name}-timeout',), dict(
-            metavar='SECONDS', type=seconds, default=getattr(DEFAULTS, f'{name}_timeout'),
+            metavar='SECONDS', type=time_span, default=getattr(DEFAULTS, f'{name}_timeout'),
             help=f'{what} (default: %(default)g)'))
         for name, what in (
-            ('handshake', 'from accept to the whole request'),
+            ('handshake', 'from accept to the end of the request'),
             ('connect', 'for connecting to the target'),
-            ('bind', 'for the peer that a BIND waits for'),
-            ('idle', 'for a connection through which nothing moves'),
-            ('udp', 'for an association without datagrams, four times that where only targets '
+            ('bind', 'for the peer of BIND to connect'),
+            ('idle', 'for a connection without traffic'),
+            ('udp', 'for an association without datagrams, four times as long while targets '
                     'send'))] + [
         (('--drain',), dict(
-            metavar='SECONDS', type=seconds, default=DEFAULTS.drain_timeout, dest='drain_timeout',
-            help='for clients to end after TERM (default: %(default)g)'))]),
+            metavar='SECONDS', type=time_span, default=DEFAULTS.drain_timeout, dest='drain_timeout',
+            help='for clients to end by themselves after TERM (default: %(default)g)'))]),
     ('through other proxies', [
         (('-x', '--proxy'), dict(
-            metavar='URL', type=proxy_url, action='append', default=[], dest='upstream',
-            help='send CONNECT through this proxy, repeatable: a chain, first hop first; '
-                 'SCHEME://[USER:PASSWORD@]HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, '
-                 'socks4, http, https, also with +tls, +gssapi or +unix (default: none; for '
-                 '--connect, --resolve and --run, that in ALL_PROXY); others on this machine can '
-                 'see a password, see SOCKS_PROXY below')),
+            metavar='URL', type=parse_proxy_url, action='append', default=[], dest='upstream',
+            help='send CONNECT through this proxy; repeatable, for a chain, first hop first.  URL '
+                 'is SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
+                 'socks4, http or https, with +tls, +gssapi or +unix appended if wanted.  Others '
+                 'on this machine can see a password in it, but not in SOCKS_PROXY, see below '
+                 '(default: SOCKS_PROXY)')),
         (('--proxy-file',), dict(
-            metavar='FILE', help='read them from a file, one a line (default: those in '
-                                 'SOCKS_PROXY)')),
+            metavar='FILE', help='read the URLs from FILE, one a line (default: SOCKS_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
-            help='do not serve: join stdin and stdout to a connection through the proxy, or a '
+            help='do not serve: join stdin and stdout to a connection through the proxy, or to a '
                  'direct one if NO_PROXY names the host')),
         (('--resolve',), dict(
             metavar='NAME', help='do not serve: print the address of a name, or the name of an '
-                                 "address, by Tor's extension")),
+                                 "address, as the proxy finds it by Tor's extension")),
         (('--run',), dict(
             metavar='PROGRAM', nargs=argparse.REMAINDER,
-            help='do not serve: run a Python script, or a module after -m, and its arguments, '
-                 'with all its sockets sent through the proxy'))]),
+            help='do not serve: run a Python script, or a module after -m, with its arguments, and '
+                 'send all its sockets through the proxy'))]),
     ('logging', [
         (('-v', '--verbose'), dict(action='store_true', help='log every step')),
-        (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
+        (('-q', '--quiet'), dict(action='store_true', help='log only warnings and errors')),
         (('--log-file',), dict(
             metavar='FILE',
-            help='append to a file, or write to a fifo; a file that is moved away is begun anew '
-                 '(default: stderr)')),
+            help='append the log to FILE, which may be a fifo; if it is moved away, create it '
+                 'again (default: stderr)')),
         (('--log-format',), dict(
-            choices=('text', 'json'), default='text', help='(default: %(default)s)')),
+            choices=('text', 'json'), default='text',
+            help='format of the log (default: %(default)s)')),
         (('-V', '--version'), dict(action='version', version=f'socks.py {__version__}'))]),
 ]
 
 
 def build_parser():
-    """The command line; every default of a setting is the one in `Settings`."""
+    """The argparse.ArgumentParser of the command line."""
     parser = argparse.ArgumentParser(
         prog='socks.py', usage='%(prog)s [options]', epilog=EPILOG,
-        description='A proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP.',
+        description='A proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP.\nWithout options, it serves the '
+                    'programs on this machine, on 127.0.0.1:1080.',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, options in OPTIONS:
         group = parser.add_argument_group(title)
         for flags, details in options:
+            if 'type' in details:
+                details = dict(details, type=argument_type(details['type']))
             group.add_argument(*flags, **details)
     return parser
 
 
-def hint(parser, unknown):
-    """A suggestion for an option that does not exist, or nothing."""
+def suggestion(parser, unknown):
+    """The end of the error about unknown options: similar ones, or ''."""
     import difflib                      # here, because it is only needed to fail
     word = unknown[0].partition('=')[0]
     options = [flag for flag in parser._option_string_actions if flag.startswith('--')]
@@ -9594,11 +9643,15 @@ def hint(parser, unknown):
 
 
 def settings_from(args, environ):
-    """The `Settings` of parsed arguments and the environment; ValueError if they contradict."""
+    """The `Settings` for parsed arguments and the environment.
+
+    Reads the files that the arguments name, so a reload calls it again.  Raises ValueError for
+    arguments that contradict each other, FileError for a wrong file.
+    """
     try:
         pairs = args.users + [name_and_password(text)
                               for text in environ.get('SOCKS_USERS', '').split()]
-    except argparse.ArgumentTypeError as error:
+    except ValueError as error:
         raise ValueError(f'SOCKS_USERS: {error}, pairs separated by white space') from None
     users = dict(pairs)
     if len(users) < len(pairs):
@@ -9606,17 +9659,18 @@ def settings_from(args, environ):
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
-            raise ValueError(f'--{name}: expected one address of a family')
+            raise ValueError(f'--{name}: expected at most one IPv4 and one IPv6 address')
     fields = {name: tuple(value) if isinstance(value, list) else value
               for name, value in vars(args).items() if name in Settings._fields}
     if args.by_gssapi:
         fields['gssapi'] = args.gssapi_level or (GssContext.INTEGRITY, GssContext.CONFIDENTIALITY)
         if args.keytab:
-            os.environ['KRB5_KTNAME'] = args.keytab     # the library has no other way
+            os.environ['KRB5_KTNAME'] = args.keytab     # GSSAPI has no function to set it
     elif args.keytab or args.gssapi_nec or args.gssapi_level:
         raise ValueError('--gssapi-level, --gssapi-nec, --keytab: expected --gssapi')
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
+    # All files are read even if one is wrong, for --check to show every error.
     more_users, rules, tls = all_of(lambda read, path, *more: read(path, *more) if path else None, [
         (read_users, args.users_file), (read_rules, args.rules_file),
         (tls_context, args.tls_cert, args.tls_key, args.tls_client_ca)])
@@ -9629,11 +9683,11 @@ def settings_from(args, environ):
 
 
 def warnings_about(settings):
-    """A warning for each rule that is probably a mistake."""
+    """The texts of warnings about rules that are probably mistakes."""
     rules, names = settings.rules or (), {'-', *map(printable, map(name_text, settings.users))}
     by_other_ways = (settings.gssapi or settings.ident
                      or settings.tls and settings.tls.verify_mode)      # CERT_NONE is 0
-    for rule in rules if not by_other_ways else ():
+    for rule in rules if not by_other_ways else ():     # those users are not known beforehand
         for user in rule.users:
             if user not in names:
                 yield f'{rule.place}: user {user} does not exist'
@@ -9644,7 +9698,7 @@ def warnings_about(settings):
 
 
 def raise_descriptor_limit(wanted=65536):
-    """Allow this process as many open files as it may have, up to `wanted`."""
+    """Raise the soft limit of open files to the hard one, or to `wanted` if that is lower."""
     if resource:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY:
@@ -9655,14 +9709,18 @@ def raise_descriptor_limit(wanted=65536):
 
 
 def set_up_logging(args, environ, serves):
-    """OSError if the log file cannot be opened."""
+    """Configure the root logger; raises OSError if the log file cannot be opened.
+
+    Only a server (`serves`), or a file, has a `LogWriter`, which may lose lines.
+    """
     handler = logging.StreamHandler()
     if args.log_file and not args.check:
         handler = LogWriter(args.log_file)
     elif serves:
         with contextlib.suppress(OSError, AttributeError):      # stderr is closed, or replaced
             handler = LogWriter()
-    is_journal = 'JOURNAL_STREAM' in environ and not args.log_file      # which has a time
+    # systemd.exec(7): stderr goes to the journal, which adds the time itself.
+    is_journal = 'JOURNAL_STREAM' in environ and not args.log_file
     handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
                          TextFormatter(has_time=not is_journal))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
@@ -9670,7 +9728,10 @@ def set_up_logging(args, environ, serves):
 
 
 def chain_from(args, environ):
-    """The proxies for CONNECT: those of -x, or of the file, or of SOCKS_PROXY."""
+    """A list of the `Proxy`s for CONNECT: of -x, else of the file, else of SOCKS_PROXY.
+
+    Raises ValueError, or FileError if the file is wrong.
+    """
     if args.upstream and args.proxy_file:
         raise ValueError('-x, --proxy-file: expected one of them')
     urls = [('SOCKS_PROXY', url) for url in environ.get('SOCKS_PROXY', '').split()]
@@ -9690,7 +9751,8 @@ def chain_from(args, environ):
 
 
 def environment_hops(host=None, port=None):
-    """The chain that the environment has for `host`; ValueError if it is wrong."""
+    """A list of the `Proxy`s of ALL_PROXY for a host, empty if NO_PROXY names it; ValueError if it
+    is wrong."""
     try:
         return parse_chain(proxy_from_environment(host, port))
     except (ValueError, GeneralProxyError) as error:
@@ -9698,9 +9760,10 @@ def environment_hops(host=None, port=None):
 
 
 def client_command(args):
-    """Do what --connect or --resolve asks for; the exit status."""
+    """Do --connect or --resolve; returns the exit status."""
+    # If stdin or stdout is closed, its descriptor must not become the socket's.
     spare = 0
-    while spare < 3:                    # else the socket could be stdin or stdout
+    while spare < 3:
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
@@ -9715,10 +9778,10 @@ def client_command(args):
             print(printable(resolve_through(chain, host, until, args.source)))
         elif chain:
             sock, _ = run(open_chain(chain, destination((host, port), chain), until, args.source))
-            converse(sock)
+            copy_stdio(sock)
         else:
-            converse(run(connect_by_name(host, port, until, args.source)))
-    except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
+            copy_stdio(run(connect_by_name(host, port, until, args.source)))
+    except (BrokenPipeError, KeyboardInterrupt):        # the reader of stdout, or the user, is gone
         return 1
     except OSError as error:
         print(printable_line(f'socks.py: {Address(host, port) if port else host}: {reason(error)}'),
@@ -9728,10 +9791,11 @@ def client_command(args):
 
 
 def resolve_through(chain, host, until, source):
-    """The IP address of a name, or the name of an IP address, as the last proxy finds it."""
+    """The IP address of a name, or the name of an IP address, text, as the last proxy finds it by
+    Tor's extension."""
     if not chain or chain[-1].type & ~LAYERS == HTTP:
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
-    chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
+    chain = [*chain[:-1], chain[-1]._replace(rdns=True)]        # socks5:// would resolve it here
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR
     sock, found = run(open_chain(chain, destination((host, 0), chain), until, source,
                                  command=command))
@@ -9739,30 +9803,38 @@ def resolve_through(chain, host, until, source):
     return found.host
 
 
-def converse(sock):
-    """Copy stdin to the socket and the socket to stdout, each up to its end."""
+def copy_stdio(sock):
+    """Copy stdin to the socket in a thread, and the socket to stdout, each up to its end."""
     with sock, open(1, 'wb', 0) as out:
         sock.settimeout(None)
         upward = threading.Thread(target=copy_stdin, args=(sock,), daemon=True)
         upward.start()
+        # Without a buffer, write() may take less than it is given.
         for data in iter(functools.partial(sock.recv, 1 << 18), b''):
             while data:
                 data = data[out.write(data):]
         out.close()
-        if not os.isatty(0):            # there nobody would know that a key is waited for
+        if not os.isatty(0):            # a user has no reason to press the key that ends the input
             upward.join()
 
 
 def copy_stdin(sock):
-    with contextlib.suppress(OSError):  # the other thread meets it too
+    """Copy stdin to the socket, and end its sending direction."""
+    with contextlib.suppress(OSError):  # an error of the socket; the other thread raises it
         for data in iter(functools.partial(os.read, 0, 1 << 18), b''):
             sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
 
 
 def program_runner(arguments, chain):
-    """A function that runs a Python script, or a module after -m, with its sockets sent through
-    the proxies."""
+    """A function() that runs a Python script, or a module after -m, in this process, whose sockets
+    go through the proxies from here on.
+
+    arguments    of --run: ['-m'], the program, and its own arguments
+    chain        list of `Proxy`
+
+    Raises ValueError if one is missing.
+    """
     import runpy
     is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
@@ -9771,7 +9843,7 @@ def program_runner(arguments, chain):
     if not is_module and not os.path.exists(program):
         raise ValueError(f'--run: there is no {program}')
     wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
-    sys.argv = [program, *rest]
+    sys.argv = [program, *rest]         # and sys.path[0], as the interpreter sets them
     if is_module:
         sys.path[0] = os.getcwd()
         return functools.partial(runpy.run_module, program, run_name='__main__', alter_sys=True)
@@ -9779,7 +9851,8 @@ def program_runner(arguments, chain):
     return functools.partial(runpy.run_path, program, run_name='__main__')
 
 
-# What a process that multiprocessing starts anew does first.
+# Code that runs first in a process that multiprocessing starts with a new interpreter: it imports
+# this file, whatever its name, as the module socks.
 CHILD_START = ("import json, os, sys; from importlib import machinery, util; "
                "s = util.spec_from_loader('socks', machinery.SourceFileLoader("
                "'socks', json.loads(os.environ['SOCKS_RUN'])['file'])); "
@@ -9788,9 +9861,13 @@ CHILD_START = ("import json, os, sys; from importlib import machinery, util; "
 
 
 def wrap_process(chain, bypass):
-    """Send all of this process, and of those that its multiprocessing starts, through the proxies.
+    """Send the sockets of this process, and of those that multiprocessing starts, through proxies.
 
-    These learn of them by the environment variable SOCKS_RUN, in JSON.
+    chain     list of `Proxy`
+    bypass    hosts to connect to directly, as in NO_PROXY
+
+    The environment variable SOCKS_RUN passes both on, as JSON; it also has the passwords, which
+    other users cannot see there.
     """
     import json
     os.environ['SOCKS_RUN'] = json.dumps({
@@ -9801,20 +9878,20 @@ def wrap_process(chain, bypass):
     wrap_module(sys.modules[__name__], dns=True)
     try:
         from multiprocessing import spawn, util     # after socket.socket was replaced
-    except ImportError:                 # there are no such processes then
+    except ImportError:                 # this Python has no multiprocessing
         return
     for module, name in ((spawn, 'get_command_line'), (util, 'spawnv_passfds')):
         setattr(module, name, starting_wrapped(getattr(module, name)))
 
 
 def starting_wrapped(function):
-    """A function of multiprocessing whose arguments or result may be the command of a child; this
-    becomes one that begins with CHILD_START."""
+    """Wrap a function of multiprocessing: if an argument or the result is the command line of a
+    child, [..., '-c', CODE, ...], CHILD_START is put before CODE."""
     def begun(value):
         if isinstance(value, list) and '-c' in value[:-1]:
             place = value.index('-c') + 1
             code = value[place]
-            # The trackers of resources connect nothing.
+            # The resource tracker makes no connections, so it starts as it is.
             if 'multiprocessing' in code and not code.startswith(CHILD_START) and (
                     '_tracker' not in code):
                 return [*value[:place], CHILD_START + code, *value[place + 1:]]
@@ -9827,7 +9904,7 @@ def starting_wrapped(function):
 
 
 def wrap_child():
-    """wrap_process() as the parent did it."""
+    """In a child: call wrap_process() with the arguments from the parent."""
     import json
     parent = json.loads(os.environ['SOCKS_RUN'])
     socksocket.default_source = tuple(parent['source'])
@@ -9836,14 +9913,18 @@ def wrap_child():
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line `argv`, by default sys.argv[1:]; returns the exit status.
+
+    Wrong usage ends in SystemExit with status 2, as argparse does.
+    """
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown)}')
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}{suggestion(parser, unknown)}')
     tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     try:
-        if args.run is None or args.verbose or args.log_file:       # else that is the program's
+        # The program of --run may configure logging itself.
+        if args.run is None or args.verbose or args.log_file:
             set_up_logging(args, os.environ, not (tasks or args.check))
     except OSError as error:
         print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
@@ -9864,7 +9945,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def print_hash():
-    """Read a password, and print its hash for a file of users."""
+    """Read a password, and print its hash for a file of users; returns the exit status."""
     password = b''
     try:
         if sys.stdin and sys.stdin.isatty():
@@ -9875,7 +9956,7 @@ def print_hash():
                 return 1
         elif sys.stdin:
             password = sys.stdin.buffer.readline().rstrip(b'\r\n')
-    except (EOFError, KeyboardInterrupt):       # somebody thought better of it
+    except (EOFError, KeyboardInterrupt):       # the user gave up
         print(file=sys.stderr)
         return 1
     if not 0 < len(password) < 256:
@@ -9885,20 +9966,23 @@ def print_hash():
 
 
 def print_at_once(line):
-    """Print a line; whether that was possible."""
+    """Print a line to stdout; returns whether that was possible."""
     try:
         print(line, flush=True)
         return bool(sys.stdout)
     except OSError as error:
         print(f'socks.py: stdout: {reason(error)}', file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for what Python tries again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes stdout again at its exit
         return False
 
 
 def serve(args):
-    """Serve until a signal; the exit status, or ValueError for options that contradict."""
+    """Serve until a signal; returns the exit status.
+
+    Raises ValueError for arguments that contradict each other.
+    """
     raise_descriptor_limit()
-    # What no line of ours shows takes long to find out ("Optimization" in Python's logging HOWTO).
+    # The log shows none of these, and they take time ("Optimization" in Python's logging HOWTO).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     configure = functools.partial(settings_from, args, dict(os.environ))
@@ -9925,7 +10009,8 @@ def serve(args):
 
 
 def check(settings, addresses):
-    """Raise the errors of a start, except those of binding the addresses, or print a summary."""
+    """Do --check for settings that were read without an error: print a summary, or raise what a
+    start would raise, except for failures to bind.  Returns the exit status."""
     refuse_open_proxy(prepared(settings), [
         Address(host, port) for host, port in addresses if ip_bytes(host)])
     numbers = [(len(settings.users), 'user')]
@@ -9936,6 +10021,7 @@ def check(settings, addresses):
 
 
 def warn_of_shown_passwords(args):
+    """Log a warning for passwords in the command line, which ps(1) shows."""
     if args.users:
         log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
     if any(proxy.password for proxy in args.upstream):
@@ -9943,6 +10029,7 @@ def warn_of_shown_passwords(args):
 
 
 def announce_addresses(addresses, to_stdout, chain):
+    """Log the addresses of a server and its chain, and print the addresses for scripts to read."""
     for address in addresses:
         if to_stdout:
             print_at_once(f'listening on {address}')
@@ -9952,6 +10039,7 @@ def announce_addresses(addresses, to_stdout, chain):
 
 
 def addresses_of(args):
+    """A list of the (host, port) to listen on."""
     return [(host, args.port if port is None else port)
             for host, port in args.bind or [('127.0.0.1', None)]]
 

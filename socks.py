@@ -3302,8 +3302,8 @@ def split_rule(text):
 def parse_conditions(words):
     """The fields of a `Rule`, by name, from the words after "allow" or "deny".
 
-    Sections come in the order commands, user, from, to, via; each word belongs to the section before it.
-    Raises ValueError.
+    Sections come in the order commands, user, from, to, via; each word belongs to the section
+    before it.  Raises ValueError.
     """
     parts = {'commands': [], 'users': [], 'clients': [], 'names': [], 'networks': [], 'ports': [],
              'via': []}
@@ -6283,16 +6283,16 @@ def is_believable(host, proxy):
 # ----------------------------------------------------------------------------------------- server
 
 LINGER = 2.0                            # seconds, see Stream.linger
-PROXY_TIMEOUT = 5.0                     # seconds for a load balancer's header
+PROXY_TIMEOUT = 5.0                     # seconds to read a load balancer's header
 IDENT_PORT = 113
-IDENT_TIMEOUT = 10.0                    # seconds for all of it (RFC 1413 wants more)
-ACCEPT_BATCH = 8                        # at a time: other clients, and workers, have their turn
+IDENT_TIMEOUT = 10.0                    # seconds for the whole query (RFC 1413 suggests more)
+ACCEPT_BATCH = 8                        # per event, to leave some for other clients and workers
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
-STARVING_PAUSE = 60.0                   # seconds between warnings of that
-TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection
+WARNING_PAUSE = 60.0                    # seconds between two warnings of the same kind
+TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection (RFC 8446 section 5.1)
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
-DESCRIPTORS_KEPT = 32                   # for all that is not a client
-UPSTREAM_ATTEMPTS = 4                   # addresses of one name that another proxy is asked for
+DESCRIPTORS_KEPT = 32                   # reserved for files that are not clients' sockets
+UPSTREAM_ATTEMPTS = 4                   # addresses of one name to ask another proxy for
 
 # First bytes of an HTTP request: those of a token (RFC 9110 section 5.6.2).
 HTTP_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
@@ -6316,14 +6316,149 @@ METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
 
 
 class HttpPage(NamedTuple):
-    """The answer to a program that takes us for an HTTP proxy."""
+    """The answer to an HTTP request when HTTP is switched off."""
 
     def pack(self):
         return HTTP_PAGE
 
 
+# Conversions of the fields of `Settings`, from the texts of the command line or other types.  Each
+# takes a value, and returns it as `Settings` documents the field, or raises ValueError.
+
+def as_networks(value):
+    return tuple(parse_network(str(item)) for item in several(value))
+
+
+def as_rules(value):
+    return None if value is None else tuple(
+        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
+        for number, item in enumerate(several(value), 1))
+
+
+def as_hosts(value):
+    hosts = tuple(str(item) for item in several(value))
+    for host in hosts:
+        if ip_bytes(host.partition('%')[0]) is None:
+            raise ValueError(f'{host!r}: expected an IP address')
+    if len(set(map(family_of, hosts))) < len(hosts):
+        raise ValueError('expected at most one IPv4 and one IPv6 address')
+    return hosts
+
+
+def as_users(value):
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a mapping from names to passwords')
+    users = {encoded(name): encoded(password) for name, password in value.items()}
+    for name, password in users.items():
+        if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
+            raise ValueError('expected names and passwords as text or bytes')
+        if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
+            raise ValueError(f'{printable(name_text(name))}: expected at most 255 bytes each')
+    return MappingProxyType(users)
+
+
+def as_chain(value):
+    # parse_chain() takes a tuple for one proxy, whose first item is an integer (see `Proxy`).
+    if isinstance(value, tuple) and value and not isinstance(value[0], int):
+        value = list(value)
+    if value and not isinstance(value, (str, tuple, list)):
+        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
+    return tuple(parse_chain(value))
+
+
+def as_ports(value):
+    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
+    low, high = int(low), int(low if high == '' else high)
+    if not 0 <= low <= high < 65536 or high and not low:
+        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
+    return low, high
+
+
+def as_levels(value):
+    levels = several(value)
+    if not all(level in (0, 1, 2) for level in levels):
+        raise ValueError(f'{value!r}: expected 0, 1 or 2 each, the levels of GssContext')
+    return levels
+
+
+def as_number(kind, value):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = kind(value or 0)
+        if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
+            return number
+    raise ValueError(f'{value!r}: expected a number, 0 or more'
+                     if kind is float else f'{value!r}: expected a whole number, 0 or more')
+
+
+def as_version(value):
+    if value not in (0, 4, 6):
+        raise ValueError(f'{value!r}: expected 4, 6 or 0')
+    return value
+
+
+def as_context(value):
+    if value is not None and not hasattr(value, 'wrap_bio'):    # isinstance() would import ssl
+        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
+    return value
+
+
+def several(value):
+    """The items of a setting, as a tuple; a str is one item."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f'{value!r}: expected a str, or a sequence')
+    return tuple(value)
+
+
+CONVERSIONS = {
+    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
+    'rules': as_rules, 'upstream': as_chain,
+    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
+    'udp_ports': as_ports}
+CONVERSIONS.update(
+    (name, functools.partial(as_number, type(default)))
+    for name, default in Settings()._asdict().items() if type(default) in (int, float))
+CONVERSIONS['family'] = CONVERSIONS['prefer'] = as_version
+CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
+
+
+def converted(settings):
+    """The `Settings` with every field checked and converted; ValueError names a wrong field."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
+    values = {}
+    for name, convert in CONVERSIONS.items():
+        try:
+            values[name] = convert(getattr(settings, name))
+        except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
+            raise ValueError(f'Settings.{name}: {error}') from None
+    return settings._replace(**values)
+
+
+def prepared(settings):
+    """The `Settings` for a server: converted, with networks and rules in a form that is quick to
+    search.
+
+    Raises ValueError for a wrong field, OSError if `source` is not an address of this host, or if
+    GSSAPI has no keys.
+    """
+    settings = converted(settings)
+    for host in settings.source:
+        if not is_ours(host):
+            raise OSError(errno.EADDRNOTAVAIL,
+                          f'cannot connect from {host}: not an address of this host')
+    if settings.gssapi:
+        with gss_library().keys():
+            pass
+    return settings._replace(
+        users=Users(settings.users), clients=Networks(settings.clients),
+        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
+        rules=None if settings.rules is None else Rules(settings.rules))
+
+
 class LogLine(NamedTuple):
-    """What is logged of one client."""
+    """What is logged about one client at its end."""
     client: Address
     user: str
     protocol: str
@@ -6332,28 +6467,30 @@ class LogLine(NamedTuple):
     outcome: str
     up: int                             # bytes from the client
     down: int                           # bytes from the target
-    seconds: float
-    target_address: str                 # the address that was connected to
+    seconds: float                      # since accept
+    target_address: str                 # what the server connected to; not part of the text
 
     def __str__(self) -> str:
         return '%s %s %s %s %s: %s, %d bytes up, %d down, %.3f s' % self[:-1]
 
     def entries(self) -> List[Dict[str, Any]]:
-        """A list of one dictionary, for JSON."""
+        """A list of one dictionary, for `JsonFormatter`."""
         return [dict(self._asdict(), client=str(self.client), seconds=round(self.seconds, 3))]
 
 
 class Session:
-    """What is known of one client, from accept to its log line.
+    """One client, from accept() to its log line.
 
-    address           of the client, as a load balancer announces it
-    peer              address from which it connects
+    address           `Address` of the client; a load balancer may have announced it
+    peer              `Address` of the other end of the connection, maybe a load balancer's
     key               what counts as one client in limits, see client_key()
     user              name, or '-'
-    protocol          SOCKS4, SOCKS5, HTTP, TLS (nothing else is known yet) or '-'
-    command           a `Command`, or None
-    target            what it asked for, as text
-    target_address    `Address` that it is connected to; None: that is the target
+    protocol          'SOCKS4', 'SOCKS5', 'HTTP'; 'TLS' or '-' before the first byte of those
+    command           a `Command`, or None before the request
+    target            text of the address in the request, or '-'
+    target_address    `Address` that the server connected to; None if it is the same as the target;
+                      '' before
+    started           time.monotonic() at accept()
     """
     linger = 0                          # see `NoSession`
     __slots__ = ('server', 'address', 'peer', 'key', 'is_counted', 'protocol', 'user', 'command',
@@ -6363,7 +6500,7 @@ class Session:
         self.server = server
         self.address = self.peer = address
         self.key = client_key(address.host)
-        self.is_counted = False         # in `Sessions.connections`
+        self.is_counted = False         # whether `Sessions.connections` counts it
         self.protocol = self.user = self.target = '-'
         self.target_address: Union[Address, str, None] = ''
         self.command: Optional[Command] = None
@@ -6371,19 +6508,21 @@ class Session:
 
     @property
     def idle_timeout(self) -> float:
-        """Seconds, for a tunnel."""
-        return self.server.settings.idle_timeout
+        """Seconds without traffic after which a tunnel is closed; 0 for no limit."""
+        return self.server.settings.idle_timeout    # asked each time: a reload may change it
 
     def end(self, outcome: str, up: int = 0, down: int = 0) -> None:
-        """The client is no longer served; log its line.
+        """Remove the client from the server's sessions, and log its line.
 
-        up, down    bytes that came from the client, and from the target
+        outcome     text, see the README for the first words
+        up, down    bytes from the client, and from the target
         """
         self.server.session_ended(self, up, down)
         self.report(outcome, up, down)
 
     def report(self, outcome: str, up: int = 0, down: int = 0) -> None:
-        """Log the client's line, with the time that has passed until now."""
+        """Log the client's line; the connection may go on for a moment, for a reply."""
+        # A line costs some microseconds, so it is only made if it is used.
         if self.server.logs_sessions or log.isEnabledFor(logging.INFO):
             self.server.log_session(self.line(outcome, up, down))
 
@@ -6395,24 +6534,29 @@ class Session:
 
 
 def accept_gssapi(stream, settings):
-    """Conversation: a complete `GssContext` with the client, at a level that both sides allow
-    (RFC 1961 sections 3 and 4).  Raises GssError and ProtocolError."""
+    """Conversation: establish a GSSAPI context with the client and agree on a level of protection
+    (RFC 1961 sections 3 and 4).
+
+    The result is the `GssContext`, with `level` set.  Raises GssError and ProtocolError.
+    """
     context, complete = GssContext(), False
     unpack = functools.partial(GssMessage.unpack_token, GssMessage.TOKEN)
     while not complete:
         token = yield from stream.read(unpack)
-        if not token:                   # the library would take it for a request for SPNEGO
+        if not token:                   # MIT's library would take it for a request for SPNEGO
             raise ProtocolError('an empty GSSAPI token')
         token, complete = yield Call(functools.partial(context.step, token), stream.until)
         if token or complete:
             yield from stream.write(GssMessage(GssMessage.TOKEN, token))
     token = yield from stream.read(functools.partial(GssMessage.unpack_token, GssMessage.LEVEL))
+    # NEC's implementation sends the level as one plain byte, not as a wrapped one.
     is_nec = settings.gssapi_nec and len(token) == 1
     wanted = token if is_nec else context.unwrap(token)[0]
     levels = [level for level in settings.gssapi if context.allows(level)]
     if len(wanted) != 1 or not levels:
         raise ProtocolError(f'GSSAPI level {wanted.hex()}, expected one byte'
                             if levels else 'GSSAPI: no level is possible')
+    # The server has the last word (RFC 1961 section 4); a client that disagrees leaves.
     context.level = wanted[0] if wanted[0] in levels else max(levels)
     answer = bytes((context.level,))
     yield from stream.write(GssMessage(
@@ -6421,13 +6565,13 @@ def accept_gssapi(stream, settings):
 
 
 def ask_ident(client, local, source):
-    """Conversation: the userid that the client's host gives for its connection to `local` (RFC
-    1413); bytes.
+    """Conversation: ask the ident server on the client's host which user owns a connection
+    (RFC 1413).
 
-    client, local    addresses of both ends
-    source           as of dial()
+    client, local    `Address` of the connection's two ends
+    source           local IP addresses to ask from, as for dial()
 
-    Raises Refused if the host does not say.
+    The result is the userid, bytes.  Raises Refused if there is no answer.
     """
     until = deadline(IDENT_TIMEOUT)
     try:
@@ -6439,49 +6583,49 @@ def ask_ident(client, local, source):
     except (OSError, EOFError) as error:
         raise Refused(f'ident: {reason(error)}', reply=Reply4.NO_IDENTD) from None
     if userid is None:
-        raise Refused('ident: the host does not tell', reply=Reply4.NO_IDENTD)
+        raise Refused("ident: the client's host knows no user", reply=Reply4.NO_IDENTD)
     return userid
 
 
-CO_GENERATOR = 0x20                     # that of the module inspect, whose import takes long
+CO_GENERATOR = 0x20                     # inspect.CO_GENERATOR; importing inspect takes long
 COMMAND_METHODS = {command: 'do_' + command.name for command in Command}
 
 
 class Handler(socketserver.BaseRequestHandler):
     """Serves one client: negotiates, then does what the client asks for.
 
-    Handler(request, client_address, server) is constructed by the server, as in `socketserver`; but
-    the constructor returns at once, and the server's loop runs conversation(), which takes the
-    place of handle().  setup() and finish() are not called.
+    The server constructs Handler(request, client_address, server) for each client, as in
+    `socketserver`.  The constructor only stores its arguments; the server's loop then runs
+    conversation(), in place of handle().  setup() and finish() are not called.
 
-    For methods of subclasses:
+    Instance variables and methods for subclasses:
 
-    request           the client's socket, which does not block
+    request           the client's socket, non-blocking
     client_address    as accept() returned it
     server            the `Server`
-    settings          its `Settings` when the client connected
-    client            the `Session`
-    reply(code, address)    conversation: send a reply, a `Reply` and the bound address (BND)
-    join(socket, address)   conversation: reply that the request has succeeded, and relay between
-                            the client and the socket from then on
+    settings          the server's `Settings`, as of the client's request
+    client            the client's `Session`; client.report(outcome) logs its line
+    reply(code, address)     conversation: send a `Reply`, with the bound address (BND)
+    join(socket, address)    conversation: send the reply Succeeded; the result is a `Tunnel`
+                             between the client and `socket`
 
-    May be overridden:
+    Methods that may be overridden:
 
     do_CONNECT(request), do_BIND(request), do_UDP_ASSOCIATE(request), do_RESOLVE(request),
-    do_RESOLVE_PTR(request)    do one command; `request` is a `Request`, `Request4` or
-                               `HttpRequest`, with `command` and `address`
+    do_RESOLVE_PTR(request), do_FORWARD(request)
+        do one command.  `request` is a `Request`, `Request4` or `HttpRequest`; it has `command` and
+        `address`.  A command without a method is refused as not supported (07).  FORWARD is an HTTP
+        request other than CONNECT; it connects by do_CONNECT.
 
     Such a method may be an ordinary function.  It runs in a thread of its own, so it may block and
-    sleep.  It returns a connected socket to join the client to; or None, to close the client's
-    connection without a reply; or what super() returns, to do what the server does.  To refuse, it
-    raises `Refused`, with the code in `reply`; any other OSError is a failure on the way to the
-    target.
+    sleep.  It returns a connected socket to join the client to; None to close the client's
+    connection without a reply; or the result of the method in super(), to do what the server does.
+    It refuses by raising `Refused`, with the code in `reply`; any other OSError means that the
+    target cannot be reached.
 
-    Or it is a generator, a conversation, which runs in the server's loop and must not block.  It
-    yields what it waits for (`Wait`, `Call`, `LookUp`), and returns a `Tunnel` or a `UdpRelay`, or
-    None.
-
-    A command without a method is refused as not supported (07).
+    Or the method is a generator, a conversation.  It runs in the server's loop, so it must not
+    block; it yields what it waits for (`Wait`, `Call`, `LookUp`).  It returns a `Tunnel` or a
+    `UdpRelay`, or None after it has logged the client's line.  It raises the same errors.
     """
     methods: Dict[int, Tuple[Command, Callable, bool]]
 
@@ -6502,19 +6646,21 @@ class Handler(socketserver.BaseRequestHandler):
             address = UnixAddress(request.getsockname())
         self.client = Session(server, address)
         self.stream = Stream(request, deadline(self.settings.handshake_timeout))
-        self.connection = request       # the socket, or the layer over it
-        self.reached = None             # the address that the client connected to, as announced
+        self.connection = request       # the socket, or the topmost layer over it
+        self.reached = None             # `Address` that the balancer's client connected to
         self.is_authenticated = False
-        self.login = None               # (user name, password), see `Users`
-        self.make_reply = None          # (code, address) -> message of the current protocol
-        self.is_verbose = log.isEnabledFor(logging.DEBUG)       # else note() is not worth its call
+        self.login = None               # (user name, password) that were right, see `Users`
+        # function(code, address) that makes a reply in the form of the protocol and of the step in
+        # it; None before the first byte, when there is no form.
+        self.make_reply = None
+        self.is_verbose = log.isEnabledFor(logging.DEBUG)       # saves most calls of note()
 
     def note(self, text, *args):
-        """Log a step."""
+        """Log a step, at level DEBUG."""
         log.debug('%s: ' + text, self.client.address, *args)
 
     def conversation(self) -> Conversation:
-        """The conversation with the client; its result is a relay, or None at its end."""
+        """Conversation: serve the client.  The result is a relay to go on with, or None."""
         relay = None
         try:
             relay = yield from self.serve()
@@ -6532,16 +6678,17 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.sessions.negotiated(self.client)
         except ProxyError as error:
             return (yield from self.refuse(error))
-        # The client's own connection has failed: there is nobody to answer.
+        # The connection to the client has failed, so there is no reply.
         except (OSError, EOFError, ClientReset) as error:
+            # Port scans and health checks that send nothing are not logged.
             if self.make_reply or self.client.protocol != '-':
                 self.client.report(f'no request: {printable_line(reason(error))}')
             return None
         try:
             return (yield from self.do(request))
-        except OSError as error:                # on the way to the target
+        except OSError as error:        # about the target
             return (yield from self.refuse(error))
-        except (EOFError, ClientReset) as error:        # the client's connection again
+        except (EOFError, ClientReset) as error:        # about the client
             self.client.report(f'client: {printable_line(reason(error))}')
             return None
 
@@ -6549,8 +6696,9 @@ class Handler(socketserver.BaseRequestHandler):
         return self.stream.write(self.make_reply(code, address))
 
     def refuse(self, error):
-        """Conversation: tell the client of an error, in the current protocol."""
-        is_refusal = isinstance(error, ProxyError) and not error.socket_err     # not a proxy's
+        """Conversation: log an error, and send the reply that stands for it."""
+        # With a `socket_err` it is not this server that refuses, but the next proxy that fails.
+        is_refusal = isinstance(error, ProxyError) and not error.socket_err
         self.outcome = f'{"refused" if is_refusal else "failed"}: {printable_line(reason(error))}'
         self.client.report(self.outcome)
         cause = getattr(error, 'socket_err', None) or error
@@ -6558,20 +6706,21 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.starve(cause)
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.make_reply:
-            with contextlib.suppress(OSError, EOFError):        # the client is gone
+            with contextlib.suppress(OSError, EOFError):        # the client may have left
                 yield from self.reply(reply_for(error), address)
                 yield from self.stream.linger(deadline(LINGER))
 
     # Before the first byte of SOCKS or HTTP
 
     def prepare(self):
-        """Conversation: the header of a load balancer, the limits, TLS."""
+        """Conversation: read a load balancer's header, check the limits, start TLS."""
         settings = self.settings
         if settings.balancers and settings.balancers.has(self.client.peer.host):
+            # Exact, because what follows the header may be TLS, which reads the socket itself.
             header = yield from ExactStream(self.request, deadline(PROXY_TIMEOUT)).read(
                 ProxyHeader.unpack)
-            if header.source:
-                self.announced(header)
+            if header.source:           # the balancer's own health checks have none
+                self.take_addresses(header)
         if isinstance(self.client.address, UnixAddress):
             self.client.user = yield Call(functools.partial(account_of, self.request),
                                           self.stream.until)
@@ -6579,27 +6728,27 @@ class Handler(socketserver.BaseRequestHandler):
         if settings.tls:
             yield from self.start_tls()
 
-    def announced(self, header):
-        """Take the client's address from a load balancer's header.
+    def take_addresses(self, header):
+        """Take the client's address, and the one that it connected to, from a `ProxyHeader`.
 
-        A loopback address is the balancer's own host, so from another host it is not believed: the
-        client stays at the balancer's address.
+        A loopback address is only believed from a balancer on this host: on another, it means the
+        balancer's host, and would give the client the rights of a local program here.
         """
         client, source = self.client, canonical(header.source)
         if is_loopback(client.peer.host) or not is_loopback(source.host):
-            sessions = self.server.sessions
+            sessions = self.server.sessions         # which count by key
             task = sessions.negotiated(client)
             client.address, self.reached = source, header.destination
             client.key = client_key(source.host)
             sessions.add(client, task)
 
     def start_tls(self):
-        """Conversation: go on inside TLS; a client with a certificate is its common name."""
+        """Conversation: start TLS.  The common name of a client's certificate is its user name."""
         first = (yield from self.stream.look())[0]
-        if first != TLS_HANDSHAKE:      # without TLS each side would wait for the other
+        if first != TLS_HANDSHAKE:      # ssl would wait for more bytes of a SOCKS greeting
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
-        context = self.server.settings.tls or self.settings.tls
+        context = self.server.settings.tls or self.settings.tls     # the latest certificate
         tls = TlsLayer(self.request, context, server_side=True)
         yield from tls.handshake(self.stream.until)
         self.stream = Stream(tls, self.stream.until, self.request)
@@ -6614,7 +6763,10 @@ class Handler(socketserver.BaseRequestHandler):
     # Negotiation
 
     def negotiate(self):
-        """Conversation: the client's request, after all that comes before it."""
+        """Conversation: go through the negotiation of the protocol that the first byte tells.
+
+        The result is a `Request`, `Request4` or `HttpRequest`.
+        """
         first = yield from self.stream.peek()
         if first == 4:
             return (yield from self.negotiate4())
@@ -6637,13 +6789,14 @@ class Handler(socketserver.BaseRequestHandler):
         return request
 
     def identify(self, userid):
-        """Conversation: raise Refused unless the client's host confirms the userid."""
+        """Conversation: raise Refused unless the ident server on the client's host has the same
+        userid as the request."""
         local = self.reached or local_address(self.request)
         found = yield from ask_ident(self.client.address, local,
                                      () if self.reached else (local.host,))
         user = printable(name_text(found))
         if found != userid or self.is_authenticated and self.client.user != user:
-            raise Refused(f'ident: it is {user}', reply=Reply4.IDENT_MISMATCH)
+            raise Refused(f'ident: the user is {user}', reply=Reply4.IDENT_MISMATCH)
         self.client.user = user
 
     def negotiate5(self):
@@ -6667,7 +6820,8 @@ class Handler(socketserver.BaseRequestHandler):
     def choose(self, offered: bytes) -> int:
         """The authentication method to use, of those offered (RFC 1928 section 3).
 
-        A client that needs no password may still insist on sending one; any is accepted then.
+        Raises Refused without one.  Where no password is needed, a client that offers nothing else
+        may send any.
         """
         settings, needs_login = self.server.settings, self.needs_login
         methods = [] if needs_login else [Method.NO_AUTHENTICATION]
@@ -6684,7 +6838,7 @@ class Handler(socketserver.BaseRequestHandler):
                       f'expected {expected}')
 
     def negotiate_gssapi(self):
-        """Conversation: authenticate by GSSAPI, and go on at the level that is agreed on."""
+        """Conversation: authenticate by GSSAPI; what follows is protected as agreed."""
         self.make_reply = lambda *_: GssMessage(GssMessage.ABORT)
         try:
             context = yield from accept_gssapi(self.stream, self.settings)
@@ -6696,7 +6850,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.stream = Stream(self.connection, self.stream.until, self.request)
 
     def negotiate_http(self):
-        """Conversation: the request of an HTTP client."""
+        """Conversation: read and authenticate the request of an HTTP client."""
         self.client.protocol = 'HTTP'
         if not self.settings.http:
             self.make_reply = lambda *_: HttpPage()
@@ -6713,10 +6867,10 @@ class Handler(socketserver.BaseRequestHandler):
         return request
 
     def http_answer(self, method, code, _):
-        """The `HttpAnswer` for a reply code.
+        """The `HttpAnswer` to a request with `method`, for a reply code.
 
         After a refusal by rules, or a failure of the network, its text is that of the code: the
-        error's own text could name addresses and files that are not for the client.
+        error's own text could disclose internal addresses and names of files.
         """
         if code == Reply.SUCCEEDED:
             return HttpAnswer(HttpCode.OK if method == 'CONNECT' else None)
@@ -6728,7 +6882,10 @@ class Handler(socketserver.BaseRequestHandler):
                           method != 'HEAD')
 
     def authenticate_http(self, request):
-        """Conversation: Basic authentication (RFC 7617), with the users and limits of SOCKS5."""
+        """Conversation: Basic authentication (RFC 7617), with the users and limits of SOCKS5.
+
+        Raises Refused unless the credentials are right.
+        """
         if not self.server.settings.users:
             raise Refused('HTTP has no GSSAPI here, expected SOCKS5', reply=HttpCode.FORBIDDEN)
         make_reply = self.make_reply
@@ -6739,16 +6896,18 @@ class Handler(socketserver.BaseRequestHandler):
         yield from self.authenticate(credentials)
         self.make_reply = make_reply
 
-    # Who the client is.  The settings may be reloaded at any time, so the server's count.
+    # Authentication.  It asks the server's settings, not the handler's: a password that a reload
+    # has removed must not work for a client that connected before.
 
     @property
     def needs_login(self):
+        """Whether the client has to authenticate, and has not done so."""
         settings = self.server.settings
         return bool(settings.users or settings.gssapi) and not (
             self.is_authenticated or settings.trusted.has(self.client.address.host))
 
     def authenticated(self, user):
-        """Take over the user that the client has authenticated as; the first one counts."""
+        """The client has authenticated as `user`, by TLS or GSSAPI; the first one counts."""
         if not self.is_authenticated:
             self.client.user = printable(user)
         self.is_authenticated = True
@@ -6756,13 +6915,14 @@ class Handler(socketserver.BaseRequestHandler):
     def authenticate(self, credentials: Credentials) -> Conversation:
         """Conversation: raise Refused unless the credentials are right.
 
-        A failure takes `Settings.login_delay`, whatever the reason, to slow down guessing.
+        A failure takes `Settings.login_delay` seconds whatever the reason, which slows down
+        guessing, and does not tell whether the user exists.
         """
         if not self.needs_login:
             return
         client, username = self.client, credentials.username
         until = time.monotonic() + self.settings.login_delay
-        # The name of a user that does not exist is not logged: it may be a password.
+        # The name of a user that does not exist is not logged: it may be a mistyped password.
         name = printable(name_text(username)) if username in self.server.settings.users else '-'
         failures, why = self.server.failures, 'too many wrong passwords'
         if not failures.too_many(client.key, username):
@@ -6781,18 +6941,18 @@ class Handler(socketserver.BaseRequestHandler):
         raise Refused(why)
 
     def verify(self, credentials):
-        """Conversation: whether the credentials are right, by the users at its end."""
+        """Conversation: whether the credentials are right, by the users at the end of it."""
         is_hopeless = functools.partial(
             self.server.failures.too_many, self.client.key, credentials.username)
         right = users = None
-        while users is not self.server.settings.users:
+        while users is not self.server.settings.users:      # a reload came during the hashing
             users = self.server.settings.users
             right = yield from users.verify(credentials, self.stream.until, is_hopeless)
         return right
 
     def check_again(self):
-        """Raise Refused unless the client may go on with the settings that were reloaded since it
-        connected."""
+        """Adopt the settings that were reloaded since the client connected; raise Refused if they
+        do not let it in."""
         self.settings = self.server.settings
         if self.login and self.settings.users.get(self.login[0]) != self.login[1]:
             raise Refused('the password has changed')
@@ -6803,7 +6963,7 @@ class Handler(socketserver.BaseRequestHandler):
     # Commands
 
     def do(self, request: AnyRequest) -> Conversation:
-        """The conversation that does what the request asks for."""
+        """The conversation that does the command of a request."""
         command, method, is_conversation = self.methods.get(request.command, (None, None, None))
         if not (method and self.offered(command, isinstance(request, Request4))):
             name = command.name if command else f'command {request.command:#04x}'
@@ -6819,7 +6979,11 @@ class Handler(socketserver.BaseRequestHandler):
         return self.run_in_thread(functools.partial(method, self, request))
 
     def run_in_thread(self, function):
-        """Conversation: the result of a do_COMMAND that is an ordinary function."""
+        """Conversation: call a do_COMMAND that is an ordinary function, and use its result.
+
+        There is no deadline, but a client that resets its connection ends the conversation; what
+        the function returns later is closed.
+        """
         result = yield Call(function, None, Worker.OWN)
         if result is None:
             self.client.report('closed')
@@ -6829,7 +6993,7 @@ class Handler(socketserver.BaseRequestHandler):
             if result.family in IP_FAMILIES:
                 address = local_address(result)
             return (yield from self.join(result, address))
-        elif hasattr(result, 'send'):           # a conversation
+        elif hasattr(result, 'send'):           # a conversation, of super() for example
             return (yield from result)
         else:
             raise TypeError(f'{function.func.__qualname__}() returned a {type(result).__name__}, '
@@ -6841,14 +7005,16 @@ class Handler(socketserver.BaseRequestHandler):
         settings = self.settings
         if command in (Command.CONNECT, Command.FORWARD):
             return True
-        if command == Command.BIND:             # does not go through other proxies
+        # With other proxies, BIND and UDP would leave from this host, past them.
+        if command == Command.BIND:
             return not settings.upstream
-        if command == Command.UDP_ASSOCIATE:    # nor does this, nor through TLS
+        if command == Command.UDP_ASSOCIATE:    # SOCKS4 has none; TLS does not cover datagrams
             return not (is_socks4 or settings.upstream
                         or settings.tls and not settings.udp_over_plain)
         return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
 
     def do_CONNECT(self, request: AnyRequest) -> Conversation:
+        """Connect to the target, at one of its addresses or by way of other proxies."""
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
         until = self.stream.until = deadline(self.settings.connect_timeout)
@@ -6923,17 +7089,29 @@ class Handler(socketserver.BaseRequestHandler):
         return (yield from self.join(target, Address.of(target.getsockname())))
 
     def do_FORWARD(self, request: 'HttpRequest') -> Conversation:
-        """Forward one HTTP request, through a connection as CONNECT makes it."""
+        """Forward one HTTP request, through a connection as CONNECT makes it.
+
+        The new head is sent as if the client had sent it early, after CONNECT; `HttpForward` does
+        the same to what follows, and to the response.
+        """
         self.client.command = HttpMethod(request.method)
         layer = HttpForward(self.connection, request)
         surplus = layer.take(self.stream.surplus)
         self.stream.surplus = request.forwarded().pack() + surplus
         self.connection = layer
-        return (yield from self.do_CONNECT(request))
+        _, connect, is_conversation = self.methods[Command.CONNECT]
+        if is_conversation:
+            return (yield from connect(self, request))
+        return (yield from self.run_in_thread(functools.partial(connect, self, request)))
 
     def join(self, target: socket.socket, bnd: Address) -> Conversation:
-        """Answer, and join the client to the socket `target`."""
+        """Conversation: send the reply Succeeded with the bound address `bnd`.
+
+        The result is a `Tunnel` between the client and the socket `target`, which owns both.  Bytes
+        that the client sent early go to the target first.
+        """
         try:
+            # Urgent data stays in the stream, as with keep_urgent().
             target.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             yield from self.reply(Reply.SUCCEEDED, bnd)
             return Tunnel(self.client, self.connection, target, self.stream.surplus)
@@ -6942,13 +7120,14 @@ class Handler(socketserver.BaseRequestHandler):
             raise
 
     def connect_through(self, chain, address, until, source, addresses=None):
-        """CONNECT through other proxies.
+        """Conversation: CONNECT through other proxies, from the local addresses `source`.
 
-        Where the last one looks names up, this one does not.  Where this one does, it asks for the
-        addresses that the client may reach, one after the other as long as they are not reached.
+        If the last one looks names up, it is asked for the name.  Otherwise it is asked for the
+        addresses that the client may reach, one after the other, until it can reach one;
+        `addresses` are these, if they are known.
         """
         if addresses is None and chain[-1].rdns:
-            addresses = [self.passed_on(address)]
+            addresses = [self.unresolved(address)]
         elif addresses is None:
             addresses = (yield from self.destinations(address, until))[:UPSTREAM_ATTEMPTS]
         if self.is_verbose:
@@ -6965,14 +7144,15 @@ class Handler(socketserver.BaseRequestHandler):
             self.client.target_address = None if wanted == address else wanted
         if self.is_verbose:
             self.note('the last proxy connects from %s', printable(str(bnd)))
-        if ip_bytes(bnd.host) is None:
+        if ip_bytes(bnd.host) is None:  # a name as BND, which many clients cannot read
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
 
-    def passed_on(self, address):
-        """What the last proxy is asked for: an IP address that the client may reach, or a name.
+    def unresolved(self, address):
+        """The address to ask the last proxy for if it looks names up; raises Refused.
 
-        What its own host is called is judged as the loopback addresses that it has.
+        A name of the last proxy's own host, such as localhost, must be allowed as the loopback
+        addresses that it stands for there.
         """
         wanted = self.permitted(address)
         if ip_bytes(wanted.host) is not None:
@@ -6983,21 +7163,27 @@ class Handler(socketserver.BaseRequestHandler):
         return absolute(address)
 
     def do_BIND(self, request: AnyRequest) -> Conversation:
-        """Accept one connection, of the peer that the client named, on its behalf.
+        """Accept one connection for the client, from the peer that it named (RFC 1928 section 4).
 
-        Others are turned away; if one of them was all that came, the second reply says so.
+        The first reply has the address to connect to, the second the peer's.  Other peers are
+        closed; if no other came until the timeout, the second reply is "not allowed" with the
+        address of the last of them.
         """
         until = self.stream.until = deadline(self.settings.bind_timeout)
         expected = [host for host, _ in (yield from self.destinations(request.address, until))]
-        host, told = self.own_address(expected)
+        host, advertised = self.own_address(expected)
         with bound(Address(host, 0)) as listener:
-            listener.listen(16)
-            yield from self.reply(Reply.SUCCEEDED, Address(told, listener.getsockname()[1]))
+            listener.listen(16)         # strangers must not fill the queue before the peer comes
+            yield from self.reply(Reply.SUCCEEDED, Address(advertised, listener.getsockname()[1]))
             peer, address = yield from self.accept(listener, expected, until)
         return (yield from self.join(peer, address))
 
     def accept(self, listener, expected, until):
-        """The socket and the address of the expected peer, any if zeros are expected."""
+        """Conversation: wait for the expected peer on `listener`, a bound and listening socket.
+
+        The result is its socket and its `Address`.  Raises socket.timeout, or Refused if only other
+        peers came.
+        """
         stranger = None
         while True:
             try:
@@ -7008,7 +7194,7 @@ class Handler(socketserver.BaseRequestHandler):
                 raise
             try:
                 peer, address = listener.accept()
-            except (*BLOCKED, ConnectionError):     # he has left already
+            except (*BLOCKED, ConnectionError):     # it has left again
                 continue
             address = Address.of(address)
             if self.is_expected(address, expected):
@@ -7018,49 +7204,53 @@ class Handler(socketserver.BaseRequestHandler):
             peer.close()
 
     def is_expected(self, peer, expected):
-        """Whether BIND accepts this peer; with zeros expected, any that no rule denies."""
+        """Whether BIND accepts the peer at `Address` peer, where the client named the IP addresses
+        `expected`.  0.0.0.0 and :: stand for any peer that no rule denies."""
         rules = self.server.settings.rules
         rule = rules.first(self.client, peer) if rules else None
         return (peer.host in expected
                 or not set(expected).isdisjoint(ZEROS) and not (rule and not rule.allow))
 
     def do_UDP_ASSOCIATE(self, request: AnyRequest) -> Conversation:
-        """Relay datagrams; DST may be where the client will send from, or anything."""
+        """Relay datagrams (RFC 1928 section 7).  The request's address may be the one that the
+        client will send from."""
         client, host = self.client, self.client.address.host
         client.target = '-'
         self.server.judge_association(client)
-        own, told = self.own_address()
-        is_here = is_loopback(host) or is_ours(host)
+        own, advertised = self.own_address()
+        is_here = is_loopback(host) or is_ours(host)        # local programs have no share of ports
         near, release = self.server.udp_ports.bind(
             own, self.settings.udp_ports, None if is_here else client_key(host))
         try:
-            yield from self.reply(Reply.SUCCEEDED, Address(told, near.getsockname()[1]))
-            return UdpRelay(client, self.connection, near, self.hint(request.address), is_here,
-                            release)
+            yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
+            return UdpRelay(client, self.connection, near, self.announced_source(request.address),
+                            is_here, release)
         except BaseException:
             near.close()
             release()
             raise
 
-    def hint(self, address):
-        """Where the client will send from, of what it says.
+    def announced_source(self, address):
+        """Where the client will send from, of the `Address` in its request, or UNSPECIFIED.
 
-        Some programs put their target there, and some do not know their address (PySocks: "0").
+        Some programs put their target there, and some do not know their address: PySocks sends
+        the name "0".
         """
         plausible = ('', '0', '0.0.0.0', '::', self.client.address.host)
         return address if address.port and address.host in plausible else UNSPECIFIED
 
     def do_RESOLVE(self, request: AnyRequest) -> Conversation:
-        """Tor's command for a look-up; an IPv4 address is what its users expect."""
+        """Look up a name (Tor's socks-extensions); IPv4 first, because some clients read no other.
+        """
         until = self.stream.until = deadline(self.settings.connect_timeout)
         addresses = yield from self.destinations(request.address, until, self.server.judge)
         address = min(addresses, key=lambda address: ':' in address.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
-        yield from self.tell(Address(address.host, 0))
+        yield from self.reply_with(Address(address.host, 0))
 
     def do_RESOLVE_PTR(self, request: AnyRequest) -> Conversation:
-        """Tor's command for the name of an IP address."""
+        """Look up the name of an IP address (Tor's socks-extensions)."""
         host = plain_ip(request.address.host)
         if host is None:
             raise ProtocolError('RESOLVE_PTR of a name, expected an IP address',
@@ -7069,42 +7259,47 @@ class Handler(socketserver.BaseRequestHandler):
         until = self.stream.until = deadline(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
             stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
-        yield from self.tell(canonical(Address(name, 0)))
+        yield from self.reply_with(canonical(Address(name, 0)))
 
-    def tell(self, address):
-        """Answer with an address, which is all that was asked for."""
+    def reply_with(self, address):
+        """Conversation: send the reply to a look-up, and end the connection."""
         yield from self.reply(Reply.SUCCEEDED, address)
         self.client.report(f'done, {address.host}')
         yield from self.stream.linger(deadline(LINGER))
 
     def own_address(self, peers=ZEROS):
-        """Our IP address for others to connect or send to, and how to tell it to the client.
+        """The pair (IP address to bind for BIND or UDP, IP address to send to the client as BND).
 
-        The one from which we reach one of the peers, or if these are not known the one that the
-        client reached us at; or the one to advertise; that may be another host's which forwards to
-        us, so it is not always one to listen on.
+        The first is the local address that leads to one of `peers`, IP addresses, or, if they are
+        not known, the one that the client connected to.  The second is the same without a zone, or
+        the one of Settings.advertise; that may belong to a NAT, which forwards to this host, so it
+        is not always one that can be bound.
         """
         host = local_address(self.request).host
         if not set(peers) & set(ZEROS):
-            family = family_of(host)    # which the client knows how to use
+            family = family_of(host)    # the client can use this one, so it comes first
             peers = [in_zone_of(host, peer) for peer in peers]
-            host = local_ip_towards(sorted(peers, key=lambda peer: family_of(peer) != family),
-                           self.settings.source)
-        for told in self.settings.advertise:
-            if family_of(told) == family_of(host) and not is_loopback(host):
-                return (told if is_ours(told) else host), told
+            host = local_ip_towards(
+                sorted(peers, key=lambda peer: family_of(peer) != family), self.settings.source)
+        for advertised in self.settings.advertise:
+            if family_of(advertised) == family_of(host) and not is_loopback(host):
+                return (advertised if is_ours(advertised) else host), advertised
         return host, host.partition('%')[0]
 
     def permitted(self, address):
-        """The canonical address; Refused if rules forbid its name."""
+        """The canonical form of an `Address`; raises Refused if rules forbid its name."""
         address = canonical(address)
         self.server.judge_name(self.client, address)
         return address
 
     def destinations(self, address, until, judge=None):
-        """The IP addresses behind `address` that this client may reach; at least one.
+        """Conversation: look an `Address` up; the result is a list of the `Address`es of it that
+        the client may reach, at least one.
 
-        `judge` raises Refused for one that it may not: the server's authorize().
+        judge    function(client, address, name) that raises Refused for one that the client may
+                 not reach; by default the server's authorize()
+
+        Raises socket.gaierror, or Refused if none is allowed.
         """
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
@@ -7128,21 +7323,39 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 def command_methods(handler_class):
-    """By the number of a command: the `Command`, the method of a class of handlers that does it,
-    and whether that is a conversation."""
+    """A dictionary from the number of each command to (`Command`, the method of a handler class
+    that does it or None, whether that is a conversation)."""
     methods = {}
     for command, name in COMMAND_METHODS.items():
         method = getattr(handler_class, name, None)
         flags = getattr(getattr(method, '__code__', None), 'co_flags', 0)
         methods[int(command)] = command, method, bool(flags & CO_GENERATOR)
+    if not methods[Command.CONNECT][1]:         # which FORWARD connects by
+        methods[Command.FORWARD] = Command.FORWARD, None, False
     return methods
 
 
 Handler.methods = command_methods(Handler)
 
 
+def processors():
+    """The number of processors that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):        # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def clients_possible():
+    """The number of clients, of two descriptors each, that the limit of open files allows; 0 for
+    any number."""
+    if not resource:                    # Windows, where Python's select() takes 512 sockets
+        return (512 - DESCRIPTORS_KEPT) // 2
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
+
+
 def listening_addresses(server_address):
-    """The list of (host, port) that a server is to listen on, of one or several of them."""
+    """The list of (host, port) in a `server_address`, which is one pair or a sequence of pairs."""
     several = [server_address] if is_pair(server_address) else server_address
     if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
         several = [several]
@@ -7158,160 +7371,17 @@ def is_pair(address):
     return isinstance(address, (tuple, list)) and len(address) > 1 and isinstance(address[0], str)
 
 
-# What texts stand for in `Settings`, as on the command line.
-
-def as_networks(value):
-    return tuple(parse_network(str(item)) for item in several(value))
-
-
-def as_rules(value):
-    return None if value is None else tuple(
-        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
-        for number, item in enumerate(several(value), 1))
-
-
-def as_hosts(value):
-    hosts = tuple(str(item) for item in several(value))
-    for host in hosts:
-        if ip_bytes(host.partition('%')[0]) is None:
-            raise ValueError(f'{host!r}: expected an IP address')
-    if len(set(map(family_of, hosts))) < len(hosts):
-        raise ValueError('expected one address of a family')
-    return hosts
-
-
-def as_users(value):
-    if not isinstance(value, Mapping):
-        raise ValueError('expected a mapping from names to passwords')
-    users = {encoded(name): encoded(password) for name, password in value.items()}
-    for name, password in users.items():
-        if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
-            raise ValueError('expected names and passwords as text or bytes')
-        if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
-            raise ValueError(f'{printable(name_text(name))}: expected at most 255 bytes each')
-    return MappingProxyType(users)
-
-
-def as_chain(value):
-    if isinstance(value, tuple) and value and not isinstance(value[0], int):    # as a `Proxy` has
-        value = list(value)
-    if value and not isinstance(value, (str, tuple, list)):
-        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
-    return tuple(parse_chain(value))
-
-
-def as_ports(value):
-    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
-    low, high = int(low), int(low if high == '' else high)
-    if not 0 <= low <= high < 65536 or high and not low:
-        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
-    return low, high
-
-
-def as_levels(value):
-    levels = several(value)
-    if not all(level in (0, 1, 2) for level in levels):
-        raise ValueError(f'{value!r}: expected levels of GssContext')
-    return levels
-
-
-def as_number(kind, value):
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        number = kind(value or 0)
-        if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
-            return number
-    raise ValueError(f'{value!r}: expected a number, 0 or more'
-                     if kind is float else f'{value!r}: expected a whole number, 0 or more')
-
-
-def as_version(value):
-    if value not in (0, 4, 6):
-        raise ValueError(f'{value!r}: expected 4, 6 or 0')
-    return value
-
-
-def as_context(value):
-    if value is not None and not hasattr(value, 'wrap_bio'):
-        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
-    return value
-
-
-def several(value):
-    """The items of a setting, a tuple; one text is one item."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, Iterable):
-        raise ValueError(f'{value!r}: expected a text, or a sequence')
-    return tuple(value)
-
-
-CONVERSIONS = {
-    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
-    'rules': as_rules, 'upstream': as_chain,
-    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
-    'udp_ports': as_ports}
-CONVERSIONS.update(
-    (name, functools.partial(as_number, type(default)))
-    for name, default in Settings()._asdict().items() if type(default) in (int, float))
-CONVERSIONS['family'] = CONVERSIONS['prefer'] = as_version
-CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
-
-
-def converted(settings):
-    """The settings, checked, with all values as they are documented; ValueError names the field
-    that is wrong."""
-    if not isinstance(settings, Settings):
-        raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
-    values = {}
-    for name, convert in CONVERSIONS.items():
-        try:
-            values[name] = convert(getattr(settings, name))
-        except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
-            raise ValueError(f'Settings.{name}: {error}') from None
-    return settings._replace(**values)
-
-
-def prepared(settings):
-    """The settings, converted, with networks and rules compiled; OSError if `source` is not ours,
-    or GSSAPI has no keys."""
-    settings = converted(settings)
-    for host in settings.source:
-        if not is_ours(host):
-            raise OSError(errno.EADDRNOTAVAIL, f'cannot connect from {host}: it is not ours')
-    if settings.gssapi:
-        with gss_library().keys():
-            pass
-    return settings._replace(
-        users=Users(settings.users), clients=Networks(settings.clients),
-        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
-        rules=None if settings.rules is None else Rules(settings.rules))
-
-
-def processors():
-    """How many this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def clients_possible():
-    """How many clients, each with a target, the limit of open files allows; 0: any number."""
-    if not resource:                    # Windows, whose select() takes 512 sockets
-        return (512 - DESCRIPTORS_KEPT) // 2
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
-
-
 def addresses_to_bind(addresses):
-    """[(IP addresses, port)] for each (host, port): those of a name, or one.
+    """A list of ([IP address, ...], port) for a list of (host, port); looks names up.
 
-    `::` stands for both families, unless there is an IPv4 address with the same port beside it.
+    `::` stands for both families, unless an IPv4 address with the same port is in the list, too.
+    Raises ValueError, and OSError if a name is not found.
     """
     found = []
     for host, port in addresses:
         if ip_bytes(host) is not None:
             hosts = [plain_ip(host) or host]
-        elif host in ('', '*'):         # which resolvers take for loopback, or for all
+        elif host in ('', '*'):         # some resolvers take these for loopback, some for all
             raise ValueError(f'cannot listen on {host!r}: expected 0.0.0.0 for all IPv4 addresses, '
                              f':: for all of both families')
         else:
@@ -7326,7 +7396,11 @@ def addresses_to_bind(addresses):
 
 
 def bound_to_all(hosts, port):
-    """Sockets bound to those of the IP addresses that are here; OSError if none is."""
+    """A list of sockets, bound to those of the IP addresses `hosts` that this host has.
+
+    A name may have addresses of other hosts or of a family that is missing here; these are skipped.
+    Raises OSError if none is left, or for any other failure.
+    """
     missing, sockets = None, []
     for ip in hosts:
         try:
@@ -7338,14 +7412,14 @@ def bound_to_all(hosts, port):
                 raise
             missing = error
         else:
-            port = sockets[-1].getsockname()[1]     # a free one serves all of them
+            port = sockets[-1].getsockname()[1]     # port 0 is the same free one for all
     if not sockets:
         raise missing
     return sockets
 
 
 def listening_sockets(addresses, tries=FREE_PORT_TRIES):
-    """Sockets bound to all of the addresses, (host, port); port 0 is the same free one on all."""
+    """A list of sockets, bound to a list of (host, port); port 0 is the same free one for all."""
     wanted, sockets, free_port = addresses_to_bind(addresses), [], 0
     try:
         for hosts, port in wanted:
@@ -7358,51 +7432,61 @@ def listening_sockets(addresses, tries=FREE_PORT_TRIES):
             sock.close()
         if error.errno != errno.EADDRINUSE or tries == 1 or all(port for _, port in wanted):
             raise
-    return listening_sockets(addresses, tries - 1)      # what is free on one is not on another
+    return listening_sockets(addresses, tries - 1)      # the port was in use on another address
 
 
 def remove_files(files):
-    """Remove the files, (path, its os.stat()), except those that another program has replaced."""
+    """Empty `files`, a list of (path, os.stat_result), and remove the files that it names.
+
+    A file that another program has replaced since, for example a new server, is left alone.
+    """
     while files:
         path, known = files.pop()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # it was removed already
             if os.path.samestat(os.stat(path), known):
                 os.unlink(path)
 
 
-
 def refuse_open_proxy(settings, addresses):
-    """Raise ValueError if strangers could reach one of the addresses, and nobody has allowed it."""
+    """Raise ValueError if hosts other than this one could use the proxy without authentication, on
+    one of the addresses, a list of `Address`, and the settings do not say that they may."""
     if not (settings.users or settings.gssapi or settings.clients or settings.open
             or settings.tls and settings.tls.verify_mode):      # CERT_NONE is 0
         for address in addresses:
             if not is_loopback(address.host):
                 raise ValueError(
-                    f'listening on {address} without users would serve everybody; give users '
-                    f'(--users, SOCKS_USERS, -u) or networks (--from), or allow that (--open)')
+                    f'listening on {address} without users would serve everybody; expected users '
+                    f'(--users, SOCKS_USERS, -u), networks (--from), or --open to allow it')
 
 
 class Sessions:
-    """Whom a server serves, and what it did for others before.
+    """The counts of a server's clients.
 
-    associations  how many there are
-    connections   by client (see client_key), if they are limited
-    ended         clients before, who sent `up` bytes and got `down`
+    associations    number of UDP associations
+    connections     dictionary from client_key() to the number of connections, where that is limited
+    negotiating     number of clients that have not sent their request yet
+    ended, up, down    number of clients that have left; bytes from them and from their targets
 
-    The number of clients that have not made their request yet is limited.  For one more, the oldest
-    of the key with most of them is closed, so that one host cannot push out the others.
+    Theory of operation.  `negotiating` is limited.  To make room for one more client, the oldest is
+    closed of the key that has most of them, so that one host cannot push out the others.  To find
+    that key at once, keys are kept by how many clients they have: `_keys[n]` holds, in the order in
+    which they got there, the keys with n clients; its last item is never empty unless it is the
+    only one.  add() and negotiated() move a key by one place.
+
+    add() and negotiated() are called in the thread of the server's loop only, the rest in those of
+    all loops.
     """
 
     def __init__(self):
         self.connections = {}
         self.ended = self.up = self.down = self.associations = 0
-        self.negotiating = 0            # clients that have not made their request yet
-        self._tasks = {}                # theirs, by key: {client: task}, in the order they came
-        self._keys = [{}]               # by how many tasks they have: the keys, as a set in order
-        self._lock = threading.Lock()   # for the threads of all loops
+        self.negotiating = 0
+        self._tasks = {}                # key -> {client: task}, the oldest first
+        self._keys = [{}]               # number of tasks -> keys; dictionaries, as ordered sets
+        self._lock = threading.Lock()   # for `connections`, `ended`, `up` and `down`
 
     def add(self, client, task, limit=None):
-        """A client begins to negotiate; if there are more than `limit` then, one makes room."""
+        """A client begins to negotiate; if there are more than `limit` now, close one of them."""
         key = client.key
         tasks = self._tasks.setdefault(key, {})
         self._keys[len(tasks)].pop(key, None)
@@ -7413,10 +7497,11 @@ class Sessions:
         self._keys[len(tasks)][key] = True
         if limit is not None and self.negotiating > limit:
             key = next(iter(self._keys[-1]))
-            next(iter(self._tasks[key].values())).close('others want to begin, too')
+            next(iter(self._tasks[key].values())).close('dropped to make room (--max-handshakes)')
 
     def negotiated(self, client):
-        """A client has made its request, or ends; its task if it was negotiating, else None."""
+        """A client has sent its request, or leaves; returns its task, or None if it was not
+        negotiating."""
         tasks = self._tasks.get(client.key, {})
         task = tasks.pop(client, None)
         if task:
@@ -7431,14 +7516,15 @@ class Sessions:
         return task
 
     def count(self, client, limit):
-        """Raise Refused if there are so many connections of the client."""
+        """Count a connection of a client; raise Refused if it has `limit` of them already."""
         with self._lock:
             if self.connections.get(client.key, 0) >= limit:
-                raise Refused('too many connections from there')
+                raise Refused('too many connections from this client (--max-per-client)')
             self.connections[client.key] = self.connections.get(client.key, 0) + 1
             client.is_counted = True
 
     def remove(self, client, up, down):
+        """A client leaves, after so many bytes from it and from its target."""
         if client in self._tasks.get(client.key, ()):
             self.negotiated(client)
         with self._lock:
@@ -7452,14 +7538,15 @@ class Sessions:
 
 
 class BulkLoops:
-    """Threads, each with a loop, for tunnels that carry much.
+    """Threads, each with a loop, for tunnels with heavy traffic; at most `size` of them.
 
-    Large reads and writes run in parallel even in Python, and light tunnels need not wait for them.
+    Large reads and writes release the GIL, so they run in parallel, and light tunnels need not wait
+    for them.
     """
 
     def __init__(self, size):
         self._size = size
-        self._threads = {}              # by loop
+        self._threads = {}              # loop -> thread
         self.pipes = SystemPipes()
 
     @property
@@ -7467,12 +7554,14 @@ class BulkLoops:
         return list(self._threads)
 
     def take(self, tunnel):
-        """Move `tunnel` to a loop of its own, or to the one that has least."""
+        """Move `tunnel` to a new loop if each has work and there may be one more, else to the loop
+        with the fewest items."""
         if len(self._threads) < self._size and all(loop.items for loop in self.loops):
-            with contextlib.suppress(OSError, RuntimeError):        # no descriptor, no thread
+            # Without descriptors or threads for another loop, the tunnel goes on where it can.
+            with contextlib.suppress(OSError, RuntimeError):
                 self._start()
         if self._threads and tunnel.client and tunnel.loop not in self._threads:
-            log.debug('%s: heavy traffic, goes on in another thread', tunnel.client.address)
+            log.debug('%s: heavy traffic: moved to a bulk thread', tunnel.client.address)
             tunnel.move(min(self.loops, key=lambda loop: len(loop.items)), self.pipes)
 
     def _start(self):
@@ -7492,8 +7581,8 @@ class BulkLoops:
 
 
 class Listening:
-    """A server as an item of its own loop, which watches the listeners for it."""
-    client = due = None                 # `due`: the end of a pause
+    """A server's listeners, as an item of its loop; `due` ends a pause, or a drain."""
+    client = due = None
 
     def __init__(self, server):
         self.ready, self.expire = server._accept, server._expire
@@ -7505,46 +7594,56 @@ class Listening:
 class Server(socketserver.ThreadingTCPServer):
     """A SOCKS and HTTP proxy on one or several addresses.
 
-    For the caller:
+    Methods for the caller:
 
-    Server(server_address, settings, handler_class, listeners=())
-        server_address   (host, port), or a list of them; a name stands for all its addresses, `::`
-                         for all of both families, port 0 for a free port, the same on all of them.
-                         The host `unix:PATH` stands for a unix socket, whatever the port; its file
-                         is removed at the end
+    Server(server_address, settings, handler_class, bind_and_activate=True, listeners=())
+        server_address   (host, port), or a list of them.  A name stands for all its addresses, `::`
+                         for all addresses of both families, port 0 for a free port, the same for
+                         all.  The host `unix:PATH`, with any port, stands for a unix socket; its
+                         file is removed by server_close()
         settings         a `Settings`
         handler_class    a subclass of `Handler`; or any other handler of `socketserver`, which gets
-                         the bare connections, in a thread each
-        listeners        sockets that listen already, to use instead of server_address
-    start()              serve in the background until stop(), or to the end of a `with`; returns
-                         the server
-    serve_forever()      serve in this thread until shutdown(), from another thread or from a signal
-                         handler.  The listeners stay open then: clients wait in the queue
-    stop()               end everything; the same as server_close()
-    drain(seconds)       accept no more clients; serve_forever() returns when the last one ends
+                         the plain connection of each client, in a thread of its own
+        listeners        listening sockets to use instead of server_address; the server closes them
+    start()              serve in a thread of its own; returns the server, for a `with`
+    serve_forever()      serve in this thread until shutdown(); may be called again
+    shutdown()           have serve_forever() return, from another thread or a signal handler.
+                         Clients stay connected, and new ones wait in the listen queue
+    server_close(), stop()   stop serving and close everything; also done at the end of a `with`
+    drain(seconds)       accept no more clients; serve_forever() returns when the last one has left
     reconfigure(settings)    use other settings from now on
-    server_address       `Address` of the first listener
-    addresses            `Address` of each listener
-    settings             the `Settings`, checked, with texts converted
-    clients              list of the `Session` of each client that is served
 
         with Server(('127.0.0.1', 0)).start() as server:
             print(server.server_address)
 
-    May be overridden; these are called in the server's loop and must not block:
+    Methods that may be overridden.  The server's loops call them, so they must not block:
 
-    verify_request(request, client_address)    whether a client may connect
-    authorize(client, target, name=None)       raise `Refused` unless a `Session` may reach an
-                                               IP address, which it asked for by `name` or not
-    log_session(line)                          log the `LogLine` of a client at its end
-    request_queue_size                         length of the listen queues
-    heavy_loops                                number of threads for heavy traffic
+    verify_request(request, client_address)    whether to serve a client
+    authorize(client, target, name=None)       raise `Refused` unless the client, a `Session`, may
+                                               reach the target, an `Address` with an IP address
+    log_session(line)                          log the `LogLine` of a client; several threads may
+                                               call it at once
 
-    Inherited, but without a meaning here: handle_request(), timeout, service_actions() and the
-    attributes for threads; shutdown_request() and handle_error() are used as in `socketserver`.
+    process_request(), shutdown_request() and handle_error() are used as in `socketserver`.
 
-    Raises OSError for an address that cannot be listened on; ValueError for wrong settings, or if
-    the settings would serve everybody on an address beyond loopback.
+    Class variables that may be overridden:
+
+    request_queue_size    length of the listen queues
+    heavy_loops           largest number of threads for heavy traffic, 0 for none
+
+    Instance variables:
+
+    server_address    `Address` of the first listener
+    addresses         list of the `Address` of each listener
+    settings          the `Settings`, checked, with all fields converted
+    clients           list of the `Session` of each client that is connected
+    RequestHandlerClass    the handler class
+
+    Inherited, but without effect: get_request(), service_actions(), timeout, allow_reuse_address,
+    block_on_close.  handle_request() raises NotImplementedError.
+
+    The constructor raises OSError if it cannot listen on an address; ValueError for wrong settings,
+    or if the settings would serve everybody on an address beyond loopback.
     """
     server_address: Address
     settings: Settings
@@ -7552,7 +7651,7 @@ class Server(socketserver.ThreadingTCPServer):
     request_queue_size = 1024
     heavy_loops = min(4, processors())
     _accepting = _draining = False
-    _starved = _warned = float('-inf')  # when it was last logged that something is used up
+    _starved = _warned = float('-inf')  # times of the last warnings, see starve() and _warn()
 
     def __init__(self, server_address: ServerAddress = ('127.0.0.1', 1080),
                  settings: Optional[Settings] = None, handler_class: Type[Handler] = Handler,
@@ -7561,16 +7660,18 @@ class Server(socketserver.ThreadingTCPServer):
         self._pool = BlockingPool()
         self.resolver = Resolver(self._pool)
         self.udp_ports = UdpPorts()
-        self._configure(Settings() if settings is None else settings)
+        self._configure(prepared(Settings() if settings is None else settings))
         self.listeners = [*listeners]   # sockets
-        self.addresses = []             # theirs, as `Address`
-        self.socket_files = []          # (path, its os.stat()), to remove at the end
+        self.addresses = []
+        self.socket_files = []          # (path, os.stat_result) of those to remove at the end
         self.failures = Failures()
         self.sessions = Sessions()
         self._has_conversations = isinstance(handler_class, type) and issubclass(
             handler_class, Handler)
+        # An overridden log_session() gets every line, even if the level of the log drops them.
         self.logs_sessions = type(self).log_session is not Server.log_session
         self._thread = None             # that of start()
+        # Held in serve_forever().  Reentrant, for shutdown() in a signal handler of that thread.
         self._serving = threading.RLock()
         self._bulk_loops = BulkLoops(self.heavy_loops)
         self._item = Listening(self)
@@ -7584,17 +7685,22 @@ class Server(socketserver.ThreadingTCPServer):
                 raise
 
     def _configure(self, settings):
-        self.settings = settings = prepared(settings)
-        self.places = clients_possible()        # clients that there are descriptors for
+        """Use `settings`, as prepared() returns them."""
+        self.settings = settings
+        self.places = clients_possible()        # number of clients that descriptors are left for
         self.max_clients = settings.max_clients or self.places
+        # The default for one host, and for clients without a request, is half of the places, so
+        # that others find some; but 64, which one browser may need, if three quarters are as many.
         clients = self.max_clients or 1 << 16
         share = min(max(64, clients // 2), max(2, clients * 3 // 4))
         self.max_handshakes = settings.max_handshakes or share
-        self.max_per_client = share     # for other hosts, unless the settings have a number
+        self.max_per_client = share     # of other hosts, unless settings.max_per_client is a number
+        # With rules on names, a search list must not turn one name into another.
         self.resolver.is_strict = settings.rules is not None
         self.resolver.forget()
 
     def server_bind(self) -> None:
+        """Bind the listeners, and set `addresses`, `server_address` and `socket`."""
         if not self.listeners:
             self.listeners = listening_sockets([
                 address for address in self.server_address if not address[0].startswith('unix:')])
@@ -7608,21 +7714,22 @@ class Server(socketserver.ThreadingTCPServer):
         for sock in self.listeners:
             sock.setblocking(False)
             if sock.family in IP_FAMILIES:
-                keep_urgent(sock)       # accepted sockets inherit it
+                keep_urgent(sock)       # accepted sockets inherit this
             self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
 
     def server_activate(self) -> None:
+        """Have the listeners listen."""
         for sock, address in zip(self.listeners, self.addresses):
             try:
                 sock.listen(self.request_queue_size)
-            except OSError as error:
+            except OSError as error:    # with SO_REUSEADDR, bind() may allow an address in use
                 raise OSError(error.errno, f'cannot listen on {address}: {reason(error)}') from None
 
     def start(self: Serving) -> Serving:
-        """Serve in a thread of its own; gives the server itself, for a `with`."""
+        """Serve in a thread of its own; returns the server itself, for a `with`."""
         if self.loop.closed or self._thread:
             raise RuntimeError('the server is closed, or started already')
         self._thread = threading.Thread(
@@ -7631,15 +7738,17 @@ class Server(socketserver.ThreadingTCPServer):
         return self
 
     def serve_forever(self, poll_interval: Optional[float] = None) -> None:
-        """Serve until shutdown(); may be called again."""
+        """Serve until shutdown(); may be called again.  `poll_interval` has no effect."""
         with self._serving:
             self._watch_listeners(True)
             self.loop.run()
             self._watch_listeners(False)
 
     def shutdown(self) -> None:
-        """Have serve_forever() return, at once if it has not begun; wait for that unless it is
-        this thread's."""
+        """Have serve_forever() return, and wait until it has, unless it runs in this thread.
+
+        If it is not running, its next call returns at once.
+        """
         self.loop.stop()
         with self._serving:
             thread, self._thread = self._thread, None
@@ -7647,7 +7756,7 @@ class Server(socketserver.ThreadingTCPServer):
             thread.join()
 
     def server_close(self) -> None:
-        """Stop serving, close every listener and connection, end every thread."""
+        """Stop serving; close every listener and connection, and end every thread."""
         self.shutdown()
         for sock in self.listeners:
             sock.close()
@@ -7658,14 +7767,15 @@ class Server(socketserver.ThreadingTCPServer):
             loop.close()
         self._bulk_loops.pipes.close()
 
-    stop = server_close                 # the end of what start() began
+    stop = server_close                 # the counterpart of start()
 
     def handle_request(self) -> None:
+        """Not supported: a client is served over many rounds of the loop, not in one call."""
         raise NotImplementedError('expected serve_forever() or start()')
 
     def drain(self, seconds: float) -> None:
-        """Accept no more clients, and have serve_forever() return when those that are served have
-        ended, or after so many seconds."""
+        """Close the listeners, and have serve_forever() return when the last client has left, or
+        after `seconds`."""
         self.loop.call(self._item, self._drain, seconds)
 
     def _drain(self, seconds):
@@ -7678,7 +7788,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._go_on()
 
     def _go_on(self):
-        """There is room again; or the last client may have ended."""
+        """A client has left: accept again, or end the drain if it was the last one."""
         if not self._draining:
             self._expire()
         elif not self.clients:
@@ -7687,13 +7797,15 @@ class Server(socketserver.ThreadingTCPServer):
     # Accepting
 
     def _watch_listeners(self, accepting):
+        """Accept clients from now on, or leave them in the listen queues."""
         if accepting != self._accepting:
             self._accepting = accepting
             for sock in self.listeners:
                 self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
 
     def _accept(self, fd, _):
-        """A listener is ready."""
+        """Accept clients from the listener with the descriptor `fd`, as many as there is room for.
+        """
         listener = next(sock for sock in self.listeners if sock.fileno() == fd)
         room = self._room()
         if room <= 0:
@@ -7707,12 +7819,13 @@ class Server(socketserver.ThreadingTCPServer):
                 if error.errno in NO_ROOM:
                     self.starve(error)
                     return self._pause()
-                continue                # that client has left already
+                continue                # accept(2): an error of the new connection, which is gone
             self._receive(request, client_address)
         if self._room() <= 0:
             self._pause()
 
     def _receive(self, request, client_address):
+        """Begin to serve a client; what goes wrong must not stop the others."""
         try:
             if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
@@ -7723,23 +7836,24 @@ class Server(socketserver.ThreadingTCPServer):
             self.shutdown_request(request)
 
     def starve(self, error: OSError) -> None:
-        """Warn, but not all the time, that descriptors or memory are used up."""
+        """Warn, once a minute at most, that descriptors or memory are used up."""
         now = time.monotonic()
-        if now >= self._starved + STARVING_PAUSE:
+        if now >= self._starved + WARNING_PAUSE:
             self._starved = now
-            log.warning('cannot accept clients, or not serve them: %s', reason(error))
+            log.warning('cannot accept clients, or cannot serve them: %s', reason(error))
 
     def _warn(self):
-        """Say that clients wait, but once a minute is enough."""
-        if self.loop.now - self._warned >= 60:
+        """Warn, once a minute at most, that clients have to wait."""
+        if self.loop.now - self._warned >= WARNING_PAUSE:
             self._warned = self.loop.now
             log.warning('%d clients are served, more have to wait (--max-clients)',
                         self.max_clients)
 
     def _room(self):
-        """For how many more clients.
+        """The number of clients that can be accepted now.
 
-        By descriptors, an association counts as two, since it may take four.
+        A client needs two descriptors.  An association may need four, so it counts as two clients:
+        the connection, a socket to the client, and one for the targets of each family.
         """
         clients = sum(len(loop.items) for loop in self.loops())
         room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
@@ -7747,12 +7861,15 @@ class Server(socketserver.ThreadingTCPServer):
         return min(room, places) if self.places else room
 
     def _pause(self):
-        """Leave clients in the listen queue until another one ends, or for ACCEPT_PAUSE."""
+        """Leave clients in the listen queue until another one leaves, or for ACCEPT_PAUSE.
+
+        The time-out is for descriptors that something else in this process has released.
+        """
         self._watch_listeners(False)
         self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
 
     def _expire(self):
-        """Accept again; or the time for draining has passed."""
+        """A pause is over: accept again.  Or the time of a drain is: stop."""
         self.loop.timers.set(self._item, None)
         if self._draining:
             self.loop.stop()
@@ -7762,7 +7879,7 @@ class Server(socketserver.ThreadingTCPServer):
     # One client
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin the conversation with a client in the loop, or another handler in a thread."""
+        """Start a `Handler`'s conversation in the loop, or another handler's thread."""
         if not self._has_conversations:
             request.setblocking(True)
             return super().process_request(request, client_address)
@@ -7773,10 +7890,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.loop.attempt(task, task.start, self.loop)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log the exception that is being handled, with its traceback."""
         log.exception('%s: this is a bug', client_address)
 
     def admit(self, client: Session) -> None:
-        """Raise Refused unless `client` may use the server at all."""
+        """Raise Refused unless `client` may use the server at all: by its network, and by the
+        number of its connections, which are counted from here on."""
         settings = self.settings
         if settings.clients:
             self.judge_client(client)
@@ -7787,22 +7906,27 @@ class Server(socketserver.ThreadingTCPServer):
             self.sessions.count(client, limit)
 
     def judge_client(self, client: Session) -> None:
-        """Raise Refused unless `client` is from one of the networks that are served."""
+        """Raise Refused unless `client` is in one of the networks to serve (Settings.clients)."""
         clients = self.settings.clients
         if clients and not clients.has(client.address.host):
-            raise Refused('not from the networks served')
+            raise Refused('the client is in none of the networks to serve (--from)')
 
     def authorize(self, client: Session, target: Address, name: Optional[str] = None) -> None:
-        """Raise Refused unless `client`, a `Session`, may reach `target`, the `Address` of an IP
-        address, for which it asked by `name`, if it did.
+        """Raise Refused unless a client may reach a target.
 
-        Only a rule on a network inside of a local one can allow what is local to the proxy.
+        client    a `Session`
+        target    an `Address` with an IP address; called for each one of a name
+        name      the name that the client asked for, or None
+
+        What is local to the proxy is refused to clients on other hosts, unless a rule on a network
+        inside the local one allows it.
         """
         rule = self.judge(client, target, name)
         authorize(client.address, client.command, target, self.addresses, rule)
 
     def judge(self, client: Session, target: Address, name: Optional[str] = None) -> Optional[Rule]:
-        """Raise Refused if the rules do not allow it; else the one that does, or None."""
+        """The `Rule` that allows a target, as in authorize(), or None if there are no rules; raises
+        Refused if none does."""
         rules = self.settings.rules
         if rules is None:
             return None
@@ -7812,28 +7936,32 @@ class Server(socketserver.ThreadingTCPServer):
         return rule
 
     def judge_name(self, client: Session, target: Address) -> None:
-        """Raise Refused if rules forbid the name in `target`, an `Address`, if it has one."""
+        """Raise Refused if no rule can allow `target`, an `Address`, by its name.
+
+        It comes before the look-up, so that a forbidden name does not reach a name server.
+        """
         settings = self.settings
         if settings.rules is not None and ip_bytes(target.host) is None:
             is_final = bool(settings.upstream) and settings.upstream[-1].rdns
             allowing(settings.rules.first_for_name(client, target, is_final), target)
 
     def judge_association(self, client: Session) -> None:
-        """Raise Refused if no rule can allow a datagram of `client`, OSError if there are no
-        descriptors for it."""
+        """Raise Refused if no rule can allow a datagram of `client`, OSError if there are not
+        enough descriptors for an association."""
         rules = self.settings.rules
         if rules is not None and not rules.may_allow(client, Command.UDP_ASSOCIATE):
-            raise Refused('no rule allows a datagram')
+            raise Refused('no rule allows datagrams of this client')
         served = sum(len(loop.items) for loop in self.loops())
         if self.places and served + self.sessions.associations >= self.places:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def log_session(self, line: LogLine) -> None:
-        """Log what a client asked for and how it ended."""
+        """Log the line of a client, at its end."""
         log.info(line)
 
     def session_ended(self, client: Session, up: int, down: int) -> None:
-        """A client is served no more; called in the thread of any loop."""
+        """Remove a client, after `up` bytes from it and `down` from its target; in the thread of
+        any loop."""
         self.sessions.remove(client, up, down)
         if not self._accepting:
             self.loop.call(self._item, self._go_on)
@@ -7841,10 +7969,12 @@ class Server(socketserver.ThreadingTCPServer):
     # All clients
 
     def reconfigure(self, settings: Settings) -> None:
-        """Have other settings from now on: who is served goes on, datagrams are judged anew.
+        """Use other settings from now on.
 
-        Raises as the constructor does.
+        Tunnels go on; the datagrams of associations are judged by the new rules.  Raises the same
+        errors as the constructor; the old settings stay then.
         """
+        settings = prepared(settings)
         refuse_open_proxy(settings, self.addresses)
         self._configure(settings)
         for loop in self.loops():
@@ -7854,12 +7984,13 @@ class Server(socketserver.ThreadingTCPServer):
 
     @property
     def clients(self) -> List[Session]:
-        """All that are served now, as a list of `Session`."""
+        """A list of the `Session` of each client that is connected."""
+        # list() copies at once, as other threads add and remove items.
         clients = (item.client for loop in self.loops() for item in list(loop.items))
-        return [client for client in clients if client]     # it may be ending
+        return [client for client in clients if client]     # None where a relay is just ending
 
     def loops(self) -> List[Loop]:
-        """All that carry clients."""
+        """A list of the loops that serve clients."""
         return [self.loop, *self._bulk_loops.loops]
 
 
@@ -9236,26 +9367,35 @@ async def wait_in_task(awaited):
 
 # -------------------------------------------------------------------------------------- operation
 #
-# A server as a process: what its supervisor, its administrator and the system say to it.
+# A server as a process: signals, systemd, worker processes, log files.
 
-LONG_LIFE = 5.0                         # seconds; a worker that lived less is not restarted at once
-BACK_OFF = 10.0                         # seconds at most until it is
+LONG_LIFE = 5.0                         # seconds; a worker that ends earlier is replaced later
+FIRST_PAUSE = 0.1                       # seconds until then; twice as many each further time
+LONGEST_PAUSE = 10.0                    # seconds
 
 
 def tls_context(certificate: str, key: Optional[str] = None,
                 client_ca: Optional[str] = None) -> 'ssl.SSLContext':
-    """The ssl.SSLContext of a server with the certificate (chain) in a file, and its key there or
-    in another; with `client_ca` clients must show one that is signed by it.  FileError says which
-    file is wrong."""
-    import ssl
+    """The ssl.SSLContext of a server, for TLS 1.2 and newer.
+
+    certificate    name of a PEM file with the certificate and those that lead to it
+    key            name of the PEM file with its key; None if it is in the same file
+    client_ca      name of a PEM file with the certificate that clients' certificates must be signed
+                   by; None to ask for none
+
+    Raises FileError, which names the file that is wrong.
+    """
+    import ssl                          # here, because few servers need it and it is large
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if hasattr(context, 'minimum_version'):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:                               # Python 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)       # since Python 3.7
+    # Renegotiation costs the server more than the client; Python 3.6 cannot refuse it.
+    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)
     try:
-        for name in filter(None, (certificate, key, client_ca)):        # ssl would not say which
+        # The errors of ssl do not name the file.
+        for name in filter(None, (certificate, key, client_ca)):
             open(name, 'rb').close()
         name = key or certificate
         context.load_cert_chain(certificate, key)
@@ -9272,23 +9412,26 @@ def tls_context(certificate: str, key: Optional[str] = None,
 
 
 def activated_sockets(environ):
-    """The listening sockets that systemd hands over (sd_listen_fds(3)); they are taken from
-    `environ`."""
-    ours = environ.pop('LISTEN_PID', '') == str(os.getpid())
-    count = int(environ.pop('LISTEN_FDS', 0)) if ours else 0
+    """The list of listening sockets that systemd has opened for this process (sd_listen_fds(3)).
+
+    Removes its variables from `environ`, so that children do not take them for theirs.  Raises
+    ValueError for a socket of another kind.
+    """
+    is_for_us = environ.pop('LISTEN_PID', '') == str(os.getpid())
+    number_of_sockets = int(environ.pop('LISTEN_FDS', 0)) if is_for_us else 0
     sockets = []
-    for number in range(3, 3 + count):
+    for number in range(3, 3 + number_of_sockets):
         os.set_inheritable(number, False)
-        family = kind = None            # Python 3.6 does not ask the socket
+        family = kind = None            # Python 3.6 does not ask the system for these
         with contextlib.suppress(OSError), _orig_socket(fileno=os.dup(number)) as probe:
             family = probe.getsockopt(socket.SOL_SOCKET, getattr(socket, 'SO_DOMAIN', 39))
             kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
         families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
         if family not in families or kind != socket.SOCK_STREAM:
-            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP socket, or a unix '
-                             f'one with connections')
+            raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP or unix stream '
+                             f'socket')
         sock = _orig_socket(family, kind, 0, number)
-        if family != socket.AF_UNIX:
+        if family != socket.AF_UNIX:    # accepted sockets inherit these, see bound()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sockets.append(sock)
@@ -9296,55 +9439,67 @@ def activated_sockets(environ):
 
 
 class Notifier:
-    """Tells systemd how the service is (sd_notify(3)); without systemd, nobody."""
+    """Sends the state of the service to systemd (sd_notify(3)); does nothing without systemd.
+
+    interval    seconds between two signs of life, 0 if systemd does not ask for any
+    """
     client = due = None                 # as an item of a loop, for the watchdog
 
     def __init__(self, environ):
         path = environ.pop('NOTIFY_SOCKET', '')
-        self._path = '\0' + path[1:] if path.startswith('@') else path
-        mine = environ.pop('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
-        self.interval = int(environ.pop('WATCHDOG_USEC', 0)) / 2e6 if mine else 0      # seconds
+        self._path = '\0' + path[1:] if path.startswith('@') else path     # unix(7): abstract
+        is_for_us = environ.pop('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
+        # Half of the time that systemd waits, as sd_watchdog_enabled(3) recommends.
+        self.interval = int(environ.pop('WATCHDOG_USEC', 0)) / 2e6 if is_for_us else 0
 
-    def tell(self, *words):
+    def notify(self, *assignments):
+        """Send lines VARIABLE=VALUE."""
         if self._path:
+            # systemd may be restarting; the service goes on without it.
             with contextlib.suppress(OSError), _orig_socket(
                     socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto('\n'.join(words).encode(), self._path)
+                sock.sendto('\n'.join(assignments).encode(), self._path)
 
-    def tell_reloading(self):
-        self.tell('RELOADING=1', f'MONOTONIC_USEC={int(time.monotonic() * 1e6)}')
+    def notify_reloading(self):
+        # With Type=notify-reload, the time tells systemd that this came after its request.
+        self.notify('RELOADING=1', f'MONOTONIC_USEC={int(time.monotonic() * 1e6)}')
 
     def watch(self, loop):
-        """Tell it regularly that the loop is alive, if that is asked for."""
+        """Have `loop` give a sign of life every `interval` seconds."""
         self._loop = loop
         if self.interval:
             self.expire()
 
     def expire(self):
-        self.tell('WATCHDOG=1')
+        self.notify('WATCHDOG=1')
         self._loop.timers.set(self, time.monotonic() + self.interval)
 
     def close(self, outcome):
-        """Nothing to give back."""
+        """There is nothing to close."""
 
 
 class Pulse(Notifier):
-    """A worker's: the time of its last sign of life, where its supervisor sees it."""
+    """The notifier of a worker: stores the time of its last sign of life for the supervisor.
+
+    memory      memory that both processes share, 8 bytes for each worker
+    place       number of the worker, from 0
+    interval    as in `Notifier`
+    """
 
     def __init__(self, memory, place, interval):
         self._memory, self.place, self.interval = memory, place, interval
-        self.tell()
+        self.notify()
 
-    def tell(self, *_):
+    def notify(self, *_):
         struct.pack_into('d', self._memory, 8 * self.place, time.monotonic())
 
     def silence(self):
-        """Seconds since then."""
+        """Seconds since the last sign of life."""
         return time.monotonic() - struct.unpack_from('d', self._memory, 8 * self.place)[0]
 
 
 def has_terminal():
-    """Whether this process has a controlling terminal that is still there."""
+    """Whether this process has a controlling terminal that is still open (tty(4))."""
     try:
         with open('/dev/tty', 'rb', 0) as terminal:
             os.tcgetpgrp(terminal.fileno())
@@ -9354,116 +9509,123 @@ def has_terminal():
 
 
 class Terminal:
-    """That from which this process was started, if it should end with it; nohup and setsid say
-    that it should not."""
+    """The terminal from which this process was started, if the process should end with it; after
+    nohup or setsid, it should not."""
 
     def __init__(self):
         self._matters = (hasattr(signal, 'SIGHUP') and has_terminal()
                          and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 
     def is_gone(self):
-        """Whether it was closed, so that HUP is a request to end, not to reload."""
+        """Whether it was closed, so that HUP means to end, not to reload."""
         return self._matters and not has_terminal()
 
 
-class Lifeline:
-    """As an item of a loop: has a server stop when the process at the other end is gone."""
+class Service:
+    """Runs a server until a signal ends it.
+
+    server       the `Server`
+    configure    function() that makes its `Settings` again for a reload; may raise ValueError and
+                 OSError
+    notifier     a `Notifier`
+    announce     function() to call when the server is ready
+    lifeline     descriptor of a pipe whose other end closes when the supervisor ends, or None
+
+    It is an item of the server's loop: reload() and show() run there, not in the signal handlers,
+    which interrupt the loop at any point.
+    """
     client = due = None
 
-    def __init__(self, server, fd):
-        self._server = server
-        self.fileno = lambda: fd
-        server.loop.watch(self, 0, READ, self)
-
-    def ready(self, *_):
-        self._server.loop.stop()
-
-
-class Service:
-    """A server, until a signal ends it.
-
-    configure   gives the `Settings` anew, or raises ValueError or OSError
-    announce()  is called when all is ready
-    """
-
-    def __init__(self, server, configure, notifier, announce):
+    def __init__(self, server, configure, notifier, announce, lifeline=None):
         self.server = server
         self._configure = configure
         self._notifier = notifier
         self._announce = announce
+        self._lifeline = lifeline
         self._stopping = False
         self._terminal = Terminal()
 
-    def run(self, lifeline=None):
-        """Serve; `lifeline` is a descriptor that is readable when it is time to end."""
-        handlers = {'SIGINT': self.stop, 'SIGTERM': self.stop, 'SIGHUP': self.reload,
-                    'SIGUSR1': self.show}
+    def run(self):
+        """Serve until a signal, or the end of the supervisor; then close the server."""
+        handlers = {'SIGINT': self.stop, 'SIGTERM': self.stop, 'SIGHUP': self.later(self.reload),
+                    'SIGUSR1': self.later(self.show)}
         with self.server:
             for name, handler in handlers.items():
-                if hasattr(signal, name):       # Windows has but two
+                if hasattr(signal, name):       # Windows has only two of them
                     signal.signal(getattr(signal, name), handler)
-            # A signal that comes just before select() would be seen only after it.
+            # Else a signal that comes just before the poll would be handled only after it.
             signal.set_wakeup_fd(self.server.loop.waker.wakeup_fd())
             if hasattr(signal, 'pthread_sigmask'):          # a supervisor has blocked them
                 signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            if lifeline is not None:
-                Lifeline(self.server, lifeline)
+            if self._lifeline is not None:
+                self.server.loop.watch(self, 0, READ, self)
             self._notifier.watch(self.server.loop)
-            self._notifier.tell('READY=1')
+            self._notifier.notify('READY=1')
             self._announce()
             self.server.serve_forever()
-            self._notifier.tell('STOPPING=1')
+            self._notifier.notify('STOPPING=1')
             signal.set_wakeup_fd(-1)
 
+    def fileno(self):
+        return self._lifeline
+
+    def ready(self, *_):
+        """The supervisor has ended: stop."""
+        self.server.loop.stop()
+
+    def later(self, function):
+        """A signal handler that has the loop call function()."""
+        return lambda *_: self.server.loop.call(self, function)
+
     def stop(self, number, _):
+        """Signal handler: stop at once, or after Settings.drain_timeout for a first TERM."""
         seconds = self.server.settings.drain_timeout
         if self._stopping or number == signal.SIGINT or not seconds:
             return self.server.shutdown()
         self._stopping = True
-        self._notifier.tell('STOPPING=1')
+        self._notifier.notify('STOPPING=1')
         self.server.drain(seconds)
 
-    def reload(self, number, _):
+    def reload(self):
+        """Make the settings again, and have the server use them; stop if the terminal is gone."""
         if self._terminal.is_gone():
-            return self.stop(number, _)
-        self.server.loop.call(self._notifier, self._reload)
-
-    def _reload(self):
-        self._notifier.tell_reloading()
+            return self.stop(signal.SIGHUP, None)
+        self._notifier.notify_reloading()
         try:
             self.server.reconfigure(self._configure())
             log.info('reloaded')
         except (ValueError, OSError) as error:
             log.error('not reloaded, the old settings stay: %s', error)
-        self._notifier.tell('READY=1')
+        self._notifier.notify('READY=1')
 
-    def show(self, *_):
-        self.server.loop.call(self._notifier, self._show)
-
-    def _show(self):
-        """In a thread, because many clients make a long table."""
+    def show(self):
+        """Log a `Table` from a thread, because formatting many clients takes long."""
         try:
             threading.Thread(target=self._log_table, name='socks-table', daemon=True).start()
-        except RuntimeError:            # there is none to be had
+        except RuntimeError:            # the system has no more threads
             self._log_table()
 
     def _log_table(self):
         record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
-        log.handle(record)              # whatever the level is: it was asked for
+        log.handle(record)              # at any level of the log, because a user asked for it
+
+    def close(self, outcome):
+        """There is nothing to close."""
 
 
 class Table(NamedTuple):
-    """All that a server serves now, a `LogLine` each, and what it did before."""
-    limit: int                          # of clients at once; 0: none
-    lines: Sequence[LogLine]
-    ended: int
-    up: int
-    down: int
+    """The clients that a server serves now, and the sums of those before."""
+    limit: int                          # of clients at once, 0 for none
+    lines: Sequence[LogLine]            # of the clients now, the oldest first
+    ended: int                          # number of clients before
+    up: int                             # bytes from them
+    down: int                           # bytes from their targets
 
     @classmethod
     def of(cls, server):
+        """The table of a `Server`."""
         items = [item for loop in server.loops() for item in list(loop.items) if item.client]
-        pairs = [(item, item.client) for item in items]
+        pairs = [(item, item.client) for item in items]     # None once a relay has ended
         lines = [client.line('open', *item.traffic) for item, client in pairs if client]
         sessions = server.sessions
         return cls(server.settings.max_clients, sorted(lines, key=lambda line: -line.seconds),
@@ -9481,17 +9643,25 @@ class Table(NamedTuple):
             for row in rows])
 
     def entries(self):
-        """For JSON: an object about the process, and one for each client."""
+        """A list of dictionaries for `JsonFormatter`: one of the process, one of each client."""
         about = dict(process=os.getpid(), clients=len(self.lines), limit=self.limit,
                      before=self.ended, up=self.up, down=self.down)
         return [about] + [entry for line in self.lines for entry in line.entries()]
 
 
 class Supervisor:
-    """Several processes that serve on the same sockets, each with a loop of its own; one that dies
-    is replaced.
+    """Runs several worker processes that serve on the same sockets, and replaces those that end.
 
-    The arguments are those of `Service`; the sockets are those of `server`.
+    size    number of workers
+
+    The other arguments are those of `Service`.  `server` only gives its sockets and settings; each
+    worker makes a server of its own.
+
+    Theory of operation.  All signals are blocked in this process, and taken by sigwait() one by
+    one, so that nothing runs in between.  SIGCHLD tells of a worker that has ended, SIGALRM that it
+    is time to start one or to look for frozen ones; other signals go to the workers, too.  A worker
+    ends if this process does: it watches the reading end of a pipe, `_lifeline`, whose writing end
+    only this process has open.
     """
 
     def __init__(self, size, server, configure, notifier, announce):
@@ -9503,30 +9673,27 @@ class Supervisor:
         self._notifier = notifier
         self._announce = announce
         server.server_close()
-        self._started = {}              # by pid: when, and its `Pulse`
-        self._memory = mmap.mmap(-1, 8 * size)          # shared with the workers
-        self._looked = time.monotonic()
+        self._started = {}              # pid -> (time of its start, its `Pulse`)
+        self._memory = mmap.mmap(-1, 8 * size)          # for the pulses; shared across fork()
+        self._looked = time.monotonic()                 # time of the last _end_frozen()
         self._terminal = Terminal()
-        self._due = 0.0                 # when the next one may be started
-        self._pause = 0.1               # seconds until one that died early is replaced
+        self._due = 0.0                 # time when the next worker may be started
+        self._pause = FIRST_PAUSE
         self._stopping = False
-        # Its other end closes when this process dies, however that happens.
         self._lifeline, self._held = os.pipe()
         self._signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
                          signal.SIGCHLD, signal.SIGALRM]
 
     def run(self):
-        """Until a signal ends it.
-
-        The signals are blocked, and taken when it is their turn, so that nothing interrupts us.
-        """
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who started us may have ignored it
+        """Run the workers until a signal, and until all of them have ended."""
+        # If the parent ignored it, waitpid() would not get the status of children.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         self._start_missing()
-        self._notifier.tell('READY=1')
+        self._notifier.notify('READY=1')
         self._announce()
         while self._started or not self._stopping:
-            self._notifier.tell('WATCHDOG=1')
+            self._notifier.notify('WATCHDOG=1')
             missing = len(self._started) < self._size and not self._stopping
             pauses = [max(0.001, self._due - time.monotonic())] if missing else []
             pauses += [self._notifier.interval] if self._notifier.interval else []
@@ -9536,9 +9703,10 @@ class Supervisor:
             self._end_frozen()
             self._start_missing()
         remove_files(self._socket_files)
-        self._notifier.tell('STOPPING=1')
+        self._notifier.notify('STOPPING=1')
 
     def _take(self, number):
+        """Handle a signal."""
         if number == signal.SIGHUP and self._terminal.is_gone():
             number = signal.SIGTERM
         if number in (signal.SIGINT, signal.SIGTERM):
@@ -9546,14 +9714,15 @@ class Supervisor:
             for sock in self._listeners:
                 sock.close()
         elif number == signal.SIGHUP:
-            # For workers to come; those that there are say what is wrong with the new settings.
+            # For the workers of later; those of now reload too, and log what is wrong.
             with contextlib.suppress(ValueError, OSError):
                 self._settings = self._configure()
         if number not in (signal.SIGCHLD, signal.SIGALRM):
             for pid in self._started:
-                os.kill(pid, number)    # it is not reaped yet, so this is still its number
+                os.kill(pid, number)    # not reaped yet, so no other process has this pid
 
     def _reap(self):
+        """Forget the workers that have ended."""
         for pid, (started, _) in list(self._started.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -9564,26 +9733,28 @@ class Supervisor:
                 if now - started < LONG_LIFE:
                     self._back_off()
                 else:
-                    self._pause = 0.1
+                    self._pause = FIRST_PAUSE
 
     def _back_off(self):
-        """Start the next one only after a pause, which grows."""
+        """Start the next worker only after a pause, which doubles each time."""
         self._due = time.monotonic() + self._pause
-        self._pause = min(BACK_OFF, 2 * self._pause)
+        self._pause = min(LONGEST_PAUSE, 2 * self._pause)
 
     def _end_frozen(self):
-        """Kill workers that gave no sign of life for as long as systemd would wait for ours."""
+        """Kill workers without a sign of life for as long as systemd waits for this process."""
         now, patience = time.monotonic(), 2 * self._notifier.interval
-        were_stopped, self._looked = now - self._looked > patience, now     # all of us, that is
+        # If this process did not run either (SIGSTOP, suspend), the workers start afresh.
+        were_stopped, self._looked = now - self._looked > patience, now
         for pid, (_, pulse) in self._started.items() if patience else ():
             if were_stopped:
-                pulse.tell()
+                pulse.notify()
             elif pulse.silence() > patience:
                 log.error('worker %d does not answer', pid)
                 os.kill(pid, signal.SIGKILL)
-                pulse.tell()            # it is a while until it has ended
+                pulse.notify()          # so that it is not killed again until it has ended
 
     def _start_missing(self):
+        """Start workers up to their number, unless it is too early for the next."""
         while len(self._started) < self._size and not self._stopping:
             if time.monotonic() < self._due:
                 return
@@ -9592,7 +9763,7 @@ class Supervisor:
                           self._notifier.interval / 2)
             try:
                 pid = os.fork()
-            except OSError as error:    # no process, no memory: there may be again
+            except OSError as error:    # too many processes, or no memory; try again later
                 log.error('cannot start a worker: %s', reason(error))
                 return self._back_off()
             if not pid:
@@ -9600,53 +9771,58 @@ class Supervisor:
             self._started[pid] = time.monotonic(), pulse
 
     def _be_worker(self, pulse):
+        """Serve in this process, a new worker, and exit."""
         status = 1
         try:
-            os.close(self._held)
+            os.close(self._held)        # else the pipe would stay open without the supervisor
             settings = self._settings
             if settings.max_clients:
                 settings = settings._replace(max_clients=-(-settings.max_clients // self._size))
             server = Server((), settings, listeners=self._listeners)
-            Service(server, self._configure, pulse, lambda: None).run(self._lifeline)
+            Service(server, self._configure, pulse, lambda: None, self._lifeline).run()
             status = 0
         except Exception:
             log.exception('this is a bug')
         finally:
             logging.shutdown()
-            os._exit(status)
+            os._exit(status)            # not up the stack, which is the supervisor's
 
 
 class LogWriter(logging.Handler):
-    """Writes the log to a file, or to stderr, in a thread of its own, so that logging never waits.
+    """Writes the log to a file, or to stderr, in a thread of its own, so that logging never blocks.
 
-    What comes while the thread is at work, or pauses, goes out together.  What the file does not
-    take is queued, LIMIT lines at most; the number of those lost beyond is one line, as soon as it
-    takes more.  After an error, which stderr is told once, the same is tried again.  A file that
-    was moved away is begun anew.
+    At most LIMIT lines are queued while the file takes no more.  Further ones are lost; their
+    number becomes a line of the log.  After an error, which is printed to stderr once, writing is
+    tried again.  If the file was moved away, a new one is created.
+
+    Theory of operation.  handle(), in any thread, appends to `_lines` and takes no lock, as the
+    thread that holds it could be stuck in a write.  `_wake` is a lock used as a signal: the thread
+    waits in acquire() while there is nothing to do (`_is_idle`), and handle() releases it.  After a
+    fork the thread is missing in the child; the first handle() there starts a new one.
     """
     LIMIT = 10000                       # lines
-    CHUNK = getattr(select, 'PIPE_BUF', 512)    # bytes that others' lines never come between
-    PAUSE = 0.05                        # seconds between two rounds of writing
+    CHUNK = getattr(select, 'PIPE_BUF', 512)    # bytes that a pipe takes as one piece (pipe(7))
+    PAUSE = 0.05                        # seconds between two rounds of writing, to write more each
     RETRY = 1.0                         # seconds from an error to the next try
-    PATIENCE = 1.0                      # seconds for what is still queued at the end
+    PATIENCE = 1.0                      # seconds that flush() waits
 
     def __init__(self, path=None):
-        """`path` names a file, None stands for stderr; OSError if it cannot be opened."""
+        """Open the file at `path`; None stands for stderr.  Raises OSError if that fails."""
         super().__init__()
         self._path = path
         self._file = None
-        self._process = None            # that the thread is in
-        self._error = None              # the one that was told last
+        self._process = None            # pid of the process that the thread is in
+        self._error = None              # errno of the error that was printed last
         self._hurry = self._ended = False
         self._lines = deque()
         try:
             self._open()
         except OSError as error:
-            if error.errno != errno.ENXIO:      # a fifo that has no reader yet
+            if error.errno != errno.ENXIO:      # fifo(7): there is no reader yet
                 raise
 
     def handle(self, record):
-        """Queue the record.  There is no lock that whoever writes could hold."""
+        """Queue the record, as a line, and wake the thread."""
         if self._process != os.getpid():
             self._begin()
         if len(self._lines) >= self.LIMIT:
@@ -9659,26 +9835,28 @@ class LogWriter(logging.Handler):
             self._lines.append(text.encode('ascii', 'backslashreplace') + b'\n')
         if self._is_idle:
             self._is_idle = False
-            with contextlib.suppress(RuntimeError):     # another thread has done it just now
+            with contextlib.suppress(RuntimeError):     # another thread has released it already
                 self._wake.release()
 
     def _begin(self):
-        """Have a thread in this process; what a fork has got in the queue is its parent's."""
+        """Start the thread, if this process has none."""
         with self.lock:
             if self._process == os.getpid():            # another thread came first
                 return
-            if self._process:
+            if self._process:           # after a fork: the parent writes these lines
                 self._lines.clear()
             self._process, self._lost, self._is_idle = None, 0, False
             self._wake = threading.Lock()               # held while there is nothing to do
             self._wake.acquire()
             self._thread = threading.Thread(target=self._work, name='socks-log', daemon=True)
-            with contextlib.suppress(RuntimeError), signals_blocked():  # no thread: the next time
+            # If the system has no more threads, the next record tries again.
+            with contextlib.suppress(RuntimeError), signals_blocked():
                 self._thread.start()
                 self._process = os.getpid()
 
     def _work(self):
-        told = 0
+        """The thread: write what is queued."""
+        reported = 0                    # of the lines that were lost
         while not self._ended:
             self._is_idle = True        # before the look at the queue: handle() may come between
             if not self._lines:
@@ -9686,9 +9864,9 @@ class LogWriter(logging.Handler):
             self._is_idle = False
             while self._lines:
                 self._write(self._chunk())
-            lost = self._lost - told
+            lost = self._lost - reported
             if lost:
-                told += lost
+                reported += lost
                 record = log.makeRecord(log.name, logging.WARNING, '', 0,
                                         '%d lines of the log were lost here', (lost,), None)
                 self._write(self.format(record).encode() + b'\n')
@@ -9696,7 +9874,7 @@ class LogWriter(logging.Handler):
                 time.sleep(self.PAUSE)
 
     def _chunk(self):
-        """The next lines, as many as a pipe takes in one piece."""
+        """The next lines, as many as a pipe takes without mixing them with other programs'."""
         lines = [self._lines.popleft()]
         room = self.CHUNK - len(lines[0])
         while self._lines and len(self._lines[0]) <= room:
@@ -9705,20 +9883,21 @@ class LogWriter(logging.Handler):
         return b''.join(lines)
 
     def _write(self, data):
+        """Write all of `data`, however long that takes."""
         while data:
             try:
                 self._open()
                 count = self._file.write(data)
                 if count:
                     data, self._error = data[count:], None
-                else:                   # it is non-blocking: a fifo, or whoever shares it did so
+                else:                   # non-blocking and full: a fifo, or a shared stderr
                     poll((), [self._file], deadline(self.RETRY))
             except OSError as error:
-                self._tell(error)
+                self._print(error)
                 time.sleep(self.RETRY)
 
     def _open(self):
-        """Open the file if that is not done, or if it was moved."""
+        """Open the file, unless it is open and still the one at its path."""
         if self._path is None:
             self._file = self._file or open(sys.stderr.fileno(), 'wb', 0, closefd=False)
             return
@@ -9727,23 +9906,24 @@ class LogWriter(logging.Handler):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(there, os.stat(self._path)):
                     return
-        # Not by mode 'a', with which Python 3.6 seeks, as a fifo cannot; nor may a fifo block.
+        # Not with mode 'a': Python 3.6 would seek, which a fifo cannot; and a fifo must not block.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NONBLOCK', 0)
         fd = os.open(self._path, flags | getattr(os, 'O_BINARY', 0), 0o666)
         old, self._file = self._file, open(fd, 'wb', 0)
         if old:
             old.close()
 
-    def _tell(self, error):
+    def _print(self, error):
+        """Print an error to stderr, once, unless that would block."""
         if error.errno != self._error and self._path and sys.stderr:
             self._error = error.errno
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):      # stderr is full, or closed
                 if os.name != 'posix' or poll((), [sys.stderr], time.monotonic()):
                     print(f'socks.py: {self._path}: {reason(error)}: lines of the log have to wait',
                           file=sys.stderr, flush=True)
 
     def flush(self):
-        """Wait until all is written, but PATIENCE seconds at most: there may be no reader."""
+        """Wait until all is written, at most PATIENCE seconds, as a fifo may have no reader."""
         if self._process == os.getpid() and not self._hurry:
             self._hurry = True
             until = deadline(self.PATIENCE)
@@ -9751,6 +9931,7 @@ class LogWriter(logging.Handler):
                 time.sleep(0.005)
 
     def close(self):
+        """Flush, end the thread if it is not stuck in a write, and close the file."""
         self.flush()
         if self._process == os.getpid() and self._is_idle:
             self._ended = True
@@ -9764,7 +9945,8 @@ class LogWriter(logging.Handler):
 
 @contextlib.contextmanager
 def signals_blocked():
-    """What starts a thread that must take no signal, as it has this from who starts it."""
+    """Block all signals; a thread that is started meanwhile inherits that, and never handles one.
+    """
     if not hasattr(signal, 'pthread_sigmask'):          # Windows
         yield
         return
@@ -9777,16 +9959,16 @@ def signals_blocked():
 
 
 class TextFormatter(logging.Formatter):
-    """A record as a line of text: time, unless whoever reads it has one, level, message.
+    """Formats a record as a line of text: the time (if `has_time`), the level, the message.
 
-    A table has several; those of a traceback are indented, so that none can be taken for another
+    A `Table` has several lines.  Those of a traceback are indented, so that none looks like another
     record.
     """
 
     def __init__(self, has_time):
         super().__init__()
         self._has_time = has_time
-        self._second = None, ''         # one, and its text, which is made once
+        self._second = None, ''         # a time in whole seconds, and its text: strftime() is slow
 
     def format(self, record):
         head = f'{record.levelname} '
@@ -9797,7 +9979,7 @@ class TextFormatter(logging.Formatter):
                 text = time.strftime(self.default_time_format, time.localtime(second))
                 self._second = second, text
             head = '%s,%03d %s' % (text, record.msecs, head)
-        if isinstance(record.msg, LogLine):        # in which all is printable, and by far the most
+        if isinstance(record.msg, LogLine):     # most records; all their fields are printable
             return head + str(record.msg)
         message = record.getMessage()
         lines = message.split('\n') if isinstance(record.msg, Table) else [printable_line(message)]
@@ -9809,10 +9991,11 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as a line of JSON, a client's `LogLine` with its fields; a `Table` as several."""
+    """Formats a record as a line of JSON; a `LogLine` with its fields, a `Table` as several lines.
+    """
 
     def format(self, record):
-        import json
+        import json                     # here, because few servers need it
         about = {'time': round(record.created, 3), 'level': record.levelname}
         if isinstance(record.msg, (LogLine, Table)):
             entries = record.msg.entries()
@@ -9827,7 +10010,7 @@ class JsonFormatter(logging.Formatter):
 
 EPILOG = """\
 examples:
-  socks.py                              serve this machine's programs on 127.0.0.1:1080
+  socks.py                              serve the programs on this machine
   socks.py -p 0                         take a free port and print it
   SOCKS_USERS=bob:secret socks.py -b 0.0.0.0
                                         serve bob, from everywhere
@@ -9837,249 +10020,242 @@ examples:
 
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
-  SOCKS_PROXY                           -x where none is given: URLs, separated by white space
-  ALL_PROXY, NO_PROXY                   the same for a client, and what to reach without it
+  SOCKS_PROXY                           URLs as for -x, separated by white space
+  ALL_PROXY, NO_PROXY                   --connect, --resolve, --run: the proxy if none is given,
+                                        and the hosts to connect to directly
 
 signals:
   TERM                                  stop, after --drain; a second one, or INT: at once
-  HUP                                   read users, rules, certificates and proxies anew; when the
-                                        terminal is gone, as TERM
-  USR1                                  log a table of the clients that are served
+  HUP                                   read users, rules, certificates and proxies again; if the
+                                        terminal was closed, like TERM
+  USR1                                  log a table of the clients that are connected
 
 exit status:
-  0 stopped by a signal, 1 cannot start, 2 wrong usage; of --run, that of the program
+  0 stopped by a signal, 1 cannot start, 2 wrong usage; with --run, that of the program
 """
 
 
-def port_number(text):
-    """argparse type: a port, 0 to 65535."""
-    if not (re.match('[0-9]{1,5}$', text) and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected a port, 0 to 65535')
-    return int(text)
+# Types of arguments: functions of a text that raise ValueError, see argument_type().
+
+def argument_type(convert):
+    """The argparse type for convert(text), with the message of its ValueError as the error."""
+    def converted_argument(text):
+        try:
+            return convert(text)
+        except (ValueError, GeneralProxyError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return converted_argument
+
+
+def number_of(kind, end, expected, pattern=''):
+    """A type: kind(text), from 0 up to but not including `end`; `pattern` is for the text."""
+    def number(text):
+        with contextlib.suppress(ValueError):
+            if re.match(pattern, text) and 0 <= kind(text) < end:
+                return kind(text)
+        raise ValueError(f'{text!r}: expected {expected}')
+    return number
+
+
+# The patterns exclude '1_000' and digits of other scripts, which int() takes.
+port_number = number_of(int, 65536, 'a port, 0 to 65535', '[0-9]{1,5}$')
+whole_number = number_of(int, float('inf'), 'a whole number, 0 or more', '[0-9]+$')
+time_span = number_of(float, float('inf'), 'seconds, 0 or more')
 
 
 def port_range(text):
-    """argparse type: (lowest, highest) of LOW-HIGH, or of one port."""
+    """(lowest, highest) of LOW-HIGH, or of one port."""
     low, _, high = text.partition('-')
     low, high = port_number(low), port_number(high or low)
     if not 0 < low <= high:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected LOW-HIGH, from 1 to 65535')
+        raise ValueError(f'{text!r}: expected LOW-HIGH, from 1 to 65535')
     return low, high
 
 
 def host_and_port(text):
-    """argparse type: (host, port or None) of HOST, HOST:PORT, IPV6 or [IPV6]:PORT."""
+    """(host, port or None) of HOST, HOST:PORT, IPV6 or [IPV6]:PORT."""
     if ip_bytes(text) is not None:
         return text, None
     host, colon, port = text.rpartition(':')
     if not colon or text.endswith(']'):
         host, port = text, None
     if host == '*':
-        raise argparse.ArgumentTypeError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: '
-                                         f'for all of both families')
+        raise ValueError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: for all of both '
+                         f'families')
     if host.startswith('[') and host.endswith(']') and ':' in host:
         host = host[1:-1]
     elif not host or set(host) & set('[]:'):
-        raise argparse.ArgumentTypeError(
-            f'{text!r}: expected ADDRESS, ADDRESS:PORT, IPV6 or [IPV6]:PORT')
+        raise ValueError(f'{text!r}: expected ADDRESS, ADDRESS:PORT, IPV6 or [IPV6]:PORT')
     return host, port if port is None else port_number(port)
 
 
 def where_to_listen(text):
-    """argparse type: that, or (unix:PATH, None)."""
+    """(host, port or None) as host_and_port(), or (unix:PATH, None)."""
     if not text.startswith('unix:'):
         return host_and_port(text)
     if text == 'unix:' or not hasattr(socket, 'AF_UNIX'):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected unix:PATH, where there are unix '
-                                         f'sockets')
+        raise ValueError(f'{text!r}: expected unix:PATH, on a system with unix sockets')
     return text, None
 
 
 def permissions(text):
-    """argparse type: the number that octal digits mean."""
+    """The integer of octal digits."""
     if not re.match('0?[0-7]{3}$', text):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected three octal digits, 660 for example')
+        raise ValueError(f'{text!r}: expected three octal digits, 660 for example')
     return int(text, 8)
 
 
 def name_and_password(text):
-    """argparse type: both bytes, of NAME:PASSWORD."""
+    """(name, password) of NAME:PASSWORD, both bytes.  The error does not show the text."""
     name, _, password = os.fsencode(text).partition(b':')
     if not (0 < len(name) < 256 and 0 < len(password) < 256):
-        raise argparse.ArgumentTypeError('expected NAME:PASSWORD, of 1 to 255 bytes each')
+        raise ValueError('expected NAME:PASSWORD, of 1 to 255 bytes each')
     return name, password
 
 
 def gssapi_levels(text):
-    """argparse type: the numbers of the levels named."""
+    """A tuple of levels of `GssContext`, of their names with commas between."""
     names = {'clear': GssContext.CLEAR, 'integrity': GssContext.INTEGRITY,
              'confidentiality': GssContext.CONFIDENTIALITY}
     words = text.split(',')
     if not set(words) <= set(names):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected some of {", ".join(names)}')
+        raise ValueError(f'{text!r}: expected some of {", ".join(names)}')
     return tuple(names[word] for word in words)
 
 
 def ip_address(text):
-    """argparse type: the text of an IP address."""
+    """The text of an IP address, v4-mapped ones as IPv4."""
     ip = plain_ip(text)
     if ip is None:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected an IP address')
+        raise ValueError(f'{text!r}: expected an IP address')
     return ip
 
 
 def source_address(text):
-    """argparse type: the text of an IP address; a link-local one may have a zone."""
+    """The text of an IP address; a link-local one may have a zone."""
     return text if '%' in text and ip_bytes(text) else ip_address(text)
 
 
-def seconds(text):
-    """argparse type: a time, 0 or more."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < float('inf'):
-            return float(text)
-    raise argparse.ArgumentTypeError(f'{text!r}: expected seconds, 0 or more')
-
-
-def count(text):
-    """argparse type: a whole number, 0 or more."""
-    if not re.match('[0-9]+$', text):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number, 0 or more')
-    return int(text)
-
-
-def network(text):
-    """argparse type: an ip_network."""
-    try:
-        return parse_network(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def workers(text):
-    """argparse type: a number of processes."""
+def worker_count(text):
+    """A number of processes; auto stands for one for each processor."""
     number = min(1024, processors())
     if text != 'auto':
-        number = int(text) if re.match('[0-9]+$', text) else 0
+        number = int(text) if re.match('[0-9]{1,4}$', text) else 0
     if not 0 < number <= 1024 or number > 1 and not hasattr(os, 'fork'):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected auto, or a number, 1 to 1024'
-                                         + ('' if hasattr(os, 'fork') else '; here only 1'))
+        raise ValueError(f'{text!r}: expected auto, or a number, 1 to 1024'
+                         + ('' if hasattr(os, 'fork') else '; on this system only 1'))
     return number
 
 
 def host_with_port(text):
-    """argparse type: (host, port) of HOST:PORT."""
+    """(host, port) of HOST:PORT."""
     host, port = host_and_port(text)
     if not port:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected HOST:PORT')
+        raise ValueError(f'{text!r}: expected HOST:PORT')
     return host, port
-
-
-def proxy_url(text):
-    """argparse type: a `Proxy`."""
-    try:
-        return parse_proxy_url(text)
-    except (ValueError, GeneralProxyError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 DEFAULTS = Settings()
 
-# Group, then its options: flags and what add_argument() takes.
+# (title of a group, its options); an option is (flags, arguments of add_argument()), where `type`
+# goes through argument_type().
 OPTIONS = [
     ('listening', [
         (('-b', '--bind'), dict(
             metavar='ADDRESS[:PORT]', type=where_to_listen, action='append', default=[],
-            help='address or name to listen on, :: for all of both families, or unix:PATH, '
-                 'repeatable (default: 127.0.0.1)')),
+            help='address or name to listen on, :: for all addresses of both families, or '
+                 'unix:PATH; repeatable (default: 127.0.0.1)')),
         (('-p', '--port'), dict(
             metavar='PORT', type=port_number, default=1080,
             help='port where --bind has none, 0 for a free one (default: %(default)s)')),
         (('-w', '--workers'), dict(
-            metavar='N', type=workers, default=1,
-            help='serve with so many processes, or auto: one for each processor that it may use '
-                 '(default: %(default)s)')),
+            metavar='N', type=worker_count, default=1,
+            help='serve with N processes; auto: one for each processor (default: %(default)s)')),
         (('--unix-mode',), dict(
             metavar='OCTAL', type=permissions,
-            help='permissions of unix sockets: who may connect (default: 600, less the umask)')),
+            help='permissions of unix sockets, which decide who may connect (default: 600, less '
+                 'the umask)')),
         (('--no-http',), dict(
             action='store_false', dest='http', help='serve SOCKS only (default: HTTP, too)')),
         (('--proxy-protocol',), dict(
-            metavar='NETWORK', type=network, action='append', default=[], dest='balancers',
-            help='expect a PROXY header from there, repeatable: load balancers'))]),
+            metavar='NETWORK', type=parse_network, action='append', default=[], dest='balancers',
+            help='expect a PROXY header from load balancers in NETWORK, repeatable (default: '
+                 'none)'))]),
     ('TLS', [
         (('--tls-cert',), dict(
-            metavar='FILE', help='certificate, and those that lead to it: clients use TLS')),
+            metavar='FILE', help="the server's certificate and its chain; clients must use TLS "
+                                 '(default: no TLS)')),
         (('--tls-key',), dict(
             metavar='FILE', help='its key (default: in the same file)')),
         (('--tls-client-ca',), dict(
-            metavar='FILE', help='serve only clients with a certificate signed by this one; its '
-                                 'common name is the user')),
+            metavar='FILE', help='serve only clients with a certificate signed by the one in FILE; '
+                                 'its common name is the user name')),
         (('--udp-over-plain',), dict(
-            action='store_true', help='allow UDP beside TLS, in the clear'))]),
+            action='store_true', help='allow UDP with TLS, although datagrams are in the clear'))]),
     ('who may use it', [
         (('-u', '--user'), dict(
             metavar='NAME:PASSWORD', type=name_and_password, action='append', default=[],
-            dest='users', help='ask for a password, repeatable; others on this machine can see it, '
-                               'see SOCKS_USERS below (default: ask nobody)')),
+            dest='users', help='name and password of a user, repeatable; clients must then log in; '
+                               'others on this machine can see it, but not SOCKS_USERS, see below '
+                               '(default: no users)')),
         (('--users',), dict(
             metavar='FILE', dest='users_file',
-            help='more of them, NAME:PASSWORD or NAME:HASH lines')),
+            help='read users from FILE, lines NAME:PASSWORD or NAME:HASH')),
         (('--hash-password',), dict(
-            action='store_true', help='print the HASH of a password, read from the terminal or '
-                                      'stdin, and end')),
+            action='store_true', help='read a password from the terminal or stdin, print its HASH, '
+                                      'and exit')),
         (('--from',), dict(
-            metavar='NETWORK', type=network, action='append', default=[], dest='clients',
-            help='serve only clients from there, repeatable (default: from anywhere)')),
+            metavar='NETWORK', type=parse_network, action='append', default=[], dest='clients',
+            help='serve only clients in NETWORK, repeatable (default: anywhere)')),
         (('--trust',), dict(
-            metavar='NETWORK', type=network, action='append', default=[], dest='trusted',
-            help='ask clients from there for no password, repeatable')),
+            metavar='NETWORK', type=parse_network, action='append', default=[], dest='trusted',
+            help='ask clients in NETWORK for no password, repeatable (default: none)')),
         (('--gssapi',), dict(
             action='store_true', dest='by_gssapi',
-            help='authenticate clients by Kerberos, too; the keys are in the keytab')),
+            help='authenticate clients by Kerberos, too, with the keys in the keytab')),
         (('--gssapi-level',), dict(
             metavar='LEVELS', type=gssapi_levels,
-            help='what protection clients may choose, of clear, integrity and confidentiality '
-                 '(default: integrity,confidentiality)')),
+            help='levels of protection that clients may choose, of clear, integrity and '
+                 'confidentiality (default: integrity,confidentiality)')),
         (('--gssapi-nec',), dict(
             action='store_true', help="agree on the level without protection, as NEC's programs "
-                                      'do; whoever is in between can lower it')),
+                                      'do; an attacker on the way can lower it')),
         (('--keytab',), dict(
-            metavar='FILE', help='keys for --gssapi (default: that in KRB5_KTNAME, or the '
+            metavar='FILE', help='keys for --gssapi (default: those in KRB5_KTNAME, or the '
                                  "system's)")),
         (('--ident',), dict(
-            action='store_true', help="ask SOCKS4 clients' hosts who they are (RFC 1413), and "
-                                      'refuse another userid')),
+            action='store_true', help='ask the host of a SOCKS4 client for the user (RFC 1413), '
+                                      'and refuse the client if its request names another')),
         (('--open',), dict(
             action='store_true',
             help='serve everybody: allow an address beyond loopback without users')),
         (('--max-clients',), dict(
-            metavar='N', type=count, default=DEFAULTS.max_clients,
-            help='serve so many at once, further ones wait '
-                 '(default: as many as open files allow)')),
+            metavar='N', type=whole_number, default=DEFAULTS.max_clients,
+            help='serve at most N clients at once, others wait (default: as many as the limit of '
+                 'open files allows)')),
         (('--max-per-client',), dict(
-            metavar='N', type=count, default=DEFAULTS.max_per_client,
-            help='connections at once from one IPv4 address or IPv6 /64, 0 for any number '
-                 '(default: any from this host, else half of --max-clients, or 64 if that is more, '
-                 'but at most three quarters)')),
+            metavar='N', type=whole_number, default=DEFAULTS.max_per_client,
+            help='serve at most N connections at once from one IPv4 address or IPv6 /64, 0 for no '
+                 'limit (default: no limit for this host; for others half of --max-clients, at '
+                 'least 64, but no more than three quarters)')),
         (('--max-handshakes',), dict(
-            metavar='N', type=count, default=DEFAULTS.max_handshakes,
-            help='clients at once that have not yet said what they want; for one more, the oldest '
-                 'of the address that has most is closed (default: half of --max-clients, or 64 if '
-                 'that is more, but at most three quarters)'))]),
+            metavar='N', type=whole_number, default=DEFAULTS.max_handshakes,
+            help='serve at most N clients at once that have not sent their request; for one more, '
+                 'the oldest from the address with most of them is dropped (default: half of '
+                 '--max-clients, at least 64, but no more than three quarters)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
-            help='what they may reach, see the README (default: all but what is local to the '
-                 'proxy)')),
+            help='read from FILE what clients may reach, see the README (default: all but what is '
+                 'local to the proxy)')),
         (('--check',), dict(
-            action='store_true', help='check all options and files, not addresses, print all that '
-                                      'is wrong or a summary, and end')),
+            action='store_true', help='check options and files, but not whether the addresses are '
+                                      'free; print all errors or a summary, and exit')),
         (('--tor-extensions',), dict(
             action='store_true', help="offer Tor's look-up commands, RESOLVE and RESOLVE_PTR")),
         (('--udp-strict',), dict(
-            action='store_true', help='pass on datagrams only from where the client has sent some '
-                                      '(default: from anywhere)'))]),
+            action='store_true', help='pass on datagrams only from targets that the client has '
+                                      'sent to (default: from anywhere)'))]),
     ('addresses', [
         (('-4',), dict(
             action='store_const', const=4, default=DEFAULTS.family, dest='family',
@@ -10092,81 +10268,85 @@ OPTIONS = [
             help='try addresses of this version of IP first (default: as the system routes)')),
         (('--source',), dict(
             metavar='ADDRESS', type=source_address, action='append', default=[],
-            help='connect from this address, repeatable: one IPv4, one IPv6 '
-                 '(default: as the system routes)')),
+            help='connect from this local address, repeatable: one IPv4, one IPv6 (default: as the '
+                 'system routes)')),
         (('--advertise',), dict(
             metavar='ADDRESS', type=ip_address, action='append', default=[],
-            help='tell this address to clients of BIND and UDP ASSOCIATE, repeatable: one IPv4, '
-                 'one IPv6 (default: where the client reached us)')),
+            help='address to send to clients of BIND and UDP ASSOCIATE, for a proxy behind NAT, '
+                 'repeatable: one IPv4, one IPv6 (default: the one that the client connected '
+                 'to)')),
         (('--udp-ports',), dict(
             metavar='LOW-HIGH', type=port_range, default=DEFAULTS.udp_ports,
             help='ports that clients send datagrams to (default: any)'))]),
     ('timeouts, in seconds, 0 for none', [
         ((f'--{name}-timeout',), dict(
-            metavar='SECONDS', type=seconds, default=getattr(DEFAULTS, f'{name}_timeout'),
+            metavar='SECONDS', type=time_span, default=getattr(DEFAULTS, f'{name}_timeout'),
             help=f'{what} (default: %(default)g)'))
         for name, what in (
-            ('handshake', 'from accept to the whole request'),
+            ('handshake', 'from accept to the end of the request'),
             ('connect', 'for connecting to the target'),
-            ('bind', 'for the peer that a BIND waits for'),
-            ('idle', 'for a connection through which nothing moves'),
-            ('udp', 'for an association without datagrams, four times that where only targets '
+            ('bind', 'for the peer of BIND to connect'),
+            ('idle', 'for a connection without traffic'),
+            ('udp', 'for an association without datagrams, four times as long while targets '
                     'send'))] + [
         (('--drain',), dict(
-            metavar='SECONDS', type=seconds, default=DEFAULTS.drain_timeout, dest='drain_timeout',
-            help='for clients to end after TERM (default: %(default)g)'))]),
+            metavar='SECONDS', type=time_span, default=DEFAULTS.drain_timeout, dest='drain_timeout',
+            help='for clients to end by themselves after TERM (default: %(default)g)'))]),
     ('through other proxies', [
         (('-x', '--proxy'), dict(
-            metavar='URL', type=proxy_url, action='append', default=[], dest='upstream',
-            help='send CONNECT through this proxy, repeatable: a chain, first hop first; '
-                 'SCHEME://[USER:PASSWORD@]HOST[:PORT], SCHEME one of socks5h, socks5, socks4a, '
-                 'socks4, http, https, also with +tls, +gssapi or +unix (default: none; for '
-                 '--connect, --resolve and --run, that in ALL_PROXY); others on this machine can '
-                 'see a password, see SOCKS_PROXY below')),
+            metavar='URL', type=parse_proxy_url, action='append', default=[], dest='upstream',
+            help='send CONNECT through this proxy; repeatable, for a chain, first hop first.  URL '
+                 'is SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
+                 'socks4, http or https, with +tls, +gssapi or +unix appended if wanted.  Others '
+                 'on this machine can see a password in it, but not in SOCKS_PROXY, see below '
+                 '(default: SOCKS_PROXY)')),
         (('--proxy-file',), dict(
-            metavar='FILE', help='read them from a file, one a line (default: those in '
-                                 'SOCKS_PROXY)')),
+            metavar='FILE', help='read the URLs from FILE, one a line (default: SOCKS_PROXY)')),
         (('--connect',), dict(
             metavar='HOST:PORT', type=host_with_port,
-            help='do not serve: join stdin and stdout to a connection through the proxy, or a '
+            help='do not serve: join stdin and stdout to a connection through the proxy, or to a '
                  'direct one if NO_PROXY names the host')),
         (('--resolve',), dict(
             metavar='NAME', help='do not serve: print the address of a name, or the name of an '
-                                 "address, by Tor's extension")),
+                                 "address, as the proxy finds it by Tor's extension")),
         (('--run',), dict(
             metavar='PROGRAM', nargs=argparse.REMAINDER,
-            help='do not serve: run a Python script, or a module after -m, and its arguments, '
-                 'with all its sockets sent through the proxy'))]),
+            help='do not serve: run a Python script, or a module after -m, with its arguments, and '
+                 'send all its sockets through the proxy'))]),
     ('logging', [
         (('-v', '--verbose'), dict(action='store_true', help='log every step')),
-        (('-q', '--quiet'), dict(action='store_true', help='log warnings only')),
+        (('-q', '--quiet'), dict(action='store_true', help='log only warnings and errors')),
         (('--log-file',), dict(
             metavar='FILE',
-            help='append to a file, or write to a fifo; a file that is moved away is begun anew '
-                 '(default: stderr)')),
+            help='append the log to FILE, which may be a fifo; if it is moved away, create it '
+                 'again (default: stderr)')),
         (('--log-format',), dict(
-            choices=('text', 'json'), default='text', help='(default: %(default)s)')),
+            choices=('text', 'json'), default='text',
+            help='format of the log (default: %(default)s)')),
         (('-V', '--version'), dict(action='version', version=f'socks.py {__version__}'))]),
 ]
 
 
 def build_parser():
-    """The command line; every default of a setting is the one in `Settings`."""
+    """The argparse.ArgumentParser of the command line."""
     parser = argparse.ArgumentParser(
         prog='socks.py', usage='%(prog)s [options]', epilog=EPILOG,
-        description='A proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP.',
+        description='A proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP.\nWithout options, it serves the '
+                    'programs on this machine, on 127.0.0.1:1080.',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, options in OPTIONS:
         group = parser.add_argument_group(title)
         for flags, details in options:
+            if 'type' in details:
+                details = dict(details, type=argument_type(details['type']))
             group.add_argument(*flags, **details)
     # -4 and -6 would have argparse take the number in "--idle-timeout -1" for an option.
     parser._has_negative_number_optionals.clear()
     return parser
 
 
-def hint(parser, unknown):
-    """A suggestion for an option that does not exist, or nothing."""
+def suggestion(parser, unknown):
+    """The end of the error about unknown options: similar ones, or ''."""
     import difflib                      # here, because it is only needed to fail
     word = unknown[0].partition('=')[0]
     options = [flag for flag in parser._option_string_actions if flag.startswith('--')]
@@ -10176,11 +10356,15 @@ def hint(parser, unknown):
 
 
 def settings_from(args, environ):
-    """The `Settings` of parsed arguments and the environment; ValueError if they contradict."""
+    """The `Settings` for parsed arguments and the environment.
+
+    Reads the files that the arguments name, so a reload calls it again.  Raises ValueError for
+    arguments that contradict each other, FileError for a wrong file.
+    """
     try:
         pairs = args.users + [name_and_password(text)
                               for text in environ.get('SOCKS_USERS', '').split()]
-    except argparse.ArgumentTypeError as error:
+    except ValueError as error:
         raise ValueError(f'SOCKS_USERS: {error}, pairs separated by white space') from None
     users = dict(pairs)
     if len(users) < len(pairs):
@@ -10188,17 +10372,18 @@ def settings_from(args, environ):
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
-            raise ValueError(f'--{name}: expected one address of a family')
+            raise ValueError(f'--{name}: expected at most one IPv4 and one IPv6 address')
     fields = {name: tuple(value) if isinstance(value, list) else value
               for name, value in vars(args).items() if name in Settings._fields}
     if args.by_gssapi:
         fields['gssapi'] = args.gssapi_level or (GssContext.INTEGRITY, GssContext.CONFIDENTIALITY)
         if args.keytab:
-            os.environ['KRB5_KTNAME'] = args.keytab     # the library has no other way
+            os.environ['KRB5_KTNAME'] = args.keytab     # GSSAPI has no function to set it
     elif args.keytab or args.gssapi_nec or args.gssapi_level:
         raise ValueError('--gssapi-level, --gssapi-nec, --keytab: expected --gssapi')
     if (args.tls_key or args.tls_client_ca or args.udp_over_plain) and not args.tls_cert:
         raise ValueError('--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert')
+    # All files are read even if one is wrong, for --check to show every error.
     more_users, rules, tls = all_of(lambda read, path, *more: read(path, *more) if path else None, [
         (read_users, args.users_file), (read_rules, args.rules_file),
         (tls_context, args.tls_cert, args.tls_key, args.tls_client_ca)])
@@ -10211,11 +10396,11 @@ def settings_from(args, environ):
 
 
 def warnings_about(settings):
-    """A warning for each rule that is probably a mistake."""
+    """The texts of warnings about rules that are probably mistakes."""
     rules, names = settings.rules or (), {'-', *map(printable, map(name_text, settings.users))}
     by_other_ways = (settings.gssapi or settings.ident
                      or settings.tls and settings.tls.verify_mode)      # CERT_NONE is 0
-    for rule in rules if not by_other_ways else ():
+    for rule in rules if not by_other_ways else ():     # those users are not known beforehand
         for user in rule.users:
             if user not in names:
                 yield f'{rule.place}: user {user} does not exist'
@@ -10226,7 +10411,7 @@ def warnings_about(settings):
 
 
 def raise_descriptor_limit(wanted=65536):
-    """Allow this process as many open files as it may have, up to `wanted`."""
+    """Raise the soft limit of open files to the hard one, or to `wanted` if that is lower."""
     if resource:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY:
@@ -10237,14 +10422,18 @@ def raise_descriptor_limit(wanted=65536):
 
 
 def set_up_logging(args, environ, serves):
-    """OSError if the log file cannot be opened."""
+    """Configure the root logger; raises OSError if the log file cannot be opened.
+
+    Only a server (`serves`), or a file, has a `LogWriter`, which may lose lines.
+    """
     handler = logging.StreamHandler()
     if args.log_file and not args.check:
         handler = LogWriter(args.log_file)
     elif serves:
         with contextlib.suppress(OSError, AttributeError):      # stderr is closed, or replaced
             handler = LogWriter()
-    is_journal = 'JOURNAL_STREAM' in environ and not args.log_file      # which has a time
+    # systemd.exec(7): stderr goes to the journal, which adds the time itself.
+    is_journal = 'JOURNAL_STREAM' in environ and not args.log_file
     handler.setFormatter(JsonFormatter() if args.log_format == 'json' else
                          TextFormatter(has_time=not is_journal))
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
@@ -10252,7 +10441,10 @@ def set_up_logging(args, environ, serves):
 
 
 def chain_from(args, environ):
-    """The proxies for CONNECT: those of -x, or of the file, or of SOCKS_PROXY."""
+    """A list of the `Proxy`s for CONNECT: of -x, else of the file, else of SOCKS_PROXY.
+
+    Raises ValueError, or FileError if the file is wrong.
+    """
     if args.upstream and args.proxy_file:
         raise ValueError('-x, --proxy-file: expected one of them')
     urls = [('SOCKS_PROXY', url) for url in environ.get('SOCKS_PROXY', '').split()]
@@ -10272,7 +10464,8 @@ def chain_from(args, environ):
 
 
 def environment_hops(host=None, port=None):
-    """The chain that the environment has for `host`; ValueError if it is wrong."""
+    """A list of the `Proxy`s of ALL_PROXY for a host, empty if NO_PROXY names it; ValueError if it
+    is wrong."""
     try:
         return parse_chain(proxy_from_environment(host, port))
     except (ValueError, GeneralProxyError) as error:
@@ -10280,9 +10473,10 @@ def environment_hops(host=None, port=None):
 
 
 def client_command(args):
-    """Do what --connect or --resolve asks for; the exit status."""
+    """Do --connect or --resolve; returns the exit status."""
+    # If stdin or stdout is closed, its descriptor must not become the socket's.
     spare = 0
-    while spare < 3:                    # else the socket could be stdin or stdout
+    while spare < 3:
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
     host, port = args.connect or (args.resolve, 0)
@@ -10297,10 +10491,10 @@ def client_command(args):
             print(printable(resolve_through(chain, host, until, args.source)))
         elif chain:
             sock, _ = run(open_chain(chain, destination((host, port), chain), until, args.source))
-            converse(sock)
+            copy_stdio(sock)
         else:
-            converse(run(connect_by_name(host, port, until, args.source)))
-    except (BrokenPipeError, KeyboardInterrupt):        # nobody reads on, or wants to wait
+            copy_stdio(run(connect_by_name(host, port, until, args.source)))
+    except (BrokenPipeError, KeyboardInterrupt):        # the reader of stdout, or the user, is gone
         return 1
     except OSError as error:
         print(printable_line(f'socks.py: {Address(host, port) if port else host}: {reason(error)}'),
@@ -10310,10 +10504,11 @@ def client_command(args):
 
 
 def resolve_through(chain, host, until, source):
-    """The IP address of a name, or the name of an IP address, as the last proxy finds it."""
+    """The IP address of a name, or the name of an IP address, text, as the last proxy finds it by
+    Tor's extension."""
     if not chain or chain[-1].kind == HTTP:
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
-    chain = [*chain[:-1], chain[-1]._replace(rdns=True)]
+    chain = [*chain[:-1], chain[-1]._replace(rdns=True)]        # socks5:// would resolve it here
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR
     sock, found = run(open_chain(chain, destination((host, 0), chain), until, source,
                                  command=command))
@@ -10321,30 +10516,38 @@ def resolve_through(chain, host, until, source):
     return found.host
 
 
-def converse(sock):
-    """Copy stdin to the socket and the socket to stdout, each up to its end."""
+def copy_stdio(sock):
+    """Copy stdin to the socket in a thread, and the socket to stdout, each up to its end."""
     with sock, open(1, 'wb', 0) as out:
         sock.settimeout(None)
         upward = threading.Thread(target=copy_stdin, args=(sock,), daemon=True)
         upward.start()
+        # Without a buffer, write() may take less than it is given.
         for data in iter(functools.partial(sock.recv, 1 << 18), b''):
             while data:
                 data = data[out.write(data):]
         out.close()
-        if not os.isatty(0):            # there nobody would know that a key is waited for
+        if not os.isatty(0):            # a user has no reason to press the key that ends the input
             upward.join()
 
 
 def copy_stdin(sock):
-    with contextlib.suppress(OSError):  # the other thread meets it too
+    """Copy stdin to the socket, and end its sending direction."""
+    with contextlib.suppress(OSError):  # an error of the socket; the other thread raises it
         for data in iter(functools.partial(os.read, 0, 1 << 18), b''):
             sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
 
 
 def program_runner(arguments, chain):
-    """A function that runs a Python script, or a module after -m, with its sockets sent through
-    the proxies."""
+    """A function() that runs a Python script, or a module after -m, in this process, whose sockets
+    go through the proxies from here on.
+
+    arguments    of --run: ['-m'], the program, and its own arguments
+    chain        list of `Proxy`
+
+    Raises ValueError if one is missing.
+    """
     import runpy
     is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
@@ -10353,7 +10556,7 @@ def program_runner(arguments, chain):
     if not is_module and not os.path.exists(program):
         raise ValueError(f'--run: there is no {program}')
     wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
-    sys.argv = [program, *rest]
+    sys.argv = [program, *rest]         # and sys.path[0], as the interpreter sets them
     if is_module:
         sys.path[0] = os.getcwd()
         return functools.partial(runpy.run_module, program, run_name='__main__', alter_sys=True)
@@ -10361,7 +10564,8 @@ def program_runner(arguments, chain):
     return functools.partial(runpy.run_path, program, run_name='__main__')
 
 
-# What a process that multiprocessing starts anew does first.
+# Code that runs first in a process that multiprocessing starts with a new interpreter: it imports
+# this file, whatever its name, as the module socks.
 CHILD_START = ("import json, os, sys; from importlib import machinery, util; "
                "s = util.spec_from_loader('socks', machinery.SourceFileLoader("
                "'socks', json.loads(os.environ['SOCKS_RUN'])['file'])); "
@@ -10370,9 +10574,13 @@ CHILD_START = ("import json, os, sys; from importlib import machinery, util; "
 
 
 def wrap_process(chain, bypass):
-    """Send all of this process, and of those that its multiprocessing starts, through the proxies.
+    """Send the sockets of this process, and of those that multiprocessing starts, through proxies.
 
-    These learn of them by the environment variable SOCKS_RUN, in JSON.
+    chain     list of `Proxy`
+    bypass    hosts to connect to directly, as in NO_PROXY
+
+    The environment variable SOCKS_RUN passes both on, as JSON; it also has the passwords, which
+    other users cannot see there.
     """
     import json
     os.environ['SOCKS_RUN'] = json.dumps({
@@ -10383,20 +10591,20 @@ def wrap_process(chain, bypass):
     wrap_module(sys.modules[__name__], dns=True)
     try:
         from multiprocessing import spawn, util     # after socket.socket was replaced
-    except ImportError:                 # there are no such processes then
+    except ImportError:                 # this Python has no multiprocessing
         return
     for module, name in ((spawn, 'get_command_line'), (util, 'spawnv_passfds')):
         setattr(module, name, starting_wrapped(getattr(module, name)))
 
 
 def starting_wrapped(function):
-    """A function of multiprocessing whose arguments or result may be the command of a child; this
-    becomes one that begins with CHILD_START."""
+    """Wrap a function of multiprocessing: if an argument or the result is the command line of a
+    child, [..., '-c', CODE, ...], CHILD_START is put before CODE."""
     def begun(value):
         if isinstance(value, list) and '-c' in value[:-1]:
             place = value.index('-c') + 1
             code = value[place]
-            # The trackers of resources connect nothing.
+            # The resource tracker makes no connections, so it starts as it is.
             if 'multiprocessing' in code and not code.startswith(CHILD_START) and (
                     '_tracker' not in code):
                 return [*value[:place], CHILD_START + code, *value[place + 1:]]
@@ -10409,7 +10617,7 @@ def starting_wrapped(function):
 
 
 def wrap_child():
-    """wrap_process() as the parent did it."""
+    """In a child: call wrap_process() with the arguments from the parent."""
     import json
     parent = json.loads(os.environ['SOCKS_RUN'])
     socksocket.default_source = tuple(parent['source'])
@@ -10418,14 +10626,18 @@ def wrap_child():
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line `argv`, by default sys.argv[1:]; returns the exit status.
+
+    Wrong usage ends in SystemExit with status 2, as argparse does.
+    """
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown)}')
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}{suggestion(parser, unknown)}')
     tasks = [task for task in (args.connect, args.resolve, args.run) if task is not None]
     try:
-        if args.run is None or args.verbose or args.log_file:       # else that is the program's
+        # The program of --run may configure logging itself.
+        if args.run is None or args.verbose or args.log_file:
             set_up_logging(args, os.environ, not (tasks or args.check))
     except OSError as error:
         print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
@@ -10446,7 +10658,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def print_hash():
-    """Read a password, and print its hash for a file of users."""
+    """Read a password, and print its hash for a file of users; returns the exit status."""
     password = b''
     try:
         if sys.stdin and sys.stdin.isatty():
@@ -10457,7 +10669,7 @@ def print_hash():
                 return 1
         elif sys.stdin:
             password = sys.stdin.buffer.readline().rstrip(b'\r\n')
-    except (EOFError, KeyboardInterrupt):       # somebody thought better of it
+    except (EOFError, KeyboardInterrupt):       # the user gave up
         print(file=sys.stderr)
         return 1
     if not 0 < len(password) < 256:
@@ -10467,20 +10679,23 @@ def print_hash():
 
 
 def print_at_once(line):
-    """Print a line; whether that was possible."""
+    """Print a line to stdout; returns whether that was possible."""
     try:
         print(line, flush=True)
         return bool(sys.stdout)
     except OSError as error:
         print(f'socks.py: stdout: {reason(error)}', file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for what Python tries again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes stdout again at its exit
         return False
 
 
 def serve(args):
-    """Serve until a signal; the exit status, or ValueError for options that contradict."""
+    """Serve until a signal; returns the exit status.
+
+    Raises ValueError for arguments that contradict each other.
+    """
     raise_descriptor_limit()
-    # What no line of ours shows takes long to find out ("Optimization" in Python's logging HOWTO).
+    # The log shows none of these, and they take time ("Optimization" in Python's logging HOWTO).
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     configure = functools.partial(settings_from, args, dict(os.environ))
@@ -10507,7 +10722,8 @@ def serve(args):
 
 
 def check(settings, addresses):
-    """Raise the errors of a start, except those of binding the addresses, or print a summary."""
+    """Do --check for settings that were read without an error: print a summary, or raise what a
+    start would raise, except for failures to bind.  Returns the exit status."""
     refuse_open_proxy(prepared(settings), [
         Address(host, port) for host, port in addresses if ip_bytes(host)])
     numbers = [(len(settings.users), 'user')]
@@ -10518,6 +10734,7 @@ def check(settings, addresses):
 
 
 def warn_of_shown_passwords(args):
+    """Log a warning for passwords in the command line, which ps(1) shows."""
     if args.users:
         log.warning('-u shows passwords to all users of this machine, SOCKS_USERS does not')
     if any(proxy.password for proxy in args.upstream):
@@ -10525,6 +10742,7 @@ def warn_of_shown_passwords(args):
 
 
 def announce_addresses(addresses, to_stdout, chain):
+    """Log the addresses of a server and its chain, and print the addresses for scripts to read."""
     for address in addresses:
         if to_stdout:
             print_at_once(f'listening on {address}')
@@ -10534,6 +10752,7 @@ def announce_addresses(addresses, to_stdout, chain):
 
 
 def addresses_of(args):
+    """A list of the (host, port) to listen on."""
     return [(host, args.port if port is None else port)
             for host, port in args.bind or [('127.0.0.1', None)]]
 

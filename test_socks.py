@@ -17,6 +17,7 @@ import ctypes.util
 import copy
 import errno
 import faulthandler
+import ftplib
 import functools
 import gc
 import hashlib
@@ -48,7 +49,9 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
+import unittest.mock
 import urllib.request
 import warnings
 
@@ -9804,37 +9807,165 @@ class CommandLineTest(Case):
             return peer.connect('127.0.0.1', origin.port).reply == 0
 
 
-class ReadmeTest(unittest.TestCase):
+class ReadmeFormatter(argparse.RawDescriptionHelpFormatter):
+    """Options as Python 3.13 and later show them, `-p, --port PORT`, under every Python."""
+
+    def __init__(self, prog, **_):
+        super().__init__(prog, max_help_position=32, width=120)
+
+    def _format_action_invocation(self, action):
+        names = ', '.join(action.option_strings)
+        if action.nargs == 0:
+            return names
+        metavar = self._get_default_metavar_for_optional(action)
+        return f'{names} {self._format_args(action, metavar)}'
+
+
+def options_for_readme():
+    """What --help says, from the first group of options on, without the examples."""
+    parser = socks.build_parser()
+    parser.formatter_class = ReadmeFormatter
+    parser.color = False                # Python 3.14 and later
+    text = parser.format_help()
+    groups, _, epilog = text[text.index('listening:'):].partition('examples:')
+    return groups + epilog[epilog.index('environment:'):]
+
+
+def write_options():
+    """Put the options that there are into the README."""
+    with open(README, encoding='utf-8') as file:
+        text = file.read()
+    start, end = OPTIONS_IN_README.search(text).span(1)
+    with open(README, 'w', encoding='utf-8') as file:
+        file.write(text[:start] + options_for_readme() + text[end:])
+
+
+README = os.path.join(HERE, 'README.md')
+OPTIONS_IN_README = re.compile(r'^## Options\n\n```text\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+# pytest, for an example that is run without it.
+PYTEST = 'def fixture(function):\n    return function\n'
+
+
+class ProxiedFTP(ftplib.FTP):
+    """FTP through a proxy, in passive mode, and in active mode by BIND."""
+    proxy = None
+
+    def connect(self, host, port=21, timeout=30):
+        self.host, self.timeout = host, timeout
+        self.sock = socks.create_connection((host, port), timeout, proxy=self.proxy)
+        self.af = self.sock.family
+        self.file = self.sock.makefile('r', encoding=self.encoding)
+        self.welcome = self.getresp()
+        return self.welcome
+
+    def makeport(self):                 # active mode
+        waiting = socks.create_server((self.host, 0), proxy=self.proxy, timeout=self.timeout)
+        self.sendport(*waiting.getsockname())
+        return waiting
+
+    def ntransfercmd(self, cmd, rest=None):
+        if not self.passiveserver:
+            return super().ntransfercmd(cmd, rest)
+        data = socks.create_connection(self.makepasv(), self.timeout, proxy=self.proxy)
+        if rest is not None:
+            self.sendcmd(f'REST {rest}')
+        if not self.sendcmd(cmd).startswith('1'):
+            data.close()
+            raise ftplib.error_reply(f'{cmd}: the server sends no file')
+        return data, None
+
+
+class ReadmeTest(Case):
 
     @classmethod
     def setUpClass(cls):
-        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as file:
+        super().setUpClass()
+        with open(README, encoding='utf-8') as file:
             cls.text = file.read()
+        cls.examples = re.findall(r'```python\n(.*?)```', cls.text, re.DOTALL)
 
     def test_options(self):
-        """The README names the options that there are, and no others."""
-        _, out, _ = in_process('--help')
-        expected = set(re.findall(r'(?<![\w-])--?[a-zA-Z][a-z-]*', out.partition('examples:')[0]))
-        section = self.text.partition('## Options')[2].partition('\n## ')[0]
-        named = set(re.findall(r'`(--?[a-zA-Z][a-z-]*)', section))
-        self.assertEqual(named | {'-h', '--help'}, expected)
+        """The README shows the options as --help does."""
+        shown = OPTIONS_IN_README.search(self.text).group(1)
+        self.assertEqual(shown, options_for_readme(), 'to write them anew: '
+                         'python3 -c "import test_socks; test_socks.write_options()"')
+
+    def test_links(self):
+        """Those within the README lead to headings that there are."""
+        headings = {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-')
+                    for heading in re.findall(r'^##+ (.*)$', self.text, re.MULTILINE)}
+        links = set(re.findall(r'\]\(#(.*?)\)', self.text))
+        self.assertTrue(links)
+        self.assertLessEqual(links, headings)
+
+    def test_rules(self):
+        """The rules in the README have no errors."""
+        rules = re.findall(r'^    ((?:allow|deny) .*)$', self.text, re.MULTILINE)
+        self.assertGreater(len(rules), 5)
+        for rule in rules:
+            with self.subTest(rule):
+                socks.parse_rule(rule, 'README')
+
+    def test_settings(self):
+        """The README names each field of `Settings` that has not the name of an option."""
+        options = {action.dest for action in socks.build_parser()._actions
+                   if f'--{action.dest.replace("_", "-")}' in action.option_strings}
+        section = self.text.partition('The fields of `Settings`')[2].partition('\n\n')[0]
+        for name in set(socks.Settings._fields) - options:
+            with self.subTest(name):
+                self.assertIn(f'`{name}', section)
+
+    def test_commands(self):
+        """The options of all commands in the README exist."""
+        known = set(re.findall(r'(?<![\w-])--?[a-zA-Z][a-z-]*', in_process('--help')[1]))
+        without = self.text.replace(OPTIONS_IN_README.search(self.text).group(), '')
+        commands = re.findall(r'socks\.py ((?:--?[a-zA-Z].*|$))', without)
+        self.assertTrue(commands)
+        for command in commands:
+            command = re.split('--run|--connect|--hash-password|`| & |#', command)[0]
+            named = set(re.findall(r'(?<![\w-])--?[a-zA-Z][a-z-]*', command))
+            with self.subTest(command):
+                self.assertLessEqual(named, known)
 
     def test_python_examples(self):
         """They run, and print what they say."""
-        examples = re.findall(r'```python\n(.*?)```', self.text, re.DOTALL)
-        self.assertTrue(examples)
-        for example in examples:
+        self.assertTrue(self.examples)
+        folder = self.enter(tempfile.TemporaryDirectory())
+        with open(os.path.join(folder, 'pytest.py'), 'w') as file:
+            file.write(PYTEST)
+        for example in self.examples:
             with self.subTest(example):
-                done = run(sys.executable, '-W', 'error', '-c', example, cwd=HERE)
+                done = run(sys.executable, '-W', 'error', '-c', example, cwd=HERE,
+                           env=dict(os.environ, PYTHONPATH=folder))
                 self.assertEqual((done.returncode, done.stderr), (0, ''))
 
+    def test_fixtures(self):
+        """The examples for pytest and unittest: a request that fails, and one that is served."""
+        example, = (example for example in self.examples if 'pytest' in example)
+        names = {'__name__': 'example'}
+        pytest = types.ModuleType('pytest')
+        exec(PYTEST, vars(pytest))
+        with unittest.mock.patch.dict(sys.modules, pytest=pytest):
+            exec(example, names)
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(names['ProxyTest']).run(result)
+        self.assertEqual((result.testsRun, result.errors + result.failures), (1, []))
+        target = self.serve()
+        with contextlib.contextmanager(names['proxy'])() as server:
+            url = f'socks5h://bob:secret@{server.server_address}'
+            with socks.create_connection(target.server_address, 5, proxy=url) as sock:
+                sock.sendall(b'\5\1\0')
+                self.assertEqual(sock.recv(2), b'\5\0')
+            line = server.lines.get(timeout=5)
+            self.assertEqual((line.user, line.target, line.outcome),
+                             ('bob', str(target.server_address), 'done'))
+
     def test_ftp(self):
-        """The example of BIND, with a server; in its default mode, active and passive."""
-        names = {}
-        exec(re.search(r'```python\n(import ftplib.*?)```', self.text, re.DOTALL).group(1), names)
+        """Active FTP by create_server(); in the default mode, active and passive."""
         for modes in (), (False,), (True,):
             with socks.Server(('127.0.0.1', 0)).start() as server, Origin(serve_ftp) as origin:
-                ftp = names['ProxiedFTP']()
+                ftp = ProxiedFTP()
                 ftp.proxy = f'socks5h://{server.server_address}'
                 with ftp:
                     ftp.connect('127.0.0.1', origin.port)

@@ -1,33 +1,102 @@
 #!/usr/bin/env python3
-"""socks.py: a SOCKS and HTTP proxy, and a client in PySocks' place, on the standard library alone.
+"""A proxy server for SOCKS4, SOCKS4a, SOCKS5 and HTTP, and a client that replaces PySocks.
 
-Run one::
+One file, for Python 3.6 and newer, that needs the standard library only.
+
+Run a proxy::
 
     python socks.py -p 1080
 
-Embed one, for example in a test suite (port 0 takes a free port)::
+Embed one, for example in a test suite; port 0 takes a free port::
 
     with socks.Server(('127.0.0.1', 0)).start() as server:
         print(f'socks5h://{server.server_address}')
 
-Connect through one (PySocks' names work too, see "socket face")::
+Connect through one; PySocks' names work too::
 
     socks.create_connection(('example.org', 80), proxy='socks5h://127.0.0.1:1080')
 
-All that takes time is written as a conversation, a generator in straight lines that yields what it
-waits for.  One `Loop`, a thread with a selector, goes on with whichever can go on: it accepts,
-negotiates, dials and answers, and then moves the bytes of the `Tunnel`.  Other threads do only what
-is better done elsewhere: name look-ups, which block, and tunnels that turn out to carry much.
+Specifications
+--------------
 
-The client's conversations are the same in shape; run() goes through one in the thread that calls.
+- SOCKS4 and SOCKS4a (Ying-Da Lee), SOCKS5 (RFC 1928), its user names and passwords (RFC 1929) and
+  its GSSAPI method (RFC 1961)
+- HTTP proxies: RFC 9110, RFC 9112, Basic authentication (RFC 7617)
+- connecting to a name with several addresses: RFC 8305; internationalized names: RFC 3490, RFC 5892
+- the PROXY protocol, versions 1 and 2 (HAProxy); ident (RFC 1413); RESOLVE and RESOLVE_PTR (Tor's
+  socks-extensions)
 
-Specifications: SOCKS4 and SOCKS4a (Ying-Da Lee), RFC 1928 (SOCKS5), RFC 1929 (user name and
-password), RFC 1961 (GSSAPI), RFC 8305 (connecting to a name with several addresses), RFC 9110
-and RFC 9112 (HTTP), RFC 7617 (its passwords), RFC 1413 (ident), the PROXY protocol, Tor's
-socks-extensions.
+Not supported
+-------------
 
-Sections, each of which uses only those before it: words, errors, wire format, sockets, access,
-loops, relays, client, server, socket face, operation, command line.
+- IPv6 addresses and passwords in SOCKS4, which has neither; SOCKS4a clients can send an IPv6
+  address as a name
+- BIND and UDP ASSOCIATE through the server's upstream proxies; UDP by a client through more than
+  one proxy
+- datagrams inside of TLS: beside it, they go in the clear or not at all (--udp-over-plain)
+- sending SOCKS5 fragments: the server reassembles those of its clients, a client drops those of its
+  proxy
+- GSSAPI by other libraries than MIT Kerberos on Linux, and in HTTP
+- HTTP: a cache, a filter of content, more than one forwarded request on a connection, HTTP/2, URLs
+  of other schemes than http:, other passwords than Basic ones
+- connecting through a proxy without blocking by `socksocket`; open_connection() is for asyncio
+
+Sections
+--------
+
+Each section uses only those before it.
+
+words           numbers of the protocols: methods, commands, address types, replies
+errors          exceptions, and the reply for each
+wire format     messages with pack() and unpack(); no socket is touched
+sockets         conversations, streams, TLS and GSSAPI, look-ups, dialling, listening
+access          settings, users, networks, rules: who may do what
+loops           selector, timers, tasks, pool of threads, resolver
+relays          tunnels for TCP, relays for UDP
+client          proxies and chains of them
+server          `Handler` and `Server`
+socket face     `socksocket` and PySocks' functions
+operation       a process: signals, workers, systemd, log files
+command line    options, main()
+
+Paths
+-----
+
+A connection to the server, served by a `Handler`::
+
+    Server._accept -> Handler.conversation -> negotiate -> do_CONNECT -> Server.authorize -> dial
+    -> reply -> Tunnel -> Tunnel.close: sockets closed, counters booked, one log line
+
+A datagram; the bytes of its header are the key to its target, so it is parsed only once::
+
+    UdpRelay.from_client -> new header: Routes.follow (resolve, Server.authorize) -> sendto
+    UdpRelay.from_target -> header of the sender, payload -> UdpRelay.answer
+
+A connection through a proxy, as a client::
+
+    create_connection -> socksocket.connect -> connect to the first proxy -> negotiate_chain: have
+    each proxy connect to the next -> the socket; open_chain does the same without a `socksocket`
+
+Conversations
+-------------
+
+Everything that takes time is a conversation: a generator that yields what it waits for, a `Wait`,
+a `Call` or a `LookUp`, and is resumed with the result.  A `Loop`, one thread with one selector,
+drives those of all clients; it accepts, negotiates, connects and relays.  As a client, run() drives
+one in the calling thread.
+
+Why not a thread for each connection, which is simpler?  Because of the cost: with threads, 0.36 to
+0.40 ms of CPU time a connection were measured, over half of it futex wake-ups, as threads take
+turns with the interpreter lock; with generators in a loop, 0.18 ms.  A silent client costs a
+generator instead of a thread.
+
+Other threads do what would hold up the loop:
+
+- a pool (`BlockingPool`): name look-ups, and CPU-bound calls (password hashes, RSA handshakes)
+- bulk loops (`BulkLoops`): tunnels with heavy traffic; their large reads and writes release the
+  interpreter lock, so they run in parallel
+- a new thread for each do_COMMAND method that is an ordinary function: it may block
+- the log writer (`LogWriter`): a full disk or a stuck reader of the log blocks no client
 """
 
 import _socket
@@ -66,7 +135,7 @@ from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Ite
 try:
     import fcntl
     import resource
-except ImportError:                     # Windows
+except ImportError:                     # Windows has neither
     fcntl = resource = None
 try:
     from contextvars import ContextVar
@@ -77,8 +146,37 @@ if TYPE_CHECKING:
     import asyncio
     import ssl
 
-# What programs use is annotated, for the type checkers that check these programs; the bodies of the
-# functions here are not checked, the tests are there for that.
+# What programs use.  getaddrinfo() is public too, but `import *` must not replace socket's.
+__all__ = [
+    # The server
+    'Server', 'Handler', 'Session', 'LogLine', 'Settings', 'Tunnel', 'UdpRelay', 'main',
+    # Settings
+    'Rule', 'parse_rule', 'read_rules', 'parse_network', 'read_users', 'Hashed', 'tls_context',
+    # Conversations
+    'Wait', 'Call', 'Worker', 'LookUp', 'run', 'resolve', 'dial',
+    # Messages
+    'reader', 'Address', 'UNSPECIFIED', 'Greeting', 'Choice', 'Credentials', 'Verdict', 'Request',
+    'Response', 'Request4', 'Response4', 'Datagram', 'GssMessage', 'HttpConnect', 'HttpStatus',
+    'HttpHead', 'HttpRequest', 'HttpAnswer', 'ProxyHeader', 'IdentQuery', 'IdentReply',
+    # Enumerations
+    'Method', 'Command', 'AddressType', 'Reply', 'Reply4', 'HttpCode',
+    # Errors
+    'ProxyError', 'ProxyConnectionError', 'ProxyConnectionTimeoutError', 'GeneralProxyError',
+    'ProxyTimeoutError', 'ProtocolError', 'SOCKS5AuthError', 'SOCKS5Error', 'SOCKS4Error',
+    'HTTPError', 'Refused', 'FileError', 'ClientReset', 'reply_for',
+    # The client
+    'socksocket', 'create_connection', 'create_server', 'open_connection', 'Proxy',
+    'parse_proxy_url', 'parse_chain', 'default_proxy', 'set_default_proxy', 'get_default_proxy',
+    'proxy_from_environment', 'is_bypassed', 'wrap_module', 'unwrap_module', 'TLS', 'GSSAPI',
+    # The other names of PySocks, and of SocksiPy before it
+    'SOCKS4', 'SOCKS5', 'HTTP', 'PROXY_TYPE_SOCKS4', 'PROXY_TYPE_SOCKS5', 'PROXY_TYPE_HTTP',
+    'PROXY_TYPES', 'PRINTABLE_PROXY_TYPES', 'DEFAULT_PORTS', 'SOCKS4_ERRORS', 'SOCKS5_ERRORS',
+    'setdefaultproxy', 'getdefaultproxy', 'wrapmodule', 'unwrapmodule', 'set_self_blocking', 'log',
+    'Socks5AuthError', 'Socks5Error', 'Socks4Error',
+]
+
+# The annotations are for type checkers of programs that import this module.  The bodies of the
+# functions here are not checked: they are tested.
 # mypy: ignore-errors
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -91,18 +189,18 @@ if TYPE_CHECKING:
 __version__ = '2.0.0'
 
 IS_PROGRAM = __name__ == '__main__'
-if IS_PROGRAM:      # classes and functions get the name by which other processes can unpickle them
+if IS_PROGRAM:      # pickles name the module, and other processes know it as "socks"
     __name__ = 'socks'
     sys.modules.setdefault(__name__, sys.modules['__main__'])
 
 log = logging.getLogger('socks')
 
-# The originals: a program may replace them with functions of this module, which use these.
+# The originals.  A program may replace them with those of this module, which must not call itself.
 _orig_socket = socket.socket
 _orgsocket = _orig_socket
 _orig_getaddrinfo = socket.getaddrinfo
 
-Read = Callable[[int], bytes]           # of a decoder: exactly so many bytes, or EOFError
+Read = Callable[[int], bytes]           # read(n) returns exactly n bytes, or raises EOFError
 Conversation = Generator[Any, Any, Any]
 Result = TypeVar('Result')
 Function = TypeVar('Function', bound=Callable[..., Any])
@@ -111,7 +209,7 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 ServerAddress = Union[Tuple[str, int], Sequence[Tuple[str, int]]]
 AnyRequest = Union['Request', 'Request4']
 Secret = Union[str, bytes, None]        # user name or password
-ProxyArgument = Union[str, Sequence[object], None]      # URL, arguments of set_proxy(), a chain
+ProxyArgument = Union[str, Sequence[object], None]      # URL, arguments of set_proxy(), or a chain
 ProxyType = Union[int, str, Sequence[object], None]
 ProxyTuple = Tuple[Any, Optional[str], Optional[int], bool, Optional[bytes], Optional[bytes]]
 
@@ -131,13 +229,13 @@ class Command(enum.IntEnum):
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
-    RESOLVE = 0xF0                      # Tor's, as the next one: see its socks-extensions.txt
+    RESOLVE = 0xF0                      # Tor's socks-extensions.txt, section 2
     RESOLVE_PTR = 0xF1
-    FORWARD = 0x100                     # any HTTP method but CONNECT; not a code of SOCKS
+    FORWARD = 0x100                     # any HTTP method but CONNECT; no byte of SOCKS can equal it
 
 
 class HttpMethod(int):
-    """The method of a forwarded request: equal to CONNECT for rules, with its own name for logs."""
+    """The method of a forwarded HTTP request: CONNECT for rules, with its own name for logs."""
 
     def __new__(cls, name):
         method = int.__new__(cls, Command.CONNECT)
@@ -153,7 +251,7 @@ class AddressType(enum.IntEnum):
 
 
 class Code(enum.IntEnum):
-    """A number with a text that explains it."""
+    """A reply code, a number, with the text that explains it."""
     text: str
 
     def __new__(cls, code: int, text: str) -> 'Code':
@@ -177,7 +275,7 @@ class Reply(Code):
 
 
 class Reply4(Code):
-    """Reply codes of SOCKS4, CD."""
+    """Reply codes of SOCKS4, its field CD."""
     GRANTED = 0x5A, 'Request granted'
     REJECTED = 0x5B, 'Request rejected or failed'
     NO_IDENTD = 0x5C, 'Request rejected because SOCKS server cannot connect to identd on the client'
@@ -186,19 +284,19 @@ class Reply4(Code):
 
 
 class HttpCode(Code):
-    """What became of an HTTP request (RFC 9110 section 15)."""
+    """Status codes of HTTP that the server answers with (RFC 9110 section 15)."""
     OK = 200, 'Connection established'
     BAD_REQUEST = 400, 'Bad Request'
     FORBIDDEN = 403, 'Forbidden'
     LOGIN_REQUIRED = 407, 'Proxy Authentication Required'
-    HEAD_TOO_LARGE = 431, 'Request Header Fields Too Large'
+    HEAD_TOO_LARGE = 431, 'Request Header Fields Too Large'     # RFC 6585 section 5
     NOT_IMPLEMENTED = 501, 'Not Implemented'
     BAD_GATEWAY = 502, 'Bad Gateway'
     GATEWAY_TIMEOUT = 504, 'Gateway Timeout'
     VERSION_NOT_SUPPORTED = 505, 'HTTP Version Not Supported'
 
 
-# What a `Reply` is in HTTP; any other is BAD_GATEWAY.
+# The HTTP status for a `Reply`; BAD_GATEWAY for any other.
 HTTP_CODES = {
     Reply.SUCCEEDED: HttpCode.OK,
     Reply.NOT_ALLOWED: HttpCode.FORBIDDEN,
@@ -210,13 +308,13 @@ HTTP_CODES = {
 # ----------------------------------------------------------------------------------------- errors
 
 class ProxyError(OSError):
-    """Base of everything that goes wrong in SOCKS.
+    """Base class of the errors of this module.
 
     msg         what went wrong
-    socket_err  the error that caused this one, if any; it shows in the text
-    reply       the `Reply` that tells a client of it, or a code that the proxy sent
-    proxy       the `Proxy` of the chain where it went wrong, without user name and password;
-                None if that is not known
+    socket_err  the error that caused this one, or None; str() includes it
+    reply       the `Reply` that the server sends for this error, or the code that a proxy sent
+    proxy       the `Proxy` of the chain that failed, without user name and password, or None if it
+                is not known
     target      the `Address` that this proxy was asked for, or None
     """
     reply: int = Reply.GENERAL_FAILURE
@@ -241,11 +339,11 @@ class ProxyError(OSError):
         return f'{type(self).__name__}({self.msg!r}{cause}{where})'
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        kind, args, state = super().__reduce__()
+        kind, args, state = super().__reduce__()        # whose state lacks errno
         return kind, args, dict(state, errno=self.errno)
 
     def __setstate__(self, state):
-        for name, value in state.items():       # PyPy's own does not set errno
+        for name, value in state.items():       # PyPy's __setstate__ does not set errno
             setattr(self, name, value)
 
 
@@ -254,11 +352,11 @@ class ProxyConnectionError(ProxyError):
 
 
 class GeneralProxyError(ProxyError):
-    """Anything that goes wrong while talking to a proxy."""
+    """An error after the connection to the proxy was made."""
 
 
 class SOCKS5AuthError(GeneralProxyError):
-    """The SOCKS5 proxy accepts none of the methods offered, or not these credentials."""
+    """The SOCKS5 proxy accepts none of the methods offered, or refuses the credentials."""
 
 
 class SOCKS5Error(GeneralProxyError):
@@ -274,14 +372,14 @@ class HTTPError(GeneralProxyError):
 
 
 class ProtocolError(GeneralProxyError):
-    """Bytes that are not SOCKS, or name something that cannot be."""
+    """A message is malformed, or has a value that is not possible or not supported."""
 
 
-if sys.version_info >= (3, 10):         # where socket.timeout is TimeoutError
+if sys.version_info >= (3, 10):         # since then, socket.timeout is TimeoutError
     TimedOut = TimeoutError
 else:
     class TimedOut(socket.timeout, TimeoutError):
-        """Found by either name."""
+        """A timeout, for programs that catch either class."""
 
 
 class ProxyTimeoutError(GeneralProxyError, TimedOut):
@@ -292,17 +390,20 @@ class ProxyConnectionTimeoutError(ProxyConnectionError, TimedOut):
     """The proxy could not be reached in time."""
 
 
+# Names before PySocks 1.5, which old programs use.
 Socks5AuthError, Socks5Error, Socks4Error = SOCKS5AuthError, SOCKS5Error, SOCKS4Error
-_ProxyError = ProxyError                # names before PySocks 1.5, which old programs use
+_ProxyError = ProxyError
 
 
 class ClientReset(Exception):
-    """The client reset its connection: what its conversation waits for is in vain."""
+    """The client has reset its connection; raised in its conversation, whatever that waits for."""
 
 
 class FileError(ValueError):
-    """A file has errors, or cannot be read.  `args` has a text for each error, which says where and
-    what it is; str() gives the first one."""
+    """A file has errors, or cannot be read.
+
+    `args` has a text for each error, with its file and line; str() returns the first one.
+    """
 
     def __str__(self):
         first, *more = self.args
@@ -310,7 +411,10 @@ class FileError(ValueError):
 
 
 class Refused(ProxyError):
-    """Our own policy says no; `address` is whom it concerns, where a reply should tell."""
+    """The server's policy forbids it.
+
+    `address` is the one to send in the reply, for example the peer that BIND turned away; or None.
+    """
     reply = Reply.NOT_ALLOWED
 
     def __init__(self, msg: str, socket_err: Optional[BaseException] = None,
@@ -319,10 +423,11 @@ class Refused(ProxyError):
         self.address = address
 
 
+# RFC 1928 section 6 has fewer codes than systems have errors; GENERAL_FAILURE for the rest.
 ERRNO_REPLIES = {
     errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
     errno.ENETDOWN: Reply.NETWORK_UNREACHABLE,
-    errno.EADDRNOTAVAIL: Reply.NETWORK_UNREACHABLE,
+    errno.EADDRNOTAVAIL: Reply.NETWORK_UNREACHABLE,     # no source address for that network
     errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
     getattr(errno, 'EHOSTDOWN', errno.EHOSTUNREACH): Reply.HOST_UNREACHABLE,
     errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
@@ -342,13 +447,13 @@ REPLY_ERRNOS = {
     Reply.ADDRESS_TYPE_NOT_SUPPORTED: errno.EAFNOSUPPORT,
 }
 
-# The name does not exist, as opposed to: the name server did not answer.
+# Errors of getaddrinfo() that mean: the name does not exist, rather than: no name server answered.
 NO_SUCH_NAME = {getattr(socket, name) for name in ('EAI_NONAME', 'EAI_NODATA', 'EAI_ADDRFAMILY')
                 if hasattr(socket, name)}
 
 
 def reply_for(error: OSError) -> int:
-    """The `Reply` for an OSError met on the way to a target."""
+    """The `Reply` for an OSError on the way to a target; the code itself if a proxy sent one."""
     if isinstance(error, ProxyError):
         return error.reply
     if isinstance(error, socket.timeout):
@@ -359,30 +464,31 @@ def reply_for(error: OSError) -> int:
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether `error` is a timeout, of this module or of the system."""
+    """Whether `error` is a timeout, of this module or of the system (ETIMEDOUT)."""
     return isinstance(error, (socket.timeout, TimeoutError))
 
 
 def reason(error: BaseException) -> str:
-    """The text of an exception, without its errno."""
+    """The text of an exception without its errno, for logs."""
     return getattr(error, 'strerror', None) or str(error)
 
 
 # ------------------------------------------------------------------------------------ wire format
 #
-# Each message is a tuple with pack() -> bytes and unpack(read).  read(n) returns exactly n bytes or
-# raises EOFError, so the same code parses a stream, a datagram and the bytes of a test, however
-# they are split.  unpack() raises ProtocolError, whose `reply` is the code that a server answers.
+# Each message is a tuple with pack() -> bytes and unpack(read) -> message.  read(n) returns exactly
+# n bytes or raises EOFError, so the same code parses streams and datagrams, however they are split.
+# unpack() raises ProtocolError, whose `reply` is the code that a server answers with.
+#
+# Every length that a peer chooses has a limit, so that it cannot fill the memory.
 
 MAX_USERID = 512                        # bytes; SOCKS4's strings end with NUL and have no limit
-MAX_NAME = 255
-MAX_LINE, MAX_LINES = 8192, 100         # of the head of an HTTP answer
+MAX_NAME = 255                          # bytes of a host name; SOCKS5 has one byte for its length
+MAX_LINE, MAX_LINES = 8192, 100         # bytes, and lines, of the head of an HTTP proxy's answer
 MAX_HEAD, MAX_FIELDS = 1 << 16, 200     # bytes and fields of a head that is forwarded
 
 
 def reader(data: bytes) -> Tuple[Read, Callable[[], bytes]]:
-    """Two functions: read(n) over the bytes of `data`, for unpack(), and one that returns the rest.
-    """
+    """Return two functions over `data`: read(n), for unpack(), and one that returns the rest."""
     stream = io.BytesIO(data)
 
     def read(n):
@@ -401,8 +507,8 @@ def reader(data: bytes) -> Tuple[Read, Callable[[], bytes]]:
 
 
 def read_to(read, end, limit):
-    """The bytes up to and with `end`, or `limit` bytes without it."""
-    if hasattr(read, 'to'):             # one search, since what comes slowly is parsed often
+    """The bytes up to and including `end`, or `limit` bytes if it is not among them."""
+    if hasattr(read, 'to'):     # one search: a message that trickles in is parsed again and again
         return read.to(end, limit)
     data = b''
     while len(data) < limit and not data.endswith(end):
@@ -410,10 +516,10 @@ def read_to(read, end, limit):
     return data
 
 
-def expect_version(name, got, wanted):
-    """Raise ProtocolError unless the version byte is the one `wanted`."""
-    if got != wanted:
-        raise ProtocolError(f'{name} version {got:#04x}, expected {wanted:#04x}')
+def expect_version(name, found, expected):
+    """Raise ProtocolError unless the version byte is the expected one."""
+    if found != expected:
+        raise ProtocolError(f'{name} version {found:#04x}, expected {expected:#04x}')
 
 
 def family_of(host):
@@ -425,8 +531,8 @@ def family_of(host):
 def ip_bytes(host):
     """The 4 or 16 bytes of an IP address given as text; None for any other text.
 
-    A link-local IPv6 address may have a zone, fe80::1%eth0 (RFC 4007 section 11).  Local and
-    configured addresses have one; canonical() refuses a client's.
+    A link-local IPv6 address may have a zone, as in fe80::1%eth0 (RFC 4007 section 11).  Local and
+    configured addresses have one; canonical() refuses one from a client.
     """
     ip, percent, zone = host.partition('%')
     try:
@@ -437,7 +543,7 @@ def ip_bytes(host):
 
 
 def is_link_local(packed):
-    """Whether the bytes are those of an IPv6 address that needs a zone to be reached."""
+    """Whether the bytes are a link-local IPv6 address, fe80::/10, which is only valid in a zone."""
     return packed[0] == 0xfe and packed[1] & 0xc0 == 0x80 and len(packed) == 16
 
 
@@ -460,6 +566,7 @@ def encoded(value):
 
 
 def is_utf8(data):
+    """Whether the bytes are UTF-8."""
     with contextlib.suppress(UnicodeDecodeError):
         data.decode()
         return True
@@ -467,7 +574,7 @@ def is_utf8(data):
 
 
 def name_text(data):
-    """Received bytes as text; those that are not UTF-8 become surrogates."""
+    """Received bytes as text; bytes that are not UTF-8 become surrogates, so that none is lost."""
     return data.decode('utf-8', 'surrogateescape')
 
 
@@ -478,26 +585,26 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, sockaddr: Sequence[Any]) -> 'Address':
-        """From the address tuple of a socket, without flow label and zone."""
+        """The `Address` in the address tuple of a socket, without flow label and zone."""
         return cls(sockaddr[0].partition('%')[0], sockaddr[1])
 
     @classmethod
     def with_zone(cls, sockaddr: Sequence[Any]) -> 'Address':
-        """The same, with the zone of a link-local address, fe80::1%eth0 (RFC 4007)."""
+        """The same, with the zone of a link-local address, as in fe80::1%eth0 (RFC 4007)."""
         host, port = cls.of(sockaddr)
         if len(sockaddr) == 4 and sockaddr[3]:
             try:
                 host = f'{host}%{socket.if_indextoname(sockaddr[3])}'
-            except (OSError, AttributeError):   # Windows has this function since Python 3.8
+            except (OSError, AttributeError):   # Windows lacks the function before Python 3.8
                 host = f'{host}%{sockaddr[3]}'
         return cls(host, port)
 
     @property
     def sockaddr(self) -> Tuple[Any, ...]:
         """The address tuple for a socket.  Raises OSError if there is no such zone."""
-        host, percent, zone = self.host.partition('%')
+        _, percent, zone = self.host.partition('%')
         if not percent:
-            return self
+            return self                 # the system completes a tuple of two
         try:
             return _orig_getaddrinfo(self.host, self.port, 0, 0, 0, socket.AI_NUMERICHOST)[0][4]
         except socket.gaierror:
@@ -507,7 +614,10 @@ class Address(NamedTuple):
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
     def pack(self) -> bytes:
-        """ATYP, ADDR, PORT.  A host that is the text of an IP address is sent as that address."""
+        """ATYP, ADDR, PORT.  The text of an IP address is sent as an address, not as a name.
+
+        Raises ValueError for a name that cannot be sent.
+        """
         packed = None if '%' in self.host else ip_bytes(self.host)
         if packed is None:
             name = name_bytes(self.host)
@@ -527,7 +637,7 @@ class Address(NamedTuple):
             host = ip_text(read(16))
         elif kind == AddressType.DOMAINNAME:
             host = name_text(read(read(1)[0]))
-        else:                           # its length is unknown: nothing after it can be read
+        else:                           # of unknown length: the rest cannot be read
             raise ProtocolError(f'address type {kind:#04x}, expected 0x01, 0x03 or 0x04',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         return cls(host, int.from_bytes(read(2), 'big'))
@@ -565,7 +675,10 @@ class Choice(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """User name and password, as bytes (RFC 1929 section 2); either may be empty."""
+    """User name and password, as bytes (RFC 1929 section 2).
+
+    Either may be empty: the RFC asks for one byte at least, but curl and ncat send empty ones.
+    """
     username: bytes
     password: bytes
 
@@ -577,7 +690,7 @@ class Credentials(NamedTuple):
                          bytes((len(self.password),)), self.password))
 
     def __repr__(self) -> str:
-        return '<Credentials>'          # either may be a password, typed in the wrong place
+        return '<Credentials>'          # a user name may be a password typed in the wrong place
 
     @classmethod
     def unpack(cls, read: Read) -> 'Credentials':
@@ -597,7 +710,7 @@ class Verdict(NamedTuple):
     @classmethod
     def unpack(cls, read: Read) -> 'Verdict':
         version, status = read(2)
-        if version != 5:                # some servers send that of SOCKS
+        if version != 5:                # some servers send the version of SOCKS
             expect_version('user name/password', version, 1)
         return cls(status)
 
@@ -631,14 +744,18 @@ class Response(NamedTuple):
 
     @staticmethod
     def unpack_reply(read: Read) -> int:
-        """The code alone: after a failure some servers send no address, or a malformed one."""
+        """The reply code alone: some servers send no address after a failure, or a malformed one.
+        """
         version, reply, _ = read(3)
         expect_version('SOCKS', version, 5)
         return reply
 
 
 class Request4(NamedTuple):
-    """A SOCKS4 request, or a SOCKS4a request if the host is a name."""
+    """A SOCKS4 request, or a SOCKS4a request if the host is a name.
+
+    SOCKS4a marks a name, which follows the userid, by an address 0.0.0.x with x other than 0.
+    """
     command: int
     address: Address
     userid: bytes = b''
@@ -674,13 +791,13 @@ class Request4(NamedTuple):
 
 
 class Response4(NamedTuple):
-    """A SOCKS4 reply; its address is always an IPv4 address."""
+    """A SOCKS4 reply; its address is an IPv4 address."""
     code: int
     address: Address = UNSPECIFIED
 
     @classmethod
     def of(cls, reply: int, address: Address = UNSPECIFIED) -> 'Response4':
-        """The SOCKS4 reply that corresponds to a SOCKS5 `reply`."""
+        """The SOCKS4 reply for a `Reply` or `Reply4`; an IPv6 address becomes 0.0.0.0."""
         if ':' in address.host:
             address = Address(UNSPECIFIED.host, address.port)
         if not isinstance(reply, Reply4):
@@ -694,7 +811,7 @@ class Response4(NamedTuple):
     @classmethod
     def unpack(cls, read: Read) -> 'Response4':
         version, code = read(2)
-        if version != 4:                # which some servers send
+        if version != 4:                # some servers send 4 instead of 0
             expect_version('SOCKS4 reply', version, 0)
         port = int.from_bytes(read(2), 'big')
         return cls(code, Address(ip_text(read(4)), port))
@@ -711,7 +828,7 @@ class Datagram(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> 'Datagram':
-        """From the bytes of a whole datagram.  Raises EOFError if its header is incomplete."""
+        """Parse a whole datagram.  Raises EOFError if its header is incomplete."""
         read, rest = reader(data)
         fragment = read(3)[2]           # RSV should be 0; real clients send other values
         return cls(Address.unpack(read), rest(), fragment)
@@ -722,8 +839,8 @@ class _GssFields(NamedTuple):
     token: bytes = b''
 
 
-class GssMessage(_GssFields):           # which alone could have no constants
-    """A message of GSSAPI's negotiation, or a protected one (RFC 1961 sections 3 to 5)."""
+class GssMessage(_GssFields):           # type checkers let no NamedTuple have constants of its own
+    """A message of the GSSAPI negotiation, or a protected one (RFC 1961 sections 3 to 5)."""
     __slots__ = ()
 
     TOKEN, LEVEL, DATA, ABORT = 1, 2, 3, 0xFF
@@ -744,7 +861,7 @@ class GssMessage(_GssFields):           # which alone could have no constants
 
     @classmethod
     def unpack_token(cls, kind: int, read: Read) -> bytes:
-        """The token of a message, which must be of this kind.  Raises ProtocolError."""
+        """The token of a message.  Raises ProtocolError if the message is of another kind."""
         message = cls.unpack(read)
         if message.kind != kind:
             raise ProtocolError(f'GSSAPI message {message.kind:#04x}, expected {kind:#04x}')
@@ -752,9 +869,9 @@ class GssMessage(_GssFields):           # which alone could have no constants
 
 
 class HttpConnect(NamedTuple):
-    """A request for a tunnel to an HTTP proxy (RFC 9110 section 9.3.6)."""
+    """The request for a tunnel that a client sends to an HTTP proxy (RFC 9110 section 9.3.6)."""
     address: Address
-    credentials: bytes = b''            # NAME:PASSWORD (RFC 7617), if any
+    credentials: bytes = b''            # NAME:PASSWORD (RFC 7617 section 2), or empty
 
     def __repr__(self) -> str:
         secret = ' with credentials' if self.credentials else ''
@@ -772,7 +889,7 @@ class HttpConnect(NamedTuple):
 
 
 class HttpStatus(NamedTuple):
-    """The first line of the answer to it."""
+    """The status line of an HTTP proxy's answer (RFC 9112 section 4)."""
     code: int
     phrase: str
 
@@ -786,9 +903,9 @@ class HttpStatus(NamedTuple):
 
 
 class HttpHead(NamedTuple):
-    """The first line and the fields of an HTTP message (RFC 9112 sections 2 to 5).
+    """The start line and the fields of an HTTP message (RFC 9112 sections 2 to 5).
 
-    They are text in Latin-1, which has a character for each byte.
+    They are text in Latin-1, which has one character for each byte.
     """
     start: str
     fields: Tuple[Tuple[str, str], ...] = ()
@@ -797,10 +914,12 @@ class HttpHead(NamedTuple):
     FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\0-\x08\n-\x1f\x7f]*)")
     ANY_FIELD = re.compile(r'([^\s:]+)[ \t]*:([^\n]*)')
     STATUS = re.compile(r'HTTP/1[.][0-9] [1-9][0-9][0-9]( [^\r]*)?')
-    LONGEST = 1024                      # characters of a list whose members matter
-    # Fields for the next hop only (RFC 9110 section 7.6.1); those that Connection cannot add.
+    LONGEST = 1024                      # characters of a list that is split into its members
+    # Fields that are for the next hop only (RFC 9110 section 7.6.1).
     HOP_BY_HOP = {'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authentication-info',
                   'proxy-authorization', 'proxy-connection', 'te', 'upgrade'}
+    # A client must not have these removed by naming them in Connection: the target would see
+    # another request than the one that was judged here.
     FRAMING = {'host', 'content-length', 'transfer-encoding'}
 
     def pack(self):
@@ -809,14 +928,17 @@ class HttpHead(NamedTuple):
 
     @classmethod
     def unpack(cls, data):
-        """From the bytes of a whole head; ProtocolError if another parser might read it differently
-        (RFC 9112 sections 2.2 and 5)."""
+        """Parse a whole head.
+
+        Raises ProtocolError if another parser might read it differently (RFC 9112 sections 2.2 and
+        5), which is how requests are smuggled.
+        """
         start, *lines = data.decode('latin-1')[:-4].split('\r\n')
         if len(lines) > MAX_FIELDS:
             raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}',
                                 reply=HttpCode.HEAD_TOO_LARGE)
         matches = [cls.FIELD.fullmatch(line) for line in lines]
-        if None in matches or not data.endswith(b'\r\n\r\n'):     # not shown: it may be secret
+        if None in matches or not data.endswith(b'\r\n\r\n'):     # not quoted: it may be secret
             place = f'field {matches.index(None) + 1}' if None in matches else 'head'
             raise ProtocolError(f'HTTP {place} is malformed', reply=HttpCode.BAD_REQUEST)
         return cls(start, tuple((name, value.strip(' \t'))
@@ -824,8 +946,11 @@ class HttpHead(NamedTuple):
 
     @classmethod
     def unpack_answer(cls, data):
-        """The head of a target's answer; ProtocolError if it is not HTTP.  Many servers are old or
-        careless, so a malformed field is only left out."""
+        """Parse the head of a target's answer.  Raises ProtocolError if it is not HTTP.
+
+        Many servers are old or careless, so folded lines are joined (RFC 9112 section 5.2) and
+        malformed fields left out.
+        """
         text = re.sub('\r?\n[ \t]+', ' ', data.decode('latin-1')).replace('\0', ' ')
         start, *lines = re.split('\r?\n', text.rstrip('\r\n'))
         if not cls.STATUS.fullmatch(start):
@@ -837,31 +962,32 @@ class HttpHead(NamedTuple):
                                 for name, value in (match.groups() for match in matches if match)))
 
     def values(self, name):
-        """The values of all fields with this name, which is in lower case."""
+        """The values of all fields with this name, given in lower case."""
         return [value for field, value in self.fields if field.lower() == name]
 
     def words(self, name):
-        """The members of the lists in these fields, in lower case."""
+        """The members of the comma-separated lists in these fields, in lower case."""
         text = ','.join(self.values(name)).lower()
         if len(text) > self.LONGEST:
             raise ProtocolError(f'HTTP {name} of more than {self.LONGEST} characters',
                                 reply=HttpCode.HEAD_TOO_LARGE)
-        words = (word.strip(' \t') for word in text.split(','))    # strip() alone takes more
+        # strip() alone would remove more than HTTP's white space (RFC 9110 section 5.6.3).
+        words = (word.strip(' \t') for word in text.split(','))
         return [word for word in words if word]
 
     def end_to_end(self, *without):
-        """The fields to pass on, except those with one of these names."""
+        """The fields to pass on to the other side, except those named in `without`."""
         dropped = self.HOP_BY_HOP | (set(self.words('connection')) - self.FRAMING) | set(without)
         return tuple(field for field in self.fields if field[0].lower() not in dropped)
 
 
 class HttpRequest(NamedTuple):
-    """A request to an HTTP proxy (RFC 9112 section 3): CONNECT, or one to forward."""
+    """A client's request to an HTTP proxy (RFC 9112 section 3): CONNECT, or one to forward."""
     method: str
     address: Address
-    path: str                           # at the target
-    minor: str                          # of the version, HTTP/1.0 or 1.1
-    length: Optional[int]               # bytes of the body; None: it is chunked
+    path: str                           # to send to the target; empty for CONNECT
+    minor: str                          # minor version: 0 for HTTP/1.0, 1 for HTTP/1.1
+    length: Optional[int]               # bytes of the body; None if it is chunked
     head: HttpHead
 
     LINE = re.compile(r'([^ ]+) ([^\0-\x20\x7f]+) HTTP/([0-9])[.]([0-9])')
@@ -870,7 +996,7 @@ class HttpRequest(NamedTuple):
     HOST_AND_PORT = re.compile(r'(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@\\]+))(?::([0-9]{0,5}))?')
 
     def __repr__(self):
-        return f'HTTP {self.method} {self.address!r}'       # the rest may be secret
+        return f'HTTP {self.method} {self.address!r}'       # path and fields may be secret
 
     @property
     def command(self):
@@ -878,76 +1004,84 @@ class HttpRequest(NamedTuple):
 
     @classmethod
     def unpack(cls, data):
-        """From the bytes of a whole head; the `reply` of a ProtocolError is an `HttpCode`."""
+        """Parse a whole head.  Raises ProtocolError, whose `reply` is an `HttpCode`."""
         head = HttpHead.unpack(data)
         match = cls.LINE.fullmatch(head.start)
         if not match:
-            raise cls._wrong('HTTP request line, expected METHOD TARGET HTTP/1.1')
+            raise cls._error('HTTP request line, expected METHOD TARGET HTTP/1.1')
         method, target, major, minor = match.groups()
         if major != '1':
-            raise cls._wrong(f'HTTP/{major}.{minor}, expected 1.1', HttpCode.VERSION_NOT_SUPPORTED)
+            raise cls._error(f'HTTP/{major}.{minor}, expected 1.1', HttpCode.VERSION_NOT_SUPPORTED)
         if not cls.METHOD.fullmatch(method):
-            raise cls._wrong(f'HTTP method {method[:40]!r}', HttpCode.NOT_IMPLEMENTED)
-        if len(head.values('host')) > 1:
-            raise cls._wrong('HTTP with more than one Host')
+            raise cls._error(f'HTTP method {method[:40]!r}', HttpCode.NOT_IMPLEMENTED)
+        if len(head.values('host')) > 1:        # RFC 9112 section 3.2 demands the refusal
+            raise cls._error('HTTP with more than one Host, expected one')
         length = cls._length(head, minor)
         if method == 'CONNECT':
-            if length != 0:
-                raise cls._wrong('HTTP CONNECT with a body')
+            if length != 0:             # would its bytes be the body, or the tunnel's first?
+                raise cls._error('HTTP CONNECT with a body, expected none')
             return cls(method, cls._address(target, ''), '', minor, 0, head)
+        # With Max-Forwards: 0 they are for the proxy (RFC 9110 section 7.6.2).
         if method in ('OPTIONS', 'TRACE') and not all(
                 value.strip('0') for value in head.values('max-forwards')):
-            raise cls._wrong(f'HTTP {method} for this proxy itself', HttpCode.NOT_IMPLEMENTED)
+            raise cls._error(f'HTTP {method} for this proxy itself, expected one to forward',
+                             HttpCode.NOT_IMPLEMENTED)
         url = cls.URL.match(target)
         if not url:
-            raise cls._wrong('HTTP to this port itself, expected CONNECT, or a whole URL')
+            raise cls._error('HTTP for this proxy itself, expected CONNECT or a whole URL')
         scheme, authority, path = url.groups()
         if scheme.lower() != 'http':
-            raise cls._wrong(f'HTTP for {scheme[:40]}:, expected http:, or CONNECT',
+            raise cls._error(f'HTTP for {scheme[:40]}:, expected http: or CONNECT',
                              HttpCode.NOT_IMPLEMENTED)
         address = cls._address(authority.rpartition('@')[2], '80')
-        if method == 'OPTIONS' and not path:
+        if method == 'OPTIONS' and not path:    # RFC 9112 section 3.2.4
             path = '*'
         elif not path.startswith('/'):
             path = '/' + path
         return cls(method, address, path, minor, length, head)
 
     @staticmethod
-    def _wrong(text, code=HttpCode.BAD_REQUEST):
+    def _error(text, code=HttpCode.BAD_REQUEST):
         return ProtocolError(text, reply=code)
 
     @classmethod
     def _length(cls, head, minor):
-        """The length of the body; refused if it can be read in two ways (RFC 9112 section 6.3)."""
+        """The length of the body; None if it is chunked.
+
+        Raises ProtocolError if the length can be read in two ways (RFC 9112 section 6.3).
+        """
         lengths, codings = head.values('content-length'), head.words('transfer-encoding')
         if head.values('transfer-encoding'):
             if lengths or minor == '0' or codings[-1:] != ['chunked'] or 'chunked' in codings[:-1]:
-                raise cls._wrong('HTTP Transfer-Encoding: expected chunked at its end, once, '
+                raise cls._error('HTTP Transfer-Encoding: expected chunked at its end, once, '
                                  'and no Content-Length')
             return None
         if len(lengths) > 1 or lengths and not re.fullmatch('[0-9]{1,18}', lengths[0]):
-            raise cls._wrong('HTTP Content-Length: expected one number')
+            raise cls._error('HTTP Content-Length: expected one number')
         return int(lengths[0]) if lengths else 0
 
     @classmethod
     def _address(cls, authority, usual_port):
-        match, shown_as = cls.HOST_AND_PORT.fullmatch(authority), authority.rpartition('@')[2][:40]
+        """The `Address` in HOST[:PORT].  Raises ProtocolError."""
+        match = cls.HOST_AND_PORT.fullmatch(authority)
+        shown_as = authority.rpartition('@')[2][:40]        # what precedes may be a password
         port = match and (match.group(3) or usual_port)
         if not port or not 0 < int(port) < 65536:
-            raise cls._wrong(f'HTTP to {shown_as!r}, expected a host, and a port up to 65535')
+            raise cls._error(f'HTTP to {shown_as!r}, expected a host, and a port up to 65535')
         host = name_text((match.group(1) or match.group(2)).encode('latin-1'))
         try:
             if match.group(1) and len(ip_bytes(host) or b'') != 16 or len(host) > MAX_NAME:
                 raise ValueError
             name_bytes(host)
         except ValueError:
-            raise cls._wrong(f'HTTP to {shown_as!r}, expected a host name, or an IPv6 address in '
+            raise cls._error(f'HTTP to {shown_as!r}, expected a host name, or an IPv6 address in '
                              f'brackets') from None
         return Address(host, int(port))
 
     @property
     def credentials(self):
-        """The `Credentials` for this proxy (RFC 7617), or None."""
+        """The `Credentials` for this proxy (RFC 7617), or None if there are none that can be read.
+        """
         given = self.head.values('proxy-authorization')
         match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]{1,700})=*', given[0])
         try:
@@ -960,18 +1094,25 @@ class HttpRequest(NamedTuple):
     @property
     def upgrade(self):
         """The protocols that the client offers to switch to (RFC 9110 section 7.8), '' for none.
-        HTTP/2 is left out, since it could carry requests for other hosts."""
+
+        With HTTP/2 among them none is offered to the target: it could carry requests for other
+        hosts.
+        """
         wanted = self.head.words('upgrade') if 'upgrade' in self.head.words('connection') else []
         is_possible = self.minor != '0' and wanted and 'h2c' not in wanted
         return ', '.join(self.head.values('upgrade')) if is_possible else ''
 
     def forwarded(self):
-        """The head to send to the target: Host is the URL's (RFC 9112 section 3.2.2), and no other
-        request will follow."""
+        """The `HttpHead` to send to the target.
+
+        Host is that of the URL (RFC 9112 section 3.2.2); Connection says that no other request will
+        follow.
+        """
         host, port = name_bytes(self.address.host).decode(), self.address.port
         where = str(Address(host, port))
-        fields = [('Host', where[:-3] if port == 80 else where)]
+        fields = [('Host', where[:-3] if port == 80 else where)]       # without ":80"
         for name, value in self.head.end_to_end('host'):
+            # RFC 9110 section 7.6.2: one less at each proxy
             if name.lower() == 'max-forwards' and re.fullmatch('[0-9]{1,9}', value):
                 value = str(max(0, int(value) - 1))
             fields.append((name, value))
@@ -985,7 +1126,11 @@ class HttpRequest(NamedTuple):
 class HttpBody:
     """Finds the end of a request's body in the bytes that arrive (RFC 9112 sections 6 and 7).
 
-    length   bytes of the body; None: it is chunked
+    length   bytes of the body; None if it is chunked
+
+    Theory of operation.  A chunked body is lines and counted bytes in turn: the size of a chunk,
+    its bytes, ..., a size of 0, the fields of the trailer, an empty line.  `_left` counts down the
+    bytes of a chunk; at 0 comes a line, collected in `_line` until `_pattern` matches.
     """
     LONGEST = 4096                      # bytes of a line
     # The line end that closes one chunk is matched with the size of the next.
@@ -994,11 +1139,15 @@ class HttpBody:
 
     def __init__(self, length):
         self._left = length or 0        # bytes up to the next line, or to the end
-        self._line = b'\r\n' if length is None else None        # incomplete; None: no more lines
+        # The part of a line that has arrived; None after the last line, and if the length is known.
+        self._line = b'\r\n' if length is None else None
         self._pattern = self.CHUNK
 
     def take(self, data):
-        """How many bytes of `data` belong to the body; ProtocolError if it is malformed."""
+        """The number of bytes at the start of `data` that belong to the body.
+
+        Raises ProtocolError if the body is malformed.
+        """
         taken = 0
         while taken < len(data):
             step = min(self._left, len(data) - taken)
@@ -1010,6 +1159,7 @@ class HttpBody:
         return taken
 
     def _take_line(self, data):
+        """The number of bytes at the start of `data` that belong to the line under way."""
         text, is_chunk = self._line + data, self._pattern is self.CHUNK
         match = self._pattern.match(text)
         if match:
@@ -1022,6 +1172,7 @@ class HttpBody:
             elif match.group() == b'\r\n':
                 self._line = None
             return used
+        # Incomplete, or wrong?  Each line is parsed again from its start, hence the limit.
         begun = text[2:] if is_chunk else text
         if (len(text) > self.LONGEST or b'\n' in begun or b'\r' in begun[:-1]
                 or is_chunk and not b'\r\n'.startswith(text[:2])):
@@ -1031,10 +1182,10 @@ class HttpBody:
 
 
 class HttpAnswer(NamedTuple):
-    """An answer from the proxy itself; without a code nothing is sent, the target will answer."""
+    """The proxy's own answer to an HTTP request; empty without a code, when the target answers."""
     code: Optional[HttpCode]
     text: str = ''
-    has_body: bool = True               # False: the answer to HEAD
+    has_body: bool = True               # False for the answer to HEAD (RFC 9110 section 9.3.2)
 
     def pack(self):
         if self.code is None:
@@ -1051,7 +1202,7 @@ class HttpAnswer(NamedTuple):
 
 
 def text_line(read, limit, name):
-    """The next line, without its end."""
+    """The next line as bytes, without its end.  Raises ProtocolError beyond `limit` bytes."""
     line = read_to(read, b'\n', limit)
     if not line.endswith(b'\n'):
         raise ProtocolError(f'{name} of more than {limit} bytes')
@@ -1063,19 +1214,20 @@ def http_line(read):
 
 
 PROXY_SIGNATURE = b'\r\n\r\n\0\r\nQUIT\n'
-PROXY_FORMATS = {0x11: 4, 0x21: 16}     # TCP over IPv4 and IPv6: bytes of an address
+PROXY_FORMATS = {0x11: 4, 0x21: 16}     # TCP over IPv4, over IPv6: the bytes of an address
 
 
 class ProxyHeader(NamedTuple):
-    """What a load balancer says first of the connection that it forwards (PROXY protocol 1 and 2).
+    """The header that a load balancer sends before a connection that it forwards: PROXY protocol,
+    versions 1 and 2 (HAProxy's proxy-protocol.txt, section 2).
 
-    Both are None in its own connections, health checks for example.
+    Both addresses are None for connections of its own, for example health checks (LOCAL, UNKNOWN).
     """
     source: Optional[Address] = None
     destination: Optional[Address] = None
 
     def pack(self) -> bytes:
-        """In version 2."""
+        """The header in version 2."""
         if not self.source:
             return PROXY_SIGNATURE + b'\x20\0\0\0'
         hosts = ip_bytes(self.source.host) + ip_bytes(self.destination.host)
@@ -1087,13 +1239,15 @@ class ProxyHeader(NamedTuple):
     def unpack(cls, read: Read) -> 'ProxyHeader':
         first = read(1)
         if first == b'P':
+            # 107 bytes at most, says section 2.1.
             return cls._unpack_text(b'P' + text_line(read, 106, 'a PROXY line'))
         if first != b'\r' or first + read(11) != PROXY_SIGNATURE:
-            raise ProtocolError('no PROXY header, which is mandatory from here')
+            raise ProtocolError('expected a PROXY header, which --proxy-protocol demands of this '
+                                'address')
         version, kind, length = struct.unpack('!BBH', read(4))
         if version not in (0x20, 0x21):
             raise ProtocolError(f'PROXY version and command {version:#04x}, expected 0x20 or 0x21')
-        data, size = read(length), PROXY_FORMATS.get(kind)
+        data, size = read(length), PROXY_FORMATS.get(kind)      # addresses, then TLVs: not used
         if version == 0x20 or size is None:
             return cls()
         if length < 2 * size + 4:
@@ -1104,6 +1258,7 @@ class ProxyHeader(NamedTuple):
 
     @classmethod
     def _unpack_text(cls, line):
+        """Parse version 1, a line."""
         words = line.decode('latin-1').split(' ')
         if words[:2] == ['PROXY', 'UNKNOWN']:
             return cls()
@@ -1112,22 +1267,23 @@ class ProxyHeader(NamedTuple):
                 or any('%' in host or len(ip_bytes(host) or b'') != size for host in words[2:4])
                 or not all(re.match('[0-9]{1,5}$', port) and int(port) < 65536
                            for port in words[4:])):
-            raise ProtocolError(f'PROXY line {line!r} is malformed')
+            raise ProtocolError(f'PROXY line {line!r}, expected TCP4 or TCP6, two addresses and '
+                                f'two ports')
         source, destination = zip(words[2:4], map(int, words[4:]))
         return cls(Address(*source), Address(*destination))
 
 
 class IdentQuery(NamedTuple):
-    """Who has the connection between these two ports? (RFC 1413)"""
-    theirs: int                         # at the host that is asked
-    ours: int
+    """Asks which user has the connection between two ports (RFC 1413 section 4)."""
+    theirs: int                         # port at the host that is asked
+    ours: int                           # port at this host
 
     def pack(self) -> bytes:
         return b'%d , %d\r\n' % self
 
 
 class IdentReply(NamedTuple):
-    """The user; None if the host does not tell."""
+    """The answer: the user, or None if the host does not say or the system is OTHER."""
     userid: Optional[bytes]
 
     @classmethod
@@ -1140,73 +1296,81 @@ class IdentReply(NamedTuple):
 
 # ---------------------------------------------------------------------------------------- sockets
 
-# Of several attempts to connect, the error that says most about the target counts.
-TELLING = {reply: rank for rank, reply in enumerate((
+# If all attempts to connect fail, the error that says most about the target is raised.
+ERROR_RANKS = {reply: rank for rank, reply in enumerate((
     Reply.CONNECTION_REFUSED, Reply.HOST_UNREACHABLE, Reply.NETWORK_UNREACHABLE,
     Reply.TTL_EXPIRED))}
 BLOCKED = (BlockingIOError, InterruptedError)
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
-ATTEMPT_DELAY = 0.25                    # seconds, RFC 8305 section 8
+ATTEMPT_DELAY = 0.25                    # seconds between attempts (RFC 8305 section 8)
 ATTEMPTS = 16                           # addresses of one name that are tried
-thread_time = getattr(time, 'thread_time', time.perf_counter)      # the former since Python 3.7
-ATTEMPT_TIMEOUT = 10.0                  # seconds for one that has others after it, one by one
-LONGEST = 86400.0                       # seconds; systems bound how long one may wait
-IP_BIND_ADDRESS_NO_PORT = 24            # Linux: choose the port at connect
-RESET = struct.pack('ii', 1, 0)         # SO_LINGER, on, 0 seconds: close sends RST
+thread_time = getattr(time, 'thread_time', time.perf_counter)      # thread_time is new in 3.7
+ATTEMPT_TIMEOUT = 10.0                  # seconds for one of several addresses, tried one by one
+LONGEST = 86400.0                       # seconds to wait at once; poll(2) takes 24 days at most
+# ip(7): connect(), not bind(), chooses the port, so that connections to different targets share it.
+IP_BIND_ADDRESS_NO_PORT = 24
+RESET = struct.pack('ii', 1, 0)         # SO_LINGER on, 0 seconds: close() sends RST, socket(7)
 LOOPBACK6 = bytes(15) + b'\1'
-RECEIVE_BUFFER = 1 << 22                # bytes, for bursts of datagrams
-SO_RCVBUFFORCE = 33                     # Linux: beyond the system's limit, for root
+RECEIVE_BUFFER = 1 << 22                # bytes; a burst of datagrams beyond it is lost
+SO_RCVBUFFORCE = 33                     # socket(7): beyond the system's limit, for root
 IP_FAMILIES = socket.AF_INET, socket.AF_INET6
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
+# Not an error of a client or target: this process has used up descriptors or memory.
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 NEVER_RESOLVED = ('invalid', 'onion')   # RFC 6761 section 6.4, RFC 7686 section 2
-LOOPBACK_NAME = re.compile(             # RFC 6761 section 6.3, and what tables of hosts have
+LOOPBACK_NAME = re.compile(             # RFC 6761 section 6.3, and names in usual /etc/hosts files
     r'(.*\.)?(localhost[46]?|ip6-localhost|ip6-loopback)(\.localdomain[46]?)?$')
 NAME = re.compile(br'(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\Z')
-FULL_STOPS = ('.', '\u3002', '\uff0e', '\uff61')         # RFC 3490 section 3.1
-DEVIATIONS = set('\u00df\u1e9e\u03c2\u200c\u200d')       # sharp s, final sigma, ZWNJ, ZWJ
+FULL_STOPS = ('.', '\u3002', '\uff0e', '\uff61')         # separate labels (RFC 3490 section 3.1)
+# UTS #46, deviations: IDNA 2003 maps these (sharp s, final sigma, ZWNJ, ZWJ), IDNA 2008 keeps them.
+DEVIATIONS = set('\u00df\u1e9e\u03c2\u200c\u200d')
 
 
 @functools.lru_cache(256)
 def plain_ip(host):
-    """`host` in the usual spelling if it is an IP address without a zone, a v4-mapped one as IPv4;
-    else None."""
+    """An IP address in its usual spelling, a v4-mapped one as IPv4; None for an address with a
+    zone, and for any other text."""
     packed = ip_bytes(host)
     if packed is None or '%' in host:
         return None
     return ip_text(packed[12:] if packed[:12] == V4_MAPPED else packed)
 
 
-def in_zone_of(ours, host):
-    """The IP address `host`; if it is link-local, with the zone of `ours`, which reached it."""
-    zone = ours.partition('%')[1:]
+def in_zone_of(local, host):
+    """The IP address `host`; a link-local one gets the zone of `local`, this end of the connection.
+    """
+    zone = local.partition('%')[1:]
     return host + ''.join(zone) if is_link_local(ip_bytes(host)) else host
 
 
 @functools.lru_cache(4096)
 def client_key(host):
-    """What counts as one client in every limit: an IPv4 address, or the /64 network of an IPv6
-    address, since whoever has one address of such a network has them all."""
+    """The key of a client for limits: an IPv4 address, or the /64 network of an IPv6 address.
+
+    A host usually has a whole /64 to itself, and could use a new address for each connection.
+    """
     packed = ip_bytes(host)
     return host if packed is None or len(packed) == 4 else packed[:8]
 
 
 def without_brackets(host):
-    """An IPv6 address without the brackets that it may stand in; any other text as it is."""
+    """An IPv6 address without the brackets around it; any other text unchanged."""
     return host[1:-1] if host.startswith('[') and host.endswith(']') and ':' in host else host
 
 
 def idna_bytes(host):
-    """The ASCII form of a name; ValueError if IDNA 2003 and IDNA 2008 do not agree on it.
+    """The ASCII form of a name.  Raises ValueError if IDNA 2003 and IDNA 2008 disagree on it.
 
     They agree on letters, marks and digits that both map in the same way (RFC 5892 section 2,
-    UTS #46).  The others lead to different hosts, or have no form in IDNA 2008.
+    UTS #46).  With any other character, a rule on the name could mean another host than the one
+    that is connected to.
     """
     with contextlib.suppress(UnicodeEncodeError):
         return host.encode('ascii').lower()
     mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
     labels = mapped.replace('\u3002', '.').split('.')
-    # The rest takes long for what is long: each label that is not ASCII gets "xn--" in front.
+    # The length first, since the codec takes quadratic time (CVE-2022-45061).  A label that is not
+    # ASCII grows by "xn--".
     size = sum(len(label) + (5 if max(label + '.') > '\x7f' else 1) for label in labels)
     if (size > MAX_NAME or max(map(len, labels)) > 63 or not DEVIATIONS.isdisjoint(host)
             or not all(char <= '\x7f' or char in FULL_STOPS or unicodedata.category(char)[0] in 'LM'
@@ -1220,11 +1384,12 @@ def idna_bytes(host):
 
 @functools.lru_cache(256)
 def canonical(address):
-    """`address` as rules and log see it.
+    """`address` in the form that rules and the log use.
 
-    An IP address, which many clients send as a name, becomes a plain one; IPv6 may stand in
-    brackets.  A name becomes lower-case ASCII without its final dot.  Raises ProtocolError for
-    what is neither: a name has letters, digits, hyphens and underscores, in labels of at most 63.
+    The text of an IP address becomes an address in its usual spelling: many clients send one as a
+    name, IPv6 also in brackets.  A name becomes lower-case ASCII without its final dot.  Raises
+    ProtocolError for any other text: a name has letters, digits, hyphens and underscores, in labels
+    of at most 63.
     """
     host, port = address
     ip = plain_ip(without_brackets(host))
@@ -1233,12 +1398,13 @@ def canonical(address):
     try:
         name = idna_bytes(host)
     except ValueError:
-        raise ProtocolError(f'host name {printable(host)} has no form in ASCII, or two') from None
+        raise ProtocolError(f'host name {printable(host)}, expected one with a single form in '
+                            f'ASCII') from None
     name = name[:-1] if name.endswith(b'.') else name
     if not NAME.match(name):
         raise ProtocolError(f'host name {printable(host)}, expected labels of 1 to 63 letters, '
                             f'digits, - and _, at most 253 characters')
-    if name.rpartition(b'.')[2][:1].isdigit():          # 127.1, 0x7f1, as resolvers read it
+    if name.rpartition(b'.')[2][:1].isdigit():  # resolvers read 127.1 and 0x7f000001 as addresses
         with contextlib.suppress(OSError):
             return Address(socket.inet_ntoa(socket.inet_aton(name.decode())), port)
     return Address(name.decode(), port)
@@ -1246,9 +1412,9 @@ def canonical(address):
 
 @functools.lru_cache(256)
 def absolute(address):
-    """`address` as it is looked up: canonical, but a name keeps the final dot that it came with.
+    """`address` in the form to look up: canonical(), but a name keeps its final dot.
 
-    The dot makes it absolute: no search list is tried for it.
+    The dot makes the name absolute: resolvers do not append the domains of a search list.
     """
     host, port = plain = canonical(address)
     is_name = ip_bytes(host) is None
@@ -1260,20 +1426,21 @@ is_plain = re.compile('[ -~]*').fullmatch
 
 
 def printable(text):
-    """Untrusted text, escaped to stay one word of a log line, in ASCII.
+    """Untrusted text, escaped to stay one word of a log line.
 
-    Beyond ASCII there are letters that look like spaces, or like others.
+    The result is ASCII: other characters can look like spaces, or like ASCII letters.
     """
     return text if is_word(text) else ascii(text)
 
 
 def printable_line(text):
-    """Untrusted text, escaped to stay one line, in ASCII; it does nothing to a terminal."""
+    """Untrusted text, escaped to stay one line of ASCII, without control characters of terminals.
+    """
     return text if is_plain(text) else text.encode('unicode_escape').decode('ascii')
 
 
 class UnixAddress(Address):
-    """The address of a unix socket: its path in the log, 127.0.0.1 without a port in rules."""
+    """The address of a unix socket: its path in the log, 127.0.0.1 and port 0 for rules."""
 
     def __new__(cls, path):
         address = super().__new__(cls, '127.0.0.1', 0)
@@ -1293,13 +1460,13 @@ def local_address(sock):
     return Address(plain_ip(host) or host, port)
 
 
-# What takes time is a conversation: a generator that yields what it cannot go on without, a `Wait`
-# for sockets, a `Call` that blocks or the `LookUp` of a name, and is resumed with the result.  So
-# it reads as straight lines; run() drives one in the thread that calls it, a `Loop` any number of
-# them.  Its times are those of time.monotonic().
+# Everything that takes time is a conversation: a generator that yields what it waits for (a `Wait`
+# for sockets, a `Call` that blocks, the `LookUp` of a name) and is resumed with the result.  It
+# reads from top to bottom like code that blocks.  run() drives one in the calling thread, a `Loop`
+# any number of them.  All times named `until` are those of time.monotonic().
 
 class Wait(NamedTuple):
-    """Resume with those of the sockets that are ready, with none when the clock passes `until`."""
+    """Wait until a socket is ready; the result is the ready ones, or none after `until`."""
     reading: Sequence = ()
     writing: Sequence = ()
     until: Optional[float] = None
@@ -1308,22 +1475,25 @@ class Wait(NamedTuple):
 class Worker(enum.Enum):
     """The thread in which a `Call` runs."""
     POOL = 'one of the pool'
-    COSTLY = 'one of the few for what is CPU-bound'
-    OWN = 'a new one, for what may block as long as it likes'
+    COSTLY = 'one of the pool, few at a time: for CPU-bound functions'
+    OWN = 'a new one: for functions that may block for any time'
 
 
 class Call(NamedTuple):
-    """Resume with what function() returns or raises; socket.timeout after `until`."""
+    """Call function() in another thread; the result is what it returns or raises.
+
+    Raises socket.timeout after `until`; the function still runs to its end then.
+    """
     function: Callable
     until: Optional[float] = None
     worker: Worker = Worker.POOL
 
 
 class LookUp(NamedTuple):
-    """Resume with the IP addresses of a name, a list of texts, at least one.
+    """Look a name up; the result is a list of IP addresses as texts, at least one.
 
-    Raises socket.gaierror without any, socket.timeout after `until`.  A `Loop` asks its `Resolver`;
-    elsewhere function() is called.
+    Raises socket.gaierror if there is none, socket.timeout after `until`.  A `Loop` asks its
+    `Resolver`; run() calls function().
     """
     name: str
     until: Optional[float] = None
@@ -1333,64 +1503,68 @@ class LookUp(NamedTuple):
 
 
 def run(conversation: Generator[Any, Any, Result]) -> Result:
-    """Drive a conversation in this thread; its result."""
+    """Drive a conversation in the calling thread and return its result.
+
+    What blocks, blocks this thread; a `Call` is not ended by its `until`.
+    """
     advance, value = conversation.send, None
     while True:
         try:
-            wish = advance(value)
+            awaited = advance(value)
         except StopIteration as stop:
             return stop.value
         try:
-            value = poll(*wish) if isinstance(wish, Wait) else wish.function()
+            value = poll(*awaited) if isinstance(awaited, Wait) else awaited.function()
             advance = conversation.send
         except Exception as error:
             advance, value = conversation.throw, error
 
 
 def poll(reading, writing, until):
-    """The answer to a `Wait`, in this thread."""
+    """Do what a `Wait` asks for, in the calling thread; a list or set of the ready sockets."""
     seconds = until and min(LONGEST, max(0, until - time.monotonic()))
-    if not hasattr(select, 'poll'):     # Windows
+    if not hasattr(select, 'poll'):     # Windows, where a failed connect is "exceptional"
         return set().union(*select.select(reading, writing, writing, seconds))
     poller = select.poll()
     for sock in reading:
         poller.register(sock, select.POLLIN)
     for sock in writing:
         poller.register(sock, select.POLLOUT)
+    # Rounded up: a wait that ends a little early would be repeated many times.
     found = {fd for fd, _ in poller.poll(seconds if seconds is None else int(seconds * 1000) + 1)}
     return [sock for sock in (*reading, *writing) if sock.fileno() in found]
 
 
 def deadline(seconds):
-    """The time so many seconds from now, for `until`; 0 or None: never."""
+    """The time `seconds` from now, for `until`; None, which is never, for 0 or None."""
     return time.monotonic() + seconds if seconds else None
 
 
 def wait_ready(reading, writing, until, pause=None):
-    """Conversation: those of the sockets that are ready; none after `pause` seconds.
+    """Conversation: the sockets that are ready, or none after `pause` seconds.
 
-    Raises socket.timeout when the clock has passed `until`.
+    Raises socket.timeout after `until`.
     """
     limit = until
     if pause is not None:
         limit = min(deadline(pause), until or float('inf'))
     found = yield Wait(reading, writing, limit)
-    if until and time.monotonic() >= until:     # also where somebody keeps the sockets busy
+    if until and time.monotonic() >= until:     # even if a peer keeps a socket ready all the time
         raise socket.timeout('timed out')
     return found
 
 
 class VirtualAddresses:
-    """IP addresses that stand for names, for programs that need an address of a name that is not
-    to be looked up.  Threads may share it.
+    """IP addresses that stand for names which only the proxy looks up, for programs that ask for
+    the address of a name before they connect.  Thread-safe.
 
     A name has an IPv4 address of 198.18.0.0/15 (RFC 2544) and the IPv6 address of 100::/64
-    (RFC 6666) that ends with it.  No host on the Internet has one of these.
+    (RFC 6666) that ends with it.  No host on the Internet has an address of these networks.
 
-    The SIZE names that were used last are known.  The address of any other stands for nothing, and
-    is given to another name only when all the rest have been given away.
+    The SIZE names that were used last are remembered.  The address of a forgotten name is an error,
+    and is given to another name only after all others: a program may have stored it.
 
-    is_on   whether programs get such addresses; they know no others of these networks then
+    is_on   whether programs get such addresses; all addresses of these networks are virtual then
     """
     SIZE = 1 << 15
     FIRST, COUNT = 0xc6120000, 1 << 17  # 198.18.0.0/15
@@ -1398,18 +1572,19 @@ class VirtualAddresses:
 
     def __init__(self):
         self.is_on = False
-        self._numbers = OrderedDict()   # by name, the one used last at the end
-        self._names = {}                # by number, which is counted from FIRST
-        self._origins = OrderedDict()   # names by real address, see remember()
+        self._numbers = OrderedDict()   # name: number of its address, the one used last at the end
+        self._names = {}                # number of an address, counted from FIRST: name
+        self._origins = OrderedDict()   # real address: name, see remember()
         self.after_fork()
 
     def after_fork(self):
-        """Have a lock that is free, and give away other addresses than the parent."""
+        """Make a new lock, since another thread may have held it, and start at a random address, so
+        that parent and child do not give the same address to different names."""
         self._lock = threading.Lock()
         self._last = int.from_bytes(os.urandom(4), 'big') % self.COUNT
 
     def of(self, name, family=socket.AF_INET):
-        """The address of a name, as text."""
+        """The virtual address of a name, as text; a new one if it has none."""
         with self._lock:
             number = self._numbers.get(name)
             if number is None:
@@ -1423,16 +1598,17 @@ class VirtualAddresses:
         return ip_text(self.IPV6_PREFIX + packed if family == socket.AF_INET6 else packed)
 
     def _unused(self):
+        """The number of the next free address, in turn."""
         while True:
             self._last = (self._last + 1) % self.COUNT
-            # Some programs take the first and the last of 256 for a network and for broadcast.
+            # Some programs take .0 for the address of a network and .255 for broadcast.
             if self._last not in self._names and self._last % 256 not in (0, 255):
                 return self._last
 
     def name(self, host):
-        """The name that the address `host` stands for, None for any other host.
+        """The name that `host` stands for; None if it is not a virtual address.
 
-        Raises GeneralProxyError for an address that stands for nothing.
+        Raises GeneralProxyError for the address of a forgotten name.
         """
         number = self.number(host) if self.is_on or self._names else None
         if number is None:
@@ -1442,12 +1618,13 @@ class VirtualAddresses:
             if name is not None:
                 self._numbers.move_to_end(name)
                 return name
-        error = GeneralProxyError(f'{host} stands for no name, or for one used long ago')
+        error = GeneralProxyError(
+            f'{host} stands for no name, expected one of the {self.SIZE} used last')
         error.errno = errno.EHOSTUNREACH
         raise error
 
     def number(self, host):
-        """Which of these addresses `host` is; None if it is another."""
+        """The number of a virtual address; None for any other host."""
         packed = ip_bytes(host.partition('%')[0]) or b''
         if packed[:12] in (V4_MAPPED, self.IPV6_PREFIX):
             packed = packed[12:]
@@ -1455,11 +1632,11 @@ class VirtualAddresses:
         return number if len(packed) == 4 and 0 <= number < self.COUNT else None
 
     def knows(self, name):
-        """Whether `name` has an address."""
+        """Whether `name` has a virtual address."""
         return name in self._numbers
 
     def remember(self, host, name):
-        """Let `name` be the origin of a real IP address."""
+        """Note that a real IP address was found for `name`."""
         host = plain_ip(host) or host
         with self._lock:
             self._origins[host] = name
@@ -1471,22 +1648,23 @@ class VirtualAddresses:
         self._origins.clear()
 
     def origin(self, host):
-        """The name for which a real IP address was found, or None."""
+        """The name that a real IP address was found for, or None."""
         return self._origins and self._origins.get(plain_ip(host) or host) or None
 
 
 virtual_addresses = VirtualAddresses()
-if hasattr(os, 'register_at_fork'):     # Python 3.7
+if hasattr(os, 'register_at_fork'):     # not on Windows, nor before Python 3.7
     os.register_at_fork(after_in_child=virtual_addresses.after_fork)
 
 
 def stock(function):
-    """The resolver function of `socket` that `function` is, or in whose place it is."""
-    return getattr(function, '__dict__', {}).get('stock', function)    # a mock has all attributes
+    """The original of a resolver function of `socket`, if wrap_module() has replaced it; any other
+    function unchanged."""
+    return getattr(function, '__dict__', {}).get('stock', function)    # a mock has any attribute
 
 
 def need_descriptor():
-    """Raise OSError if no further file can be opened."""
+    """Raise OSError if this process can open no further file."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
@@ -1495,15 +1673,19 @@ def need_descriptor():
 
 
 def look_up(host, port, family=0):
-    """socket.getaddrinfo() where an address is needed, even if a program replaced that function by
-    one that hands names through, or gives addresses that stand for them."""
+    """socket.getaddrinfo() for TCP, as the program has replaced it, if it has.
+
+    If the result is not IP addresses, or virtual ones, the original function is asked: some
+    replacements return the name itself, for a proxy to look up.
+    """
     try:
         found = stock(socket.getaddrinfo)(host, port, family, socket.SOCK_STREAM)
-    except socket.gaierror:             # also what resolvers say who cannot open their files
+    except socket.gaierror:             # a resolver that can open no file says "unknown name"
         need_descriptor()
         raise
     except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, f'{printable(host)} is no host name') from None
+        raise socket.gaierror(socket.EAI_NONAME,
+                              f'{printable(host)} is not a host name') from None
     hosts = [str(sockaddr[0]).partition('%')[0] for *_, sockaddr in found[:ATTEMPTS]]
     if any(plain_ip(host) is None or virtual_addresses.number(host) is not None for host in hosts):
         found = _orig_getaddrinfo(host, port, family, socket.SOCK_STREAM)
@@ -1511,7 +1693,7 @@ def look_up(host, port, family=0):
 
 
 def hosts_of(name, family=0):
-    """The IP addresses of a name, looked up in this thread: texts, at most ATTEMPTS.
+    """The IP addresses of a name, looked up in the calling thread: at most ATTEMPTS texts.
 
     Raises socket.gaierror if there is none.
     """
@@ -1519,7 +1701,7 @@ def hosts_of(name, family=0):
     for *_, sockaddr in look_up(name.encode(), 0, family):
         host = str(sockaddr[0]).partition('%')[0]
         hosts = families.setdefault(family_of(host), {})
-        if len(hosts) < ATTEMPTS:       # of thousands, which a name may have, only the first count
+        if len(hosts) < ATTEMPTS:       # a name can have thousands
             hosts[plain_ip(host)] = True
     hosts = in_turn(*families.values())[:ATTEMPTS]
     if not hosts:
@@ -1528,16 +1710,16 @@ def hosts_of(name, family=0):
 
 
 def in_turn(*families):
-    """One list of several: their first items, then their second ones, and so on."""
+    """Merge lists into one: their first items, then their second ones, and so on."""
     turns = itertools.zip_longest(*families)
     return [item for turn in turns for item in turn if item]
 
 
 def resolve(address, until=None):
-    """Conversation: the IP addresses, a list of `Address`, at least one, that `address` stands for.
+    """Conversation: the IP addresses of `address`, a list of at least one `Address`.
 
-    A name is absolute if it has a final dot.  Raises ProtocolError for what is no name, and
-    socket.gaierror.
+    A name with a final dot is absolute.  Raises ProtocolError for a host that is neither name nor
+    address, socket.gaierror if there is no address, socket.timeout after `until`.
     """
     host, port = wanted = absolute(address)
     if ip_bytes(host) is not None:
@@ -1548,14 +1730,15 @@ def resolve(address, until=None):
 
 
 class Stream:
-    """Messages over a non-blocking socket, up to the time `until`.
+    """Reads and writes messages over a non-blocking socket, or a `Layer`.
 
-    `waits` is what to wait for, if that is another object: the socket below TLS.  What a read
-    brings beyond the message stays in `surplus`: first the next message, at last the first bytes
-    of the tunnel.
+    until     when its conversations raise socket.timeout
+    waits     the socket to wait for, if it is not `sock` itself: the one below a layer
+    surplus   bytes that were read but belong to no message yet: the next message, or the first
+              bytes of the tunnel
     """
-    SIZE = 4096                         # bytes; holds any handshake whole
-    LARGEST = 1 << 16                   # surplus
+    SIZE = 4096                         # bytes to read at a time; any handshake fits in
+    LARGEST = 1 << 16                   # bytes of surplus; the rest stays in the socket
     GONE = 'the client left'
 
     def __init__(self, sock, until, waits=None):
@@ -1563,37 +1746,37 @@ class Stream:
         self.waits = waits or sock
         self.until = until
         self.surplus = b''
-        self._asked = False             # what comes next answers us, so it is not there yet
+        self._must_wait = False         # recv() would block: the peer has a message to answer first
 
     @staticmethod
     def lost(error):
-        """What to raise for an error of the socket: the peer is gone, as it is at an end.
+        """The exception to raise for an error of the socket: EOFError, as if the peer had left.
 
-        Else it could not be told from an error on the way to the target.
+        An OSError would be taken for an error on the way to the target.
         """
         return EOFError(reason(error))
 
     def _receive(self, flags=0):
-        """Conversation: the bytes that come next."""
+        """Conversation: the next bytes.  Raises EOFError at the end."""
         while True:
-            if self._asked:
+            if self._must_wait:
                 yield from wait_ready([self.waits], (), self.until)
             try:
                 data = self.sock.recv(self.SIZE, flags)
                 break
             except BLOCKED:
-                self._asked = True
+                self._must_wait = True
             except OSError as error:
                 raise self.lost(error) from None
-        self._asked = False
+        self._must_wait = False
         if not data:
             raise EOFError(self.GONE)
         return data
 
     def read(self, unpack):
-        """Conversation: what unpack(read) makes of the next bytes, however they are split.
+        """Conversation: the message that unpack(read) returns for the next bytes.
 
-        Raises EOFError if the peer ends within them, socket.timeout when it takes too long.
+        Raises EOFError if the peer leaves before its end, socket.timeout after `until`.
         """
         while True:
             if self.surplus:
@@ -1602,15 +1785,16 @@ class Stream:
                     message = unpack(read)
                     self.surplus = rest()
                     return message
-                except EOFError:
+                except EOFError:        # incomplete: parse it again with what comes next
                     pass
             self.surplus += yield from self._receive()
 
     def read_head(self):
-        """Conversation: the bytes of the head of an HTTP request, up to an empty line.
+        """Conversation: the bytes of the head of an HTTP request, including the empty line.
 
-        ProtocolError if it does not begin as one, or is longer than MAX_HEAD.
+        Raises ProtocolError if its first line is not one of HTTP, or if it is longer than MAX_HEAD.
         """
+        # Each byte is searched once (from `start`), since a large head may come in small pieces.
         data, start, has_line = bytearray(self.surplus), 0, False
         while True:
             end = HttpHead.END.search(data, max(0, start - 2))
@@ -1619,7 +1803,7 @@ class Stream:
                                     reply=HttpCode.HEAD_TOO_LARGE)
             if not has_line and data.find(b'\n', start) >= 0:
                 has_line = re.match(b'[^\n]+ HTTP/[0-9][.][0-9]\r\n', data)
-                if not has_line:        # a client of another protocol may wait for us
+                if not has_line:        # answer at once: other protocols may wait for that
                     raise ProtocolError(f'{bytes(data[:8])!r}, expected SOCKS or HTTP',
                                         reply=HttpCode.BAD_REQUEST)
             if end:
@@ -1629,19 +1813,20 @@ class Stream:
             data += yield from self._receive()
 
     def look(self):
-        """Conversation: some of the next bytes, which stay in the socket."""
+        """Conversation: some of the next bytes, which also stay in the socket."""
         return self._receive(socket.MSG_PEEK)
 
     def peek(self):
-        """Conversation: the next byte, as a number; it stays there."""
+        """Conversation: the next byte, as a number; it is not consumed."""
         if not self.surplus:
             self.surplus = yield from self._receive()
         return self.surplus[0]
 
     def wait_for(self, sockets, until):
-        """Conversation: return when one of the sockets is readable, socket.timeout at `until`.
+        """Conversation: wait until one of the other sockets is readable.
 
-        Meanwhile take what the peer sends, up to LARGEST; EOFError if it ends.
+        Meanwhile read what the peer sends, up to LARGEST, to notice when it leaves.  Raises
+        EOFError then, socket.timeout after `until`.
         """
         while True:
             own = [self.waits] if len(self.surplus) < self.LARGEST else []
@@ -1650,7 +1835,7 @@ class Stream:
                 return
             try:
                 data = self.sock.recv(self.SIZE)
-            except BLOCKED:             # it may be a part of a layer's message
+            except BLOCKED:             # only a part of a layer's message has arrived
                 continue
             except OSError as error:
                 raise self.lost(error) from None
@@ -1668,12 +1853,13 @@ class Stream:
                 yield from wait_ready((), [self.waits], self.until)
             except OSError as error:
                 raise self.lost(error) from None
-        self._asked = True
+        self._must_wait = True
 
     def linger(self, until):
-        """Conversation: end our side and wait for the peer to end its own.
+        """Conversation: end this side's direction, and wait until the peer ends or `until`.
 
-        A close with unread bytes would send RST, which may overtake and destroy our last message.
+        close() with unread bytes would send RST (RFC 1122 section 4.2.2.13), and a peer that gets
+        RST loses what it has not read yet: the last message.
         """
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
@@ -1685,10 +1871,9 @@ class Stream:
 
 
 class ExactStream(Stream):
-    """A stream that leaves in the socket what is behind a message.
+    """A stream that leaves in the socket the bytes after a message, so there is never a surplus.
 
-    For the client's side, whose socket goes to a program that must find all that comes after the
-    last reply.  So there is never a surplus between messages.
+    For the client: the socket goes to a program, which must get all that follows the last reply.
     """
     GONE = 'Connection closed unexpectedly'
 
@@ -1700,7 +1885,7 @@ class ExactStream(Stream):
         while True:
             seen = yield from self.look()
             read, rest = reader(self.surplus + seen)
-            try:
+            try:                        # parse first, then consume exactly that much
                 message, left = unpack(read), len(rest())
             except EOFError:
                 self.surplus += self.sock.recv(len(seen))
@@ -1711,44 +1896,45 @@ class ExactStream(Stream):
 
 
 class Layer:
-    """Encryption over a non-blocking socket that it owns, as far as a relay needs a socket's
-    interface.
+    """Encryption, or HTTP, over a non-blocking socket, which it owns; it has as much of a socket's
+    interface as a relay needs.
 
-    After recv_into() nothing decrypted is left behind, so the socket's readiness tells all, and
-    send() counts only what the socket took whole.  The subclass has recv_into() and _seal(data),
-    which adds what stands for the first bytes of `data` to _cipher, and tells how many.
+    A subclass has recv_into(), and _seal(data), which adds to _cipher what stands for the first
+    bytes of `data` and returns their number.
 
-    Theory of operation.  Three things may wait for the socket, and its owner must know which:
+    Theory of operation.  Reading: recv_into() leaves no decrypted bytes behind, so that there is
+    something to read if and only if the socket below is readable.  Writing: three things may wait
+    for the socket below.
 
-    - The ciphertext of a send().  Some of it cannot be taken back, so send() raises
-      BlockingIOError until all of it is out, and the caller, who still holds the plaintext and
-      waits until the socket is writable, comes again with the same bytes; `_plain` is how many.
-    - What the protocol says of its own accord (an answer to a change of keys).  It goes out with
-      the next send or read.  Whoever asks for ever more of it and reads nothing is cut off at
-      LARGEST.
-    - The end.  After shutdown() nobody calls send() again, so `unsent` says that there is still
-      something to do: flush() when the socket is writable.
+    - The ciphertext of a send().  It cannot be unmade, so send() raises BlockingIOError until the
+      socket has taken all of it.  The caller keeps the plaintext, waits until the socket is
+      writable, and calls send() with the same bytes again; `_plain` is their number.
+    - Messages of the protocol itself (in TLS, the answer to a change of keys).  They go out with
+      the next send or read.  A peer that causes more and more of them, but does not read, is cut
+      off at LARGEST.
+    - The end of the direction.  After shutdown() there is no further send(), so `unsent` tells the
+      owner to call flush() when the socket is writable.
 
-    An error of the socket ends all three: what is held is dropped, and `unsent` is false.  What is
-    held counts in `held` of the loop that carries the layer.
+    An error of the socket ends all three: waiting bytes are dropped, and `unsent` is false.  They
+    count in `held` of the loop that has the layer.
     """
     RECORD = 1 << 15                    # more than the bytes of one record
-    LARGEST = 1 << 19                   # bytes that are held for the socket
-    failure = None                      # the outcome for the log, if the layer knows better
+    LARGEST = 1 << 19                   # bytes that may wait for the socket
+    failure = None                      # outcome for the log, where the relay's would be less exact
 
     def __init__(self, sock):
         self._sock = sock
-        self._cipher = b''              # made, but not taken by the socket
-        self._plain = 0                 # bytes that it stands for
-        self._ending = False            # our direction is to end when the socket took all
-        self._loop = None               # the loop in which it counts
-        self._counted = 0               # bytes
+        self._cipher = b''              # bytes that wait for the socket
+        self._plain = 0                 # number of plaintext bytes of the send() under way
+        self._ending = False            # shutdown() when the socket has taken all
+        self._loop = None               # the loop whose `held` includes the waiting bytes
+        self._counted = 0               # how many of them it includes
         self.fileno = sock.fileno
         self.getsockopt, self.setsockopt = sock.getsockopt, sock.setsockopt
         self.getsockname = sock.getsockname
 
     def count_in(self, loop):
-        """Have what is held count in `loop`, or with None in no loop."""
+        """Count waiting bytes in `loop` from now on, or in none if it is None."""
         if isinstance(self._sock, Layer):
             self._sock.count_in(loop)
         if self._loop:
@@ -1762,7 +1948,7 @@ class Layer:
             self._counted = len(self._cipher)
 
     def flush(self):
-        """Whether the socket took all that there is for it."""
+        """Send waiting bytes; return whether the socket has taken all."""
         try:
             with contextlib.suppress(*BLOCKED):
                 while self._cipher:
@@ -1770,7 +1956,7 @@ class Layer:
             if self._ending and not self._cipher:
                 self._ending = False
                 self._sock.shutdown(socket.SHUT_WR)
-            elif getattr(self._sock, 'unsent', False):      # a layer below has not ended yet
+            elif getattr(self._sock, 'unsent', False):      # a layer below has bytes of its own
                 self._sock.flush()
         except OSError:
             self._cipher, self._ending = b'', False
@@ -1781,24 +1967,28 @@ class Layer:
 
     @property
     def unsent(self):
-        """Whether there is more for the socket, which nobody will bring again."""
+        """Whether flush() must be called when the socket is writable, since no send() will."""
         return self._ending or getattr(self._sock, 'unsent', False)
 
     def recv(self, size, _=0):
+        """As of a socket, but the result may be longer than `size`."""
         buffer = bytearray(size + 2 * self.RECORD)
         return bytes(buffer[:self.recv_into(buffer, size)])
 
     def send(self, data):
-        """Send the first bytes; after BlockingIOError the same ones must come again."""
+        """Send the first bytes and return their number.
+
+        After BlockingIOError, it must be called with the same bytes again.
+        """
         if not self._plain:
-            self._plain = self._seal(data[:1 << 18])
+            self._plain = self._seal(data[:1 << 18])        # a bound on what may wait
         if not self.flush():
             raise BlockingIOError(errno.EAGAIN, 'the socket is full')
         sent, self._plain = self._plain, 0
         return sent
 
     def shutdown(self, _):
-        """End our direction, and only that."""
+        """End this side's direction; the other one goes on."""
         self._ending = True
         self.flush()
 
@@ -1809,35 +1999,38 @@ class Layer:
 
 
 class TlsLayer(Layer):
-    """TLS.
+    """TLS over a socket or another layer.
 
-    It works on memory (ssl.MemoryBIO) rather than on the socket, because that way either side can
-    end its direction and go on reading.
+    It works on memory (ssl.MemoryBIO) rather than on the socket: an SSLSocket could not end one
+    direction and go on reading.
     """
     QUICK = 0.001                       # seconds that a step of a handshake may take in a loop
-    UNASKED = 1 << 12                   # bytes of answers to a peer that sends no data meanwhile
-    # Bytes for TLS at a time; FAST after bytes of which at least half were data: one KiB may ask
-    # for new keys forty times, which takes over a millisecond.
+    UNASKED = 1 << 12                   # bytes of answers without data from the peer in between
+    # Bytes to give to TLS at a time: FAST if at least half of the last ones were data.  One KiB can
+    # hold forty changes of keys, which take over a millisecond.
     CAREFUL, FAST = 1 << 10, 1 << 14
-    costly = weakref.WeakSet()          # contexts of servers whose steps take longer: RSA keys
+    costly = weakref.WeakSet()          # server contexts whose steps take longer than QUICK: RSA
 
     def __init__(self, sock, context, **options):
-        import ssl                      # here, because few need it and it is large
+        import ssl                      # here, since it is large and often not needed
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._waits, self._closed = ssl.SSLWantReadError, ssl.SSLZeroReturnError
-        self._error = ssl.SSLError
+        self._want_read, self._zero_return = ssl.SSLWantReadError, ssl.SSLZeroReturnError
+        self._ssl_error = ssl.SSLError
         self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
-        self._fresh = b''               # from the socket, for TLS
-        self._given = 1                 # how many bytes TLS got last
-        self._data = 0                  # how many bytes of data they had
-        self._unasked = 0               # bytes of answers since there was data
-        self._ended = False             # the socket has said all
-        self._failure = None            # it took no more while it was read
+        self._fresh = b''               # received, but not given to TLS
+        self._given = 1                 # number of bytes that TLS was given last
+        self._data = 0                  # number of bytes of data that they contained
+        self._unasked = 0               # bytes of answers since the last data
+        self._ended = False             # the socket is at its end
+        self._failure = None            # error of a send while reading, raised after the last data
 
     def handshake(self, until):
-        """Conversation: agree on keys; ssl.SSLError if that fails, socket.timeout if it takes long.
+        """Conversation: agree on keys.
+
+        Raises ssl.SSLError if that fails, EOFError if the peer leaves, socket.timeout after
+        `until`.
         """
         while True:
             if self._context in self.costly:
@@ -1854,23 +2047,23 @@ class TlsLayer(Layer):
                 return
             yield from wait_ready([self._sock], (), until)
             with contextlib.suppress(*BLOCKED):
-                self._feed(4 * self.CAREFUL)
+                self._fetch(4 * self.CAREFUL)
                 self._incoming.write(self._fresh)
                 self._fresh = b''
             if self._ended:
                 raise EOFError('Connection closed unexpectedly')
 
     def _advance(self):
-        """Take one step of the handshake: whether it was the last, and the error if it failed.
+        """Take a step of the handshake; return whether it was the last, and its error or None.
 
-        Where it runs in another thread and is not waited for any longer, nothing else may touch
-        the layer; so it only returns.
+        It may run in a thread of the pool when the conversation has timed out and closed the layer,
+        so it touches nothing but TLS, and raises nothing.
         """
         done, failure, started = False, None, thread_time()
         try:
             self._tls.do_handshake()
             done = True
-        except self._waits:
+        except self._want_read:
             pass
         except Exception as error:      # on Python 3.6 also ssl.CertificateError, a ValueError
             failure = error
@@ -1880,35 +2073,39 @@ class TlsLayer(Layer):
         return done, failure
 
     def peer_certificate(self):
-        """As SSLSocket.getpeercert() has it; empty without one."""
+        """The peer's certificate, as SSLSocket.getpeercert() returns it; {} if it sent none."""
         return self._tls.getpeercert() or {}
 
     def flush(self):
-        self._cipher += self._outgoing.read()       # the protocol itself may have something to say
+        self._cipher += self._outgoing.read()       # with the messages of the protocol itself
         return super().flush()
 
-    def _feed(self, size):
+    def _fetch(self, size):
+        """Receive ciphertext."""
         self._fresh = self._sock.recv(size)
         self._ended = not self._fresh
 
-    def _digest(self):
-        """Give TLS the next bytes."""
+    def _feed(self):
+        """Give the next bytes of ciphertext to TLS."""
         size = self.FAST if 2 * self._data >= self._given else self.CAREFUL
         self._given, self._data = self._incoming.write(self._fresh[:size]), 0
         self._fresh = memoryview(self._fresh)[size:]
 
     def _answer(self):
-        """Send what the protocol has to say of its own accord; OSError if that has no end."""
+        """Send messages of the protocol itself.  Raises OSError if a peer causes too many."""
         self._unasked += self._outgoing.pending
         try:
             self.flush()
-        except OSError as error:        # who takes no more may have said more
+        except OSError as error:        # a peer that takes no more may still have sent data
             self._failure = self._failure or error
         if self._unasked > self.UNASKED or len(self._cipher) > self.LARGEST:
-            raise OSError(errno.ENOBUFS, 'TLS: it asks for answers without end')
+            raise OSError(errno.ENOBUFS, 'TLS: the peer causes answers without end')
 
     def recv_into(self, buffer, size):
-        """Read what the socket has, but of `size` bytes; `buffer` has room for a RECORD more."""
+        """Read at most `size` bytes of the socket, and all that they decrypt to; return its length.
+
+        `buffer` has room for `size` bytes and a RECORD.  0 is the end of the peer's direction.
+        """
         buffer, count, fed = memoryview(buffer), 0, False
         try:
             while True:
@@ -1919,50 +2116,53 @@ class TlsLayer(Layer):
                     count += more
                     self._data += more
                     self._unasked = 0
-                except self._waits:
+                except self._want_read:
                     self._answer()
                     if self._fresh:
-                        self._digest()
+                        self._feed()
                         continue
                     if count:
                         return count
                     if fed:
                         raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record') from None
-                    self._feed(min(size, len(buffer) - self.RECORD))
+                    self._fetch(min(size, len(buffer) - self.RECORD))
                     fed = True
-                    if self._ended:     # TLS was not told, which concerns this direction only
+                    if self._ended:     # MemoryBIO was not told: it would end both directions
                         if isinstance(self._failure, ConnectionResetError):
-                            raise self._failure from None       # that was told once, and is no end
+                            # The system reports a reset once, and then the end.
+                            raise self._failure from None
                         break
-        except self._closed:
+        except self._zero_return:
             pass
-        except self._error:
+        except self._ssl_error:
             self._forget_error()
             raise
+        # TLS's own end may come before that of the socket, which must be readable for recv_into()
+        # to be called again and return 0.
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)     # so that it stays readable: the end is
+            self._sock.shutdown(socket.SHUT_RD)
         return count
 
     def _seal(self, data):
         try:
             return self._tls.write(data)
-        except self._error:
+        except self._ssl_error:
             self._forget_error()
             raise
 
     def _unwrap(self):
-        """Say that our direction has ended; the peer need not answer."""
+        """Send close_notify, which ends this direction; the peer need not answer (RFC 8446 6.1)."""
         try:
             self._tls.unwrap()
-        except self._waits:
+        except self._want_read:
             pass
-        except self._error:
+        except self._ssl_error:
             self._forget_error()
             raise
 
     def _forget_error(self):
-        """PyPy leaves the error in OpenSSL's queue of this thread, where it would be found after
-        the next call, of any connection.  To make an object clears that."""
+        """Clear OpenSSL's queue of errors of this thread, where PyPy leaves an error that the next
+        call, of any connection, would raise.  Making an object clears it."""
         if sys.implementation.name == 'pypy':
             import ssl
             is_server = self._tls.server_side
@@ -1974,14 +2174,14 @@ class TlsLayer(Layer):
         super().shutdown(how)
 
     def close(self):
-        """Close the socket, and tell the peer that this was no accident, if it can be told."""
+        """Send close_notify if the socket takes it, so that the end looks intended, and close."""
         with contextlib.suppress(OSError):
             self._unwrap()
         super().close()
 
 
 def abort(sock):
-    """Close a socket, or a layer, by RST; a layer's own farewell would look like a proper end."""
+    """Close a socket, or the one below a layer, by RST, so that its end does not look regular."""
     while isinstance(sock, Layer):
         sock = sock._sock
     with contextlib.suppress(OSError):
@@ -1990,24 +2190,24 @@ def abort(sock):
 
 
 class GssError(OSError):
-    """An error that GSSAPI reports, with its text."""
+    """An error that the GSSAPI library reports, with its text."""
 
 
 class GssLibrary:
-    """The calls of GSSAPI (RFC 2743; C bindings: RFC 2744) that are used here, by ctypes.
+    """The functions of GSSAPI (RFC 2743; C bindings: RFC 2744) that are used here, by ctypes.
 
-    Raises OSError where MIT Kerberos is not installed.  Calls may block, to ask a KDC.
+    Raises OSError if MIT Kerberos is not installed.  Calls may block, to ask a KDC.
     """
-    NAME = 'libgssapi_krb5.so.2'        # MIT's; the structures of others are laid out differently
-    KERBEROS = bytes.fromhex('2a864886f712010202')
-    SERVICE_NAME = bytes.fromhex('2a864886f71201020104')        # SERVICE@HOST
+    NAME = 'libgssapi_krb5.so.2'        # MIT Kerberos; other libraries have other structures
+    KERBEROS = bytes.fromhex('2a864886f712010202')              # RFC 1964 section 1
+    SERVICE_NAME = bytes.fromhex('2a864886f71201020104')        # SERVICE@HOST (RFC 2743 4.1)
     MUTUAL, REPLAY, SEQUENCE, CONF, INTEG = 2, 4, 8, 16, 32     # flags of a context
-    FOREVER, ACCEPT, FAILED = 0xFFFFFFFF, 2, 0xFFFF0000
+    FOREVER, ACCEPT, FAILED = 0xFFFFFFFF, 2, 0xFFFF0000         # FAILED: bits of a status
 
     def __init__(self):
         if sys.platform != 'linux':
             raise OSError(errno.ENOSYS, 'GSSAPI: only supported on Linux')
-        import ctypes                   # imported here, because it is seldom needed
+        import ctypes                   # here, since it is seldom needed
         self.handle, self.number, self.reference = ctypes.c_void_p, ctypes.c_uint32, ctypes.byref
         self._c = ctypes
 
@@ -2024,7 +2224,7 @@ class GssLibrary:
             raise OSError(errno.ENOENT, f'GSSAPI: {self.NAME} is not installed') from None
 
     def call(self, name, *args):
-        """Call gss_NAME(&minor, *args); the result is its status.  Raises GssError."""
+        """Call gss_NAME(&minor, *args) and return its status.  Raises GssError."""
         minor = self.number()
         function = getattr(self._library, 'gss_' + name)
         function.restype = self.number
@@ -2035,7 +2235,7 @@ class GssLibrary:
         return status
 
     def _text(self, status, kind):
-        """The text of a status; kind 1: of GSSAPI, 2: of the mechanism."""
+        """The text of a status code; `kind` 1 is GSSAPI's, 2 the mechanism's."""
         text, more, minor = self.output(), self.number(), self.number()
         self._library.gss_display_status(self.reference(minor), self.number(status), kind, None,
                                          self.reference(more), text)
@@ -2047,11 +2247,11 @@ class GssLibrary:
         return self._c.pointer(self._buffer_class(len(data), value))
 
     def output(self):
-        """A pointer to an empty gss_buffer_desc, for taken()."""
+        """A pointer to an empty gss_buffer_desc, for a call to fill and taken() to read."""
         return self._c.pointer(self._buffer_class())
 
     def taken(self, output):
-        """The bytes that a call has put into `output`, whose memory is released."""
+        """The bytes that a call has put into `output`; releases the memory."""
         buffer, minor = output.contents, self.number()
         data = self._c.string_at(buffer.value, buffer.length) if buffer.length else b''
         self._library.gss_release_buffer(self.reference(minor), output)
@@ -2062,7 +2262,7 @@ class GssLibrary:
         return self._c.pointer(self._oid_class(len(data), data))
 
     def imported(self, name):
-        """The handle of a name: SERVICE@HOST, or a principal, which contains a slash."""
+        """The handle of a name, SERVICE@HOST, or a principal with a slash.  Raises GssError."""
         handle = self.handle()
         self.call('import_name', self.input(name.encode()),
                   None if '/' in name else self.oid(self.SERVICE_NAME), self.reference(handle))
@@ -2070,7 +2270,7 @@ class GssLibrary:
 
     @contextlib.contextmanager
     def keys(self):
-        """The handle of the keys of all services in the keytab.  Raises GssError without any."""
+        """Context manager: the handle of all keys in the keytab.  Raises GssError without any."""
         handle = self.handle()
         self.call('acquire_cred', None, self.number(self.FOREVER), None, self.ACCEPT,
                   self.reference(handle), None, None)
@@ -2089,32 +2289,33 @@ def gss_library():
 class GssContext:
     """One side of a GSSAPI security context.
 
-    name     the service to authenticate to, SERVICE@HOST; None: accept a client
-    peer     the principal of the client that was accepted
-    level    the level of protection that was agreed on (RFC 1961 section 4)
+    name          the service to authenticate to, SERVICE@HOST; None to accept a client
+    in_sequence   whether messages must arrive in order; datagrams need not
+    peer          the principal of the client that was accepted
+    level         the level of protection that was agreed on (RFC 1961 section 4)
     """
     CLEAR, INTEGRITY, CONFIDENTIALITY = 0, 1, 2
-    DUPLICATE, OLD, OUT_OF_ORDER = 2, 4, 2 | 4 | 8 | 16         # bits of unwrap's status
+    DUPLICATE, OLD, OUT_OF_ORDER = 2, 4, 2 | 4 | 8 | 16         # bits of the status of unwrap()
     level = CONFIDENTIALITY
     peer = ''
 
     def __init__(self, name=None, in_sequence=True):
         self._name = name
-        self._in_sequence = in_sequence         # a stream is, datagrams are not
+        self._in_sequence = in_sequence
         self._library = gss_library()
         self._context = self._library.handle()
-        self._lock = threading.Lock()           # a context may be used by one thread at a time
+        self._lock = threading.Lock()           # the library allows one thread at a time
         self._flags = 0
 
     def step(self, token=b''):
-        """Take the token that the other side has sent; the result is (token to send, whether the
-        context is complete).  Raises GssError."""
+        """Process the other side's token; return the token to send, and whether the context is
+        complete.  Raises GssError."""
         library, output, flags = self._library, self._library.output(), self._library.number()
         function = self._accept if self._name is None else self._initiate
         try:
             status = function(library, token, output, flags)
         finally:
-            token = library.taken(output)       # after an error too, to release its memory
+            token = library.taken(output)       # after an error too, to release the memory
         self._flags = flags.value
         return token, not status
 
@@ -2147,13 +2348,13 @@ class GssContext:
         return status
 
     def allows(self, level):
-        """Whether the context can protect messages at this level."""
+        """Whether the context can protect messages at a level."""
         needed = {self.CLEAR: 0, self.INTEGRITY: self._library.INTEG,
                   self.CONFIDENTIALITY: self._library.CONF}[level]
         return self._flags & needed == needed
 
     def wrap(self, data, is_secret):
-        """The token that protects `data`; encrypted, or only signed."""
+        """The token that protects `data`, encrypted or only signed."""
         library, output = self._library, self._library.output()
         with self._lock:
             library.call('wrap', self._context, int(is_secret), 0, library.input(data),
@@ -2161,7 +2362,8 @@ class GssContext:
         return library.taken(output)
 
     def unwrap(self, token):
-        """(data, whether it was encrypted, status) of a token.  Raises GssError."""
+        """Return the data of a token, whether it was encrypted, and the status.  Raises GssError.
+        """
         library, output, is_secret = self._library, self._library.output(), self._library.number()
         with self._lock:
             status = library.call('unwrap', self._context, library.input(token), output,
@@ -2169,7 +2371,7 @@ class GssContext:
         return library.taken(output), bool(is_secret.value), status
 
     def largest(self):
-        """The number of bytes that one message can protect."""
+        """The number of bytes that fit in one message (RFC 1961 section 5: tokens of 64 KiB)."""
         library, largest = self._library, self._library.number()
         library.call('wrap_size_limit', self._context, self.level == self.CONFIDENTIALITY, 0,
                      GssMessage.LARGEST, library.reference(largest))
@@ -2184,8 +2386,8 @@ class GssContext:
         return GssMessage(GssMessage.DATA, token).pack()
 
     def open(self, token, forbidden):
-        """The data that a token protects.  Raises OSError unless it is protected at the agreed
-        level and its status has none of the bits in `forbidden`."""
+        """The data of a token.  Raises OSError if it is not protected at the agreed level, or its
+        status has one of the bits in `forbidden`."""
         data, is_secret, status = self.unwrap(token)
         if self.level == self.CONFIDENTIALITY and not is_secret:
             raise OSError(errno.EBADMSG, 'GSSAPI: a message is not encrypted')
@@ -2203,24 +2405,24 @@ class GssContext:
 class HttpForward(Layer):
     """The client's side of one forwarded HTTP request.
 
-    From the client, the body of the request is taken and the rest discarded, so that no second
-    request reaches the target.  To the client, the head of the answer says that the connection will
-    close (RFC 9112 section 9.6); if the target does not answer in HTTP, the proxy does.  After an
-    answer of 101 this is a plain tunnel (RFC 9110 section 7.8).
+    From the client, only the body of the request is passed on, so that no second request reaches
+    the target unseen.  To the client, the head of the answer says that the connection will close
+    (RFC 9112 section 9.6); if the target does not answer in HTTP, the proxy answers.  After a
+    status of 101 it passes everything (RFC 9110 section 7.8).
     """
-    INTERIM = 100                       # limit of answers with a status of 1xx
+    INTERIM = 100                       # most answers with a status of 1xx before the last one
 
     def __init__(self, sock, request):
         super().__init__(sock)
         self._request = request
         self._body = HttpBody(request.length)
-        self._head = bytearray()        # the part that has arrived; None: it was passed on
-        self._interim = self.INTERIM
-        self._is_over = False           # the client has sent something after its request
-        self._is_tunnel = False
+        self._head = bytearray()        # the part that has arrived; None when it is passed on
+        self._interim = self.INTERIM    # how many more are allowed
+        self._is_over = False           # the client has sent bytes after its request
+        self._is_tunnel = False         # the protocol was switched
 
     def take(self, data):
-        """The part of `data`, from the client, that belongs to the request's body."""
+        """The part of `data`, bytes from the client, that belongs to the request's body."""
         count = self._body.take(data)
         self._is_over |= count < len(data)
         return data[:count]
@@ -2230,7 +2432,7 @@ class HttpForward(Layer):
         if self._is_tunnel or not count:
             return count
         taken = 0
-        if not self.failure:            # else discard it: a reset could overtake our answer
+        if not self.failure:            # else discard: unread bytes would turn close() into RST
             try:
                 taken = len(self.take(memoryview(buffer)[:count]))
             except ProtocolError as error:
@@ -2260,7 +2462,10 @@ class HttpForward(Layer):
         return len(data)
 
     def _pass_head(self, start):
-        """Pass on the head of an answer, if it is complete; return whether it is."""
+        """Pass on the head of an answer if it is complete; return whether it is.
+
+        `start` is where to search for its end: before that there is none.
+        """
         end = HttpHead.END.search(self._head, start)
         if (end.end() if end else len(self._head)) > MAX_HEAD:
             raise ProtocolError(f'HTTP answer with a head of more than {MAX_HEAD} bytes')
@@ -2269,12 +2474,14 @@ class HttpForward(Layer):
         head, rest = HttpHead.unpack_answer(self._head[:end.end()]), self._head[end.end():]
         code, fields = int(head.start[9:12]), [('Via', f'{head.start[5:8]} socks.py')]
         self._interim -= code < 200
+        # A switch that the client did not ask for would let the target interpret its next bytes.
         if not self._interim or code == 101 and (self._is_over or not self._request.upgrade):
             raise ProtocolError(f'unexpected HTTP answer {code} of the target')
         if code == 101:
             fields += ('Connection', 'Upgrade'), ('Upgrade', ', '.join(head.values('upgrade')))
         elif code >= 200:
             fields.append(('Connection', 'close'))
+        # RFC 9112 section 6.3: with both, Content-Length does not count and is removed.
         without = ('content-length',) * bool(head.values('transfer-encoding'))
         self._cipher += HttpHead(head.start, (*head.end_to_end(*without), *fields)).pack()
         self._is_tunnel = code == 101
@@ -2285,7 +2492,8 @@ class HttpForward(Layer):
         return True
 
     def _fail(self, code, error):
-        """Send an answer in place of the target's, and end; OSError if the target has answered."""
+        """Send an answer in place of the target's, and end.  Raises OSError if the target's answer
+        has begun."""
         self.failure = f'{"refused" if code == HttpCode.BAD_REQUEST else "failed"}: {error}'
         if self._head is None:
             raise OSError(errno.EBADMSG, self.failure)
@@ -2301,7 +2509,10 @@ class HttpForward(Layer):
 
 
 class GssLayer(Layer):
-    """What GSSAPI protects (RFC 1961 section 5); `incoming` came with the last message before."""
+    """GSSAPI's protection of a connection (RFC 1961 section 5).
+
+    `incoming` is bytes that were read together with the last message of the negotiation.
+    """
     RECORD = 1 << 16                    # more than the bytes that one message protects
 
     def __init__(self, sock, context, incoming=b''):
@@ -2311,7 +2522,10 @@ class GssLayer(Layer):
         self._largest = context.largest()
 
     def recv_into(self, buffer, size):
-        """Read what the socket has, but of `size` bytes; `buffer` has room for 2 RECORDs more."""
+        """Read at most `size` bytes of the socket, and all that they decrypt to; return its length.
+
+        `buffer` has room for `size` bytes and 2 RECORDs.
+        """
         buffer = memoryview(buffer)
         count = self._open(buffer)
         if not count:
@@ -2327,13 +2541,13 @@ class GssLayer(Layer):
         return count
 
     def _open(self, buffer):
-        """Put into `buffer` what the whole messages have that came; its length."""
+        """Decrypt the complete messages into `buffer`; return the number of bytes."""
         (read, _), used, count = reader(self._incoming), 0, 0
         with contextlib.suppress(EOFError):
             while True:
                 try:
                     token = GssMessage.unpack_token(GssMessage.DATA, read)
-                except ProtocolError as error:  # nobody that could be answered
+                except ProtocolError as error:  # too late for a reply: it is the tunnel's failure
                     raise OSError(errno.EBADMSG, str(error)) from None
                 data = self.context.open(token, self.context.OUT_OF_ORDER)
                 buffer[count:count + len(data)] = data
@@ -2349,7 +2563,7 @@ class GssLayer(Layer):
 
 
 class GssDatagrams:
-    """A UDP socket each of whose datagrams is a GSSAPI message (RFC 1961 section 5)."""
+    """A UDP socket whose datagrams are GSSAPI messages, one each (RFC 1961 section 5)."""
 
     def __init__(self, sock, context):
         self._sock = sock
@@ -2358,7 +2572,7 @@ class GssDatagrams:
         self.getsockname = sock.getsockname
 
     def recvfrom_into(self, buffer):
-        """As of a socket; what is no datagram from the other side of the context is empty."""
+        """As of a socket; a datagram that does not belong to the context becomes an empty one."""
         message, source = self._sock.recvfrom(0xFFFF)
         data = unwrap_datagram(self.context, message)
         buffer[:len(data)] = data
@@ -2372,7 +2586,7 @@ class GssDatagrams:
 
 
 def unwrap_datagram(context, message):
-    """What a datagram protects; nothing if it is wrong, or came before."""
+    """The data of a protected datagram; b'' if it is malformed, or a replay."""
     read, rest = reader(message)
     try:
         token = GssMessage.unpack_token(GssMessage.DATA, read)
@@ -2384,7 +2598,8 @@ def unwrap_datagram(context, message):
 
 
 def interleave(addresses):
-    """The addresses, their families in turn, the first one's first (RFC 8305 section 4)."""
+    """The addresses with their families in turn, that of the first one first (RFC 8305 section 4).
+    """
     if len(addresses) == 1:
         return addresses
     families = {}
@@ -2409,10 +2624,10 @@ def usable(addresses, settings):
 
 
 def start_connect(address, source):
-    """A non-blocking socket whose connect to `address` is done or on its way, and which of these.
+    """Return a non-blocking socket that connects to `address`, and whether it is connected.
 
-    `source` has the local addresses to use, at most one of a family; a family without one is then
-    unreachable.
+    `source` has the local addresses to use, at most one of each family; if it has others only, the
+    address is unreachable.  Raises OSError.
     """
     family = family_of(address.host)
     sock = _orig_socket(family, socket.SOCK_STREAM)
@@ -2420,14 +2635,15 @@ def start_connect(address, source):
         if '%' in address.host:
             address = address.sockaddr
         sock.setblocking(False)
+        # A relay sends what it has: Nagle's algorithm would only delay that, tcp(7).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)      # else a dead peer stays
         if source:
             if sys.platform == 'linux':
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind(source_of(family, source).sockaddr)
         error = sock.connect_ex(address)
-        if error in UNDER_WAY:          # within this host it is done by now, if one asks
+        if error in UNDER_WAY:          # to the same host it is done by now: no need to wait
             error = sock.connect_ex(address)
         if error not in (0, errno.EISCONN, *UNDER_WAY):
             raise OSError(error, os.strerror(error))
@@ -2438,9 +2654,9 @@ def start_connect(address, source):
 
 
 def source_of(family, source):
-    """The local `Address` for `family`, an item of `source`: a host, or an `Address` with a port.
+    """The local `Address` to use for a family: an item of `source`, a host or an `Address`.
 
-    Without any in `source` it is unspecified.  Raises OSError if there are others only.
+    It is unspecified if `source` is empty.  Raises OSError if that has other families only.
     """
     if not source:
         return Address('::' if family == socket.AF_INET6 else '0.0.0.0', 0)
@@ -2448,29 +2664,39 @@ def source_of(family, source):
         address = item if isinstance(item, Address) else Address(item, 0)
         if family_of(address.host) == family:
             return address
-    raise OSError(errno.ENETUNREACH, 'no source address of this family')
+    wanted = 'IPv6' if family == socket.AF_INET6 else 'IPv4'
+    raise OSError(errno.ENETUNREACH, f'no source address for {wanted}')
 
 
 def local_ip_towards(hosts, source):
-    """Our IP address from which the first of `hosts` is reached that is; OSError if none is."""
+    """The IP address of this host from which the first reachable one of `hosts` is reached.
+
+    Raises OSError if none is reachable.
+    """
     for host in hosts:
         family = family_of(host)
         try:
             with _orig_socket(family, socket.SOCK_DGRAM) as sock:
                 sock.bind(source_of(family, source)._replace(port=0).sockaddr)
-                sock.connect(Address(host, 9).sockaddr)         # which sends nothing
+                sock.connect(Address(host, 9).sockaddr)         # sends nothing, see connect(2)
                 return local_address(sock).host
         except OSError as caught:
             error = caught
     raise error
 
 
-def dial(addresses, until=None, source=(), note=None):
-    """Conversation: a non-blocking socket connected to the first address to answer (RFC 8305 5).
+def error_rank(error):
+    """A number that is lower, the more the error of an attempt says about the target."""
+    return ERROR_RANKS.get(reply_for(error), len(ERROR_RANKS))
 
-    An attempt starts as soon as one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
-    the error that says most is raised, or the last one of those that say as much.  note(text,
-    *args) is told of each attempt.
+
+def dial(addresses, until=None, source=(), note=None):
+    """Conversation: a non-blocking socket, connected to the first address that answers (RFC 8305
+    section 5).
+
+    An attempt starts when the one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
+    the error that says most is raised, the last one of several.  note(text, *args) is called to log
+    each attempt.
     """
     racing, errors = {}, []
     try:
@@ -2479,19 +2705,19 @@ def dial(addresses, until=None, source=(), note=None):
     except socket.timeout as error:
         errors.append(error)
         winner = None
-    finally:
+    finally:                            # also when the client has left
         for loser in racing:
             loser.close()
     if winner:
         return winner
-    raise min(reversed(errors), key=lambda error: TELLING.get(reply_for(error), len(TELLING)))
+    raise min(reversed(errors), key=error_rank)
 
 
 def race(waiting, racing, errors, until, source, note):
-    """Conversation: the first socket to be connected; None if none is.
+    """Conversation: the first socket that is connected, or None.
 
-    Takes addresses from `waiting`; `racing` has the sockets that are under way and their addresses,
-    `errors` what became of others.
+    It takes addresses from `waiting`.  `racing` has {socket: address} of the attempts under way,
+    for the caller to close; `errors` gets the errors of the failed ones.
     """
     while waiting or racing:
         if waiting:
@@ -2508,6 +2734,7 @@ def race(waiting, racing, errors, until, source, note):
             if connected:
                 return sock
             racing[sock] = address
+        # The last attempt has no successor to start, so it may take until the end.
         pause = ATTEMPT_DELAY if waiting else None
         for sock in (yield from wait_ready((), list(racing), until, pause)):
             address = racing.pop(sock)
@@ -2522,21 +2749,24 @@ def race(waiting, racing, errors, until, source, note):
 
 
 def keep_urgent(sock):
-    """Leave urgent data of TCP in the stream; by default, its last byte is taken out."""
+    """Keep urgent data of TCP in the stream, socket(7); by default, recv() skips its last byte."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def bound(address, kind=socket.SOCK_STREAM):
-    """A non-blocking socket bound to `address`, an IP address; a TCP one ready for listen()."""
+    """A non-blocking socket bound to `address`, an IP address; a TCP one is ready for listen().
+
+    Raises OSError with the address in its text.
+    """
     family = family_of(address.host)
     sock = _orig_socket(family, kind)
     try:
         sock.setblocking(False)
-        if os.name != 'posix':          # Windows: there SO_REUSEADDR would share a port in use
+        if os.name != 'posix':          # on Windows, SO_REUSEADDR would share a port in use
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        elif kind == socket.SOCK_STREAM:
+        elif kind == socket.SOCK_STREAM:        # despite old connections in TIME_WAIT
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:   # systems differ in their default
+        if family == socket.AF_INET6:   # systems have different defaults
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if kind == socket.SOCK_STREAM:  # accepted sockets inherit these
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2550,19 +2780,20 @@ def bound(address, kind=socket.SOCK_STREAM):
 
 
 def listening_at(path, mode=None):
-    """A unix socket that listens at `path`, with these permissions; None: 0600, less the umask.
+    """A unix socket that listens at `path`, with the permissions `mode`, by default 0600 less the
+    umask.
 
-    A socket file that no server listens on any more is replaced.
+    A socket file without a listening server is replaced.  Raises OSError with the path in its text.
     """
     sock = _orig_socket(socket.AF_UNIX)
-    umask = os.umask(0o177)             # from the first moment on, nobody else can connect
+    umask = os.umask(0o177)             # before chmod(), no other account may connect either
     try:
         sock.setblocking(False)
         if is_stale(path):
             os.unlink(path)
         sock.bind(path)
         os.chmod(path, 0o600 & ~umask if mode is None else mode)
-        sock.listen(1)
+        sock.listen(1)                  # from now on it is not stale; the server sets the length
         return sock
     except OSError as error:
         sock.close()
@@ -2580,8 +2811,10 @@ def is_stale(path):
 
 
 def account_of(sock):
-    """The name of the account that has connected to a unix socket (SO_PEERCRED in unix(7)); its
-    number if it has no name, '-' if the system does not tell."""
+    """The account of the process at the other end of a unix socket (SO_PEERCRED, unix(7)).
+
+    Its name, its number if it has no name, or '-' where the system does not tell.
+    """
     try:
         import pwd
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -2595,7 +2828,8 @@ def account_of(sock):
 
 
 def bound_udp(address):
-    """A UDP socket bound to `address`, with a receive buffer as large as the system allows."""
+    """A UDP socket bound to `address`, with a receive buffer of RECEIVE_BUFFER bytes, or as many as
+    the system allows."""
     sock = bound(address, socket.SOCK_DGRAM)
     options = [socket.SO_RCVBUF]
     if sys.platform == 'linux':
@@ -2607,24 +2841,25 @@ def bound_udp(address):
             break
         except PermissionError:         # not root
             del options[0]
-        except OSError:                 # BSD: larger than the limit
+        except OSError:                 # BSD refuses sizes beyond its limit; Linux reduces them
             size //= 2
     return sock
 
 
 class FreePorts:
-    """A set of ports, at first those from `lowest` to `highest`.
+    """A set of ports, initially all from `lowest` to `highest`.
 
-    It takes a random one in constant time, and needs memory only for those taken: it is an array to
-    shuffle of which just the places are stored that are not as they were.
+    take() removes a random one, in constant time.  It works like an array that is shuffled (Fisher
+    and Yates), but stores changed places only, so that memory grows with the ports taken.
     """
 
     def __init__(self, lowest, highest):
         self.lowest = lowest
         self.size = self.count = highest - lowest + 1
-        self._changed = {}              # port by place
+        self._changed = {}              # place: port; elsewhere the port is lowest + place
 
     def take(self):
+        """Remove and return a random port; a random one is harder to guess for others."""
         place = int.from_bytes(os.urandom(4), 'big') % self.count
         self.count -= 1
         last = self._changed.pop(self.count, self.lowest + self.count)
@@ -2635,6 +2870,7 @@ class FreePorts:
         return port
 
     def put(self, port):
+        """Add a port that was taken."""
         self._changed[self.count] = port
         self.count += 1
 
@@ -2642,20 +2878,20 @@ class FreePorts:
 class UdpPorts:
     """Binds UDP sockets to random ports of a range.
 
-    It knows the ports that it gave out and tries none of these, so that it finds a free one at
-    once, however large the range is.  One client gets half of a range at most.
+    It tries no port that it has given out, so that it finds a free one quickly in a range that is
+    nearly used up.  One client gets half of a range at most.
     """
-    ATTEMPTS = 64                       # ports tried at a time; other programs may have them
+    ATTEMPTS = 64                       # ports tried for one socket; other programs may have them
 
     def __init__(self):
-        self._ranges = {}               # by (host, ports): (free ports, Counter of owners)
-        self._lock = threading.Lock()   # for the threads of all loops
+        self._ranges = {}               # (host, ports): (`FreePorts`, Counter of owners)
+        self._lock = threading.Lock()   # the threads of all loops use it
 
     def bind(self, host, ports, owner):
-        """(a socket, a function to call when it is closed); OSError if no port is free.
+        """Return a socket, and a function to call when it is closed.
 
-        `ports` is (lowest, highest); (0, 0): any.  `owner` is the key of a client, or None for one
-        that may have all.
+        `ports` is (lowest, highest), or (0, 0) for any port.  `owner` is the key of a client, or
+        None for one without a limit.  Raises OSError if no port is free.
         """
         if not ports[1]:
             return bound_udp(Address(host, 0)), lambda: None
@@ -2672,7 +2908,8 @@ class UdpPorts:
         return sock, functools.partial(self._give_back, key, port, owner)
 
     def _bind(self, host, free):
-        tried = []
+        """Return a socket and its port, which is taken from `free`."""
+        tried = []                      # ports to put back into `free`
         try:
             while free.count and len(tried) < self.ATTEMPTS:
                 tried.append(free.take())
@@ -2685,7 +2922,7 @@ class UdpPorts:
             for port in tried:
                 free.put(port)
         raise OSError(errno.EADDRINUSE,
-                      f'no UDP port is free of {free.lowest} to {free.lowest + free.size - 1}')
+                      f'no UDP port from {free.lowest} to {free.lowest + free.size - 1} is free')
 
     def _give_back(self, key, port, owner):
         with self._lock:
@@ -2697,23 +2934,26 @@ class UdpPorts:
             self._tidy(key)
 
     def _tidy(self, key):
+        """Forget a range of which no port is taken: settings may change any number of times."""
         free, _ = self._ranges[key]
         if free.count == free.size:
             del self._ranges[key]
 
 
 def tcp_pair():
-    """Two non-blocking TCP sockets that are connected to each other, unlike those of socketpair(),
-    which programs could not set TCP's options on."""
+    """Two non-blocking TCP sockets that are connected to each other.
+
+    Programs can set TCP's options on them, which the unix sockets of socketpair() do not have.
+    """
     with bound(Address('127.0.0.1', 0)) as listener:
         listener.listen(1)
         near, _ = start_connect(Address.of(listener.getsockname()), ())
         try:
             poll([listener], (), deadline(1))
             far, address = listener.accept()
-            if address != near.getsockname():
+            if address != near.getsockname():   # another program was quicker
                 far.close()
-                raise OSError(errno.ECONNABORTED, 'somebody else connected')
+                raise OSError(errno.ECONNABORTED, 'another program connected to the socket pair')
         except BaseException:
             near.close()
             raise
@@ -2722,7 +2962,7 @@ def tcp_pair():
 
 
 def stock_pair():
-    """Two connected stock sockets for our own use, whatever class socket.socket is."""
+    """Two connected sockets of the original class, whatever class socket.socket is by now."""
     if not hasattr(_socket, 'socketpair'):      # Windows
         return tcp_pair()
     return [_orig_socket(half.family, half.type, half.proto, half.detach())

@@ -1236,7 +1236,7 @@ class SocketsTest(Case):
         target = [Address('127.0.0.1', origin.port)]
         with dial(target, PATIENCE, ('127.0.0.2',)) as sock:
             self.assertEqual(sock.getsockname()[0], '127.0.0.2')
-        with self.assertRaisesRegex(OSError, 'family') as caught:
+        with self.assertRaisesRegex(OSError, 'no source address for IPv') as caught:
             dial(target, PATIENCE, ('::1',))
         self.assertEqual(socks.reply_for(caught.exception), Reply.NETWORK_UNREACHABLE)
 
@@ -2903,7 +2903,7 @@ class UdpTest(Case):
             ports.bind('127.0.0.1', wanted, 'a')
         held.append(ports.bind('127.0.0.1', wanted, 'b'))
         self.assertEqual({sock.getsockname()[1] for sock, _ in held}, set(range(first, first + 4)))
-        with self.assertRaisesRegex(OSError, 'no UDP port is free of'):
+        with self.assertRaisesRegex(OSError, 'no UDP port from .* is free'):
             ports.bind('127.0.0.1', wanted, 'c')
         for sock, release in held:
             sock.close()
@@ -2931,7 +2931,7 @@ class UdpTest(Case):
         with Associate(server) as second:
             self.assertEqual(second.response, Response(Reply.GENERAL_FAILURE))
         eventually(lambda: self.lines)
-        self.assertIn(f'no UDP port is free of {port} to {port}', self.lines[0])
+        self.assertIn(f'no UDP port from {port} to {port} is free', self.lines[0])
 
     def test_many_targets(self):
         """For the latest one, the one that was first is forgotten."""
@@ -5806,6 +5806,54 @@ class TypesTest(unittest.TestCase):
         self.assertEqual(socks.socksocket.recv.__annotations__['return'], bytes)
 
 
+class NamesTest(unittest.TestCase):
+    """What `import *` gives, and the names in the module's docstring."""
+
+    PYSOCKS = """
+        SOCKS4 SOCKS5 HTTP PROXY_TYPE_SOCKS4 PROXY_TYPE_SOCKS5 PROXY_TYPE_HTTP PROXY_TYPES
+        PRINTABLE_PROXY_TYPES DEFAULT_PORTS SOCKS4_ERRORS SOCKS5_ERRORS ProxyError GeneralProxyError
+        ProxyConnectionError SOCKS5AuthError SOCKS5Error SOCKS4Error HTTPError set_default_proxy
+        setdefaultproxy get_default_proxy getdefaultproxy wrap_module wrapmodule create_connection
+        socksocket set_self_blocking log""".split()         # of version 1.7.1
+
+    def test_all_exist(self):
+        self.assertEqual(len(set(socks.__all__)), len(socks.__all__))
+        for name in socks.__all__:
+            self.assertTrue(hasattr(socks, name), name)
+
+    def test_all_is_what_programs_use(self):
+        with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as file:
+            examples = re.findall(r'```python\n(.*?)```', file.read(), re.DOTALL)
+        used = set(re.findall(r'\bsocks\.(\w+)', '\n'.join([*examples, TYPED_PROGRAM])))
+        self.assertIn('Server', used)
+        self.assertEqual(used - {'getaddrinfo', *socks.__all__}, set())
+
+    def test_star_import(self):
+        """It gives the names of PySocks; in a new interpreter, where nothing else has them."""
+        done = run(sys.executable, '-W', 'error', '-c',
+                   'from socks import *\nprint(*globals())', cwd=HERE)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        names = set(done.stdout.split())
+        self.assertEqual({*self.PYSOCKS, *socks.__all__} - names, set())
+        self.assertEqual({'socket', 'os', 'getaddrinfo'} & names, set())
+
+    def test_module_docstring(self):
+        """Its functions and classes exist, and its sections are those of the file, in order."""
+        dotted = re.findall(r'\b([A-Z]\w+)\.([a-z_]\w*)', socks.__doc__)
+        self.assertIn(('Tunnel', 'close'), dotted)
+        for owner, name in dotted:
+            self.assertTrue(hasattr(getattr(socks, owner), name), f'{owner}.{name}')
+        paths = socks.__doc__.partition('\nPaths\n')[2].partition('\nConversations\n')[0]
+        for name in (*re.findall(r'`(\w+)`', socks.__doc__),
+                     *re.findall(r'(?<![.\w])\w+_\w+', paths)):
+            self.assertTrue(any(hasattr(owner, name) for owner in (
+                socks, socks.Server, socks.Handler)), name)
+        with open(socks.__file__, encoding='utf-8') as file:
+            sections = re.findall(r'^# -{20,} (.*)$', file.read(), re.MULTILINE)
+        listed = socks.__doc__.partition('\nSections\n')[2].partition('\nPaths\n')[0]
+        self.assertEqual(re.findall(r'^(\w+(?: \w+)?) {2,}', listed, re.MULTILINE), sections)
+
+
 class ToolTest(Case):
     """The command line as a client."""
 
@@ -7367,7 +7415,7 @@ class TlsTest(FileCase):
                     client.write(b'data')
                     self.assertEqual(far.read(4), b'data')
                 self.assertTrue(lasts)
-        self.assertIn(': client: TLS: it asks for', eventually(lambda: self.lines)[0])
+        self.assertIn(': client: TLS: the peer causes', eventually(lambda: self.lines)[0])
 
     def flooded(self, server, origin, client):
         """The target's side and the tunnel of a client that asks for new keys and takes none, until

@@ -33,7 +33,7 @@ Not supported
   address as a name
 - BIND and UDP ASSOCIATE through the server's upstream proxies; UDP by a client through more than
   one proxy
-- datagrams inside of TLS: beside it, they go in the clear or not at all (--udp-over-plain)
+- datagrams inside TLS: beside it, they go in the clear or not at all (--udp-over-plain)
 - sending SOCKS5 fragments: the server reassembles those of its clients, a client drops those of its
   proxy
 - GSSAPI by other libraries than MIT Kerberos on Linux, and in HTTP
@@ -69,7 +69,7 @@ A connection to the server, served by a `Handler`::
 
 A datagram; the bytes of its header are the key to its target, so it is parsed only once::
 
-    UdpRelay.from_client -> new header: Routes.follow (resolve, Server.authorize) -> sendto
+    UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> sendto
     UdpRelay.from_target -> header of the sender, payload -> UdpRelay.answer
 
 A connection through a proxy, as a client::
@@ -7308,7 +7308,7 @@ class Handler(socketserver.BaseRequestHandler):
             return True
         if way and len(way.chain) > 1:  # one proxy of a chain did not reach the next one
             return (getattr(error, 'proxy', None) not in (None, way.chain[-1].without_secrets())
-                    and error.reply in TELLING)
+                    and error.reply in ERROR_RANKS)
         return bool(way and way.source) and error.errno == errno.EADDRNOTAVAIL
 
     def connect_by_way(self, way, address, until, addresses):

@@ -6869,7 +6869,7 @@ class Handler(socketserver.BaseRequestHandler):
     """
     methods: Dict[int, Tuple[Command, Callable, bool]]
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.methods = command_methods(cls)
 

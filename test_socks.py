@@ -6948,7 +6948,7 @@ class BalancerTest(VectorCase):
             with near, far:
                 handler = socks.Handler(near, (peer, 7), server)
                 handler.client = client
-                handler.announced(header)
+                handler.take_addresses(header)
             self.assertEqual(client.address, header.source if local else Address(peer, 7))
             with self.subTest(peer):
                 with contextlib.suppress() if local else self.assertRaises(socks.Refused):

@@ -6622,6 +6622,7 @@ def as_levels(value):
 
 
 def as_number(kind, value):
+    # None and '' stand for 0, which means no limit; 1.5 is no int, though int(1.5) is one.
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = kind(value or 0)
         if 0 <= number < float('inf') and (isinstance(value, str) or number == (value or 0)):
@@ -6767,6 +6768,7 @@ class Session:
             self.server.log_session(self.line(outcome, up, down))
 
     def line(self, outcome: str, up: int, down: int) -> LogLine:
+        """The `LogLine` as of now."""
         return LogLine(
             self.address, self.user, self.protocol, self.command.name if self.command else '-',
             self.target, outcome, up, down, time.monotonic() - self.started,
@@ -6846,8 +6848,8 @@ class Handler(socketserver.BaseRequestHandler):
     settings          the server's `Settings`, as of the client's request
     client            the client's `Session`; client.report(outcome) logs its line
     reply(code, address)     conversation: send a `Reply`, with the bound address (BND)
-    join(socket, address)    conversation: send the reply Succeeded; the result is a `Tunnel`
-                             between the client and `socket`
+    join(socket, address)    conversation: send the reply Succeeded; the result, to be returned, is
+                             a `Tunnel` between the client and `socket`
 
     Methods that may be overridden:
 
@@ -6905,11 +6907,12 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             relay = yield from self.serve()
         finally:
-            if relay is None:
+            if relay is None:           # else the relay does this at its end
                 self.server.session_ended(self.client, 0, 0)
         return relay
 
     def serve(self):
+        """conversation(), without the end of the session; errors become log lines and replies."""
         try:
             yield from self.prepare()
             request = yield from self.negotiate()
@@ -6933,6 +6936,7 @@ class Handler(socketserver.BaseRequestHandler):
             return None
 
     def reply(self, code: int, address: Address = UNSPECIFIED) -> Conversation:
+        """Conversation: send a `Reply` in the form of the client's protocol."""
         return self.stream.write(self.make_reply(code, address))
 
     def refuse(self, error):
@@ -7019,6 +7023,7 @@ class Handler(socketserver.BaseRequestHandler):
         raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
 
     def negotiate4(self):
+        """Conversation: read a request of SOCKS4 or SOCKS4a, and check its userid."""
         self.client.protocol = 'SOCKS4'
         self.make_reply = Response4.of
         request = yield from self.stream.read(Request4.unpack)
@@ -7040,6 +7045,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.client.user = user
 
     def negotiate5(self):
+        """Conversation: agree on a method, authenticate, read the request (RFC 1928)."""
         self.client.protocol = 'SOCKS5'
         self.make_reply = lambda *_: Choice(Method.NO_ACCEPTABLE)
         greeting = yield from self.stream.read(Greeting.unpack)
@@ -7331,8 +7337,8 @@ class Handler(socketserver.BaseRequestHandler):
     def do_FORWARD(self, request: 'HttpRequest') -> Conversation:
         """Forward one HTTP request, through a connection as CONNECT makes it.
 
-        The new head is sent as if the client had sent it early, after CONNECT; `HttpForward` does
-        the same to what follows, and to the response.
+        The new head goes to the target as if the client had sent it early, after CONNECT;
+        `HttpForward` sees to the body and to the response.
         """
         self.client.command = HttpMethod(request.method)
         layer = HttpForward(self.connection, request)
@@ -7384,7 +7390,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.client.target_address = None if wanted == address else wanted
         if self.is_verbose:
             self.note('the last proxy connects from %s', printable(str(bnd)))
-        if ip_bytes(bnd.host) is None:  # a name as BND, which many clients cannot read
+        if ip_bytes(bnd.host) is None:  # a name; clients expect an IP address as BND
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
 
@@ -7458,7 +7464,7 @@ class Handler(socketserver.BaseRequestHandler):
         client.target = '-'
         self.server.judge_association(client)
         own, advertised = self.own_address()
-        is_here = is_loopback(host) or is_ours(host)        # local programs have no share of ports
+        is_here = is_loopback(host) or is_ours(host)        # it may take every port
         near, release = self.server.udp_ports.bind(
             own, self.settings.udp_ports, None if is_here else client_key(host))
         try:
@@ -7608,6 +7614,7 @@ def listening_addresses(server_address):
 
 
 def is_pair(address):
+    """Whether this is one (host, port, ...), not a sequence of those."""
     return isinstance(address, (tuple, list)) and len(address) > 1 and isinstance(address[0], str)
 
 
@@ -7791,7 +7798,7 @@ class BulkLoops:
 
     @property
     def loops(self):
-        return list(self._threads)
+        return list(self._threads)      # a copy, as another thread may add one
 
     def take(self, tunnel):
         """Move `tunnel` to a new loop if each has work and there may be one more, else to the loop
@@ -7825,7 +7832,7 @@ class Listening:
     client = due = None
 
     def __init__(self, server):
-        self.ready, self.expire = server._accept, server._expire
+        self.ready, self.expire = server._accept, server._expire        # see `Loop`
 
     def close(self, outcome):
         """The listeners are closed by server_close()."""
@@ -8002,7 +8009,7 @@ class Server(socketserver.ThreadingTCPServer):
             sock.close()
         remove_files(self.socket_files)
         self._pool.dismiss()
-        self._bulk_loops.stop()
+        self._bulk_loops.stop()         # first: a loop must not be closed while it runs
         for loop in self.loops():
             loop.close()
         self._bulk_loops.pipes.close()
@@ -8019,6 +8026,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.loop.call(self._item, self._drain, seconds)
 
     def _drain(self, seconds):
+        """drain(), in the thread of the loop."""
         self._watch_listeners(False)
         self._draining = True
         for sock in self.listeners:
@@ -8092,8 +8100,8 @@ class Server(socketserver.ThreadingTCPServer):
     def _room(self):
         """The number of clients that can be accepted now.
 
-        A client needs two descriptors.  An association may need four, so it counts as two clients:
-        the connection, a socket to the client, and one for the targets of each family.
+        An association counts as two clients, as it may need four descriptors: the connection, a
+        socket for the client, and one for the targets of each family.
         """
         clients = sum(len(loop.items) for loop in self.loops())
         room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
@@ -8101,10 +8109,8 @@ class Server(socketserver.ThreadingTCPServer):
         return min(room, places) if self.places else room
 
     def _pause(self):
-        """Leave clients in the listen queue until another one leaves, or for ACCEPT_PAUSE.
-
-        The time-out is for descriptors that something else in this process has released.
-        """
+        """Leave clients in the listen queue until another one leaves, or for ACCEPT_PAUSE, as other
+        parts of the process may release descriptors, too."""
         self._watch_listeners(False)
         self.loop.timers.set(self._item, self.loop.now + ACCEPT_PAUSE)
 

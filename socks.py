@@ -239,7 +239,7 @@ class HttpMethod(int):
 
     def __new__(cls, name):
         method = int.__new__(cls, Command.CONNECT)
-        method.name = name
+        method._name_ = name
         return method
 
 
@@ -6770,7 +6770,8 @@ class Session:
     def line(self, outcome: str, up: int, down: int) -> LogLine:
         """The `LogLine` as of now."""
         return LogLine(
-            self.address, self.user, self.protocol, self.command.name if self.command else '-',
+            self.address, self.user, self.protocol,
+            self.command._name_ if self.command else '-',       # .name takes two calls more
             self.target, outcome, up, down, time.monotonic() - self.started,
             self.target if self.target_address is None else str(self.target_address))
 
@@ -7794,11 +7795,8 @@ class BulkLoops:
     def __init__(self, size):
         self._size = size
         self._threads = {}              # loop -> thread
+        self.loops = ()                 # replaced, never changed: any thread may walk it
         self.pipes = SystemPipes()
-
-    @property
-    def loops(self):
-        return list(self._threads)      # a copy, as another thread may add one
 
     def take(self, tunnel):
         """Move `tunnel` to a new loop if each has work and there may be one more, else to the loop
@@ -7820,6 +7818,7 @@ class BulkLoops:
             loop.close()
             raise
         self._threads[loop] = thread
+        self.loops += (loop,)
 
     def stop(self):
         for loop, thread in self._threads.items():
@@ -8048,19 +8047,23 @@ class Server(socketserver.ThreadingTCPServer):
         """Accept clients from now on, or leave them in the listen queues."""
         if accepting != self._accepting:
             self._accepting = accepting
+            self._listening = {sock.fileno(): (sock, (int(sock.family), sock.type & 0xF, sock.proto))
+                               for sock in self.listeners}
             for sock in self.listeners:
                 self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
 
     def _accept(self, fd, _):
         """Accept clients from the listener with the descriptor `fd`, as many as there is room for.
         """
-        listener = next(sock for sock in self.listeners if sock.fileno() == fd)
+        listener, kind = self._listening[fd]
         room = self._room()
         if room <= 0:
             self._warn()
         for _ in range(min(ACCEPT_BATCH, room)):
             try:
-                request, client_address = listener.accept()
+                # As accept() does, which asks the listener for its family each time.
+                descriptor, client_address = listener._accept()
+                request = _orig_socket(*kind, descriptor)
             except BLOCKED:
                 return
             except OSError as error:
@@ -8103,7 +8106,9 @@ class Server(socketserver.ThreadingTCPServer):
         An association counts as two clients, as it may need four descriptors: the connection, a
         socket for the client, and one for the targets of each family.
         """
-        clients = sum(len(loop.items) for loop in self.loops())
+        clients = len(self.loop.items)
+        for loop in self._bulk_loops.loops:
+            clients += len(loop.items)
         room = self.max_clients - clients if self.max_clients else ACCEPT_BATCH
         places = self.places - clients - self.sessions.associations
         return min(room, places) if self.places else room

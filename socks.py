@@ -186,7 +186,7 @@ __all__ = [
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false
 # pyright: reportPossiblyUnboundVariable=false, reportRedeclaration=false, reportReturnType=false
 
-__version__ = '2.0.0'
+__version__ = '2.1.0'
 
 IS_PROGRAM = __name__ == '__main__'
 if IS_PROGRAM:      # pickles name the module, and other processes know it as "socks"
@@ -3959,11 +3959,6 @@ class Timers:
                 if tick * self.TICK < self.next:
                     self.next = tick * self.TICK
 
-    def pause(self, now):
-        """Seconds from the time `now` until a timer may expire, at most LONGEST."""
-        pause = self.next - now
-        return LONGEST if pause > LONGEST else pause if pause > 0 else 0
-
     def expired(self, now):
         """The items whose timers have expired at the time `now`, the earliest first; their timers
         are cancelled."""
@@ -4064,7 +4059,8 @@ class Loop:
             # Set before the look at the inbox: if call() comes after that look, it sees the flag
             # and wakes the poll.
             self._asleep = True
-            found = poll(0 if inbox else timers.pause(monotonic()), self.ROUND)
+            pause = 0 if inbox else min(timers.next - monotonic(), LONGEST)
+            found = poll(pause if pause > 0 else 0, self.ROUND)         # below 0 it has no end
             self._asleep = False
             self.now = monotonic()
             self.time_slice = self.ROUND_TIME / (len(found) or 1)
@@ -6904,37 +6900,32 @@ class Handler(socketserver.BaseRequestHandler):
 
     def conversation(self) -> Conversation:
         """Conversation: serve the client.  The result is a relay to go on with, or None."""
-        relay = None
-        try:
-            relay = yield from self.serve()
-        finally:
-            if relay is None:           # else the relay does this at its end
-                self.server.session_ended(self.client, 0, 0)
-        return relay
-
-    def serve(self):
-        """conversation(), without the end of the session; errors become log lines and replies."""
+        relay = request = None
         try:
             yield from self.prepare()
             request = yield from self.negotiate()
             if self.settings is not self.server.settings:
                 self.check_again()
             self.server.sessions.negotiated(self.client)
-        except ProxyError as error:
-            return (yield from self.refuse(error))
-        # The connection to the client has failed, so there is no reply.
-        except (OSError, EOFError, ClientReset) as error:
-            # Port scans and health checks that send nothing are not logged.
-            if self.make_reply or self.client.protocol != '-':
-                self.client.report(f'no request: {printable_line(reason(error))}')
-            return None
-        try:
-            return (yield from self.do(request))
-        except OSError as error:        # about the target
-            return (yield from self.refuse(error))
-        except (EOFError, ClientReset) as error:        # about the client
-            self.client.report(f'client: {printable_line(reason(error))}')
-            return None
+            relay = yield from self.do(request)
+        except (EOFError, ClientReset) as error:        # the connection to the client has failed
+            self.client_left(error, request)
+        except OSError as error:
+            if request or isinstance(error, ProxyError):
+                yield from self.refuse(error)
+            else:
+                self.client_left(error, request)
+        finally:
+            if relay is None:           # else the relay does this at its end
+                self.server.session_ended(self.client, 0, 0)
+        return relay
+
+    def client_left(self, error, request):
+        """Log that the connection to the client has failed, where there is something to say: port
+        scans and health checks that send nothing are not logged."""
+        if request or self.make_reply or self.client.protocol != '-':
+            outcome = 'client' if request else 'no request'
+            self.client.report(f'{outcome}: {printable_line(reason(error))}')
 
     def reply(self, code: int, address: Address = UNSPECIFIED) -> Conversation:
         """Conversation: send a `Reply` in the form of the client's protocol."""
@@ -8047,8 +8038,9 @@ class Server(socketserver.ThreadingTCPServer):
         """Accept clients from now on, or leave them in the listen queues."""
         if accepting != self._accepting:
             self._accepting = accepting
-            self._listening = {sock.fileno(): (sock, (int(sock.family), sock.type & 0xF, sock.proto))
-                               for sock in self.listeners}
+            self._listening = {
+                sock.fileno(): (sock, (int(sock.family), sock.type & 0xF, sock.proto))
+                for sock in self.listeners}
             for sock in self.listeners:
                 self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
 

@@ -2252,13 +2252,13 @@ class TimersTest(unittest.TestCase):
 
     def test_order_and_change(self):
         timers, (a, b, c) = socks.Timers(), (self.Item() for _ in range(3))
-        self.assertEqual(timers.pause(0), socks.LONGEST)
+        self.assertEqual(timers.next, float('inf'))
         for item, when in ((a, 10.0), (b, 5.0), (c, 7.0), (a, 1.0), (c, None)):
             timers.set(item, when)
-        self.assertAlmostEqual(timers.pause(0), 1.0, delta=0.1)
+        self.assertAlmostEqual(timers.next, 1.0, delta=0.1)
         self.assertEqual(timers.expired(0.9), [])
         self.assertEqual(timers.expired(6.0), [a, b])
-        self.assertEqual(timers.pause(6.0), socks.LONGEST)
+        self.assertEqual(timers.next, float('inf'))
         self.assertEqual(timers.expired(100.0), [])
 
     def test_a_round_before_does_not_make_it_late(self):

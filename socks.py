@@ -3051,9 +3051,12 @@ class Settings(NamedTuple):
     max_handshakes: int = 0
 
     def __repr__(self) -> str:
-        fields = ', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self)
-                           if name != 'users')
-        return f'Settings({len(self.users)} users, {fields})'       # logs must not have passwords
+        # Logs must not have passwords, which texts for proxies and ways may have.
+        hidden = {name for name in ('upstream', 'rules') if any(
+            isinstance(each, (str, bytes)) for each in getattr(self, name) or ())}
+        fields = ', '.join(f'{name}={"..." if name in hidden else repr(value)}'
+                           for name, value in zip(self._fields, self) if name != 'users')
+        return f'Settings({len(self.users)} users, {fields})'
 
 
 class NetworkMap:
@@ -6597,22 +6600,38 @@ def as_chain(value):
     # parse_chain() takes a tuple for one proxy, whose first item is an integer (see `Proxy`).
     if isinstance(value, tuple) and value and not isinstance(value[0], int):
         value = list(value)
-    if value and not isinstance(value, (str, tuple, list)):
-        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those')
-    return tuple(parse_chain(value))
+    try:
+        return tuple(parse_chain(value))
+    except TypeError:
+        raise ValueError(f'{value!r}: expected a proxy URL, or a sequence of those') from None
 
 
 def as_ports(value):
-    low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
-    low, high = int(low), int(low if high == '' else high)
-    if not 0 <= low <= high < 65536 or high and not low:
-        raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
-    return low, high
+    with contextlib.suppress(ValueError, TypeError):
+        low, high = value.partition('-')[::2] if isinstance(value, str) else several(value)
+        low, high = int(low), int(low if high == '' else high)
+        if 0 < low <= high < 65536 or low == high == 0:
+            return low, high
+    raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
+
+
+def as_flag(value):
+    if not isinstance(value, bool):
+        raise ValueError(f'{value!r}: expected True or False')
+    return value
+
+
+def as_mode(value):
+    with contextlib.suppress(ValueError):
+        mode = int(value, 8) if isinstance(value, str) else value
+        if mode is None or isinstance(mode, int) and 0 <= mode <= 0o777:
+            return mode
+    raise ValueError(f'{value!r}: expected three octal digits, 660 for example')
 
 
 def as_levels(value):
     levels = several(value)
-    if not all(level in (0, 1, 2) for level in levels):
+    if not all(level in (0, 1, 2) and not isinstance(level, bool) for level in levels):
         raise ValueError(f'{value!r}: expected 0, 1 or 2 each, the levels of GssContext')
     return levels
 
@@ -6656,6 +6675,9 @@ CONVERSIONS = {
 CONVERSIONS.update(
     (name, functools.partial(as_number, type(default)))
     for name, default in Settings()._asdict().items() if type(default) in (int, float))
+CONVERSIONS.update((name, as_flag) for name, default in Settings()._asdict().items()
+                   if isinstance(default, bool))
+CONVERSIONS['unix_mode'] = as_mode
 CONVERSIONS['family'] = CONVERSIONS['prefer'] = as_version
 CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
 
@@ -7888,6 +7910,7 @@ class Server(socketserver.ThreadingTCPServer):
     request_queue_size = 1024
     heavy_loops = min(4, processors())
     _accepting = _draining = False
+    _loop_thread = None                 # the number of the thread in serve_forever()
     _starved = _warned = float('-inf')  # times of the last warnings, see starve() and _warn()
 
     def __init__(self, server_address: ServerAddress = ('127.0.0.1', 1080),
@@ -7977,9 +8000,11 @@ class Server(socketserver.ThreadingTCPServer):
     def serve_forever(self, poll_interval: Optional[float] = None) -> None:
         """Serve until shutdown(); may be called again.  `poll_interval` has no effect."""
         with self._serving:
+            self._loop_thread = threading.get_ident()
             self._watch_listeners(True)
             self.loop.run()
             self._watch_listeners(False)
+            self._loop_thread = None
 
     def shutdown(self) -> None:
         """Have serve_forever() return, and wait until it has, unless it runs in this thread.
@@ -7993,7 +8018,13 @@ class Server(socketserver.ThreadingTCPServer):
             thread.join()
 
     def server_close(self) -> None:
-        """Stop serving; close every listener and connection, and end every thread."""
+        """Stop serving; close every listener and connection, and end every thread.
+
+        From the server's own loop, this is done in another thread.
+        """
+        if self._loop_thread == threading.get_ident():
+            threading.Thread(target=self.server_close, name='socks-stop').start()
+            return
         self.shutdown()
         for sock in self.listeners:
             sock.close()

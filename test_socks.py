@@ -537,7 +537,8 @@ def setUpModule():
     faulthandler.dump_traceback_later(LONGEST, exit=True)
     logging.raiseExceptions = True
     socks.log.setLevel(logging.INFO)
-    socket.getaddrinfo = socks._orig_getaddrinfo = getaddrinfo
+    socket.getaddrinfo = socks._orig_getaddrinfo = socks.getaddrinfo.stock = getaddrinfo
+    socks.raise_descriptor_limit()
     for name in list(os.environ):       # what programs would obey
         if name.lower().endswith('_proxy') or name in ('SOCKS_USERS', 'NOTIFY_SOCKET',
                                                        'WATCHDOG_USEC', 'JOURNAL_STREAM'):
@@ -3195,12 +3196,32 @@ class LifecycleTest(Case):
                 ('udp_ports', 5), ('udp_ports', '9-5'), ('udp_ports', (1, 2, 3)),
                 ('gssapi', ['clear']), ('max_clients', -1), ('max_clients', 'x'),
                 ('max_clients', 2.5), ('idle_timeout', 'soon'), ('idle_timeout', float('nan')),
-                ('users', ['bob:secret']), ('users', {'bob': 5}), ('users', {5: 'bob'})):
+                ('users', ['bob:secret']), ('users', {'bob': 5}), ('users', {5: 'bob'}),
+                ('open', 'no'), ('http', 1), ('ident', None), ('unix_mode', '999'),
+                ('unix_mode', 0o1777), ('upstream', [5]), ('udp_ports', 'x')):
             with self.subTest(name, value=value):
                 with self.assertRaisesRegex(ValueError, f'^Settings.{name}: '):
                     socks.Server(('127.0.0.1', 0), Settings(**{name: value}))
         with self.assertRaisesRegex(TypeError, 'expected Settings'):
             socks.Server(('127.0.0.1', 0), {'users': {'bob': 'secret'}})
+
+    def test_no_password_in_settings(self):
+        for upstream in ('socks5h://bob:secret@h', ['socks5h://bob:secret@h'],
+                         (socks.parse_proxy_url('socks5h://bob:secret@h'),)):
+            self.assertNotIn('secret', repr(Settings(upstream=upstream, users={'a': 'secret'})))
+
+    def test_stop_in_the_loop(self):
+        """It is done in another thread."""
+        class Stopping(socks.Server):
+            def authorize(self, client, target, name=None):
+                self.stop()
+
+        server = self.serve(server_class=Stopping)
+        with Peer(server.server_address) as peer, contextlib.suppress(ConnectionError):
+            peer.ask(Greeting(b'\0'), Choice)
+            peer.send(Request(1, Address('127.0.0.1', 1)).pack())
+            peer.rest()
+        eventually(lambda: server.loop.closed)
 
     def test_wrong_addresses(self):
         for address in ('127.0.0.1:0', ('127.0.0.1', '8801'), ('127.0.0.1',), ['127.0.0.1'], 1080,
@@ -8234,8 +8255,13 @@ class UnixTest(FileCase):
         return UnixPeer(sock)
 
     def account(self):
-        import pwd
-        return pwd.getpwuid(os.geteuid()).pw_name if hasattr(socket, 'SO_PEERCRED') else '-'
+        """As the server names the account of this process."""
+        if not hasattr(socket, 'SO_PEERCRED'):
+            return '-'
+        try:
+            return pwd.getpwuid(os.geteuid()).pw_name
+        except KeyError:
+            return str(os.geteuid())
 
     def test_connect(self):
         """For SOCKS and HTTP, and with our own client."""

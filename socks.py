@@ -951,6 +951,8 @@ class HttpHead(NamedTuple):
         Many servers are old or careless, so folded lines are joined (RFC 9112 section 5.2) and
         malformed fields left out.
         """
+        if data.count(b'\n') > 2 * MAX_FIELDS:          # parsing more takes milliseconds
+            raise ProtocolError(f'HTTP head of more than {2 * MAX_FIELDS} lines')
         text = re.sub('\r?\n[ \t]+', ' ', data.decode('latin-1')).replace('\0', ' ')
         start, *lines = re.split('\r?\n', text.rstrip('\r\n'))
         if not cls.STATUS.fullmatch(start):
@@ -1070,9 +1072,11 @@ class HttpRequest(NamedTuple):
             raise cls._error(f'HTTP to {shown_as!r}, expected a host, and a port up to 65535')
         host = name_text((match.group(1) or match.group(2)).encode('latin-1'))
         try:
-            if match.group(1) and len(ip_bytes(host) or b'') != 16 or len(host) > MAX_NAME:
+            # The length first: to encode 255 characters can take 15 ms.
+            if (len(match.group(1) or match.group(2)) > MAX_NAME
+                    or match.group(1) and len(ip_bytes(host) or b'') != 16):
                 raise ValueError
-            name_bytes(host)
+            idna_bytes(host)
         except ValueError:
             raise cls._error(f'HTTP to {shown_as!r}, expected a host name, or an IPv6 address in '
                              f'brackets') from None
@@ -1142,6 +1146,11 @@ class HttpBody:
         # The part of a line that has arrived; None after the last line, and if the length is known.
         self._line = b'\r\n' if length is None else None
         self._pattern = self.CHUNK
+
+    @property
+    def certain(self):
+        """The number of bytes that come next without any framing."""
+        return self._left
 
     def take(self, data):
         """The number of bytes at the start of `data` that belong to the body.
@@ -2009,6 +2018,7 @@ class TlsLayer(Layer):
     # Bytes to give to TLS at a time: FAST if at least half of the last ones were data.  One KiB can
     # hold forty changes of keys, which take over a millisecond.
     CAREFUL, FAST = 1 << 10, 1 << 14
+    FRUITLESS = 1 << 16                 # bytes without data in between, which end the connection
     costly = weakref.WeakSet()          # server contexts whose steps take longer than QUICK: RSA
 
     def __init__(self, sock, context, **options):
@@ -2023,6 +2033,7 @@ class TlsLayer(Layer):
         self._given = 1                 # number of bytes that TLS was given last
         self._data = 0                  # number of bytes of data that they contained
         self._unasked = 0               # bytes of answers since the last data
+        self._fruitless = 0             # bytes given since then
         self._ended = False             # the socket is at its end
         self._failure = None            # error of a send while reading, raised after the last data
 
@@ -2089,6 +2100,7 @@ class TlsLayer(Layer):
         """Give the next bytes of ciphertext to TLS."""
         size = self.FAST if 2 * self._data >= self._given else self.CAREFUL
         self._given, self._data = self._incoming.write(self._fresh[:size]), 0
+        self._fruitless += self._given
         self._fresh = memoryview(self._fresh)[size:]
 
     def _answer(self):
@@ -2100,6 +2112,8 @@ class TlsLayer(Layer):
             self._failure = self._failure or error
         if self._unasked > self.UNASKED or len(self._cipher) > self.LARGEST:
             raise OSError(errno.ENOBUFS, 'TLS: the peer causes answers without end')
+        if self._fruitless > self.FRUITLESS:
+            raise OSError(errno.ENOBUFS, 'TLS: the peer changes keys without end')
 
     def recv_into(self, buffer, size):
         """Read at most `size` bytes of the socket, and all that they decrypt to; return its length.
@@ -2115,7 +2129,7 @@ class TlsLayer(Layer):
                         break
                     count += more
                     self._data += more
-                    self._unasked = 0
+                    self._unasked = self._fruitless = 0
                 except self._want_read:
                     self._answer()
                     if self._fresh:
@@ -2125,6 +2139,8 @@ class TlsLayer(Layer):
                         return count
                     if fed:
                         raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record') from None
+                    if 2 * self._data < self._given:    # the rest has to wait for its turn
+                        size = min(size, self.CAREFUL)
                     self._fetch(min(size, len(buffer) - self.RECORD))
                     fed = True
                     if self._ended:     # MemoryBIO was not told: it would end both directions
@@ -2410,7 +2426,7 @@ class HttpForward(Layer):
     (RFC 9112 section 9.6); if the target does not answer in HTTP, the proxy answers.  After a
     status of 101 it passes everything (RFC 9110 section 7.8).
     """
-    INTERIM = 100                       # most answers with a status of 1xx before the last one
+    INTERIM = 10                        # most answers with a status of 1xx before the last one
 
     def __init__(self, sock, request):
         super().__init__(sock)
@@ -2428,6 +2444,8 @@ class HttpForward(Layer):
         return data[:count]
 
     def recv_into(self, buffer, size):
+        if not self._is_tunnel:         # framing is slow to parse: little of it at a time
+            size = min(size, self._body.certain + HttpBody.LONGEST)
         count = self._sock.recv_into(buffer, size)
         if self._is_tunnel or not count:
             return count
@@ -3977,6 +3995,7 @@ class Loop:
     """An event loop: serves any number of items by one poller, in the thread that calls run().
 
     pool        `BlockingPool` for calls that block, or None
+    costly_pool `BlockingPool` for calls that are CPU-bound, or None
     on_heavy    function of a `Tunnel` that has turned out to have heavy traffic, or None
     resolver    `Resolver`, or None
 
@@ -4002,8 +4021,9 @@ class Loop:
     ROUND_TIME = 0.001                  # seconds of a round for datagrams, so that others get turns
     client = None                       # the loop is an item itself, for its waker
 
-    def __init__(self, pool=None, on_heavy=None, resolver=None):
+    def __init__(self, pool=None, on_heavy=None, resolver=None, costly_pool=None):
         self.pool = pool
+        self.costly_pool = costly_pool
         self.resolver = resolver
         self.on_heavy = on_heavy
         self.items = {}                 # used as a set; a set would take twice the memory
@@ -4137,7 +4157,6 @@ class Task:
     __slots__ = ('client', 'loop', 'due', '_sock', '_events', '_others', '_conversation',
                  '_awaited', '_call')
     NOTHING = Wait()
-    COSTLY_CALLS = 2                    # at a time, for all clients, so that others get the CPU
 
     def __init__(self, client, sock, conversation):
         self.client = client
@@ -4215,7 +4234,7 @@ class Task:
         if isinstance(call, LookUp):
             self.loop.resolver.ask(owner, self, call)
         elif call.worker is Worker.COSTLY:
-            self.loop.pool.run('costly', self._work, call, limit=self.COSTLY_CALLS)
+            self.loop.costly_pool.run(owner, self._work, call)
         elif call.worker is Worker.OWN:
             threading.Thread(target=self._work, args=(call,), name='socks-handler',
                              daemon=True).start()
@@ -4317,11 +4336,10 @@ class Errand(Task):
 
 class Share:
     """The jobs of one owner in a `BlockingPool`."""
-    __slots__ = ('under_way', 'limit', 'waiting')
+    __slots__ = ('under_way', 'waiting')
 
-    def __init__(self, limit):
+    def __init__(self):
         self.under_way = 0              # jobs that have a thread
-        self.limit = limit              # of those
         self.waiting = deque()          # jobs that wait for one
 
 
@@ -4353,11 +4371,10 @@ class BlockingPool:
         self._turns = deque()           # owners with waiting jobs, in the order of their turns
         self._closed = False
 
-    def run(self, owner, *job, limit=float('inf'), at_once=False):
+    def run(self, owner, *job, at_once=False):
         """Call job[0](*job[1:]) in a thread of the pool; return at once.
 
-        limit      number of the owner's jobs that may run at a time
-        at_once    refuse the job if it would have to wait for a thread
+        With `at_once`, a job that would have to wait for a thread is refused.
 
         Raises RuntimeError if the job is refused, if too many jobs of the owner wait, or if no
         thread can be started.
@@ -4365,7 +4382,7 @@ class BlockingPool:
         with self._changed:
             if self._closed:
                 raise RuntimeError('the server is closed')
-            share = self._shares.setdefault(owner, Share(limit))
+            share = self._shares.setdefault(owner, Share())
             if (len(share.waiting) >= self.LONGEST_QUEUE
                     or at_once and not self._may_have_thread(share)):
                 raise RuntimeError('too many jobs wait for a thread')
@@ -4386,7 +4403,7 @@ class BlockingPool:
         left = self.size - self._taken
         if not share.under_way:
             return left > 0
-        return share.under_way < min(share.limit, 3 * (left - self.size // 8))
+        return share.under_way < 3 * (left - self.size // 8)
 
     def _distribute(self):
         """Make waiting jobs ready, owner by owner, as far as there are threads for them."""
@@ -5330,6 +5347,7 @@ class Routes:
     """
     LIMIT = 1024                        # targets, and senders, to remember
     LOOKUPS = 16                        # look-ups at a time
+    LONGEST_IDNA = 60                   # characters; encoding a longer name takes too much time
     QUEUE, ROOM = 512, 1 << 18          # datagrams that may wait for look-ups, and their bytes
     PATIENCE = 10.0                     # seconds for one look-up
     RETRY = 5.0                         # seconds before a failed target is tried again
@@ -5363,6 +5381,9 @@ class Routes:
 
     def _find_route(self, header, datagram):
         """Find the route for a new header, and send the payload."""
+        host = datagram.address.host
+        if len(host) > self.LONGEST_IDNA and not is_plain(host):
+            return self.relay.drop('a long name that is not ASCII')
         try:
             address = canonical(datagram.address)
             self.relay.client.server.judge_name(self.relay.client, address)
@@ -5524,6 +5545,8 @@ class Routes:
 
     def forget(self):
         """Forget all targets, so that they are judged again."""
+        for target in (*self.known.values(), *self._on_trial.values()):
+            target.spare = None         # _retry_spare() would not judge it
         for known in (self.known, self.headers, self._failed, self._on_trial):
             known.clear()
 
@@ -5730,7 +5753,7 @@ class UdpRelay(Relay):
     def forget_owner(self):
         """Let the client's next port be the owner; answers go to the last one until then."""
         if self.connected:              # not every system can undo that, so take a new socket
-            address = Address.of(self.near.getsockname())
+            address = local_address(self.near)
             self.loop.watch(self.near, READ, 0, self)
             self.near.close()
             try:
@@ -6530,6 +6553,7 @@ ACCEPT_PAUSE = 0.1                      # seconds until the next try when there 
 WARNING_PAUSE = 60.0                    # seconds between two warnings of the same kind
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection (RFC 8446 section 5.1)
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
+COSTLY_CALLS = 2                        # at a time, so that others get the processors
 DESCRIPTORS_KEPT = 32                   # reserved for files that are not clients' sockets
 UPSTREAM_ATTEMPTS = 4                   # addresses of one name to ask another proxy for
 
@@ -7935,7 +7959,8 @@ class Server(socketserver.ThreadingTCPServer):
         self._serving = threading.RLock()
         self._bulk_loops = BulkLoops(self.heavy_loops)
         self._item = Listening(self)
-        self.loop = Loop(self._pool, self._bulk_loops.take, self.resolver)
+        self._costly_pool = BlockingPool(COSTLY_CALLS)
+        self.loop = Loop(self._pool, self._bulk_loops.take, self.resolver, self._costly_pool)
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -8030,6 +8055,7 @@ class Server(socketserver.ThreadingTCPServer):
             sock.close()
         remove_files(self.socket_files)
         self._pool.dismiss()
+        self._costly_pool.dismiss()
         self._bulk_loops.stop()         # first: a loop must not be closed while it runs
         for loop in self.loops():
             loop.close()
@@ -10044,16 +10070,18 @@ class Supervisor:
                 self._be_worker(pulse)
             self._started[pid] = time.monotonic(), pulse
 
+    def _share(self, settings):
+        """The settings of one worker: its share of the clients."""
+        return settings._replace(max_clients=-(-settings.max_clients // self._size))
+
     def _be_worker(self, pulse):
         """Serve in this process, a new worker, and exit."""
         status = 1
         try:
             os.close(self._held)        # else the pipe would stay open without the supervisor
-            settings = self._settings
-            if settings.max_clients:
-                settings = settings._replace(max_clients=-(-settings.max_clients // self._size))
-            server = Server((), settings, listeners=self._listeners)
-            Service(server, self._configure, pulse, lambda: None, self._lifeline).run()
+            server = Server((), self._share(self._settings), listeners=self._listeners)
+            Service(server, lambda: self._share(self._configure()), pulse, lambda: None,
+                    self._lifeline).run()
             status = 0
         except Exception:
             log.exception('this is a bug')

@@ -2156,8 +2156,8 @@ class BlockingPoolTest(Case):
         self.assertEqual(order[0], 'c')
 
     def test_limits(self):
-        pool = self.pool(16)
-        begun, event = self.hang(pool, 'a', 5, limit=2)
+        pool = self.pool(2)
+        begun, event = self.hang(pool, 'a', 5)
         eventually(lambda: len(begun) == 2)
         with self.assertRaises(RuntimeError):
             pool.run('a', print, at_once=True)
@@ -2630,8 +2630,9 @@ class UdpTest(Case):
                 client.ask(Datagram(echo.address, b'x').pack())
             client.ask(Datagram(Address('localhost', echoes[0].address.port), b'x').pack())
         line = eventually(lambda: [line for line in self.lines if ' bytes up' in line])[0]
-        self.assertIn(' UDP_ASSOCIATE 3 targets, 5 datagrams up, 5 down: done, 5 bytes up, 15 down',
-                      line)
+        # On a busy machine ask() repeats a datagram.
+        self.assertRegex(line, r' UDP_ASSOCIATE 3 targets, \d+ datagrams up, \d+ down: done, '
+                               r'\d+ bytes up, \d+ down')
         steps = [line.partition(': datagrams to ')[2] for line in self.lines
                  if ': datagrams to ' in line]
         self.assertEqual(steps, [*(str(echo.address) for echo in echoes),
@@ -2798,8 +2799,8 @@ class UdpTest(Case):
     def needs_ipv6(self):
         try:
             socks.bound(Address('::1', 0), socket.SOCK_DGRAM).close()
-        except OSError as error:
-            self.skipTest(str(error))
+        except OSError:
+            self.skipTest('there is no IPv6 here')
 
     def test_name_of_both_families(self):
         """While nothing comes back from one, the other gets datagrams too; what answers is kept."""
@@ -3071,12 +3072,12 @@ class LifecycleTest(Case):
                 with Peer(address) as peer:
                     self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
 
-    @unittest.skipUnless(socket.has_ipv6, 'no IPv6 here')
+    @unittest.skipUnless(socket.has_ipv6, 'there is no IPv6 here')
     def test_all_addresses(self):
         """`::` serves both families, as plain IPv4 where a client is, unless IPv4 is given beside.
         """
         if not socks.is_ours('::1'):
-            self.skipTest('no IPv6 here')
+            self.skipTest('there is no IPv6 here')
         origin = self.origin(echo)
         for addresses, hosts in (([('::', 0)], ['::', '0.0.0.0']),
                                  ([('::', 0), ('0.0.0.0', 0)], ['::', '0.0.0.0']),
@@ -4951,7 +4952,7 @@ class ResolverTest(ClientCase):
         with self.assertRaises(socks.ProxyConnectionError):
             socket.create_connection(('outer.example', ipv4.port))
 
-    @unittest.skipUnless(socket.has_ipv6, 'no IPv6 here')
+    @unittest.skipUnless(socket.has_ipv6, 'there is no IPv6 here')
     def test_bypassed_with_ipv6_only(self):
         try:
             origin = self.origin(echo, '::1')
@@ -5073,8 +5074,8 @@ class PastTheProxyTest(ClientCase):
         try:
             sock = self.enter(socks.socksocket(socket.AF_PACKET, socket.SOCK_RAW,
                                                proxy='socks5h://127.0.0.1:9'))
-        except PermissionError as error:
-            self.skipTest(str(error))
+        except PermissionError:
+            self.skipTest('this user cannot make packet sockets')
         for function in sock.bind, functools.partial(sock.sendto, b'x'):
             with self.assertRaisesRegex(OSError, 'only TCP and UDP'):
                 function(('lo', 0))
@@ -7295,10 +7296,10 @@ class UpdatingClient:
             self.receive()
         return buffer.raw
 
-    def updates(self, count):
-        """The bytes of so many requests for new keys."""
+    def updates(self, count, wants_answer=1):
+        """The bytes of so many changes of keys, which ask for the peer's or not."""
         for _ in range(count):
-            self.ssl.SSL_key_update(self.session, 1)
+            self.ssl.SSL_key_update(self.session, wants_answer)
             self.ssl.SSL_do_handshake(self.session)
         return self.output()
 
@@ -7438,6 +7439,21 @@ class TlsTest(FileCase):
                 self.assertTrue(lasts)
         self.assertIn(': client: TLS: the peer causes', eventually(lambda: self.lines)[0])
 
+    def test_changes_of_keys_without_answers(self):
+        """Those that want no answer cost time, too."""
+        server, origin = self.serve(tls=self.context()), self.origin()
+        sock = self.enter(socket.create_connection(server.server_address))
+        client = self.enter(UpdatingClient(sock))
+        client.handshake()
+        client.write(hexed('050100'))
+        self.assertEqual(client.read(2), hexed('0500'))
+        client.write(Request(1, Address('127.0.0.1', origin.port)).pack())
+        self.assertEqual(client.read(10)[1], 0)
+        with self.assertRaises(ConnectionError):
+            for _ in range(100):
+                sock.sendall(client.updates(200, 0))
+        self.assertIn(': client: TLS: the peer changes keys', eventually(lambda: self.lines)[0])
+
     def flooded(self, server, origin, client):
         """The target's side and the tunnel of a client that asks for new keys and takes none, until
         the server holds some."""
@@ -7453,7 +7469,7 @@ class TlsTest(FileCase):
             return isinstance(items[0], socks.Tunnel) and items[0]
         tunnel = eventually(found)
         tunnel.up.source.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        tunnel.up.source.UNASKED = float('inf')
+        tunnel.up.source.UNASKED = tunnel.up.source.FRUITLESS = float('inf')
         tunnel.up.size = 1 << 10        # at a time, however quickly the client goes on
 
         def has_much():

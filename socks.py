@@ -1054,7 +1054,8 @@ class HttpRequest(NamedTuple):
         """
         lengths, codings = head.values('content-length'), head.words('transfer-encoding')
         if head.values('transfer-encoding'):
-            if lengths or minor == '0' or codings[-1:] != ['chunked'] or 'chunked' in codings[:-1]:
+            if (lengths or minor == '0' or codings[-1:] != ['chunked'] or 'chunked' in codings[:-1]
+                    or not all(head.values('transfer-encoding'))):
                 raise cls._error('HTTP Transfer-Encoding: expected chunked at its end, once, '
                                  'and no Content-Length')
             return None
@@ -3625,6 +3626,10 @@ def parse_target(word):
         if not low <= high < 65536:
             raise ValueError(f'{word!r}, expected PORT or LOW-HIGH, up to 65535')
         return 'ports', [(low, high)]
+    if re.match('[0-9]+(,[0-9]+)+$', word):
+        raise ValueError(f'{word!r}, expected ports as words: {word.replace(",", " ")}')
+    if '://' in word:
+        raise ValueError(f'{word!r}, expected a host, not a URL')
     if '/' in word or ip_bytes(word.strip('[]')):
         return 'networks', [parse_network(word)]
     with_port = re.match(r'([^:]+|\[.*\]):([0-9]+)$', word)
@@ -4972,11 +4977,14 @@ class Pipe:
             tunnel.last_active = tunnel.loop.now
             try:
                 self.sink.shutdown(socket.SHUT_WR)
-                for option, value in PROBES:    # a dead peer would otherwise stay unnoticed
-                    self.source.setsockopt(socket.IPPROTO_TCP, option, value)
-                    twin.source.setsockopt(socket.IPPROTO_TCP, option, value)
             except OSError:                     # closed by its peer, which the twin notices
                 pass
+            for sock in (self.source, twin.source):
+                try:
+                    for option, value in PROBES:        # else a dead peer would stay unnoticed
+                        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+                except OSError:                 # a unix socket has no such options
+                    pass
             tunnel.expire()                     # `patience` may be shorter now
         tunnel.watch()
 
@@ -5071,7 +5079,7 @@ class SplicePipe(Pipe):
         super().__init__(pipe.tunnel, pipe.source, pipe.sink, pipe.load)
         self.count, self.size, self.done = pipe.count, pipe.size, pipe.done
         if self.size == self.LARGEST and not self.done:
-            self._ends = pipes.take()
+            self._take()
 
     @property
     def done(self):
@@ -5083,6 +5091,10 @@ class SplicePipe(Pipe):
         if is_done:
             self._copy()
 
+    def _take(self):
+        if not isinstance(self.sink, Spill):
+            self._ends, self._small = self._pipes.take(), 0
+
     def _copy(self):
         """Copy from now on, until reads are large again."""
         if self._ends:
@@ -5092,7 +5104,7 @@ class SplicePipe(Pipe):
     def grow(self):
         super().grow()
         if self.size == self.LARGEST:
-            self._ends, self._small = self._pipes.take(), 0
+            self._take()
 
     def fill(self):
         if not self._ends:
@@ -5543,6 +5555,12 @@ class Routes:
             self.headers.remember(route[1], header if header == answers else answers)
         return target
 
+    def drop_queues(self):
+        """Drop the payloads that wait for look-ups."""
+        self._queues.clear()
+        self._waiting.clear()
+        self._count = self._size = 0
+
     def forget(self):
         """Forget all targets, so that they are judged again."""
         for target in (*self.known.values(), *self._on_trial.values()):
@@ -5743,8 +5761,9 @@ class UdpRelay(Relay):
         return True
 
     def close_far(self):
-        """Close the sockets for targets, and forget the routes that use them."""
+        """Close the sockets for targets, and forget the routes that use them, and what waits."""
         self.routes.forget()
+        self.routes.drop_queues()
         while self.far:
             _, sock = self.far.popitem()
             self.loop.watch(sock, READ, 0, self)
@@ -6271,6 +6290,11 @@ def flush_at_exit(loop, patience=5.0):
         time.sleep(0.01)
 
 
+def certificate_places():
+    """The values of the environment variables that say where trusted certificates are."""
+    return [os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')]
+
+
 @functools.lru_cache(4)
 def usual_context(*_):
     """The ssl.SSLContext for proxies whose caller gave none.
@@ -6284,8 +6308,7 @@ def usual_context(*_):
 
 def open_tls(sock, proxy, context, until):
     """Conversation: start TLS to `proxy` over a duplicate of `sock`; a `PlainEnd` of it."""
-    context = context or usual_context(
-        *(os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')))
+    context = context or usual_context(*certificate_places())
     name = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     keep_urgent(sock)                   # a byte taken out would corrupt a TLS record
     tls = TlsLayer(sock.dup(), context, server_hostname=name)
@@ -6734,6 +6757,8 @@ def prepared(settings):
     if settings.gssapi:
         with gss_library().keys():
             pass
+    if any(proxy.type & TLS for proxy in settings.upstream):
+        usual_context(*certificate_places())    # loaded now: it takes too long for a loop
     return settings._replace(
         users=Users(settings.users), clients=Networks(settings.clients),
         trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
@@ -6876,6 +6901,12 @@ CO_GENERATOR = 0x20                     # inspect.CO_GENERATOR; importing inspec
 COMMAND_METHODS = {command: 'do_' + command.name for command in Command}
 
 
+def has_same_authorities(context, other):
+    """Whether two ssl.SSLContexts of a server accept certificates of the same clients."""
+    return context.verify_mode == other.verify_mode and (
+        context is other or context.get_ca_certs(True) == other.get_ca_certs(True))
+
+
 class Handler(socketserver.BaseRequestHandler):
     """Serves one client: negotiates, then does what the client asks for.
 
@@ -6934,6 +6965,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.connection = request       # the socket, or the topmost layer over it
         self.reached = None             # `Address` that the balancer's client connected to
         self.is_authenticated = False
+        self.is_identified = False      # by ident
+        self.tls = None                 # ssl.SSLContext of the connection
         self.login = None               # (user name, password) that were right, see `Users`
         # function(code, address) that makes a reply in the form of the protocol and of the step in
         # it; None before the first byte, when there is no form.
@@ -7030,8 +7063,8 @@ class Handler(socketserver.BaseRequestHandler):
         if first != TLS_HANDSHAKE:      # ssl would wait for more bytes of a SOCKS greeting
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
-        context = self.server.settings.tls or self.settings.tls     # the latest certificate
-        tls = TlsLayer(self.request, context, server_side=True)
+        self.tls = self.server.settings.tls or self.settings.tls        # the latest certificate
+        tls = TlsLayer(self.request, self.tls, server_side=True)
         yield from tls.handshake(self.stream.until)
         self.stream = Stream(tls, self.stream.until, self.request)
         self.connection = tls
@@ -7081,6 +7114,7 @@ class Handler(socketserver.BaseRequestHandler):
         if found != userid or self.is_authenticated and self.client.user != user:
             raise Refused(f'ident: the user is {user}', reply=Reply4.IDENT_MISMATCH)
         self.client.user = user
+        self.is_identified = True
 
     def negotiate5(self):
         """Conversation: agree on a method, authenticate, read the request (RFC 1928)."""
@@ -7242,6 +7276,13 @@ class Handler(socketserver.BaseRequestHandler):
             raise Refused('the password has changed')
         if self.needs_login:
             raise Refused('not logged in')
+        tls = self.settings.tls
+        if tls and not (self.tls and has_same_authorities(self.tls, tls)):
+            raise Refused('the certificates have changed')
+        if self.client.protocol == 'HTTP' and not self.settings.http:
+            raise Refused('HTTP, expected SOCKS')
+        if self.client.protocol == 'SOCKS4' and self.settings.ident and not self.is_identified:
+            raise Refused('ident is required')
         self.server.judge_client(self.client)
 
     # Commands
@@ -7254,7 +7295,12 @@ class Handler(socketserver.BaseRequestHandler):
             raise ProtocolError(f'{name} is not supported, or not switched on',
                                 reply=Reply.COMMAND_NOT_SUPPORTED)
         self.client.command = command
-        self.client.target = printable(str(request.address))
+        address = request.address
+        try:
+            address = canonical(address)
+        except ProtocolError:           # refused in a moment
+            pass
+        self.client.target = printable(str(address))
         if self.is_verbose:
             self.note('%s %s %s, user %s', self.client.protocol, command.name, self.client.target,
                       self.client.user)
@@ -7459,10 +7505,10 @@ class Handler(socketserver.BaseRequestHandler):
         with bound(Address(host, 0)) as listener:
             listener.listen(16)         # strangers must not fill the queue before the peer comes
             yield from self.reply(Reply.SUCCEEDED, Address(advertised, listener.getsockname()[1]))
-            peer, address = yield from self.accept(listener, expected, until)
+            peer, address = yield from self.accept(listener, expected, request.address.port, until)
         return (yield from self.join(peer, address))
 
-    def accept(self, listener, expected, until):
+    def accept(self, listener, expected, port, until):
         """Conversation: wait for the expected peer on `listener`, a bound and listening socket.
 
         The result is its socket and its `Address`.  Raises socket.timeout, or Refused if only other
@@ -7481,19 +7527,21 @@ class Handler(socketserver.BaseRequestHandler):
             except (*BLOCKED, ConnectionError):     # it has left again
                 continue
             address = Address.of(address)
-            if self.is_expected(address, expected):
+            if self.is_expected(address.host, port, expected):
                 peer.setblocking(False)
                 return peer, address
             stranger = address
             peer.close()
 
-    def is_expected(self, peer, expected):
-        """Whether BIND accepts the peer at `Address` peer, where the client named the IP addresses
-        `expected`.  0.0.0.0 and :: stand for any peer that no rule denies."""
+    def is_expected(self, host, port, expected):
+        """Whether BIND accepts a peer from the IP address `host`, where the client named the IP
+        addresses `expected` and the port, which is the one that rules judge.  0.0.0.0 and :: stand
+        for any peer that the rules allow."""
+        if host in expected or set(expected).isdisjoint(ZEROS):
+            return host in expected
         rules = self.server.settings.rules
-        rule = rules.first(self.client, peer) if rules else None
-        return (peer.host in expected
-                or not set(expected).isdisjoint(ZEROS) and not (rule and not rule.allow))
+        rule = None if rules is None else rules.first(self.client, Address(host, port))
+        return rules is None or bool(rule and rule.allow)
 
     def do_UDP_ASSOCIATE(self, request: AnyRequest) -> Conversation:
         """Relay datagrams (RFC 1928 section 7).  The request's address may be the one that the

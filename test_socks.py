@@ -1677,6 +1677,16 @@ class ConversationTest(VectorCase):
         self.assertRegex(self.lines[0], r'^127\.0\.0\.1:\d+ bob SOCKS5 CONNECT localhost:%d: done, '
                                         r'5 bytes up, 5 down, 0\.\d+ s$' % self.ports['port'])
 
+    def test_names_in_the_log(self):
+        """As rules see them."""
+        server, origin = self.serve(), self.origin()
+        for host, name in (('LOCALHOST.', 'localhost'), ('[127.0.0.1]', '127.0.0.1'),
+                           ('::ffff:127.0.0.1', '127.0.0.1'), ('a..b', 'a..b')):
+            with Peer(server.server_address) as peer:
+                peer.connect(host, origin.port)
+            line = eventually(lambda: self.lines and self.lines.pop())
+            self.assertIn(f' CONNECT {name}:{origin.port}: ', line)
+
     def test_log_cannot_be_forged(self):
         server = self.serve(users=USERS)
         for message in (hexed('050102') + Credentials(b'eve\nroot', b'hunter2').pack(),
@@ -2360,6 +2370,19 @@ class BindTest(Case):
         self.assertEqual(Response.unpack(client.read), Response(Reply.TTL_EXPIRED))
         client, _ = self.bind(server, kind=Request4)
         self.assertEqual(Response4.unpack(client.read), Response4(0x5b))
+
+    def test_only_peers_that_rules_allow(self):
+        """With a request for anybody, too; a rule's ports are those of the request."""
+        for rules, port, code in ((['allow bind to 0.0.0.0/0'], 0, 0),
+                                  (['allow bind to 0.0.0.0/0 20'], 20, 0),
+                                  (['allow bind to 0.0.0.0/32', 'deny to *'], 0, 2)):
+            server = self.serve(rules=tuple(rules), bind_timeout=0.5)
+            with self.subTest(rules), Peer(server.server_address) as peer:
+                peer.ask(Greeting(b'\0'), Choice)
+                first = peer.ask(Request(2, Address('0.0.0.0', port)), Response)
+                self.assertEqual(first.reply, 0)
+                with socket.create_connection(first.address):
+                    self.assertEqual(Response.unpack(peer.read).reply, code)
 
     def test_client_leaves(self):
         """Its port is free at once."""
@@ -7335,6 +7358,25 @@ class TlsTest(FileCase):
         return self.enter(socks.create_connection(
             address, PATIENCE, proxy=f'socks5h+tls://{server.server_address}',
             ssl_context=context or client_context(), **options))
+
+    def test_another_client_ca(self):
+        """After a reload it counts for all who have not made their request."""
+        old, new = self.context(), self.context()
+        for context in old, new:
+            context.verify_mode = ssl.CERT_OPTIONAL
+        new.load_verify_locations(cadata=CERTIFICATE)
+        for changed, code in ((False, 0), (True, 2)):
+            server, origin = self.serve(tls=old), self.origin()
+            with client_context().wrap_socket(
+                    socket.create_connection(server.server_address),
+                    server_hostname='localhost') as sock:
+                peer = Peer(sock)
+                peer.ask(Greeting(b'\0'), Choice)
+                again = self.context()
+                again.verify_mode = ssl.CERT_OPTIONAL
+                server.reconfigure(Settings(tls=new if changed else again))
+                request = Request(1, Address('127.0.0.1', origin.port))
+                self.assertEqual(peer.ask(request, Response).reply, code)
 
     def test_reset_is_passed_on(self):
         """And does not look like an end, which TLS tells apart."""

@@ -1624,14 +1624,16 @@ class VirtualAddresses:
         raise error
 
     def number(self, host):
-        """The number of a virtual address; None for any other host."""
+        """The number of a virtual address, -1 for the other addresses of 100::/64; None for any
+        other host."""
         packed = ip_bytes(host.partition('%')[0]) or b''
         if packed[:12] in (V4_MAPPED, self.IPV6_PREFIX):
             packed = packed[12:]
         number = int.from_bytes(packed, 'big') - self.FIRST
-        return number if len(packed) == 4 and 0 <= number < self.COUNT else None
+        return number if len(packed) == 4 and 0 <= number < self.COUNT else others
 
     def knows(self, name):
+        others = -1 if len(packed) == 16 and packed[:8] == self.IPV6_PREFIX[:8] else None
         """Whether `name` has a virtual address."""
         return name in self._numbers
 

@@ -4688,16 +4688,19 @@ class VirtualAddressesTest(unittest.TestCase):
         self.assertNotEqual(addresses.of('other.example'), ipv4)
         for host in (ipv4, ipv6, f'::ffff:{ipv4}', f'{ipv6}%1'):
             self.assertEqual(addresses.name(host), 'host.example')
-        for host in ('198.17.255.255', '198.20.0.0', '127.0.0.1', '100::1', 'host.example', ''):
+        for host in ('198.17.255.255', '198.20.0.0', '127.0.0.1', '100:0:0:1::', '0.0.0.0',
+                     'host.example', ''):
             self.assertIsNone(addresses.name(host))
 
     def test_an_address_of_nobody(self):
         addresses = socks.VirtualAddresses()
         self.assertIsNone(addresses.name('198.18.0.1'))         # programs got none yet
         addresses.is_on = True
-        with self.assertRaisesRegex(GENERAL, '198.18.0.0 stands for no name') as caught:
-            addresses.name('198.18.0.0')
-        self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
+        for host in ('198.18.0.0', '100::198.18.0.0', '100::', '100::1', '100::dead:beef',
+                     '100::1:0:0:1', '100::ffff:ffff:ffff:ffff%1'):
+            with self.assertRaisesRegex(GENERAL, host + ' stands for no name') as caught:
+                addresses.name(host)
+            self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
 
     def test_old_addresses(self):
         """They are errors, for as long as there are others; those in use are kept."""

@@ -10797,7 +10797,7 @@ def program_runner(arguments, chain):
     is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
     if not chain or not program:
-        raise ValueError('--run: expected a proxy, -x URL, and a program')
+        raise ValueError('--run: expected a proxy, -x URL or ALL_PROXY, and a program')
     if not is_module and not os.path.exists(program):
         raise ValueError(f'--run: there is no {program}')
     wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')

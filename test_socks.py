@@ -9617,7 +9617,7 @@ WRONG_USAGE = [
     (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected one of them'),
     (['-x', 'http://i', '--run', '/nowhere/x.py'], r'--run: there is no /nowhere/x.py'),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
-    (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL, and a program'),
+    (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL or ALL_PROXY, and a program'),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
     (['--gssapi-nec'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
     (['--gssapi-level', 'clear'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),

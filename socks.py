@@ -183,7 +183,8 @@ __all__ = [
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportInconsistentOverload=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportOptionalCall=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false
+# pyright: reportOptionalContextManager=false, reportOptionalOperand=false
+# pyright: reportOptionalSubscript=false
 # pyright: reportPossiblyUnboundVariable=false, reportRedeclaration=false, reportReturnType=false
 
 __version__ = '2.1.0'
@@ -206,6 +207,11 @@ Result = TypeVar('Result')
 Function = TypeVar('Function', bound=Callable[..., Any])
 Serving = TypeVar('Serving', bound='Server')
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+# What fields of `Settings` may be: also the texts of the command line.
+NetworksArgument = Union[str, Sequence[Union[str, Network]]]
+HostsArgument = Union[str, Sequence[str]]
+# Names are str or bytes, but a Dict[str, str] is no Mapping[Union[str, bytes], object].
+UsersArgument = Mapping[Any, object]
 ServerAddress = Union[Tuple[str, int], Sequence[Tuple[str, int]]]
 AnyRequest = Union['Request', 'Request4']
 Secret = Union[str, bytes, None]        # user name or password
@@ -3020,37 +3026,37 @@ class Settings(NamedTuple):
                        the client that has most; 0: half of max_clients, bounded as above
 
     """
-    users: Mapping[Union[bytes, str], object] = MappingProxyType({})
+    users: UsersArgument = MappingProxyType({})
     open: bool = False
-    clients: Tuple[Network, ...] = ()
-    trusted: Tuple[Network, ...] = ()
-    rules: Optional[Tuple['Rule', ...]] = None
-    upstream: Tuple['Proxy', ...] = ()
+    clients: NetworksArgument = ()
+    trusted: NetworksArgument = ()
+    rules: Union[str, Sequence[Union[str, 'Rule']], None] = None
+    upstream: Union[str, Sequence[Union[str, 'Proxy']], 'Proxy'] = ()
     tls: Optional['ssl.SSLContext'] = None
     udp_over_plain: bool = False
-    gssapi: Tuple[int, ...] = ()
+    gssapi: Sequence[int] = ()
     gssapi_nec: bool = False
     ident: bool = False
     http: bool = True
     unix_mode: Optional[int] = None
-    balancers: Tuple[Network, ...] = ()
-    source: Tuple[str, ...] = ()
-    advertise: Tuple[str, ...] = ()
-    udp_ports: Tuple[int, int] = (0, 0)
+    balancers: NetworksArgument = ()
+    source: HostsArgument = ()
+    advertise: HostsArgument = ()
+    udp_ports: Union[str, Tuple[int, int]] = (0, 0)
     family: int = 0
     prefer: int = 0
     udp_strict: bool = False
     tor_extensions: bool = False
-    login_delay: float = 1.0
-    handshake_timeout: float = 30.0
-    connect_timeout: float = 30.0
-    bind_timeout: float = 120.0
-    idle_timeout: float = 0.0
-    udp_timeout: float = 300.0
-    drain_timeout: float = 0.0
-    max_clients: int = 0
-    max_per_client: Optional[int] = None
-    max_handshakes: int = 0
+    login_delay: Union[float, str] = 1.0
+    handshake_timeout: Union[float, str] = 30.0
+    connect_timeout: Union[float, str] = 30.0
+    bind_timeout: Union[float, str] = 120.0
+    idle_timeout: Union[float, str] = 0.0
+    udp_timeout: Union[float, str] = 300.0
+    drain_timeout: Union[float, str] = 0.0
+    max_clients: Union[int, str] = 0
+    max_per_client: Union[int, str, None] = None
+    max_handshakes: Union[int, str] = 0
 
     def __repr__(self) -> str:
         fields = ', '.join(f'{name}={value!r}' for name, value in zip(self._fields, self)

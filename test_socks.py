@@ -5628,7 +5628,7 @@ import ipaddress
 import pickle
 import socket
 import ssl
-from typing import Any, Generator, List, Optional, Tuple, Union
+from typing import Any, Dict, Generator, List, Optional, Tuple, Union
 
 import socks
 
@@ -5750,6 +5750,10 @@ def client() -> None:
     socks.set_default_proxy(socks.SOCKS5, 'h', 1080, True, 'u', 'p', bypass='localhost')
     socks.set_default_proxy('socks5h://h')
     socks.set_default_proxy(chain)
+def proxy() -> socks.Proxy:
+    return socks.parse_proxy_url('socks5h://h')
+
+
     socks.setdefaultproxy(proxytype=2, addr='h')
     default = socks.get_default_proxy()
     print(default and default[1], socks.socksocket.default_proxy, socks.DEFAULT_PORTS[socks.HTTP],
@@ -5757,6 +5761,16 @@ def client() -> None:
     with socks.default_proxy('socks5h://h', bypass='10.0.0.0/8'), socks.default_proxy(None):
         socks.wrap_module(http.client, dns=True)
         socks.unwrap_module(http.client)
+    users_of_text: Dict[str, str] = {'bob': 'secret'}
+    users_of_bytes: Dict[bytes, bytes] = {b'bob': b'secret'}
+    lines: List[str] = ['deny to *']
+    networks = [network]
+    texts = socks.Settings(
+        users=users_of_text, clients='127.0.0.0/8', trusted=['127.0.0.1', network], rules=lines,
+        upstream='socks5h://10.0.0.1', balancers=networks, source='127.0.0.1',
+        advertise=['127.0.0.1'], udp_ports='5000-5099', connect_timeout='5', max_clients='10')
+    print(texts._replace(users=users_of_bytes, rules='deny to *', upstream=['http://h', proxy()]),
+          socks.Settings(upstream=proxy(), rules=[rule, 'deny to *'], gssapi=[1]))
     url: Optional[str] = socks.proxy_from_environment('h', 80)
     proxy: socks.Proxy = socks.parse_proxy_url(url or 'socks5h://h')
     bypassed: bool = socks.is_bypassed('h', 'localhost', 80)

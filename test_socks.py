@@ -4590,6 +4590,27 @@ class DefaultProxyTest(ClientCase):
         socks.set_default_proxy(*args, **kwargs)
         self.addCleanup(setattr, socks.socksocket, 'default_proxy', None)
         self.addCleanup(setattr, socks.socksocket, 'default_bypass', '')
+        self.addCleanup(socks.ImportGuard.remove)
+
+    def test_modules_to_wrap(self):
+        """The module `socket` itself, or one that has imported it; another is an error."""
+        self.default('socks5h://127.0.0.1:9')
+        stock = socket.socket, socket.getaddrinfo
+        self.addCleanup(socks.unwrap_module, http.client)
+        for module in socket, http.client:
+            socks.wrap_module(module, dns=True)
+            self.assertEqual((socket.socket, socket.getaddrinfo),
+                             (socks.socksocket, socks.getaddrinfo))
+            for other in json, socket.socket, argparse.Namespace(socket=socket.socket), None:
+                with self.assertRaisesRegex(ValueError, 'expected socket, or a module'):
+                    socks.unwrap_module(other)
+            self.assertEqual(socket.socket, socks.socksocket)
+            socks.unwrap_module(module)
+            self.assertEqual((socket.socket, socket.getaddrinfo), stock)
+            self.assertFalse(hasattr(socket.socket, 'socket'))
+            with self.assertRaisesRegex(ValueError, 'expected socket, or a module'):
+                socks.wrap_module(json)
+            self.assertEqual((socket.socket, socket.getaddrinfo), stock)
 
     def test_default_proxy(self):
         server, origin = self.serve(), self.origin(echo)
@@ -5171,17 +5192,92 @@ with context.wrap_socket(plain, server_hostname='localhost') as sock:
             importlib.reload(socket)
         socks.unwrap_module(http.client)
         socks.wrap_module(http.client)
-        folder = self.enter(tempfile.TemporaryDirectory())
         for module in {'winloop', 'pycares'} - sys.modules.keys():
-            open(os.path.join(folder, module + '.py'), 'w').close()
-            sys.path.insert(0, folder)
-            self.addCleanup(sys.path.remove, folder)
-            self.addCleanup(sys.modules.pop, module, None)
+            self.fake_module(module)
             with self.assertLogs(socks.log, 'WARNING') as caught:
                 importlib.import_module(module)
             self.assertIn(f'connections of the module {module} bypass the proxy', caught.output[0])
         socks.unwrap_module(http.client)
         self.assertNotIn(socks.ImportGuard, sys.meta_path)
+
+    def fake_module(self, name):
+        folder = self.enter(tempfile.TemporaryDirectory())
+        open(os.path.join(folder, name + '.py'), 'w').close()
+        sys.path.insert(0, folder)
+        self.addCleanup(sys.path.remove, folder)
+        self.addCleanup(sys.modules.pop, name, None)
+        importlib.invalidate_caches()
+
+    @unittest.skipIf('winloop' in sys.modules, 'on Windows, with winloop')
+    def test_imported_before(self):
+        self.fake_module('winloop')
+        importlib.import_module('winloop')
+        self.enter(socks.default_proxy('socks5h://127.0.0.1:9'))
+        self.addCleanup(socks.unwrap_module, socket)
+        before = socket.socket, socket.getaddrinfo
+        with self.assertRaisesRegex(GENERAL, 'winloop bypass the proxy.* imported already'):
+            socks.wrap_module(socket, dns=True)
+        self.assertEqual((socket.socket, socket.getaddrinfo), before)
+        self.assertFalse(socks.virtual_addresses.is_on)
+        self.assertNotIn(socks.ImportGuard, sys.meta_path)
+        with self.assertLogs(socks.log, 'WARNING') as caught:
+            socks.wrap_module(socket)
+        self.assertIn('connections of the module winloop bypass the proxy', caught.output[0])
+        with self.assertRaisesRegex(GENERAL, 'winloop bypass the proxy.* imported already'):
+            socks.wrap_module(socket, dns=True)
+        sys.modules['winloop'] = None           # this forbids to import it
+        socks.wrap_module(socket, dns=True)
+
+    @unittest.skipIf('winloop' in sys.modules, 'on Windows, with winloop')
+    def test_imports_with_a_default_proxy(self):
+        """A program may replace socket.socket itself, as PySocks' do."""
+        self.fake_module('winloop')
+        self.addCleanup(setattr, socks.socksocket, 'default_proxy', None)
+        self.addCleanup(socks.ImportGuard.remove)
+        socks.set_default_proxy()
+        self.assertNotIn(socks.ImportGuard, sys.meta_path)
+        socks.set_default_proxy('socks5h://127.0.0.1:9')
+        with self.assertLogs(socks.log, 'WARNING') as caught:
+            importlib.import_module('winloop')
+        self.assertIn('connections of the module winloop bypass the proxy', caught.output[0])
+        socks.set_default_proxy()
+        self.assertNotIn(socks.ImportGuard, sys.meta_path)
+
+    def test_interpreters(self):
+        """Another interpreter in the process imports a stock `socket`; what does not use one can
+        be imported."""
+        script = """
+import importlib, socket, sys, socks
+if 'before' in sys.argv:
+    import concurrent.futures
+    try:
+        import _interpreters            # as concurrent.futures of Python 3.14 does
+    except ImportError:
+        pass
+socks.set_default_proxy('socks5h://127.0.0.1:9')
+socks.wrap_module(socket)
+if 'middle' in sys.argv:
+    import asyncio
+socks.wrap_module(socket, dns=True)
+import asyncio, concurrent.futures, multiprocessing
+concurrent.futures.ThreadPoolExecutor(1).submit(int).result()
+for name in '_interpreters', '_xxsubinterpreters', 'concurrent.interpreters':
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert 'bypass the proxy' in str(error), error
+    else:
+        raise SystemExit(name)
+try:
+    concurrent.futures.InterpreterPoolExecutor(1).submit(int).result()
+except (AttributeError, ImportError):
+    pass
+else:
+    raise SystemExit('InterpreterPoolExecutor')
+"""
+        for order in 'before', 'middle', 'after':
+            done = run(sys.executable, '-W', 'ignore', '-c', script, order, cwd=HERE)
+            self.assertEqual((done.returncode, done.stderr), (0, ''))
 
 
 class WrongTimeTest(ClientCase):
@@ -5654,6 +5750,10 @@ class Recording(socks.Handler):
         return (yield from super().do_CONNECT(request))
 
 
+def proxy() -> socks.Proxy:
+    return socks.parse_proxy_url('socks5h://h')
+
+
 def serve() -> None:
     network = ipaddress.ip_network('127.0.0.0/8')
     rule = socks.parse_rule('allow to *', 'here')
@@ -5661,6 +5761,16 @@ def serve() -> None:
         users={'bob': 'secret', b'eve': b'x'}, clients=(network,), rules=(rule,), idle_timeout=600,
         upstream=(socks.parse_proxy_url('socks5h://h'),), tls=ssl.create_default_context(),
         source=('127.0.0.1',), udp_ports=(1, 2))
+    users_of_text: Dict[str, str] = {'bob': 'secret'}
+    users_of_bytes: Dict[bytes, bytes] = {b'bob': b'secret'}
+    lines: List[str] = ['deny to *']
+    networks = [network]
+    texts = socks.Settings(
+        users=users_of_text, clients='127.0.0.0/8', trusted=['127.0.0.1', network], rules=lines,
+        upstream='socks5h://10.0.0.1', balancers=networks, source='127.0.0.1',
+        advertise=['127.0.0.1'], udp_ports='5000-5099', connect_timeout='5', max_clients='10')
+    print(texts._replace(users=users_of_bytes, rules='deny to *', upstream=['http://h', proxy()]),
+          socks.Settings(upstream=proxy(), rules=[rule, 'deny to *'], gssapi=[1]))
     with Strict(('127.0.0.1', 0), settings, Recording).start() as server:
         address: socks.Address = server.server_address
         strict: Strict = server
@@ -5750,10 +5860,6 @@ def client() -> None:
     socks.set_default_proxy(socks.SOCKS5, 'h', 1080, True, 'u', 'p', bypass='localhost')
     socks.set_default_proxy('socks5h://h')
     socks.set_default_proxy(chain)
-def proxy() -> socks.Proxy:
-    return socks.parse_proxy_url('socks5h://h')
-
-
     socks.setdefaultproxy(proxytype=2, addr='h')
     default = socks.get_default_proxy()
     print(default and default[1], socks.socksocket.default_proxy, socks.DEFAULT_PORTS[socks.HTTP],
@@ -5761,16 +5867,6 @@ def proxy() -> socks.Proxy:
     with socks.default_proxy('socks5h://h', bypass='10.0.0.0/8'), socks.default_proxy(None):
         socks.wrap_module(http.client, dns=True)
         socks.unwrap_module(http.client)
-    users_of_text: Dict[str, str] = {'bob': 'secret'}
-    users_of_bytes: Dict[bytes, bytes] = {b'bob': b'secret'}
-    lines: List[str] = ['deny to *']
-    networks = [network]
-    texts = socks.Settings(
-        users=users_of_text, clients='127.0.0.0/8', trusted=['127.0.0.1', network], rules=lines,
-        upstream='socks5h://10.0.0.1', balancers=networks, source='127.0.0.1',
-        advertise=['127.0.0.1'], udp_ports='5000-5099', connect_timeout='5', max_clients='10')
-    print(texts._replace(users=users_of_bytes, rules='deny to *', upstream=['http://h', proxy()]),
-          socks.Settings(upstream=proxy(), rules=[rule, 'deny to *'], gssapi=[1]))
     url: Optional[str] = socks.proxy_from_environment('h', 80)
     proxy: socks.Proxy = socks.parse_proxy_url(url or 'socks5h://h')
     bypassed: bool = socks.is_bypassed('h', 'localhost', 80)

@@ -183,7 +183,8 @@ __all__ = [
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportInconsistentOverload=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportOptionalCall=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false
+# pyright: reportOptionalContextManager=false, reportOptionalOperand=false
+# pyright: reportOptionalSubscript=false
 # pyright: reportPossiblyUnboundVariable=false, reportRedeclaration=false, reportReturnType=false
 
 __version__ = '2.1.0'
@@ -206,6 +207,11 @@ Result = TypeVar('Result')
 Function = TypeVar('Function', bound=Callable[..., Any])
 Serving = TypeVar('Serving', bound='Server')
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+# What fields of `Settings` may be: also the texts of the command line.
+NetworksArgument = Union[str, Sequence[Union[str, Network]]]
+HostsArgument = Union[str, Sequence[str]]
+# Names are str or bytes, but a Dict[str, str] is no Mapping[Union[str, bytes], object].
+UsersArgument = Mapping[Any, object]
 ServerAddress = Union[Tuple[str, int], Sequence[Tuple[str, int]]]
 AnyRequest = Union['Request', 'Request4']
 Secret = Union[str, bytes, None]        # user name or password
@@ -1634,12 +1640,14 @@ class VirtualAddresses:
         raise error
 
     def number(self, host):
-        """The number of a virtual address; None for any other host."""
+        """The number of a virtual address, -1 for the other addresses of 100::/64; None for any
+        other host."""
         packed = ip_bytes(host.partition('%')[0]) or b''
+        others = -1 if len(packed) == 16 and packed[:8] == self.IPV6_PREFIX[:8] else None
         if packed[:12] in (V4_MAPPED, self.IPV6_PREFIX):
             packed = packed[12:]
         number = int.from_bytes(packed, 'big') - self.FIRST
-        return number if len(packed) == 4 and 0 <= number < self.COUNT else None
+        return number if len(packed) == 4 and 0 <= number < self.COUNT else others
 
     def knows(self, name):
         """Whether `name` has a virtual address."""
@@ -3037,37 +3045,37 @@ class Settings(NamedTuple):
                        the client that has most; 0: half of max_clients, bounded as above
 
     """
-    users: Mapping[Union[bytes, str], object] = MappingProxyType({})
+    users: UsersArgument = MappingProxyType({})
     open: bool = False
-    clients: Tuple[Network, ...] = ()
-    trusted: Tuple[Network, ...] = ()
-    rules: Optional[Tuple['Rule', ...]] = None
-    upstream: Tuple['Proxy', ...] = ()
+    clients: NetworksArgument = ()
+    trusted: NetworksArgument = ()
+    rules: Union[str, Sequence[Union[str, 'Rule']], None] = None
+    upstream: Union[str, Sequence[Union[str, 'Proxy']], 'Proxy'] = ()
     tls: Optional['ssl.SSLContext'] = None
     udp_over_plain: bool = False
-    gssapi: Tuple[int, ...] = ()
+    gssapi: Sequence[int] = ()
     gssapi_nec: bool = False
     ident: bool = False
     http: bool = True
     unix_mode: Optional[int] = None
-    balancers: Tuple[Network, ...] = ()
-    source: Tuple[str, ...] = ()
-    advertise: Tuple[str, ...] = ()
-    udp_ports: Tuple[int, int] = (0, 0)
+    balancers: NetworksArgument = ()
+    source: HostsArgument = ()
+    advertise: HostsArgument = ()
+    udp_ports: Union[str, Tuple[int, int]] = (0, 0)
     family: int = 0
     prefer: int = 0
     udp_strict: bool = False
     tor_extensions: bool = False
-    login_delay: float = 1.0
-    handshake_timeout: float = 30.0
-    connect_timeout: float = 30.0
-    bind_timeout: float = 120.0
-    idle_timeout: float = 0.0
-    udp_timeout: float = 300.0
-    drain_timeout: float = 0.0
-    max_clients: int = 0
-    max_per_client: Optional[int] = None
-    max_handshakes: int = 0
+    login_delay: Union[float, str] = 1.0
+    handshake_timeout: Union[float, str] = 30.0
+    connect_timeout: Union[float, str] = 30.0
+    bind_timeout: Union[float, str] = 120.0
+    idle_timeout: Union[float, str] = 0.0
+    udp_timeout: Union[float, str] = 300.0
+    drain_timeout: Union[float, str] = 0.0
+    max_clients: Union[int, str] = 0
+    max_per_client: Union[int, str, None] = None
+    max_handshakes: Union[int, str] = 0
 
     def __repr__(self) -> str:
         # Logs must not have passwords, which texts for proxies and ways may have.
@@ -8406,9 +8414,16 @@ def set_default_proxy(proxy_type: ProxyType = None, addr: Union[str, bytes, None
 
     The arguments are those of socksocket.set_proxy().  `bypass` lists hosts that are reached
     without the proxy, in the format of is_bypassed(): 'localhost, 127.0.0.0/8, .local'.
+
+    With a proxy, modules that connect without using `socket` (PAST_SOCKET) are logged as a warning,
+    since a program may then set socket.socket to socksocket.
     """
     socksocket.default_proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
     socksocket.default_bypass = bypass
+    if socksocket.default_proxy[0] is not None:
+        ImportGuard.install()
+    elif socket.socket is _orig_socket:
+        ImportGuard.remove()
 
 
 def setdefaultproxy(*args: Any, **kwargs: Any) -> None:
@@ -8453,10 +8468,16 @@ getdefaultproxy = get_default_proxy
 _wrapped_with = None                    # what _default() returned within default_proxy(), or None
 
 
+def check_module(module):
+    """Raise ValueError if `module` neither is `socket` nor has imported it."""
+    if module is not socket and getattr(module, 'socket', None) is not socket:
+        raise ValueError(f'{module!r}: expected socket, or a module that has imported it')
+
+
 def wrap_module(module: Any, dns: bool = False) -> None:
     """Replace socket.socket by socksocket, for the whole process, not only for `module`.
 
-    module  a module that has imported `socket`
+    module  `socket`, or a module that has imported it
     dns     whether to replace the resolver's functions, too, so that names are not looked up on
             this host but left to the proxy, see getaddrinfo()
 
@@ -8466,56 +8487,91 @@ def wrap_module(module: Any, dns: bool = False) -> None:
     Importing a module that connects without using `socket` (PAST_SOCKET) is logged as a warning;
     with `dns` it fails.
 
-    Raises GeneralProxyError if there is no default proxy.
+    Raises GeneralProxyError if there is no default proxy, or if with `dns` such a module has been
+    imported before; ValueError if `module` has not imported `socket`.
     """
     global _wrapped_with
     if not get_default_proxy():
         raise GeneralProxyError('No default proxy specified')
+    check_module(module)
+    if dns:
+        ImportGuard.refuse_imported()
     _wrapped_with = _scope.get() or _wrapped_with
-    module.socket.socket = socksocket
+    socket.socket = socksocket
     if dns:
         for function in RESOLVER:
-            setattr(module.socket, function.__name__, function)
+            setattr(socket, function.__name__, function)
         virtual_addresses.is_on = True
-    if ImportGuard not in sys.meta_path:
-        sys.meta_path.insert(0, ImportGuard)
-        for name in PAST_SOCKET & sys.modules.keys():
-            log.warning(ImportGuard.TEXT, name)
+    ImportGuard.install()
     if sys.platform == 'win32':
         from asyncio.windows_events import IocpProactor
         wrap_proactor(IocpProactor)
 
 
 def unwrap_module(module: Any) -> None:
-    """Undo wrap_module(), for the whole process."""
+    """Undo wrap_module(), for the whole process.
+
+    Raises ValueError if `module` neither is `socket` nor has imported it.
+    """
     global _wrapped_with
+    check_module(module)
     _wrapped_with = None
-    module.socket.socket = _orig_socket
+    socket.socket = _orig_socket
     for function in RESOLVER:
-        if getattr(module.socket, function.__name__) is function:
-            setattr(module.socket, function.__name__, function.stock)
+        if getattr(socket, function.__name__) is function:
+            setattr(socket, function.__name__, function.stock)
     virtual_addresses.is_on = False
     virtual_addresses.forget_origins()
-    if ImportGuard in sys.meta_path:
-        sys.meta_path.remove(ImportGuard)
+    ImportGuard.remove()
 
 
 wrapmodule, unwrapmodule = wrap_module, unwrap_module
 
-# Modules that have sockets or a resolver of their own, and so bypass the proxy.
-PAST_SOCKET = {'curl_cffi', 'eventlet', 'gevent', 'grpc', 'pycares', 'pycurl', 'uvloop', 'winloop'}
+# Modules that bypass the proxy: they have sockets or a resolver of their own, or start interpreters
+# in this process, which import a `socket` that is not wrapped.
+PAST_SOCKET = {'_xxsubinterpreters', 'concurrent.interpreters', 'curl_cffi', 'eventlet', 'gevent',
+               'grpc', 'pycares', 'pycurl', 'uvloop', 'winloop'}
 
 
 class ImportGuard:
     """A finder for sys.meta_path that warns of the modules of PAST_SOCKET, or refuses them."""
     TEXT = 'connections of the module %s bypass the proxy'
+    # Refused too, but without a warning: concurrent.futures imports it, to see whether it exists.
+    INTERPRETERS = '_interpreters'
+
+    @classmethod
+    def install(cls):
+        """Begin to watch, and warn of what has been imported before."""
+        if cls not in sys.meta_path:
+            sys.meta_path.insert(0, cls)
+            for name in cls.imported():
+                log.warning(cls.TEXT, name)
+
+    @classmethod
+    def remove(cls):
+        if cls in sys.meta_path:
+            sys.meta_path.remove(cls)
+
+    @staticmethod
+    def imported():
+        """A list of the modules of PAST_SOCKET that have been imported."""
+        return [name for name in sorted(PAST_SOCKET) if sys.modules.get(name)]  # None: forbidden
+
+    @classmethod
+    def refuse_imported(cls):
+        """Raise GeneralProxyError if a module of PAST_SOCKET has been imported."""
+        for name in cls.imported():
+            raise GeneralProxyError(f'{cls.TEXT % name}, and it has been imported already')
+        sys.modules.pop(cls.INTERPRETERS, None)         # so that an import asks find_spec()
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name in PAST_SOCKET or name == 'socket':     # a fresh copy, not wrapped
+        # An import of `socket` makes a fresh copy, which is not wrapped.
+        if name in PAST_SOCKET or name in ('socket', cls.INTERPRETERS):
             if virtual_addresses.is_on:
                 raise ModuleNotFoundError(f'refused: {cls.TEXT % name}', name=name)
-            log.warning(cls.TEXT, name)
+            if name != cls.INTERPRETERS:
+                log.warning(cls.TEXT, name)
 
 
 def host_text(host):
@@ -10902,7 +10958,7 @@ def program_runner(arguments, chain):
     is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
     if not chain or not program:
-        raise ValueError('--run: expected a proxy, -x URL, and a program')
+        raise ValueError('--run: expected a proxy, -x URL or ALL_PROXY, and a program')
     if not is_module and not os.path.exists(program):
         raise ValueError(f'--run: there is no {program}')
     wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
@@ -11001,7 +11057,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return client_command(args) if tasks else serve(args)
         program = program_runner(args.run, chain_from(args, os.environ) or environment_hops())
         socksocket.default_source = tuple(args.source)
-    except ValueError as error:
+    except (ValueError, GeneralProxyError) as error:
         parser.error(str(error))
     program()
     return 0

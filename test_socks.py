@@ -4635,6 +4635,27 @@ class DefaultProxyTest(ClientCase):
         socks.set_default_proxy(*args, **kwargs)
         self.addCleanup(setattr, socks.socksocket, 'default_proxy', None)
         self.addCleanup(setattr, socks.socksocket, 'default_bypass', '')
+        self.addCleanup(socks.ImportGuard.remove)
+
+    def test_modules_to_wrap(self):
+        """The module `socket` itself, or one that has imported it; another is an error."""
+        self.default('socks5h://127.0.0.1:9')
+        stock = socket.socket, socket.getaddrinfo
+        self.addCleanup(socks.unwrap_module, http.client)
+        for module in socket, http.client:
+            socks.wrap_module(module, dns=True)
+            self.assertEqual((socket.socket, socket.getaddrinfo),
+                             (socks.socksocket, socks.getaddrinfo))
+            for other in json, socket.socket, argparse.Namespace(socket=socket.socket), None:
+                with self.assertRaisesRegex(ValueError, 'expected socket, or a module'):
+                    socks.unwrap_module(other)
+            self.assertEqual(socket.socket, socks.socksocket)
+            socks.unwrap_module(module)
+            self.assertEqual((socket.socket, socket.getaddrinfo), stock)
+            self.assertFalse(hasattr(socket.socket, 'socket'))
+            with self.assertRaisesRegex(ValueError, 'expected socket, or a module'):
+                socks.wrap_module(json)
+            self.assertEqual((socket.socket, socket.getaddrinfo), stock)
 
     def test_default_proxy(self):
         server, origin = self.serve(), self.origin(echo)
@@ -4733,16 +4754,19 @@ class VirtualAddressesTest(unittest.TestCase):
         self.assertNotEqual(addresses.of('other.example'), ipv4)
         for host in (ipv4, ipv6, f'::ffff:{ipv4}', f'{ipv6}%1'):
             self.assertEqual(addresses.name(host), 'host.example')
-        for host in ('198.17.255.255', '198.20.0.0', '127.0.0.1', '100::1', 'host.example', ''):
+        for host in ('198.17.255.255', '198.20.0.0', '127.0.0.1', '100:0:0:1::', '0.0.0.0',
+                     'host.example', ''):
             self.assertIsNone(addresses.name(host))
 
     def test_an_address_of_nobody(self):
         addresses = socks.VirtualAddresses()
         self.assertIsNone(addresses.name('198.18.0.1'))         # programs got none yet
         addresses.is_on = True
-        with self.assertRaisesRegex(GENERAL, '198.18.0.0 stands for no name') as caught:
-            addresses.name('198.18.0.0')
-        self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
+        for host in ('198.18.0.0', '100::198.18.0.0', '100::', '100::1', '100::dead:beef',
+                     '100::1:0:0:1', '100::ffff:ffff:ffff:ffff%1'):
+            with self.assertRaisesRegex(GENERAL, host + ' stands for no name') as caught:
+                addresses.name(host)
+            self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
 
     def test_old_addresses(self):
         """They are errors, for as long as there are others; those in use are kept."""
@@ -5213,17 +5237,92 @@ with context.wrap_socket(plain, server_hostname='localhost') as sock:
             importlib.reload(socket)
         socks.unwrap_module(http.client)
         socks.wrap_module(http.client)
-        folder = self.enter(tempfile.TemporaryDirectory())
         for module in {'winloop', 'pycares'} - sys.modules.keys():
-            open(os.path.join(folder, module + '.py'), 'w').close()
-            sys.path.insert(0, folder)
-            self.addCleanup(sys.path.remove, folder)
-            self.addCleanup(sys.modules.pop, module, None)
+            self.fake_module(module)
             with self.assertLogs(socks.log, 'WARNING') as caught:
                 importlib.import_module(module)
             self.assertIn(f'connections of the module {module} bypass the proxy', caught.output[0])
         socks.unwrap_module(http.client)
         self.assertNotIn(socks.ImportGuard, sys.meta_path)
+
+    def fake_module(self, name):
+        folder = self.enter(tempfile.TemporaryDirectory())
+        open(os.path.join(folder, name + '.py'), 'w').close()
+        sys.path.insert(0, folder)
+        self.addCleanup(sys.path.remove, folder)
+        self.addCleanup(sys.modules.pop, name, None)
+        importlib.invalidate_caches()
+
+    @unittest.skipIf('winloop' in sys.modules, 'on Windows, with winloop')
+    def test_imported_before(self):
+        self.fake_module('winloop')
+        importlib.import_module('winloop')
+        self.enter(socks.default_proxy('socks5h://127.0.0.1:9'))
+        self.addCleanup(socks.unwrap_module, socket)
+        before = socket.socket, socket.getaddrinfo
+        with self.assertRaisesRegex(GENERAL, 'winloop bypass the proxy.* imported already'):
+            socks.wrap_module(socket, dns=True)
+        self.assertEqual((socket.socket, socket.getaddrinfo), before)
+        self.assertFalse(socks.virtual_addresses.is_on)
+        self.assertNotIn(socks.ImportGuard, sys.meta_path)
+        with self.assertLogs(socks.log, 'WARNING') as caught:
+            socks.wrap_module(socket)
+        self.assertIn('connections of the module winloop bypass the proxy', caught.output[0])
+        with self.assertRaisesRegex(GENERAL, 'winloop bypass the proxy.* imported already'):
+            socks.wrap_module(socket, dns=True)
+        sys.modules['winloop'] = None           # this forbids to import it
+        socks.wrap_module(socket, dns=True)
+
+    @unittest.skipIf('winloop' in sys.modules, 'on Windows, with winloop')
+    def test_imports_with_a_default_proxy(self):
+        """A program may replace socket.socket itself, as PySocks' do."""
+        self.fake_module('winloop')
+        self.addCleanup(setattr, socks.socksocket, 'default_proxy', None)
+        self.addCleanup(socks.ImportGuard.remove)
+        socks.set_default_proxy()
+        self.assertNotIn(socks.ImportGuard, sys.meta_path)
+        socks.set_default_proxy('socks5h://127.0.0.1:9')
+        with self.assertLogs(socks.log, 'WARNING') as caught:
+            importlib.import_module('winloop')
+        self.assertIn('connections of the module winloop bypass the proxy', caught.output[0])
+        socks.set_default_proxy()
+        self.assertNotIn(socks.ImportGuard, sys.meta_path)
+
+    def test_interpreters(self):
+        """Another interpreter in the process imports a stock `socket`; what does not use one can
+        be imported."""
+        script = """
+import importlib, socket, sys, socks
+if 'before' in sys.argv:
+    import concurrent.futures
+    try:
+        import _interpreters            # as concurrent.futures of Python 3.14 does
+    except ImportError:
+        pass
+socks.set_default_proxy('socks5h://127.0.0.1:9')
+socks.wrap_module(socket)
+if 'middle' in sys.argv:
+    import asyncio
+socks.wrap_module(socket, dns=True)
+import asyncio, concurrent.futures, multiprocessing
+concurrent.futures.ThreadPoolExecutor(1).submit(int).result()
+for name in '_interpreters', '_xxsubinterpreters', 'concurrent.interpreters':
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert 'bypass the proxy' in str(error), error
+    else:
+        raise SystemExit(name)
+try:
+    concurrent.futures.InterpreterPoolExecutor(1).submit(int).result()
+except (AttributeError, ImportError):
+    pass
+else:
+    raise SystemExit('InterpreterPoolExecutor')
+"""
+        for order in 'before', 'middle', 'after':
+            done = run(sys.executable, '-W', 'ignore', '-c', script, order, cwd=HERE)
+            self.assertEqual((done.returncode, done.stderr), (0, ''))
 
 
 class WrongTimeTest(ClientCase):
@@ -5670,7 +5769,7 @@ import ipaddress
 import pickle
 import socket
 import ssl
-from typing import Any, Generator, List, Optional, Tuple, Union
+from typing import Any, Dict, Generator, List, Optional, Tuple, Union
 
 import socks
 
@@ -5696,6 +5795,10 @@ class Recording(socks.Handler):
         return (yield from super().do_CONNECT(request))
 
 
+def proxy() -> socks.Proxy:
+    return socks.parse_proxy_url('socks5h://h')
+
+
 def serve() -> None:
     network = ipaddress.ip_network('127.0.0.0/8')
     rule = socks.parse_rule('allow to *', 'here')
@@ -5703,6 +5806,16 @@ def serve() -> None:
         users={'bob': 'secret', b'eve': b'x'}, clients=(network,), rules=(rule,), idle_timeout=600,
         upstream=(socks.parse_proxy_url('socks5h://h'),), tls=ssl.create_default_context(),
         source=('127.0.0.1',), udp_ports=(1, 2))
+    users_of_text: Dict[str, str] = {'bob': 'secret'}
+    users_of_bytes: Dict[bytes, bytes] = {b'bob': b'secret'}
+    lines: List[str] = ['deny to *']
+    networks = [network]
+    texts = socks.Settings(
+        users=users_of_text, clients='127.0.0.0/8', trusted=['127.0.0.1', network], rules=lines,
+        upstream='socks5h://10.0.0.1', balancers=networks, source='127.0.0.1',
+        advertise=['127.0.0.1'], udp_ports='5000-5099', connect_timeout='5', max_clients='10')
+    print(texts._replace(users=users_of_bytes, rules='deny to *', upstream=['http://h', proxy()]),
+          socks.Settings(upstream=proxy(), rules=[rule, 'deny to *'], gssapi=[1]))
     with Strict(('127.0.0.1', 0), settings, Recording).start() as server:
         address: socks.Address = server.server_address
         strict: Strict = server
@@ -9698,7 +9811,7 @@ WRONG_USAGE = [
     (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected one of them'),
     (['-x', 'http://i', '--run', '/nowhere/x.py'], r'--run: there is no /nowhere/x.py'),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
-    (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL, and a program'),
+    (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL or ALL_PROXY, and a program'),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
     (['--gssapi-nec'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
     (['--gssapi-level', 'clear'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),

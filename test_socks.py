@@ -1680,7 +1680,8 @@ class ConversationTest(VectorCase):
     def test_names_in_the_log(self):
         """As rules see them."""
         server, origin = self.serve(), self.origin(echo)
-        for host, name in (('LOCALHOST.', 'localhost'), ('::ffff:127.0.0.1', '127.0.0.1'), ('a..b', 'a..b')):
+        for host, name in (('LOCALHOST.', 'localhost'), ('::ffff:127.0.0.1', '127.0.0.1'),
+                           ('a..b', 'a..b')):
             with Peer(server.server_address) as peer:
                 peer.connect(host, origin.port)
             line = eventually(lambda: self.lines and self.lines.pop())
@@ -6546,7 +6547,7 @@ class LookUpTest(FileCase):
             line = eventually(lambda: [line for line in lines if 'outcome' in line])[0]
             with self.subTest(host, port=port):
                 self.assertEqual(line['target_address'], expected)
-                self.assertEqual(line['target'], f'{host}:{port}')
+                self.assertEqual(line['target'], f'{host.replace("127.1", "127.0.0.1")}:{port}')
                 self.assertEqual(any(f'connected to {connected}' in line for line in self.lines),
                                  bool(expected))
 

@@ -4540,7 +4540,7 @@ class Query:
         self.steps = None               # steps left of its plan; None: not begun
         self.missing = set()            # families of the current step without a result
         self.found = {}                 # IP addresses by family
-        self.failures = []              # (errno, text) of each look-up without addresses
+        self.failures = []              # (class, errno, text) for each look-up without addresses
         self.complete = threading.Event()       # set when no family is missing
         self.answered = None            # time of the answer
 
@@ -4548,7 +4548,7 @@ class Query:
 class Answer(NamedTuple):
     """The remembered result of a look-up: IP addresses, or why there are none."""
     hosts: Sequence
-    failure: Optional[Tuple]            # (errno, text), or None
+    failure: Optional[Tuple]            # (class of the error, errno, text), or None
     renewal: float                      # time from which a request starts a new look-up
     end: float                          # time until which the answer may be used
 
@@ -4620,7 +4620,10 @@ class Resolver:
 
     @staticmethod
     def _deliver(task, awaited, answer):
-        error = None if answer.hosts else socket.gaierror(*answer.failure)
+        error = None
+        if not answer.hosts:
+            kind, *args = answer.failure
+            error = kind(*args)
         task.answer(awaited, answer.hosts, error)
 
     # What follows runs in threads of the pool.
@@ -4682,15 +4685,22 @@ class Resolver:
 
     @staticmethod
     def _outcome(name, family):
-        """(IP addresses of a name, None), or ([], (errno, text)) if there are none."""
+        """(IP addresses of a name, None), or ([], (class, errno, text)) if there are none.
+
+        The class is socket.gaierror for what the system says about the name, and OSError for what
+        says nothing about it, such as a lack of descriptors.
+        """
         try:
             return hosts_of(name, family), None
+        except socket.gaierror as error:
+            return [], (socket.gaierror, error.errno, reason(error))
         except OSError as error:
-            number = error.errno if isinstance(error, socket.gaierror) else socket.EAI_FAIL
-            return [], (number, reason(error))
+            if error.errno in NO_ROOM:
+                return [], (OSError, error.errno, error.strerror)
+            return [], (socket.gaierror, socket.EAI_FAIL, reason(error))
         except Exception:
             log.exception('this is a bug')
-            return [], (socket.EAI_FAIL, 'the look-up failed')
+            return [], (OSError, errno.EIO, 'the look-up failed')
 
     def _note(self, query, family, hosts, failure):
         """Record the outcome for a family.
@@ -4726,13 +4736,20 @@ class Resolver:
             self._deliver(task, awaited, answer)
 
     def _answer(self, query, now):
-        """The `Answer` of a query with what it has found by the time `now`."""
+        """The `Answer` of a query with what it has found by the time `now`.
+
+        If a look-up says nothing about the name, the next request starts a new one.
+        """
+        is_sound = all(kind is socket.gaierror for kind, *_ in query.failures)
         if query.found:
             hosts = preferred(list(itertools.chain(*query.found.values())))
-            return Answer(hosts, None, now + self.MEMORY / 2, now + self.MEMORY)
+            renewal = now + self.MEMORY / 2 if is_sound else now
+            return Answer(hosts, None, renewal, now + self.MEMORY)
         # "No such name" says less than a name server that failed: the name may exist.
-        failure = min(query.failures, key=lambda failure: failure[0] in NO_SUCH_NAME)
-        return Answer((), failure, now + self.RETRY, now + self.RETRY)
+        failure = min(query.failures, key=lambda failure: (failure[0] is socket.gaierror,
+                                                           failure[1] in NO_SUCH_NAME))
+        end = now + self.RETRY if is_sound else now
+        return Answer((), failure, end, end)
 
     @classmethod
     def _remember(cls, query, answer):
@@ -5466,9 +5483,10 @@ class Routes:
     def _fail(self, header, error, payloads):
         """Remember that a target has failed, and drop its payloads."""
         self.known.forget(header)
-        self._failed.remember(header, self.relay.loop.now + self.RETRY)
-        if error.errno in NO_ROOM:
+        if error.errno in NO_ROOM:      # which says nothing about the target
             self.relay.client.server.starve(error)
+        else:
+            self._failed.remember(header, self.relay.loop.now + self.RETRY)
         for _ in payloads:
             self.relay.drop(reason(error))
 

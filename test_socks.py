@@ -6371,6 +6371,37 @@ class LookUpTest(FileCase):
         self.assertEqual({name for name, _ in asked}, {'secret.', 'a.test.'})
 
 
+    def test_what_says_nothing_about_the_name_is_not_remembered(self):
+        """A lack of descriptors, or a bug; neither for those who ask next."""
+        errors = []
+
+        def find(name, family):
+            if errors and (family == socket.AF_INET6 or name != 'half.test'):
+                raise errors.pop()
+            return ['127.0.0.1', '::1']
+
+        self.names(find)
+        server, origin = self.serve(), self.origin(echo)
+        for number, error in enumerate((OSError(errno.EMFILE, 'none'), ZeroDivisionError())):
+            errors[:] = [error, error]
+            name = f'{number}.test'
+            self.assertEqual(self.ask(server, name, origin.port), Reply.GENERAL_FAILURE)
+            self.assertEqual(self.ask(server, name, origin.port), 0)
+        self.assertIn('this is a bug', self.bugs.records.pop().getMessage())
+        self.bugs.records.clear()
+        errors[:] = [OSError(errno.EMFILE, 'none')]     # for one family only
+        self.assertEqual(self.ask(server, 'half.test', origin.port), 0)
+        self.assertEqual(len(server.resolver._answers['half.test'].hosts), 1)
+        self.assertEqual(self.ask(server, 'half.test', origin.port), 0)
+        eventually(lambda: len(server.resolver._answers['half.test'].hosts) == 2)
+        errors[:] = [OSError(errno.EMFILE, 'none'), OSError(errno.EMFILE, 'none')]
+        client, target = self.enter(Associate(server)), self.enter(Echo())
+        datagram = Datagram(Address('udp.test', target.address.port), b'x').pack()
+        relay = next(item for item in server.loop.items if isinstance(item, socks.UdpRelay))
+        client.send(datagram)
+        eventually(lambda: relay.dropped)
+        self.assertEqual(client.ask(datagram)[-3:], b'E:x')
+
     def test_what_is_no_name_is_not_looked_up(self):
         """By none of the commands, in no version."""
         asked = self.names(lambda *_: ['127.0.0.1'])

@@ -4558,11 +4558,12 @@ def preferred(hosts):
 
 class Query:
     """The look-up of one name, and the tasks that wait for it."""
-    __slots__ = ('name', 'memory', 'owners', 'waiting', 'is_renewal', 'steps', 'missing', 'found',
-                 'failures', 'complete', 'answered')
+    __slots__ = ('name', 'key', 'memory', 'owners', 'waiting', 'is_renewal', 'steps', 'missing',
+                 'found', 'failures', 'complete', 'answered')
 
-    def __init__(self, name, memory, is_renewal):
+    def __init__(self, name, key, memory, is_renewal):
         self.name = name
+        self.key = key                  # the name; (owner, name) if it is the owner's alone
         self.memory = memory            # dictionary for the answer
         self.owners = set()             # owners that have a job for it in the pool
         self.waiting = []               # (task, its `LookUp`)
@@ -4570,15 +4571,21 @@ class Query:
         self.steps = None               # steps left of its plan; None: not begun
         self.missing = set()            # families of the current step without a result
         self.found = {}                 # IP addresses by family
-        self.failures = []              # (errno, text) of each look-up without addresses
+        self.failures = []              # (class, errno, text) for each look-up without addresses
         self.complete = threading.Event()       # set when no family is missing
         self.answered = None            # time of the answer
+
+    def put_off(self):
+        """The look-ups of one family that have become steps of their own, a list of (name, family).
+        """
+        return [(name, families[0]) for name, families in self.steps
+                if len(families) < len(FAMILIES) and families != TOGETHER]
 
 
 class Answer(NamedTuple):
     """The remembered result of a look-up: IP addresses, or why there are none."""
     hosts: Sequence
-    failure: Optional[Tuple]            # (errno, text), or None
+    failure: Optional[Tuple]            # (class of the error, errno, text), or None
     renewal: float                      # time from which a request starts a new look-up
     end: float                          # time until which the answer may be used
 
@@ -4595,22 +4602,26 @@ class Resolver:
     in the second half of that time renews it in the background.
 
     Some name servers never answer for one family.  So a family that was late LATE times in
-    succession is no longer waited for, and only one of its look-ups runs at a time.
+    succession is no longer waited for, and one of its look-ups at a time is in parallel; the others
+    follow when the tasks have been answered.  This is counted for each owner, who may ask for names
+    of its own zone; and an owner with a late family has queries and answers of its own, so that it
+    takes no family from others.
     """
     DELAY = 0.05                        # seconds, RFC 8305 section 8
     LATE = 3                            # times
+    FOLLOWING = 16                      # look-ups that follow an answer, of one owner at a time
     MEMORY = 60.0                       # seconds to remember addresses; getaddrinfo has no TTL
     RETRY = 3.0                         # seconds to remember a failure
-    LIMIT = 1024                        # names to remember
+    LIMIT = 1024                        # names to remember, and late families
 
     def __init__(self, pool):
         self.pool = pool
         self.is_strict = False
         self._lock = threading.Lock()
-        self._answers = {}              # `Answer` by name, the latest one last
-        self._queries = {}              # `Query` by name
-        self._late = dict.fromkeys(FAMILIES + TOGETHER, 0)      # times late in succession
-        self._busy = dict.fromkeys(FAMILIES + TOGETHER, 0)      # look-ups under way
+        self._answers = {}              # `Answer` by key of its `Query`, the latest one last
+        self._queries = {}              # `Query` by key
+        self._late = {}                 # times late in succession, by (owner, family)
+        self._busy = {}                 # look-ups under way, by (owner, family)
 
     def ask(self, owner, task, awaited):
         """Have task.answer() called with the result of `awaited`, a `LookUp`.
@@ -4618,7 +4629,9 @@ class Resolver:
         The look-up is a job of `owner` in the pool.  Raises RuntimeError if no thread is available.
         """
         with self._lock:
-            answer, query = self._answers.get(awaited.name), self._queries.get(awaited.name)
+            is_hasty = any(self._is_late(owner, family) for family in FAMILIES)
+            key = (owner, awaited.name) if is_hasty else awaited.name
+            answer, query = self._answers.get(key), self._queries.get(key)
             now = time.monotonic()
             is_known = answer is not None and now < answer.end
             if is_known:
@@ -4626,7 +4639,7 @@ class Resolver:
                 if query or now < answer.renewal:
                     return
             if not query:
-                query = self._queries[awaited.name] = Query(awaited.name, self._answers, is_known)
+                query = self._queries[key] = Query(awaited.name, key, self._answers, is_known)
             if not is_known:
                 query.waiting.append((task, awaited))
             # A query that has not begun may be far back in the queue of another owner.  It becomes
@@ -4646,11 +4659,22 @@ class Resolver:
         if waiting in query.waiting:
             query.waiting.remove(waiting)
         if not query.owners:
-            del self._queries[query.name]
+            del self._queries[query.key]
+
+    def _is_late(self, owner, family):
+        return self._late.get((owner, family), 0) >= self.LATE
+
+    def _count_late(self, owner, family):
+        self._late[owner, family] = self._late.pop((owner, family), 0) + 1
+        if len(self._late) > self.LIMIT:
+            del self._late[next(iter(self._late))]
 
     @staticmethod
     def _deliver(task, awaited, answer):
-        error = None if answer.hosts else socket.gaierror(*answer.failure)
+        error = None
+        if not answer.hosts:
+            kind, *args = answer.failure
+            error = kind(*args)
         task.answer(awaited, answer.hosts, error)
 
     # What follows runs in threads of the pool.
@@ -4668,8 +4692,8 @@ class Resolver:
         self._take_step(query, owner)
 
     def _remove(self, query):
-        if self._queries.get(query.name) is query:      # after forget() there may be another one
-            del self._queries[query.name]
+        if self._queries.get(query.key) is query:       # after forget() there may be another one
+            del self._queries[query.key]
 
     def _take_step(self, query, owner):
         """Look up all families of the next step: one in this thread, others in further threads."""
@@ -4678,7 +4702,8 @@ class Resolver:
             # A look-up of a late family may occupy its thread for long, so only one runs at a
             # time; that of this query becomes a step of its own, after the quick family.
             slow = [family for family in families
-                    if self._busy[family] and self._late[family] >= self.LATE]
+                    if query.key != query.name and (owner, family) in self._busy
+                    and self._is_late(owner, family)]
             if len(slow) < len(families):
                 query.steps.extendleft((name, (family,)) for family in slow)
                 families = [family for family in families if family not in slow]
@@ -4695,42 +4720,55 @@ class Resolver:
 
     def _look_up(self, query, owner, name, family):
         """Look one family up; answer the tasks if this is the first result, or the last failure."""
+        since = time.monotonic()
+        if query.answered and since > query.answered + self.MEMORY:
+            return                      # its answer is forgotten
         with self._lock:
-            self._busy[family] += 1
+            self._busy[owner, family] = self._busy.get((owner, family), 0) + 1
         hosts, failure = self._outcome(name, family)
         with self._lock:
+            self._busy[owner, family] -= 1
+            if not self._busy[owner, family]:
+                del self._busy[owner, family]
+            if not query.answered or time.monotonic() - max(since, query.answered) < self.DELAY:
+                self._late.pop((owner, family), None)
             is_first, is_last = self._note(query, family, hosts, failure)
+            is_hasty = query.key != query.name and all(
+                self._is_late(owner, each) for each in query.missing)
         if is_first:
-            if not is_last and any(self._late[each] < self.LATE for each in list(query.missing)):
+            if not is_last and not is_hasty:
                 query.complete.wait(self.DELAY)
-            self._finish(query)
+            self._finish(query, owner)
         elif is_last and not query.found:
             if query.steps:
                 self._take_step(query, owner)
             else:
-                self._finish(query)
+                self._finish(query, owner)
 
     @staticmethod
     def _outcome(name, family):
-        """(IP addresses of a name, None), or ([], (errno, text)) if there are none."""
+        """(IP addresses of a name, None), or ([], (class, errno, text)) if there are none.
+
+        The class is socket.gaierror for what the system says about the name, and OSError for what
+        says nothing about it, such as a lack of descriptors.
+        """
         try:
             return hosts_of(name, family), None
+        except socket.gaierror as error:
+            return [], (socket.gaierror, error.errno, reason(error))
         except OSError as error:
-            number = error.errno if isinstance(error, socket.gaierror) else socket.EAI_FAIL
-            return [], (number, reason(error))
+            if error.errno in NO_ROOM:
+                return [], (OSError, error.errno, error.strerror)
+            return [], (socket.gaierror, socket.EAI_FAIL, reason(error))
         except Exception:
             log.exception('this is a bug')
-            return [], (socket.EAI_FAIL, 'the look-up failed')
+            return [], (OSError, errno.EIO, 'the look-up failed')
 
     def _note(self, query, family, hosts, failure):
         """Record the outcome for a family.
 
         Returns (is it the first family with addresses, has every family of the step a result).
         """
-        now = time.monotonic()
-        self._busy[family] -= 1
-        if not query.answered or now - query.answered < self.DELAY:
-            self._late[family] = 0
         query.missing.discard(family)
         if hosts:
             query.found[family] = hosts
@@ -4742,38 +4780,53 @@ class Resolver:
             self._remember(query, self._answer(query, query.answered))
         return bool(hosts) and len(query.found) == 1, not query.missing
 
-    def _finish(self, query):
-        """Answer all tasks that wait, with what has been found."""
+    def _finish(self, query, owner):
+        """Answer all tasks that wait, with what has been found; look up the families put off."""
         with self._lock:
             query.answered = time.monotonic()
             for family in query.missing:
-                self._late[family] += 1
+                self._count_late(owner, family)
             answer = self._answer(query, query.answered)
             self._remember(query, answer)
             self._remove(query)
             waiting, query.waiting = query.waiting, []
+            put_off = query.put_off() if query.found else ()
+            query.steps.clear()
         for task, awaited in waiting:
             self._deliver(task, awaited, answer)
+        for name, family in put_off:
+            with contextlib.suppress(RuntimeError):     # too many wait
+                self.pool.run((owner, 'following'), self._look_up, query, owner, name, family,
+                              limit=self.FOLLOWING)
 
     def _answer(self, query, now):
-        """The `Answer` of a query with what it has found by the time `now`."""
+        """The `Answer` of a query with what it has found by the time `now`.
+
+        If a look-up says nothing about the name, or found no thread, the next request starts a new
+        one.
+        """
+        is_sound = (all(kind is socket.gaierror for kind, *_ in query.failures)
+                    and (query.key != query.name or not query.put_off()))
         if query.found:
             hosts = preferred(list(itertools.chain(*query.found.values())))
-            return Answer(hosts, None, now + self.MEMORY / 2, now + self.MEMORY)
+            renewal = now + self.MEMORY / 2 if is_sound else now
+            return Answer(hosts, None, renewal, now + self.MEMORY)
         # "No such name" says less than a name server that failed: the name may exist.
-        failure = min(query.failures, key=lambda failure: failure[0] in NO_SUCH_NAME)
-        return Answer((), failure, now + self.RETRY, now + self.RETRY)
+        failure = min(query.failures, key=lambda failure: (failure[0] is socket.gaierror,
+                                                           failure[1] in NO_SUCH_NAME))
+        end = now + self.RETRY if is_sound else now
+        return Answer((), failure, end, end)
 
     @classmethod
     def _remember(cls, query, answer):
-        memory, name = query.memory, query.name
-        before = memory.pop(name, None)
+        memory, key = query.memory, query.key
+        before = memory.pop(key, None)
         if before and before.hosts and before.end > answer.end:
             # The renewal failed, or a later query has finished before.  Keep the old addresses.
             answer = before._replace(renewal=max(before.renewal, answer.renewal))
         if len(memory) >= cls.LIMIT:
             del memory[next(iter(memory))]
-        memory[name] = answer
+        memory[key] = answer
 
     def forget(self):
         """Drop all answers; queries under way keep their tasks, but are not remembered."""
@@ -5507,9 +5560,10 @@ class Routes:
     def _fail(self, header, error, payloads):
         """Remember that a target has failed, and drop its payloads."""
         self.known.forget(header)
-        self._failed.remember(header, self.relay.loop.now + self.RETRY)
-        if error.errno in NO_ROOM:
+        if error.errno in NO_ROOM:      # which says nothing about the target
             self.relay.client.server.starve(error)
+        else:
+            self._failed.remember(header, self.relay.loop.now + self.RETRY)
         for _ in payloads:
             self.relay.drop(reason(error))
 

@@ -6415,15 +6415,79 @@ class LookUpTest(FileCase):
 
         asked = self.names(find)
         server, origin = self.serve(), self.origin(echo)
-        for number in range(10):
+        resolver = server.resolver
+        for number in range(30):
             self.assertEqual(self.ask(server, '%d.test' % number, origin.port), 0)
-        self.assertEqual([family for _, family in asked].count(socket.AF_INET6), 3)
-        self.assertEqual(server.resolver._late[socket.AF_INET6], 3)
+        eventually(lambda: [family for _, family in asked].count(socket.AF_INET6)
+                   == 3 + resolver.FOLLOWING)
+        self.assertEqual(list(resolver._late.values()), [3])
         event.set()                     # late, but not forgotten
-        eventually(lambda: not server.resolver._busy[socket.AF_INET6])
+        eventually(lambda: not resolver._busy)
+        self.assertEqual([family for _, family in asked].count(socket.AF_INET6), 30)
         numbers = itertools.count()
         eventually(lambda: self.ask(server, 'a%d.test' % next(numbers), origin.port) == 0
-                   and not server.resolver._late[socket.AF_INET6])
+                   and not resolver._late)
+
+    def test_a_late_family_is_that_of_one_client(self):
+        """Others have both families of each name, and the client has them later."""
+        event, answers = threading.Event(), threading.Event()
+        self.addCleanup(event.set)
+        self.addCleanup(answers.set)
+
+        def find(name, family):
+            if family == socket.AF_INET and name.startswith('half'):
+                event.wait(PATIENCE)
+            elif family == socket.AF_INET and name.startswith('both'):
+                answers.wait(PATIENCE)
+            return ['127.0.0.1'] if family == socket.AF_INET else ['::1']
+
+        def hosts(key):
+            answer = resolver._answers.get(key)
+            return sorted(answer.hosts) if answer else []
+
+        self.names(find)
+        self.change(socks.Resolver, DELAY=0.2)
+        server = self.serve(tor_extensions=True)
+        resolver = server.resolver
+
+        def ask(name, source):
+            peer = self.enter(Peer(server.server_address, (source, 0)))
+            peer.ask(Greeting(b'\0'), Choice)
+            peer.send(Request(0xF0, Address(name, 0)).pack())
+            return peer
+
+        for number in range(3):
+            self.assertEqual(Response.unpack(ask(f'half{number}.test', '127.0.0.2').read).reply, 0)
+        late = ask('both.test', '127.0.0.2')
+        self.assertEqual(Response.unpack(late.read).address.host, '::1')
+        self.assertEqual(hosts('both.test'), [])
+        answers.set()
+        key = socks.client_key('127.0.0.2'), 'both.test'
+        eventually(lambda: hosts(key) == ['127.0.0.1', '::1'])
+        for name in 'both.test', 'other.test':
+            with self.subTest(name):
+                self.assertEqual(Response.unpack(ask(name, '127.0.0.3').read).reply, 0)
+                eventually(lambda: hosts(name) == ['127.0.0.1', '::1'])
+
+    def test_a_family_without_a_thread(self):
+        """It follows, as soon as there is one."""
+        class Asking:
+            answers = []
+
+            def is_waiting_for(self, _):
+                return True
+
+            def answer(self, _, hosts, error):
+                self.answers.append((hosts, error))
+
+        asked = self.names(lambda *_: ['127.0.0.1', '::1'])
+        pool = socks.BlockingPool(1)
+        self.addCleanup(pool.dismiss)
+        resolver = socks.Resolver(pool)
+        resolver.ask('a', Asking(), socks.LookUp('both.test'))
+        eventually(lambda: resolver._answers and len(resolver._answers['both.test'].hosts) == 2)
+        self.assertEqual(len(asked), 2)
+        self.assertEqual(Asking.answers, [(['127.0.0.1'], None)])
 
     def test_one_look_up_for_all_who_ask(self):
         event = threading.Event()
@@ -6507,6 +6571,37 @@ class LookUpTest(FileCase):
             self.assertNotEqual(self.ask(server, name, 80), 0)
         self.assertEqual({name for name, _ in asked}, {'secret.', 'a.test.'})
 
+
+    def test_what_says_nothing_about_the_name_is_not_remembered(self):
+        """A lack of descriptors, or a bug; neither for those who ask next."""
+        errors = []
+
+        def find(name, family):
+            if errors and (family == socket.AF_INET6 or name != 'half.test'):
+                raise errors.pop()
+            return ['127.0.0.1', '::1']
+
+        self.names(find)
+        server, origin = self.serve(), self.origin(echo)
+        for number, error in enumerate((OSError(errno.EMFILE, 'none'), ZeroDivisionError())):
+            errors[:] = [error, error]
+            name = f'{number}.test'
+            self.assertEqual(self.ask(server, name, origin.port), Reply.GENERAL_FAILURE)
+            self.assertEqual(self.ask(server, name, origin.port), 0)
+        self.assertIn('this is a bug', self.bugs.records.pop().getMessage())
+        self.bugs.records.clear()
+        errors[:] = [OSError(errno.EMFILE, 'none')]     # for one family only
+        self.assertEqual(self.ask(server, 'half.test', origin.port), 0)
+        self.assertEqual(len(server.resolver._answers['half.test'].hosts), 1)
+        self.assertEqual(self.ask(server, 'half.test', origin.port), 0)
+        eventually(lambda: len(server.resolver._answers['half.test'].hosts) == 2)
+        errors[:] = [OSError(errno.EMFILE, 'none'), OSError(errno.EMFILE, 'none')]
+        client, target = self.enter(Associate(server)), self.enter(Echo())
+        datagram = Datagram(Address('udp.test', target.address.port), b'x').pack()
+        relay = next(item for item in server.loop.items if isinstance(item, socks.UdpRelay))
+        client.send(datagram)
+        eventually(lambda: relay.dropped)
+        self.assertEqual(client.ask(datagram)[-3:], b'E:x')
 
     def test_what_is_no_name_is_not_looked_up(self):
         """By none of the commands, in no version."""

@@ -4317,11 +4317,12 @@ class Errand(Task):
 
 class Share:
     """The jobs of one owner in a `BlockingPool`."""
-    __slots__ = ('under_way', 'limit', 'waiting')
+    __slots__ = ('under_way', 'limit', 'places', 'waiting')
 
     def __init__(self, limit):
         self.under_way = 0              # jobs that have a thread
         self.limit = limit              # of those
+        self.places = {}                # times when jobs began, by number; infinity if not yet
         self.waiting = deque()          # jobs that wait for one
 
 
@@ -4336,28 +4337,37 @@ class BlockingPool:
     So one owner alone gets most of the threads, several get equal shares in the long run, and the
     first job of a new owner finds a thread.
 
+    Many threads that compete for the interpreter lock hold up the loops.  So an owner has PLACES
+    for jobs that begin.  A job that takes longer than STAY, or than TICK while the process is idle,
+    leaves its place: it waits for the network, which costs nothing.
+
     Theory of operation.  A job is first in `waiting` of its owner's `Share`, then, as soon as the
     owner may have one more thread, in `_ready`, where any free thread takes it.  It is counted in
-    `_taken` and `under_way` from then on up to its end.  All state is guarded by `_changed`.
+    `_taken` and `under_way` from then on up to its end.  All state is guarded by `_changed`.  As
+    long as jobs wait, a further thread, `_watcher`, finds the jobs that leave their places.
     """
     LONGEST_QUEUE = 1024                # jobs of one owner that may wait
+    PLACES = 4                          # of one owner
+    STAY, TICK = 0.05, 0.01             # seconds
 
     def __init__(self, size=256, patience=5.0):
         self.size = size
         self._patience = patience
         self._changed = threading.Condition()
         self._threads = set()
-        self._ready = deque()           # jobs for the next free threads, (owner, job)
+        self._ready = deque()           # jobs for the next free threads, (owner, number, job)
+        self._numbers = itertools.count()
         self._taken = 0                 # number of jobs that have a thread or are ready
         self._shares = {}               # `Share` by owner
         self._turns = deque()           # owners with waiting jobs, in the order of their turns
+        self._watcher = None            # thread, or None
         self._closed = False
 
     def run(self, owner, *job, limit=float('inf'), at_once=False):
         """Call job[0](*job[1:]) in a thread of the pool; return at once.
 
         limit      number of the owner's jobs that may run at a time
-        at_once    refuse the job if it would have to wait for a thread
+        at_once    refuse the job if it would have to wait for a thread; it needs no place
 
         Raises RuntimeError if the job is refused, if too many jobs of the owner wait, or if no
         thread can be started.
@@ -4365,15 +4375,15 @@ class BlockingPool:
         with self._changed:
             if self._closed:
                 raise RuntimeError('the server is closed')
-            share = self._shares.setdefault(owner, Share(limit))
-            if (len(share.waiting) >= self.LONGEST_QUEUE
-                    or at_once and not self._may_have_thread(share)):
+            share = self._shares.get(owner) or Share(limit)
+            if (not self._may_have_thread(share) if at_once
+                    else len(share.waiting) >= self.LONGEST_QUEUE):
                 raise RuntimeError('too many jobs wait for a thread')
-            if not share.waiting:
-                # An owner without a thread comes before those that have some.
-                (self._turns.append if share.under_way else self._turns.appendleft)(owner)
-            share.waiting.append(job)
-            self._distribute()
+            self._shares[owner] = share
+            if at_once:
+                self._make_ready(owner, share, job)
+            else:
+                self._queue(owner, share, job)
             self._changed.notify()
             try:
                 self._start_threads()
@@ -4382,6 +4392,21 @@ class BlockingPool:
                     self._done(*self._ready.pop())
                     raise
 
+    def _queue(self, owner, share, job):
+        if not share.waiting:
+            # An owner without a thread comes before those that have some.
+            (self._turns.append if share.under_way else self._turns.appendleft)(owner)
+        share.waiting.append(job)
+        self._distribute()
+
+    def _make_ready(self, owner, share, job):
+        """Give a job to the next free thread; returns its number."""
+        number = next(self._numbers)
+        share.under_way += 1
+        self._taken += 1
+        self._ready.append((owner, number, job))
+        return number
+
     def _may_have_thread(self, share):
         left = self.size - self._taken
         if not share.under_way:
@@ -4389,24 +4414,54 @@ class BlockingPool:
         return share.under_way < min(share.limit, 3 * (left - self.size // 8))
 
     def _distribute(self):
-        """Make waiting jobs ready, owner by owner, as far as there are threads for them."""
+        """Make waiting jobs ready, one of each owner, as far as there are threads for them.
+
+        Returns whether there were any.
+        """
+        before = self._taken
         for _ in range(len(self._turns)):
             if self._taken >= self.size:
-                return
+                break
             owner = self._turns.popleft()
             share = self._shares[owner]
-            if self._may_have_thread(share):
-                share.under_way += 1
-                self._taken += 1
-                self._ready.append((owner, share.waiting.popleft()))
+            if len(share.places) < self.PLACES and self._may_have_thread(share):
+                number = self._make_ready(owner, share, share.waiting.popleft())
+                share.places[number] = float('inf')
             if share.waiting:
                 self._turns.append(owner)
+        return self._taken > before
 
     def _start_threads(self):
         while self._taken > len(self._threads):
             thread = threading.Thread(target=self._work, name='socks-pool', daemon=True)
             thread.start()
             self._threads.add(thread)
+        if self._turns and not self._watcher:
+            watcher = threading.Thread(target=self._watch, name='socks-pool-watcher', daemon=True)
+            watcher.start()
+            self._watcher = watcher
+
+    def _watch(self):
+        """Have jobs that take long leave their places, as long as others wait for these."""
+        while True:
+            began, used = time.monotonic(), time.process_time()
+            time.sleep(self.TICK)
+            with self._changed:
+                now = time.monotonic()
+                is_idle = (time.process_time() - used < self.TICK / 4
+                           and now - began < 1.5 * self.TICK)       # no wait for the lock
+                limit = began if is_idle else now - self.STAY
+                for share in map(self._shares.get, self._turns):
+                    for number in [each for each, since in share.places.items() if since < limit]:
+                        del share.places[number]
+                while self._distribute():
+                    pass
+                self._changed.notify(len(self._ready))
+                with contextlib.suppress(RuntimeError):         # then the threads do them all
+                    self._start_threads()
+                if not self._turns:
+                    self._watcher = None
+                    return
 
     def _work(self):
         """Do jobs, in a thread of the pool, until there is none for a while."""
@@ -4417,22 +4472,26 @@ class BlockingPool:
                 # either finds it waiting or starts another one, and no job is lost.
                 if self._closed or not self._ready:
                     return self._threads.discard(threading.current_thread())
-                owner, job = self._ready.popleft()
+                owner, number, job = self._ready.popleft()
+                places = self._shares[owner].places
+                if number in places:
+                    places[number] = time.monotonic()
             try:
                 job[0](*job[1:])
             except Exception:
                 log.exception('this is a bug')
             with self._changed:
-                self._done(owner, job)
+                self._done(owner, number, job)
                 self._distribute()
                 self._changed.notify(max(0, len(self._ready) - 1))      # this thread takes one
                 with contextlib.suppress(RuntimeError):         # then this thread does them all
                     self._start_threads()
             job = None                  # its objects must not live on while the thread waits
 
-    def _done(self, owner, _):
+    def _done(self, owner, number, _):
         """Count a job as ended."""
         share = self._shares[owner]
+        share.places.pop(number, None)
         share.under_way -= 1
         self._taken -= 1
         if not (share.under_way or share.waiting):
@@ -5382,7 +5441,7 @@ class Routes:
     connect that could fail.
     """
     LIMIT = 1024                        # targets, and senders, to remember
-    LOOKUPS = 16                        # look-ups at a time
+    LOOKUPS = 128                       # look-ups at a time; the pool lets a few of them begin
     QUEUE, ROOM = 512, 1 << 18          # datagrams that may wait for look-ups, and their bytes
     PATIENCE = 10.0                     # seconds for one look-up
     RETRY = 5.0                         # seconds before a failed target is tried again
@@ -5507,7 +5566,7 @@ class Routes:
             if not self.relay.send(target.route, payload) and target.spare:
                 self._try_spare(target, payload)
         # A client that sends once and waits, as for DNS, would never get to a review.
-        if target.spare and payloads and len(self.relay.errands) < 4 * self.LOOKUPS:
+        if target.spare and payloads and len(self.relay.errands) < 2 * self.LOOKUPS:
             Errand(self.relay, self._retry_spare(target, payloads[-1])).start(self.relay.loop)
 
     def _retry_spare(self, target, payload):

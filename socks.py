@@ -4322,7 +4322,7 @@ class Share:
     def __init__(self, limit):
         self.under_way = 0              # jobs that have a thread
         self.limit = limit              # of those
-        self.places = {}                # times when jobs began, by number; infinity if not yet
+        self.places = {}                # ticks since jobs began, by number; None if not yet
         self.waiting = deque()          # jobs that wait for one
 
 
@@ -4338,7 +4338,7 @@ class BlockingPool:
     first job of a new owner finds a thread.
 
     Many threads that compete for the interpreter lock hold up the loops.  So an owner has PLACES
-    for jobs that begin.  A job that takes longer than STAY, or than TICK while the process is idle,
+    for jobs that begin.  A job that takes longer than STAY ticks, or one while the process is idle,
     leaves its place: it waits for the network, which costs nothing.
 
     Theory of operation.  A job is first in `waiting` of its owner's `Share`, then, as soon as the
@@ -4347,8 +4347,9 @@ class BlockingPool:
     long as jobs wait, a further thread, `_watcher`, finds the jobs that leave their places.
     """
     LONGEST_QUEUE = 1024                # jobs of one owner that may wait
-    PLACES = 4                          # of one owner
-    STAY, TICK = 0.05, 0.01             # seconds
+    PLACES = 2                          # of one owner
+    STAY = 10                           # ticks
+    TICK = 0.005                        # seconds
 
     def __init__(self, size=256, patience=5.0):
         self.size = size
@@ -4426,7 +4427,7 @@ class BlockingPool:
             share = self._shares[owner]
             if len(share.places) < self.PLACES and self._may_have_thread(share):
                 number = self._make_ready(owner, share, share.waiting.popleft())
-                share.places[number] = float('inf')
+                share.places[number] = None
             if share.waiting:
                 self._turns.append(owner)
         return self._taken > before
@@ -4447,13 +4448,10 @@ class BlockingPool:
             began, used = time.monotonic(), time.process_time()
             time.sleep(self.TICK)
             with self._changed:
-                now = time.monotonic()
                 is_idle = (time.process_time() - used < self.TICK / 4
-                           and now - began < 1.5 * self.TICK)       # no wait for the lock
-                limit = began if is_idle else now - self.STAY
-                for share in map(self._shares.get, self._turns):
-                    for number in [each for each, since in share.places.items() if since < limit]:
-                        del share.places[number]
+                           and time.monotonic() - began < 1.5 * self.TICK)  # no wait for the lock
+                for owner in self._turns:
+                    self._tick(self._shares[owner].places, 1 if is_idle else self.STAY)
                 while self._distribute():
                     pass
                 self._changed.notify(len(self._ready))
@@ -4462,6 +4460,15 @@ class BlockingPool:
                 if not self._turns:
                     self._watcher = None
                     return
+
+    @staticmethod
+    def _tick(places, stay):
+        # Ticks are late when threads compete, so a job that lacks the CPU keeps its place.
+        for number, ticks in list(places.items()):
+            if ticks is not None:
+                places[number] += 1
+                if ticks >= stay:
+                    del places[number]
 
     def _work(self):
         """Do jobs, in a thread of the pool, until there is none for a while."""
@@ -4475,7 +4482,7 @@ class BlockingPool:
                 owner, number, job = self._ready.popleft()
                 places = self._shares[owner].places
                 if number in places:
-                    places[number] = time.monotonic()
+                    places[number] = 0
             try:
                 job[0](*job[1:])
             except Exception:

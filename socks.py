@@ -4349,10 +4349,12 @@ class Errand(Task):
 
 class Share:
     """The jobs of one owner in a `BlockingPool`."""
-    __slots__ = ('under_way', 'waiting')
+    __slots__ = ('under_way', 'limit', 'places', 'waiting')
 
-    def __init__(self):
+    def __init__(self, limit):
         self.under_way = 0              # jobs that have a thread
+        self.limit = limit              # of those
+        self.places = {}                # ticks since jobs began, by number; None if not yet
         self.waiting = deque()          # jobs that wait for one
 
 
@@ -4367,27 +4369,38 @@ class BlockingPool:
     So one owner alone gets most of the threads, several get equal shares in the long run, and the
     first job of a new owner finds a thread.
 
+    Many threads that compete for the interpreter lock hold up the loops.  So an owner has PLACES
+    for jobs that begin.  A job that takes longer than STAY ticks, or one while the process is idle,
+    leaves its place: it waits for the network, which costs nothing.
+
     Theory of operation.  A job is first in `waiting` of its owner's `Share`, then, as soon as the
     owner may have one more thread, in `_ready`, where any free thread takes it.  It is counted in
-    `_taken` and `under_way` from then on up to its end.  All state is guarded by `_changed`.
+    `_taken` and `under_way` from then on up to its end.  All state is guarded by `_changed`.  As
+    long as jobs wait, a further thread, `_watcher`, finds the jobs that leave their places.
     """
     LONGEST_QUEUE = 1024                # jobs of one owner that may wait
+    PLACES = 2                          # of one owner
+    STAY = 10                           # ticks
+    TICK = 0.005                        # seconds
 
     def __init__(self, size=256, patience=5.0):
         self.size = size
         self._patience = patience
         self._changed = threading.Condition()
         self._threads = set()
-        self._ready = deque()           # jobs for the next free threads, (owner, job)
+        self._ready = deque()           # jobs for the next free threads, (owner, number, job)
+        self._numbers = itertools.count()
         self._taken = 0                 # number of jobs that have a thread or are ready
         self._shares = {}               # `Share` by owner
         self._turns = deque()           # owners with waiting jobs, in the order of their turns
+        self._watcher = None            # thread, or None
         self._closed = False
 
-    def run(self, owner, *job, at_once=False):
+    def run(self, owner, *job, limit=float('inf'), at_once=False):
         """Call job[0](*job[1:]) in a thread of the pool; return at once.
 
-        With `at_once`, a job that would have to wait for a thread is refused.
+        limit      number of the owner's jobs that may run at a time
+        at_once    refuse the job if it would have to wait for a thread; it needs no place
 
         Raises RuntimeError if the job is refused, if too many jobs of the owner wait, or if no
         thread can be started.
@@ -4395,15 +4408,15 @@ class BlockingPool:
         with self._changed:
             if self._closed:
                 raise RuntimeError('the server is closed')
-            share = self._shares.setdefault(owner, Share())
-            if (len(share.waiting) >= self.LONGEST_QUEUE
-                    or at_once and not self._may_have_thread(share)):
+            share = self._shares.get(owner) or Share(limit)
+            if (not self._may_have_thread(share) if at_once
+                    else len(share.waiting) >= self.LONGEST_QUEUE):
                 raise RuntimeError('too many jobs wait for a thread')
-            if not share.waiting:
-                # An owner without a thread comes before those that have some.
-                (self._turns.append if share.under_way else self._turns.appendleft)(owner)
-            share.waiting.append(job)
-            self._distribute()
+            self._shares[owner] = share
+            if at_once:
+                self._make_ready(owner, share, job)
+            else:
+                self._queue(owner, share, job)
             self._changed.notify()
             try:
                 self._start_threads()
@@ -4412,31 +4425,82 @@ class BlockingPool:
                     self._done(*self._ready.pop())
                     raise
 
+    def _queue(self, owner, share, job):
+        if not share.waiting:
+            # An owner without a thread comes before those that have some.
+            (self._turns.append if share.under_way else self._turns.appendleft)(owner)
+        share.waiting.append(job)
+        self._distribute()
+
+    def _make_ready(self, owner, share, job):
+        """Give a job to the next free thread; returns its number."""
+        number = next(self._numbers)
+        share.under_way += 1
+        self._taken += 1
+        self._ready.append((owner, number, job))
+        return number
+
     def _may_have_thread(self, share):
         left = self.size - self._taken
         if not share.under_way:
             return left > 0
-        return share.under_way < 3 * (left - self.size // 8)
+        return share.under_way < min(share.limit, 3 * (left - self.size // 8))
 
     def _distribute(self):
-        """Make waiting jobs ready, owner by owner, as far as there are threads for them."""
+        """Make waiting jobs ready, one of each owner, as far as there are threads for them.
+
+        Returns whether there were any.
+        """
+        before = self._taken
         for _ in range(len(self._turns)):
             if self._taken >= self.size:
-                return
+                break
             owner = self._turns.popleft()
             share = self._shares[owner]
-            if self._may_have_thread(share):
-                share.under_way += 1
-                self._taken += 1
-                self._ready.append((owner, share.waiting.popleft()))
+            if len(share.places) < self.PLACES and self._may_have_thread(share):
+                number = self._make_ready(owner, share, share.waiting.popleft())
+                share.places[number] = None
             if share.waiting:
                 self._turns.append(owner)
+        return self._taken > before
 
     def _start_threads(self):
         while self._taken > len(self._threads):
             thread = threading.Thread(target=self._work, name='socks-pool', daemon=True)
             thread.start()
             self._threads.add(thread)
+        if self._turns and not self._watcher:
+            watcher = threading.Thread(target=self._watch, name='socks-pool-watcher', daemon=True)
+            watcher.start()
+            self._watcher = watcher
+
+    def _watch(self):
+        """Have jobs that take long leave their places, as long as others wait for these."""
+        while True:
+            began, used = time.monotonic(), time.process_time()
+            time.sleep(self.TICK)
+            with self._changed:
+                is_idle = (time.process_time() - used < self.TICK / 4
+                           and time.monotonic() - began < 1.5 * self.TICK)  # no wait for the lock
+                for owner in self._turns:
+                    self._tick(self._shares[owner].places, 1 if is_idle else self.STAY)
+                while self._distribute():
+                    pass
+                self._changed.notify(len(self._ready))
+                with contextlib.suppress(RuntimeError):         # then the threads do them all
+                    self._start_threads()
+                if not self._turns:
+                    self._watcher = None
+                    return
+
+    @staticmethod
+    def _tick(places, stay):
+        # Ticks are late when threads compete, so a job that lacks the CPU keeps its place.
+        for number, ticks in list(places.items()):
+            if ticks is not None:
+                places[number] += 1
+                if ticks >= stay:
+                    del places[number]
 
     def _work(self):
         """Do jobs, in a thread of the pool, until there is none for a while."""
@@ -4447,22 +4511,26 @@ class BlockingPool:
                 # either finds it waiting or starts another one, and no job is lost.
                 if self._closed or not self._ready:
                     return self._threads.discard(threading.current_thread())
-                owner, job = self._ready.popleft()
+                owner, number, job = self._ready.popleft()
+                places = self._shares[owner].places
+                if number in places:
+                    places[number] = 0
             try:
                 job[0](*job[1:])
             except Exception:
                 log.exception('this is a bug')
             with self._changed:
-                self._done(owner, job)
+                self._done(owner, number, job)
                 self._distribute()
                 self._changed.notify(max(0, len(self._ready) - 1))      # this thread takes one
                 with contextlib.suppress(RuntimeError):         # then this thread does them all
                     self._start_threads()
             job = None                  # its objects must not live on while the thread waits
 
-    def _done(self, owner, _):
+    def _done(self, owner, number, _):
         """Count a job as ended."""
         share = self._shares[owner]
+        share.places.pop(number, None)
         share.under_way -= 1
         self._taken -= 1
         if not (share.under_way or share.waiting):
@@ -4862,9 +4930,11 @@ class Relay:
         Reads do not set the timer, which would cost more than to look again when it expires.
         """
         patience = self.client and self.patience
-        if patience and self.last_active + patience <= time.monotonic() and not self.is_active():
-            self.close(self.idle_outcome)
-        elif patience:
+        if patience and self.last_active + patience <= time.monotonic():
+            if not self.is_active():
+                return self.close(self.idle_outcome)
+            patience = self.patience            # which may be another one now
+        if patience:
             self.loop.timers.set(self, self.last_active + patience)
 
     idle_outcome = 'idle'
@@ -5040,12 +5110,6 @@ class Pipe:
                 self.sink.shutdown(socket.SHUT_WR)
             except OSError:                     # closed by its peer, which the twin notices
                 pass
-            for sock in (self.source, twin.source):
-                try:
-                    for option, value in PROBES:        # else a dead peer would stay unnoticed
-                        sock.setsockopt(socket.IPPROTO_TCP, option, value)
-                except OSError:                 # a unix socket has no such options
-                    pass
             tunnel.expire()                     # `patience` may be shorter now
         tunnel.watch()
 
@@ -5218,7 +5282,9 @@ class Tunnel(Relay):
     """
     GRACE = 0.5                         # seconds, see `Pipe`
 
-    __slots__ = ('up', 'down', 'sink_failure', 'fault')
+    UNPROBED = 5.0                      # seconds, see probe()
+
+    __slots__ = ('up', 'down', 'sink_failure', 'fault', 'is_probed')
 
     def __init__(self, client, near, far, surplus=b''):
         super().__init__(client)
@@ -5227,12 +5293,31 @@ class Tunnel(Relay):
         self.up.twin, self.down.twin = self.down, self.up
         self.sink_failure = None        # text: why one side takes no more data
         self.fault = None               # the same, if it is an error
+        self.is_probed = False
 
     @property
     def patience(self):
         if self.sink_failure and (self.up.done or self.down.done):
             return self.GRACE
-        return self.client.idle_timeout or self.up.done and self.client.linger
+        limit = self.client.idle_timeout or self.up.done and self.client.linger
+        if self.is_half_closed and not self.is_probed:
+            return min(limit or self.UNPROBED, self.UNPROBED)
+        return limit
+
+    @property
+    def is_half_closed(self):
+        return (self.up.done or self.down.done) and not self.sink_failure
+
+    def probe(self):
+        """Have the system look for dead peers: nothing else would tell of one now.
+
+        Not at once, because most tunnels end soon after one direction has.
+        """
+        self.is_probed = True
+        for sock in (self.up.source, self.down.source):
+            with contextlib.suppress(OSError):          # a unix socket has no such options
+                for option, value in PROBES:
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     @property
     def idle_outcome(self):
@@ -5243,10 +5328,12 @@ class Tunnel(Relay):
 
         A slow receiver may take minutes for what is in the system's buffers.
         """
+        if self.is_half_closed and not self.is_probed:
+            self.probe()
         if not self.sink_failure:
             self.last_active = max(self.last_active, time.monotonic() - min(
                 seconds_since_sent(self.up.source), seconds_since_sent(self.down.source)))
-        return self.last_active + self.patience > time.monotonic()
+        return not self.patience or self.last_active + self.patience > time.monotonic()
 
     def fault_of(self, sock, error):
         """The outcome, a text, for an error of one of the two sockets."""
@@ -5419,7 +5506,7 @@ class Routes:
     connect that could fail.
     """
     LIMIT = 1024                        # targets, and senders, to remember
-    LOOKUPS = 16                        # look-ups at a time
+    LOOKUPS = 128                       # look-ups at a time; the pool lets a few of them begin
     LONGEST_IDNA = 60                   # characters; encoding a longer name takes too much time
     QUEUE, ROOM = 512, 1 << 18          # datagrams that may wait for look-ups, and their bytes
     PATIENCE = 10.0                     # seconds for one look-up
@@ -5548,7 +5635,7 @@ class Routes:
             if not self.relay.send(target.route, payload) and target.spare:
                 self._try_spare(target, payload)
         # A client that sends once and waits, as for DNS, would never get to a review.
-        if target.spare and payloads and len(self.relay.errands) < 4 * self.LOOKUPS:
+        if target.spare and payloads and len(self.relay.errands) < 2 * self.LOOKUPS:
             Errand(self.relay, self._retry_spare(target, payloads[-1])).start(self.relay.loop)
 
     def _retry_spare(self, target, payload):

@@ -1942,6 +1942,7 @@ class RelayTest(Case):
 
     @unittest.skipUnless(hasattr(socket, 'TCP_KEEPIDLE'), 'the system has no such option')
     def test_a_half_closed_side_is_looked_for(self):
+        self.change(socks.Tunnel, UNPROBED=0.05)
         server = self.serve()
         for index in (0, 1):
             pair = self.tunnel(server, self.held)
@@ -2146,8 +2147,11 @@ class BlockingPoolTest(Case):
     def test_shares(self):
         """One owner takes most of the threads, several have equal shares, a newcomer has one."""
         pool = self.pool(16)
-        begun, events = zip(*[self.hang(pool, owner, 30) for owner in range(2)])
-        eventually(lambda: list(map(len, begun)) == [11, 3])
+        begun, events = [], []
+        for owner, count in enumerate((11, 3)):
+            for each, item in zip((begun, events), self.hang(pool, owner, 30)):
+                each.append(item)
+            eventually(lambda: len(begun[-1]) == count)
         done = threading.Event()
         pool.run('newcomer', done.set)
         self.assertTrue(done.wait(PATIENCE))
@@ -2176,6 +2180,30 @@ class BlockingPoolTest(Case):
             pool.run('a', print)
         event.set()
         eventually(lambda: len(begun) == 5)
+
+    def test_places(self):
+        """Few jobs of an owner begin at a time, until these turn out to wait."""
+        event = threading.Event()
+        self.addCleanup(event.set)
+
+        class Pool(socks.BlockingPool):
+            def _watch(self):
+                event.wait(PATIENCE)
+                super()._watch()
+
+        pool = Pool()
+        self.addCleanup(pool.dismiss)
+        jobs = [self.hang(pool, owner, 10) for owner in 'ab']
+        eventually(lambda: [len(begun) for begun, _ in jobs] == [pool.PLACES] * 2)
+        done = threading.Event()
+        pool.run('a', done.set, at_once=True)       # on behalf of one that has a place
+        self.assertTrue(done.wait(PATIENCE))
+        self.assertEqual([len(begun) for begun, _ in jobs], [pool.PLACES] * 2)
+        event.set()
+        eventually(lambda: [len(begun) for begun, _ in jobs] == [10] * 2)
+        for _, end in jobs:
+            end.set()
+        eventually(lambda: not pool._shares and not pool._watcher)
 
     def test_no_job_is_lost(self):
         """Also those that come while a thread gives up waiting for one."""
@@ -2715,15 +2743,23 @@ class UdpTest(Case):
             return target.recvfrom(100)[1]
 
     def test_slow_look_ups(self):
-        """Few at a time, so that one client cannot keep all threads; they may outlast it."""
+        """They hold up neither other look-ups nor all threads, and may outlast the client."""
         event = self.slow_names()
         server, echo = self.serve(), self.echo()
         client = self.associate(server)
-        for number in range(200):
+        self.scripted_names(lambda name: ['127.0.0.1'])
+        relay = self.relay_in(server)
+        for number in range(40):
+            client.send(Datagram(Address('%d.slow' % number, 9), b'').pack())
+        eventually(lambda: relay.routes._count == 40)
+        name = Address('good.test', echo.address.port)
+        client.send(Datagram(name, b'x').pack())
+        eventually(lambda: relay.targets)
+        self.assertEqual(client.receive()[-3:], b'E:x')
+        for number in range(40, 200):
             client.send(Datagram(Address('%d.slow' % number, 9), b'').pack())
         self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
-        pool = [thread for thread in threading.enumerate() if thread.name == 'socks-pool']
-        self.assertLessEqual(len(pool), 2 * socks.Routes.LOOKUPS)     # for each family one
+        self.assertLess(server._pool._taken, server._pool.size - server._pool.size // 8)
         client.control.finish()
         eventually(lambda: self.lines)
         event.set()

@@ -3450,8 +3450,8 @@ class LifecycleTest(Case):
     def test_look_ups_do_not_wait_for_each_other(self):
         """One that hangs takes a thread, until it ends, and no time from others."""
         event = self.slow_names()
-        server, origin = self.serve(connect_timeout=0.3), self.origin(echo)
-        slow = [self.peer(server.server_address) for _ in range(40)]
+        server, origin = self.serve(connect_timeout=1), self.origin(echo)
+        slow = [self.peer(server.server_address) for _ in range(24)]
         for number, peer in enumerate(slow):
             peer.ask(Greeting(b'\0'), Choice)
             peer.send(Request(1, Address('%d.slow' % number, origin.port)).pack())

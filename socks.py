@@ -3233,9 +3233,9 @@ def authorize(client, command, target, listeners, rule=None):
     listeners         `Address`es on which the proxy listens
     rule              the `Rule` that allows the request, or None
 
-    A client on this host may reach anything.  Other clients never reach the proxy itself.  They
-    reach LOCAL_NETWORKS, or BIND for any peer (a target of zeros), only by a rule on such a
-    network.
+    A client with a loopback address may reach anything.  Other clients never reach the proxy
+    itself.  They reach LOCAL_NETWORKS, or BIND for any peer (a target of zeros), only by a rule on
+    such a network.
     """
     if target.host in ZEROS and command != Command.BIND:        # systems take zeros for loopback
         raise Refused(f'{target.host} is not a host address', reply=Reply.GENERAL_FAILURE)
@@ -5104,6 +5104,8 @@ class Pipe:
         """The source has ended: shut the sink down for writing.  The twin goes on (half-close)."""
         self.done = True
         tunnel, twin = self.tunnel, self.twin
+        if tunnel.fault:                # a reset that came while there was a load: no proper end
+            return tunnel.close(tunnel.fault)
         if not twin.done:                       # else the tunnel closes both sockets
             tunnel.last_active = tunnel.loop.now
             try:

@@ -10478,10 +10478,10 @@ class ForeignTest(Case):
                                       self.url)
                 self.assertRegex(output, 'wrong user name or password|^407$')
         for method in ('ntlm', 'digest'):
-            output = self.curl(server, '-x', 'http://PROXY', '-U', 'bob:secret',
-                               f'--proxy-{method}',
-                               self.url)[1]
-            self.assertIn('expected Basic', output)
+            status, output = self.curl(server, '-x', 'http://PROXY', '-U', 'bob:secret',
+                                       f'--proxy-{method}', self.url)
+            if (method, status) != ('ntlm', 2):         # this curl has no NTLM
+                self.assertIn('expected Basic', output)
 
     @needs('curl')
     @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')

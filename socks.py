@@ -1291,8 +1291,8 @@ class ProxyHeader(NamedTuple):
 
 class IdentQuery(NamedTuple):
     """Asks which user has the connection between two ports (RFC 1413 section 4)."""
-    theirs: int                         # port at the host that is asked
-    ours: int                           # port at this host
+    port_on_server: int                 # at the host that is asked
+    port_on_client: int                 # at this host
 
     def pack(self) -> bytes:
         return b'%d , %d\r\n' % self

@@ -428,6 +428,17 @@ class Case(unittest.TestCase):
         self.addCleanup(manager.__exit__, None, None, None)
         return value
 
+    def tls_pair(self):
+        """A `TlsLayer` above a socket that takes little at a time, and its client's socket."""
+        near, client = [self.enter(sock) for sock in socket.socketpair()]
+        near.setblocking(False)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        layer = socks.TlsLayer(near, server_context(), server_side=True)
+        with Background(lambda: client_context().wrap_socket(
+                client, server_hostname='localhost')) as wrapping:
+            socks.run(layer.handshake(socks.deadline(PATIENCE)))
+            return layer, self.enter(wrapping.result())
+
     def serve(self, handler_class=socks.Handler, server_class=socks.Server, host='127.0.0.1',
               **settings):
         """A running server; its log lines come to self.lines."""
@@ -7663,14 +7674,7 @@ class TlsTest(FileCase):
 
     def test_a_layer_whose_socket_fails(self):
         """It drops what it holds, so that nobody waits for it."""
-        near, client = [self.enter(sock) for sock in socket.socketpair()]
-        near.setblocking(False)
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        layer = socks.TlsLayer(near, self.context(), server_side=True)
-        with Background(lambda: client_context().wrap_socket(
-                client, server_hostname='localhost')) as wrapping:
-            socks.run(layer.handshake(socks.deadline(PATIENCE)))
-            client = wrapping.result()
+        layer, client = self.tls_pair()
         loop = socks.Loop()
         self.addCleanup(loop.close)
         layer.count_in(loop)
@@ -9045,14 +9049,7 @@ class GssapiTest(ClientCase, FileCase):
 
     def test_the_end_below_a_layer(self):
         """TLS that could not say its end at once does so before GSSAPI's connection is done."""
-        near, client = [self.enter(sock) for sock in socket.socketpair()]
-        near.setblocking(False)
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        tls = socks.TlsLayer(near, self.tls(), server_side=True)
-        with Background(lambda: client_context().wrap_socket(
-                client, server_hostname='localhost')) as wrapping:
-            socks.run(tls.handshake(socks.deadline(PATIENCE)))
-            reader = self.enter(wrapping.result())
+        tls, reader = self.tls_pair()
         layer = socks.GssLayer(tls, self.agree(self.serve(gssapi=(2,)), 2)[1])
         with contextlib.suppress(BlockingIOError):
             while True:

@@ -5144,6 +5144,29 @@ class Pipe:
         self.tunnel.close(outcome)
 
 
+@functools.lru_cache(maxsize=None)
+def system_splice():
+    """The system's function splice(source, sink, size), which moves bytes between two descriptors
+    (splice(2)), or None.  By ctypes where `os` has none: before Python 3.10, and in PyPy."""
+    flags = 1 | 2                       # SPLICE_F_MOVE | SPLICE_F_NONBLOCK
+    if hasattr(os, 'splice'):
+        return functools.partial(os.splice, flags=flags)
+    try:
+        import ctypes                   # here, since it is seldom needed
+        function = ctypes.CDLL(None, use_errno=True).splice
+    except (ImportError, OSError, AttributeError, TypeError):       # not Linux
+        return None
+    function.restype = ctypes.c_ssize_t
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p] * 2 + [ctypes.c_size_t, ctypes.c_uint]
+
+    def splice(source, sink, size):
+        count = function(source, None, sink, None, size, flags)
+        if count < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return count
+    return splice
+
+
 class SystemPipes:
     """Empty pipes for `SplicePipe`, at most LIMIT at a time; one that is given back is used again.
 
@@ -5153,13 +5176,15 @@ class SystemPipes:
     """
     LIMIT = 16
     SIZE = 1 << 20                      # bytes; with 256 KiB splicing costs more than copying
-    IS_SUPPORTED = hasattr(os, 'splice') and hasattr(fcntl, 'F_SETPIPE_SZ')
+    F_SETPIPE_SZ = 1031                 # fcntl(2); `fcntl` has it from Python 3.10 on
 
     def __init__(self):
-        self._free = deque([None] * self.LIMIT if self.IS_SUPPORTED else ())   # None: not made yet
+        self._free = deque([None] * self.LIMIT)         # None: not made yet
 
     def take(self):
         """The descriptors (to read, to write) of an empty pipe, or None."""
+        if not system_splice():
+            return None
         try:
             ends = self._free.pop()
         except IndexError:
@@ -5167,7 +5192,7 @@ class SystemPipes:
         try:
             if not ends:
                 ends = os.pipe()
-                fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, self.SIZE)
+                fcntl.fcntl(ends[1], self.F_SETPIPE_SZ, self.SIZE)
             return ends
         except OSError:                 # no descriptor, or no memory for pipes
             self.give_back(ends, is_empty=False)
@@ -5194,7 +5219,6 @@ class SplicePipe(Pipe):
     What the sink has not taken stays in the system pipe.  `load` is a range of that length then,
     which has all that `Pipe` and `Tunnel` ask of a load: a length, and to be cut at its beginning.
     """
-    FLAGS = getattr(os, 'SPLICE_F_MOVE', 0) | getattr(os, 'SPLICE_F_NONBLOCK', 0)
     CALM = 64                           # small reads in a row after which it copies again
     UNABLE = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOMEM}
 
@@ -5237,8 +5261,7 @@ class SplicePipe(Pipe):
         if not self._ends:
             return super().fill()
         try:
-            count = os.splice(self.source.fileno(), self._ends[1], SystemPipes.SIZE,
-                              flags=self.FLAGS)
+            count = system_splice()(self.source.fileno(), self._ends[1], SystemPipes.SIZE)
         except BLOCKED:                 # splice() stops before urgent data, recv() does not
             return super().fill()
         except OSError as error:
@@ -5260,7 +5283,7 @@ class SplicePipe(Pipe):
             return super().flush()
         self.tunnel.last_active = self.tunnel.loop.now
         try:
-            sent = os.splice(self._ends[0], self.sink.fileno(), len(self.load), flags=self.FLAGS)
+            sent = system_splice()(self._ends[0], self.sink.fileno(), len(self.load))
         except BLOCKED:
             sent = 0
         except OSError as error:

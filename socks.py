@@ -77,6 +77,32 @@ A connection through a proxy, as a client::
     create_connection -> socksocket.connect -> connect to the first proxy -> negotiate_chain: have
     each proxy connect to the next -> the socket; open_chain does the same without a `socksocket`
 
+Where to look
+-------------
+
+protocol of a client, by its first byte       Handler.negotiate
+messages in pieces, or several at once        Stream.read
+data that a client sends too early            Handler.join, Stream.wait_for
+logins, and their limit                       Handler.authenticate, Users.verify, Failures
+who may connect, and how often                Server.admit, Settings.max_per_client
+clients that send nothing                     Sessions.add, Settings.handshake_timeout
+no descriptors left                           Server._accept, Server._room, Server.starve
+what a client may reach                       Server.authorize, authorize, Rules
+names, and each of their addresses            Handler.permitted, Handler.destinations, Resolver
+the way to a target, if several are possible  Handler.connect_by_rules, dial, race
+failures of another proxy on the way          Handler.connect_through, negotiating
+the reply to an error                         Handler.refuse, reply_for
+a client that leaves while it waits           Task.ready, Stream.wait_for, dial
+half-closed, reset, slow, idle tunnels        Pipe, Tunnel.patience, Tunnel.close
+TLS and GSSAPI, and floods in them            Layer, TlsLayer, GssContext
+HTTP requests that could be read in two ways  HttpHead, HttpRequest, HttpBody, HttpForward
+datagrams of strangers, and to names          UdpRelay.admit, Routes
+new settings (HUP), while clients are served  Server.reconfigure, Handler.check_again
+the end (TERM, INT)                           Service.stop, Server.drain, Server.server_close
+workers that end, or hang                     Supervisor, Pulse
+the log, and a full disk                      Session.report, LogLine, LogWriter
+programs that could connect past the proxy    wrap_module, ImportGuard, VirtualAddresses
+
 Conversations
 -------------
 
@@ -437,8 +463,8 @@ ERRNO_REPLIES = {
     errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
     getattr(errno, 'EHOSTDOWN', errno.EHOSTUNREACH): Reply.HOST_UNREACHABLE,
     errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
-    errno.ECONNRESET: Reply.CONNECTION_REFUSED,
-    errno.ETIMEDOUT: Reply.TTL_EXPIRED,
+    errno.ECONNRESET: Reply.CONNECTION_REFUSED,         # as Dante has it
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,     # there is no code for a timeout; Dante sends this one
     errno.EAFNOSUPPORT: Reply.ADDRESS_TYPE_NOT_SUPPORTED,
 }
 
@@ -533,6 +559,8 @@ def family_of(host):
     return socket.AF_INET6 if ':' in host else socket.AF_INET
 
 
+# One request asks for the same address many times.  The cache is bounded, like all those of this
+# module, because clients choose the keys.
 @functools.lru_cache(256)
 def ip_bytes(host):
     """The 4 or 16 bytes of an IP address given as text; None for any other text.
@@ -767,6 +795,7 @@ class Request4(NamedTuple):
     userid: bytes = b''
 
     def pack(self) -> bytes:
+        # Proxy.checked() has refused a userid that contains NUL, which would end it here.
         packed, name = ip_bytes(self.address.host), b''
         if packed is None:
             packed, name = b'\0\0\0\1', name_bytes(self.address.host) + b'\0'
@@ -790,7 +819,7 @@ class Request4(NamedTuple):
     @staticmethod
     def _string(read, name, limit):
         """The bytes up to the next NUL, at most `limit`."""
-        string = read_to(read, b'\0', limit + 1)
+        string = read_to(read, b'\0', limit + 1)        # and the NUL
         if not string.endswith(b'\0'):
             raise ProtocolError(f'SOCKS4 {name} of more than {limit} bytes')
         return string[:-1]
@@ -902,6 +931,7 @@ class HttpStatus(NamedTuple):
     @classmethod
     def unpack(cls, read: Read) -> 'HttpStatus':
         line = http_line(read)
+        # The phrase, and the space before it, are missing in the answers of some proxies.
         match = re.match(r'HTTP/[0-9]\.[0-9] ([0-9]{3})(?: (.*))?$', line.decode('latin-1'))
         if not match:
             raise ProtocolError(f'{line[:40]!r}, expected the status line of an HTTP proxy')
@@ -917,11 +947,14 @@ class HttpHead(NamedTuple):
     fields: Tuple[Tuple[str, str], ...] = ()
 
     END = re.compile(rb'\n\r?\n')
+    # RFC 9112 section 5.1: white space before the colon is an error, as it means different names to
+    # different parsers.
     FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\0-\x08\n-\x1f\x7f]*)")
     ANY_FIELD = re.compile(r'([^\s:]+)[ \t]*:([^\n]*)')
     STATUS = re.compile(r'HTTP/1[.][0-9] [1-9][0-9][0-9]( [^\r]*)?')
     LONGEST = 1024                      # characters of a list that is split into its members
-    # Fields that are for the next hop only (RFC 9110 section 7.6.1).
+    # Fields that are for the next hop only (RFC 9110 section 7.6.1).  Transfer-Encoding and Trailer
+    # are not among them, because bodies are passed on as they are.
     HOP_BY_HOP = {'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authentication-info',
                   'proxy-authorization', 'proxy-connection', 'te', 'upgrade'}
     # A client must not have these removed by naming them in Connection: the target would see
@@ -939,6 +972,7 @@ class HttpHead(NamedTuple):
         Raises ProtocolError if another parser might read it differently (RFC 9112 sections 2.2 and
         5), which is how requests are smuggled.
         """
+        # A bare LF or CR stays within a line, where FIELD does not match it.
         start, *lines = data.decode('latin-1')[:-4].split('\r\n')
         if len(lines) > MAX_FIELDS:
             raise ProtocolError(f'{len(lines)} HTTP fields, expected at most {MAX_FIELDS}',
@@ -1001,6 +1035,7 @@ class HttpRequest(NamedTuple):
     LINE = re.compile(r'([^ ]+) ([^\0-\x20\x7f]+) HTTP/([0-9])[.]([0-9])')
     METHOD = re.compile(r'[A-Z][A-Z0-9_-]{0,31}')
     URL = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
+    # An empty port is the usual one (RFC 3986 section 3.2.3).
     HOST_AND_PORT = re.compile(r'(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@\\]+))(?::([0-9]{0,5}))?')
 
     def __repr__(self):
@@ -1041,6 +1076,7 @@ class HttpRequest(NamedTuple):
         if scheme.lower() != 'http':
             raise cls._error(f'HTTP for {scheme[:40]}:, expected http: or CONNECT',
                              HttpCode.NOT_IMPLEMENTED)
+        # A user and password in the URL are neither for the proxy nor passed on, as in browsers.
         address = cls._address(authority.rpartition('@')[2], '80')
         if method == 'OPTIONS' and not path:    # RFC 9112 section 3.2.4
             path = '*'
@@ -1060,11 +1096,13 @@ class HttpRequest(NamedTuple):
         """
         lengths, codings = head.values('content-length'), head.words('transfer-encoding')
         if head.values('transfer-encoding'):
+            # The last test is for empty fields, which words() leaves out but a target may not.
             if (lengths or minor == '0' or codings[-1:] != ['chunked'] or 'chunked' in codings[:-1]
                     or not all(head.values('transfer-encoding'))):
                 raise cls._error('HTTP Transfer-Encoding: expected chunked at its end, once, '
                                  'and no Content-Length')
             return None
+        # int() would also take "+5", "5_0" and digits of other scripts.
         if len(lengths) > 1 or lengths and not re.fullmatch('[0-9]{1,18}', lengths[0]):
             raise cls._error('HTTP Content-Length: expected one number')
         return int(lengths[0]) if lengths else 0
@@ -1094,8 +1132,10 @@ class HttpRequest(NamedTuple):
         """The `Credentials` for this proxy (RFC 7617), or None if there are none that can be read.
         """
         given = self.head.values('proxy-authorization')
+        # Two times 255 bytes and a colon are 682 characters of base64.
         match = len(given) == 1 and re.fullmatch('(?i)basic +([a-z0-9+/]{1,700})=*', given[0])
         try:
+            # Some clients leave the padding out; too much of it is ignored.
             pair = a2b_base64(match.group(1) + '==') if match else b''
         except ValueError:
             pair = b''
@@ -1140,7 +1180,7 @@ class HttpBody:
     length   bytes of the body; None if it is chunked
 
     Theory of operation.  A chunked body is lines and counted bytes in turn: the size of a chunk,
-    its bytes, ..., a size of 0, the fields of the trailer, an empty line.  `_left` counts down the
+    its bytes, ..., a size of 0, the fields of the trailer, an empty line.  `left` counts down the
     bytes of a chunk; at 0 comes a line, collected in `_line` until `_pattern` matches.
     """
     LONGEST = 4096                      # bytes of a line
@@ -1149,15 +1189,10 @@ class HttpBody:
     TRAILER = re.compile(b'(?:%b)?\r\n' % HttpHead.FIELD.pattern.encode())
 
     def __init__(self, length):
-        self._left = length or 0        # bytes up to the next line, or to the end
+        self.left = length or 0         # bytes up to the next line, or to the end
         # The part of a line that has arrived; None after the last line, and if the length is known.
         self._line = b'\r\n' if length is None else None
         self._pattern = self.CHUNK
-
-    @property
-    def certain(self):
-        """The number of bytes that come next without any framing."""
-        return self._left
 
     def take(self, data):
         """The number of bytes at the start of `data` that belong to the body.
@@ -1166,10 +1201,10 @@ class HttpBody:
         """
         taken = 0
         while taken < len(data):
-            step = min(self._left, len(data) - taken)
-            self._left -= step
+            step = min(self.left, len(data) - taken)
+            self.left -= step
             taken += step
-            if self._left or self._line is None:
+            if self.left or self._line is None:        # the data, or the body, is at its end
                 break
             taken += self._take_line(bytes(data[taken:taken + self.LONGEST]))
         return taken
@@ -1182,13 +1217,15 @@ class HttpBody:
             used = match.end() - len(self._line)
             self._line = b''
             if is_chunk:
-                self._left = int(match.group(1), 16)
-                if not self._left:
+                self.left = int(match.group(1), 16)
+                if not self.left:
                     self._pattern = self.TRAILER
             elif match.group() == b'\r\n':
                 self._line = None
             return used
-        # Incomplete, or wrong?  Each line is parsed again from its start, hence the limit.
+        # Incomplete, or wrong?  Each line is parsed again from its start, hence the limit.  A line
+        # end inside means that it is complete, so that the pattern should have matched; a CR may
+        # be the last byte so far.
         begun = text[2:] if is_chunk else text
         if (len(text) > self.LONGEST or b'\n' in begun or b'\r' in begun[:-1]
                 or is_chunk and not b'\r\n'.startswith(text[:2])):
@@ -1207,7 +1244,7 @@ class HttpAnswer(NamedTuple):
         if self.code is None:
             return b''
         start = f'HTTP/1.1 {self.code:d} {self.code.text}'
-        if self.code == HttpCode.OK:
+        if self.code == HttpCode.OK:    # without any length: RFC 9110 section 9.3.6
             return HttpHead(start).pack()
         body = f'{self.text}\n'.encode('utf-8', 'backslashreplace')
         fields = [('Content-Type', 'text/plain; charset=utf-8'),
@@ -1261,9 +1298,10 @@ class ProxyHeader(NamedTuple):
             raise ProtocolError('expected a PROXY header, which --proxy-protocol demands of this '
                                 'address')
         version, kind, length = struct.unpack('!BBH', read(4))
-        if version not in (0x20, 0x21):
+        if version not in (0x20, 0x21):         # LOCAL, PROXY
             raise ProtocolError(f'PROXY version and command {version:#04x}, expected 0x20 or 0x21')
         data, size = read(length), PROXY_FORMATS.get(kind)      # addresses, then TLVs: not used
+        # Without addresses of IP, the balancer's own stands for the client's.
         if version == 0x20 or size is None:
             return cls()
         if length < 2 * size + 4:
@@ -1275,18 +1313,18 @@ class ProxyHeader(NamedTuple):
     @classmethod
     def _unpack_text(cls, line):
         """Parse version 1, a line."""
-        words = line.decode('latin-1').split(' ')
-        if words[:2] == ['PROXY', 'UNKNOWN']:
+        if re.match(b'PROXY UNKNOWN( |$)', line):
             return cls()
-        size = {'TCP4': 4, 'TCP6': 16}.get(words[1] if len(words) == 6 else '')
-        if (words[0] != 'PROXY' or not size
-                or any('%' in host or len(ip_bytes(host) or b'') != size for host in words[2:4])
-                or not all(re.match('[0-9]{1,5}$', port) and int(port) < 65536
-                           for port in words[4:])):
+        match = re.fullmatch('PROXY TCP([46]) ([^ %]+) ([^ %]+) ([0-9]{1,5}) ([0-9]{1,5})',
+                             line.decode('latin-1'))
+        version, *words = match.groups() if match else ' '
+        ends = [Address(host, int(port)) for host, port in zip(words[:2], words[2:])]
+        size = 16 if version == '6' else 4
+        if not ends or any(len(ip_bytes(host) or b'') != size or port > 65535
+                           for host, port in ends):
             raise ProtocolError(f'PROXY line {line!r}, expected TCP4 or TCP6, two addresses and '
                                 f'two ports')
-        source, destination = zip(words[2:4], map(int, words[4:]))
-        return cls(Address(*source), Address(*destination))
+        return cls(*ends)
 
 
 class IdentQuery(NamedTuple):
@@ -1304,10 +1342,13 @@ class IdentReply(NamedTuple):
 
     @classmethod
     def unpack(cls, read: Read) -> 'IdentReply':
-        fields = text_line(read, 1000, 'an ident reply').split(b':', 3)
-        kind, system = (b':'.join(fields[1:2]).strip(), b':'.join(fields[2:3]).strip())
-        known = len(fields) == 4 and kind == b'USERID' and system.partition(b',')[0] != b'OTHER'
-        return cls(fields[3].strip(b' \t') if known else None)
+        # RFC 1413 section 6: "feel free to abort" after 1000 characters.  The userid may itself
+        # contain colons.
+        fields = [field.strip(b' \t')
+                  for field in text_line(read, 1000, 'an ident reply').split(b':', 3)]
+        known = (len(fields) == 4 and fields[1] == b'USERID'
+                 and fields[2].partition(b',')[0] != b'OTHER')
+        return cls(fields[3] if known else None)
 
 
 # ---------------------------------------------------------------------------------------- sockets
@@ -1324,7 +1365,7 @@ thread_time = getattr(time, 'thread_time', time.perf_counter)      # thread_time
 ATTEMPT_TIMEOUT = 10.0                  # seconds for one of several addresses, tried one by one
 LONGEST = 86400.0                       # seconds to wait at once; poll(2) takes 24 days at most
 # ip(7): connect(), not bind(), chooses the port, so that connections to different targets share it.
-IP_BIND_ADDRESS_NO_PORT = 24
+IP_BIND_ADDRESS_NO_PORT = 24            # from linux/in.h; the socket module lacks the name
 RESET = struct.pack('ii', 1, 0)         # SO_LINGER on, 0 seconds: close() sends RST, socket(7)
 LOOPBACK6 = bytes(15) + b'\1'
 RECEIVE_BUFFER = 1 << 22                # bytes; a burst of datagrams beyond it is lost
@@ -1381,8 +1422,9 @@ def idna_bytes(host):
     UTS #46).  With any other character, a rule on the name could mean another host than the one
     that is connected to.
     """
-    with contextlib.suppress(UnicodeEncodeError):
+    with contextlib.suppress(UnicodeEncodeError):       # most names are ASCII
         return host.encode('ascii').lower()
+    # Twice, because casefold() can undo a normalization (Unicode section 3.13).
     mapped = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', host).casefold())
     labels = mapped.replace('\u3002', '.').split('.')
     # The length first, since the codec takes quadratic time (CVE-2022-45061).  A label that is not
@@ -1421,7 +1463,7 @@ def canonical(address):
         raise ProtocolError(f'host name {printable(host)}, expected labels of 1 to 63 letters, '
                             f'digits, - and _, at most 253 characters')
     if name.rpartition(b'.')[2][:1].isdigit():  # resolvers read 127.1 and 0x7f000001 as addresses
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # but not a.1b, which is a name
             return Address(socket.inet_ntoa(socket.inet_aton(name.decode())), port)
     return Address(name.decode(), port)
 
@@ -1716,6 +1758,7 @@ def hosts_of(name, family=0):
     Raises socket.gaierror if there is none.
     """
     families = {}
+    # As bytes: a str would go through the codec "idna", which is slow, though it is ASCII already.
     for *_, sockaddr in look_up(name.encode(), 0, family):
         host = str(sockaddr[0]).partition('%')[0]
         hosts = families.setdefault(family_of(host), {})
@@ -1796,6 +1839,8 @@ class Stream:
 
         Raises EOFError if the peer leaves before its end, socket.timeout after `until`.
         """
+        # A message may come byte by byte, or with the next ones.  `surplus` stays small until then,
+        # because unpack() raises an error when a length in the message is beyond its limit.
         while True:
             if self.surplus:
                 read, rest = reader(self.surplus)
@@ -1879,13 +1924,13 @@ class Stream:
         close() with unread bytes would send RST (RFC 1122 section 4.2.2.13), and a peer that gets
         RST loses what it has not read yet: the last message.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # the peer has reset the connection, or `until`
             self.sock.shutdown(socket.SHUT_WR)
-            while True:
+            data = True
+            while data:
                 yield from wait_ready([self.waits], (), until)
-                with contextlib.suppress(*BLOCKED):
-                    if not self.sock.recv(self.SIZE):
-                        break
+                with contextlib.suppress(*BLOCKED):     # a part of a layer's message has arrived
+                    data = self.sock.recv(self.SIZE)
 
 
 class ExactStream(Stream):
@@ -1900,12 +1945,15 @@ class ExactStream(Stream):
         return error
 
     def read(self, unpack):
+        # Two system calls for a message that is there.  To read what is missing step by step would
+        # need one for each field of a message, and one for each byte of a line.
         while True:
             seen = yield from self.look()
             read, rest = reader(self.surplus + seen)
             try:                        # parse first, then consume exactly that much
                 message, left = unpack(read), len(rest())
             except EOFError:
+                # Consume these, or the socket would stay readable although nothing new has come.
                 self.surplus += self.sock.recv(len(seen))
             else:
                 self.sock.recv(len(seen) - left)
@@ -1968,7 +2016,7 @@ class Layer:
     def flush(self):
         """Send waiting bytes; return whether the socket has taken all."""
         try:
-            with contextlib.suppress(*BLOCKED):
+            with contextlib.suppress(*BLOCKED):         # the rest waits in `_cipher`
                 while self._cipher:
                     self._cipher = self._cipher[self._sock.send(self._cipher):]
             if self._ending and not self._cipher:
@@ -2011,7 +2059,7 @@ class Layer:
         self.flush()
 
     def close(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # the peer may be gone
             self.flush()
         self._sock.close()
 
@@ -2034,8 +2082,7 @@ class TlsLayer(Layer):
         import ssl                      # here, since it is large and often not needed
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._want_read, self._zero_return = ssl.SSLWantReadError, ssl.SSLZeroReturnError
-        self._ssl_error = ssl.SSLError
+        self._ssl = ssl
         self._context = context
         self._tls = context.wrap_bio(self._incoming, self._outgoing, **options)
         self._fresh = b''               # received, but not given to TLS
@@ -2066,8 +2113,8 @@ class TlsLayer(Layer):
             if done:
                 return
             yield from wait_ready([self._sock], (), until)
-            with contextlib.suppress(*BLOCKED):
-                self._fetch(4 * self.CAREFUL)
+            with contextlib.suppress(*BLOCKED):     # select(2): readiness may be spurious
+                self._fetch(4 * self.CAREFUL)       # a bound on the time of one step
                 self._incoming.write(self._fresh)
                 self._fresh = b''
             if self._ended:
@@ -2083,7 +2130,7 @@ class TlsLayer(Layer):
         try:
             self._tls.do_handshake()
             done = True
-        except self._want_read:
+        except self._ssl.SSLWantReadError:
             pass
         except Exception as error:      # on Python 3.6 also ssl.CertificateError, a ValueError
             failure = error
@@ -2129,49 +2176,56 @@ class TlsLayer(Layer):
 
         `buffer` has room for `size` bytes and a RECORD.  0 is the end of the peer's direction.
         """
-        buffer, count, fed = memoryview(buffer), 0, False
-        try:
-            while True:
-                try:
-                    more = self._tls.read(len(buffer) - count, buffer[count:])
-                    if not more:
-                        break
-                    count += more
-                    self._data += more
-                    self._unasked = self._fruitless = 0
-                except self._want_read:
-                    self._answer()
-                    if self._fresh:
-                        self._feed()
-                        continue
-                    if count:
-                        return count
-                    if fed:
-                        raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record') from None
-                    if 2 * self._data < self._given:    # the rest has to wait for its turn
-                        size = min(size, self.CAREFUL)
-                    self._fetch(min(size, len(buffer) - self.RECORD))
-                    fed = True
-                    if self._ended:     # MemoryBIO was not told: it would end both directions
-                        if isinstance(self._failure, ConnectionResetError):
-                            # The system reports a reset once, and then the end.
-                            raise self._failure from None
-                        break
-        except self._zero_return:
-            pass
-        except self._ssl_error:
-            self._forget_error()
-            raise
+        buffer, count, has_fetched = memoryview(buffer), 0, False
+        while not self._ended:
+            more = self._decrypt(buffer[count:])
+            if more:
+                count += more
+                continue
+            if more == 0:
+                break
+            self._answer()
+            if self._fresh:
+                self._feed()
+            elif count:
+                return count
+            elif has_fetched:
+                raise BlockingIOError(errno.EAGAIN, 'a part of a TLS record')
+            else:
+                if 2 * self._data < self._given:        # the rest has to wait for its turn
+                    size = min(size, self.CAREFUL)
+                self._fetch(min(size, len(buffer) - self.RECORD))
+                has_fetched = True
+        # At the end of the socket, MemoryBIO is not told: that would end both directions.  A reset
+        # that a send has reported is not reported again; only the end is.
+        if self._ended and isinstance(self._failure, ConnectionResetError):
+            raise self._failure
         # TLS's own end may come before that of the socket, which must be readable for recv_into()
         # to be called again and return 0.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # the peer has reset it
             self._sock.shutdown(socket.SHUT_RD)
+        return count
+
+    def _decrypt(self, buffer):
+        """Decrypt into `buffer`; the number of bytes, 0 at TLS's own end, None without a record."""
+        try:
+            count = self._tls.read(len(buffer), buffer)
+        except self._ssl.SSLWantReadError:
+            return None
+        except self._ssl.SSLZeroReturnError:
+            return 0
+        except self._ssl.SSLError:
+            self._forget_error()
+            raise
+        if count:
+            self._data += count
+            self._unasked = self._fruitless = 0
         return count
 
     def _seal(self, data):
         try:
             return self._tls.write(data)
-        except self._ssl_error:
+        except self._ssl.SSLError:
             self._forget_error()
             raise
 
@@ -2179,9 +2233,9 @@ class TlsLayer(Layer):
         """Send close_notify, which ends this direction; the peer need not answer (RFC 8446 6.1)."""
         try:
             self._tls.unwrap()
-        except self._want_read:
+        except self._ssl.SSLWantReadError:
             pass
-        except self._ssl_error:
+        except self._ssl.SSLError:
             self._forget_error()
             raise
 
@@ -2189,9 +2243,8 @@ class TlsLayer(Layer):
         """Clear OpenSSL's queue of errors of this thread, where PyPy leaves an error that the next
         call, of any connection, would raise.  Making an object clears it."""
         if sys.implementation.name == 'pypy':
-            import ssl
             is_server = self._tls.server_side
-            self._context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), is_server,
+            self._context.wrap_bio(self._ssl.MemoryBIO(), self._ssl.MemoryBIO(), is_server,
                                    None if is_server else 'x')
 
     def shutdown(self, how):
@@ -2200,7 +2253,7 @@ class TlsLayer(Layer):
 
     def close(self):
         """Send close_notify if the socket takes it, so that the end looks intended, and close."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # there was no handshake, or it has failed
             self._unwrap()
         super().close()
 
@@ -2209,9 +2262,20 @@ def abort(sock):
     """Close a socket, or the one below a layer, by RST, so that its end does not look regular."""
     while isinstance(sock, Layer):
         sock = sock._sock
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):          # it is closed already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     sock.close()
+
+
+@contextlib.contextmanager
+def owned(*sockets):
+    """Context manager: close the sockets if the block fails; else they belong to its result."""
+    try:
+        yield
+    except BaseException:               # GeneratorExit, too: a conversation that is ended
+        for sock in sockets:
+            sock.close()
+        raise
 
 
 class GssError(OSError):
@@ -2345,6 +2409,7 @@ class GssContext:
         return token, not status
 
     def _initiate(self, library, token, output, flags):
+        """gss_init_sec_context() (RFC 2744 section 5.19), with the mechanism Kerberos."""
         name = library.imported(self._name)
         wanted = library.MUTUAL | library.REPLAY | library.CONF | library.INTEG
         if self._in_sequence:
@@ -2358,6 +2423,7 @@ class GssContext:
             library.call('release_name', library.reference(name))
 
     def _accept(self, library, token, output, flags):
+        """gss_accept_sec_context() (RFC 2744 section 5.1); sets `peer` at its end."""
         peer, name = library.handle(), library.output()
         with library.keys() as keys:
             status = library.call(
@@ -2422,7 +2488,7 @@ class GssContext:
 
     def __del__(self):
         if getattr(self, '_context', None):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):          # there is nowhere to report it
                 self._library.call('delete_sec_context', self._library.reference(self._context),
                                    None)
 
@@ -2454,7 +2520,7 @@ class HttpForward(Layer):
 
     def recv_into(self, buffer, size):
         if not self._is_tunnel:         # framing is slow to parse: little of it at a time
-            size = min(size, self._body.certain + HttpBody.LONGEST)
+            size = min(size, self._body.left + HttpBody.LONGEST)
         count = self._sock.recv_into(buffer, size)
         if self._is_tunnel or not count:
             return count
@@ -2570,7 +2636,7 @@ class GssLayer(Layer):
     def _open(self, buffer):
         """Decrypt the complete messages into `buffer`; return the number of bytes."""
         (read, _), used, count = reader(self._incoming), 0, 0
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError):     # the rest is a part of a message
             while True:
                 try:
                     token = GssMessage.unpack_token(GssMessage.DATA, read)
@@ -2619,7 +2685,7 @@ def unwrap_datagram(context, message):
         token = GssMessage.unpack_token(GssMessage.DATA, read)
         if not rest():
             return context.open(token, context.DUPLICATE | context.OLD)
-    except (OSError, EOFError):
+    except (OSError, EOFError):         # anyone can send such a datagram
         pass
     return b''
 
@@ -2845,8 +2911,8 @@ def account_of(sock):
     try:
         import pwd
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        _, user_id, _ = struct.unpack('iII', peer)
-    except (ImportError, AttributeError):
+        _, user_id, _ = struct.unpack('iII', peer)      # pid, uid, gid
+    except (ImportError, AttributeError):       # not Linux
         return '-'
     try:
         return printable(pwd.getpwuid(user_id).pw_name)
@@ -2862,6 +2928,7 @@ def bound_udp(address):
     if sys.platform == 'linux':
         options.insert(0, SO_RCVBUFFORCE)
     size = RECEIVE_BUFFER
+    # At the latest the size that the socket has already ends the search.
     while options and size > sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF):
         try:
             sock.setsockopt(socket.SOL_SOCKET, options[0], size)
@@ -3003,39 +3070,43 @@ class Settings(NamedTuple):
 
     Times are in seconds.  `Server` also accepts the texts of the command line for networks, rules,
     proxies, addresses, ports and numbers.  For a wrong value it raises ValueError, which names the
-    field.
+    field.  A field has the name of its option, or the option stands in parentheses.
 
     users              mapping from name to password: text, bytes or `Hashed`; empty: no login
+                       (--user, --users)
     open               listen beyond loopback even if anyone can connect then; else refuse to start
-    clients            ip_networks of the clients to serve; empty: all
-    trusted            ip_networks of clients that need no password; empty: none
+    clients            ip_networks of the clients to serve; empty: all (--from)
+    trusted            ip_networks of clients that need no password; empty: none (--trust)
     rules              `Rule`s, of which the first match decides; None: allow what is not local
-    upstream           `Proxy`s to send CONNECT through, first hop first; empty: none
-    tls                ssl.SSLContext for the connections of clients; None: no TLS
+                       (--rules FILE)
+    upstream           `Proxy`s to send CONNECT through, first hop first; empty: none (--proxy)
+    tls                ssl.SSLContext for the connections of clients; None: no TLS (--tls-cert,
+                       --tls-key, --tls-client-ca)
     udp_over_plain     allow UDP beside TLS, although datagrams are not encrypted
     gssapi             protection levels to offer, as in `GssContext`; empty: no GSSAPI; without
-                       users, GSSAPI is the only login
+                       users, GSSAPI is the only login (--gssapi, --gssapi-level)
     gssapi_nec         negotiate the level without protection, as NEC's programs do
     ident              ask the hosts of SOCKS4 clients to confirm the userid (RFC 1413)
-    http               also serve HTTP clients: CONNECT, and requests for http URLs
+    http               also serve HTTP clients: CONNECT, and requests for http URLs (--no-http)
     unix_mode          permissions of new unix sockets; None: 0600, less the umask
     balancers          ip_networks whose connections begin with a PROXY header; empty: none
+                       (--proxy-protocol)
     source             IP addresses to connect from, one of a family; empty: the system chooses
     advertise          IP addresses to name in replies to BIND and UDP ASSOCIATE (proxy behind
                        NAT), one of a family; empty: the address that the client connected to
     udp_ports          (lowest, highest) port for the datagrams of clients; (0, 0): any free port
-    family             4 or 6: connect to IPv4 or IPv6 only; 0: both
+    family             4 or 6: connect to IPv4 or IPv6 only; 0: both (-4, -6)
     prefer             4 or 6: try addresses of this version of IP first; 0: as the system routes
     udp_strict         pass on datagrams only from addresses to which the client has sent some
     tor_extensions     offer Tor's commands RESOLVE and RESOLVE_PTR
-    login_delay        time until the answer to a wrong password; 0: at once
+    login_delay        time until the answer to a wrong password; 0: at once (no option)
     handshake_timeout  time from accept to the complete request; 0: no limit
     connect_timeout    time to connect to a target, for all its addresses; 0: no limit
     bind_timeout       time to wait for the peer of a BIND; 0: no limit
     idle_timeout       time without data that ends a tunnel; 0: no limit
     udp_timeout        time without datagrams that ends an association, four times as long if only
                        targets send; 0: no limit
-    drain_timeout      time that clients get to finish when the server stops; 0: none
+    drain_timeout      time that clients get to finish when the server stops; 0: none (--drain)
     max_clients        clients served at once, others wait in the listen queue; 0: as many as the
                        limit of open files allows
     max_per_client     connections at once from an IPv4 address or IPv6 /64, others are closed; 0:
@@ -3194,10 +3265,12 @@ def is_inside_local(network):
     """Whether an ip_network, or an IPv4 network that it contains, is inside a local one."""
     start, length = network.network_address.packed, network.prefixlen
     readings = [network]
+    # A network can hold IPv4 addresses only if it lies behind the whole prefix.
     for prefix, places in EMBEDDED if network.version == 6 else ():
         if start.startswith(prefix) and length >= 8 * places[0]:
             part = bytes(map(start.__getitem__, places))
             readings.append(ipaddress.IPv4Network((part, min(32, length - 8 * places[0]))))
+    # A single address is judged as a target is, by all forms that contain an IPv4 address.
     return (length == network.max_prefixlen and is_local(ip_text(start))
             or any(each.prefixlen >= local.prefixlen and each.network_address in local
                    for each in readings for local in LOCAL_NETWORKS))
@@ -3243,7 +3316,8 @@ def authorize(client, command, target, listeners, rule=None):
         return
     if is_local(target.host) and not (rule and rule.opens(target.host)):
         raise Refused(f'{target.host} is local to the proxy')
-    # A client that reaches the proxy through itself appears as one on this host.
+    # A client that reaches the proxy through itself appears as one on this host.  The second test,
+    # which asks the system, is only for listeners with the same port.
     if any(target.port == port for _, port in listeners):
         hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
         for host, port in listeners:
@@ -3398,10 +3472,12 @@ class Rules(tuple):
             rule = self[number]
             # A rule that is indexed by another condition is found by that.
             if rule.allow and rule.networks and rarest[0][0] in ('names', 'networks'):
-                openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports), number)
+                openers.setdefault((rule.commands, rule.users, rule.clients, rule.ports, rule.names,
+                                    rule.via is None), number)
         # A name is looked up if any rule on networks may allow its addresses.  Of several rules
         # with the same other conditions, the first is enough to tell.
         self._openers = openers.values()
+        self._openers_by_ways = [number for number in self._openers if self[number].via]
         self._general = [rule for rule in self if rule.allow or rule.denied_versions]
         self.have_ways = any(rule.via for rule in self)
 
@@ -3432,18 +3508,31 @@ class Rules(tuple):
             numbers.update(self._names.get(key, ()))
         return map(self.__getitem__, sorted(numbers.union(*more)))
 
+    def _matching(self, client, target, name):
+        """Iterate over the rules that match `target`, the `Address` of an IP address, in order."""
+        hosts = asked_hosts(target.host)
+        found = map(self._networks.find, {*hosts[0], *hosts[1]})
+        for rule in self._candidates(client, target.port, name, *found):
+            if rule.concerns(client, target.port) and rule.is_for_host(hosts, name):
+                yield rule
+
+    def _matching_name(self, client, target, is_final=False):
+        """Iterate over the rules that match `target`, the `Address` of a name, in order, and over
+        those that may allow one of its addresses."""
+        name, openers = target.host, self._openers_by_ways if is_final else self._openers
+        for rule in self._candidates(client, target.port, name, openers):
+            if rule.concerns(client, target.port) and (
+                    rule.is_for_all_hosts or rule.names.has(name)
+                    or rule.allow and rule.networks and (rule.via or not is_final)):
+                yield rule
+
     def first(self, client, target, name=None):
         """The rule that decides about `target`, the `Address` of an IP address, or None.
 
         client    the `Session`
         name      the requested name, or None if an IP address was requested
         """
-        hosts = asked_hosts(target.host)
-        found = map(self._networks.find, {*hosts[0], *hosts[1]})
-        for rule in self._candidates(client, target.port, name, *found):
-            if rule.concerns(client, target.port) and rule.is_for_host(hosts, name):
-                return rule
-        return None
+        return next(self._matching(client, target, name), None)
 
     def first_for_name(self, client, target, is_final):
         """The rule that decides about `target`, the `Address` of a name, before it is looked up.
@@ -3451,15 +3540,10 @@ class Rules(tuple):
         That is the first rule that matches by name, or that might allow one of the name's
         addresses; None if there is no such rule.  So a forbidden name causes no look-up.
 
-        is_final    the name is not resolved here, so rules on networks cannot allow it
+        is_final    the name is not resolved here, so rules on networks cannot allow it, except
+                    those with a way of their own
         """
-        name, openers = target.host, () if is_final else self._openers
-        for rule in self._candidates(client, target.port, name, openers):
-            if rule.concerns(client, target.port) and (
-                    rule.is_for_all_hosts or rule.names.has(name)
-                    or rule.allow and rule.networks and not is_final):
-                return rule
-        return None
+        return next(self._matching_name(client, target, is_final), None)
 
     def ways(self, client, target, name=None):
         """The `Way`s to an IP address, asked for by `name` or not, in the order in which to try
@@ -3468,19 +3552,13 @@ class Rules(tuple):
         The rule that decides has the first one, the further rules that allow the same have the
         others, up to the first without a way.
         """
-        hosts = asked_hosts(target.host)
-        found = map(self._networks.find, {*hosts[0], *hosts[1]})
-        return self._ways(rule for rule in self._candidates(client, target.port, name, *found)
-                          if rule.concerns(client, target.port) and rule.is_for_host(hosts, name))
+        return self._ways(self._matching(client, target, name))
 
     def ways_of_name(self, client, target):
         """The same for a name, as far as rules on names decide; empty: its addresses do."""
-        name = target.host
-        return self._ways(
-            rule if rule.is_for_all_hosts or rule.names.has(name) else rule._replace(allow=False)
-            for rule in self._candidates(client, target.port, name, self._openers)
-            if rule.concerns(client, target.port) and (rule.allow or rule.is_for_all_hosts
-                                                       or rule.names.has(name)))
+        return self._ways(itertools.takewhile(
+            lambda rule: rule.is_for_all_hosts or rule.names.has(target.host),
+            self._matching_name(client, target)))
 
     @staticmethod
     def _ways(rules):
@@ -3556,6 +3634,7 @@ def parse_rule(text: str, place: str) -> Rule:
 def split_rule(text):
     """The words of a line up to a comment, as a list of (word, is it quoted)."""
     words = []
+    # White space must follow a closing quote, so that "a"b is an error instead of two words.
     for match in re.finditer(r'"([^"]*)"(?!\S)|\'([^\']*)\'(?!\S)|(\S+)', text):
         double, single, plain = match.groups()
         if plain is None:
@@ -3582,8 +3661,10 @@ def parse_conditions(words):
     for word, is_quoted in words:
         hosts = is_for_all or parts['names'] or parts['networks']
         if word in RULE_SECTIONS and not is_quoted:
-            is_last = section == 'via' or (section == 'names') != (word == 'via')
-            if is_last or section != 'commands' and not (hosts or parts[section]):
+            # Only "via" may follow "to", and only there.  Each section needs a word; "to" has
+            # nothing in its own part if its words are networks or *.
+            is_wrong = section == 'via' or (section == 'names') != (word == 'via')
+            if is_wrong or section != 'commands' and not (hosts or parts[section]):
                 raise ValueError(f'{word!r} is not expected here')
             section = RULE_SECTIONS[word]
         elif section == 'names' and word == '*':
@@ -3596,6 +3677,7 @@ def parse_conditions(words):
     if section not in ('names', 'via') or is_for_all == bool(parts['names'] or parts['networks']):
         raise ValueError('expected "to", then networks and names, or *')
     via = parse_way(parts.pop('via')) if section == 'via' else None
+    # Look-ups are judged with port 0, see do_RESOLVE().
     if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
             and parts['ports'] and all(low for low, _ in parts['ports'])):
         raise ValueError('resolve has no port, so this never matches; expected no ports')
@@ -3767,9 +3849,11 @@ class Hashed:
         return start + cls(start + '00')._hash(password).hex()
 
     def _hash(self, password):
+        """The slow hash of a password, with the parameters and the salt of this one."""
         import hashlib
         if self._method == 'scrypt':
             n, r, p = self._parameters
+            # It takes 128 * n * r bytes; OpenSSL's own limit is 32 MiB.
             return hashlib.scrypt(password, salt=self._salt, n=n, r=r, p=p, dklen=32,
                                   maxmem=256 * n * r)
         return hashlib.pbkdf2_hmac('sha256', password, self._salt, *self._parameters)
@@ -3859,6 +3943,7 @@ class Users(dict):
         if isinstance(password, Hashed):
             if password.is_known(given):
                 return True
+        # In this order, an unknown name takes as long as a wrong password.
         elif hmac.compare_digest(given, password or b'') and password is not None:
             return True
         hashed = password if isinstance(password, Hashed) else self._decoy
@@ -3895,6 +3980,7 @@ class Failures:
         for each, limit in self._counters(key, user):
             if now > self._since.get(each, (now, 0))[0] + self.WINDOW:
                 del self._since[each]
+            # A flood from many addresses may so push a counter out; it cannot fill the memory.
             if len(self._since) >= self.ROOM and each not in self._since:
                 del self._since[next(iter(self._since))]
             counter = self._since.setdefault(each, [now, 0])
@@ -4142,12 +4228,20 @@ class Loop:
     def failed(item):
         """Log the exception that `item` has raised, and close the item."""
         log.exception('%s: this is a bug', item.client and item.client.address)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):    # after the bug, it may be in any state
             item.close('failed: this is a bug')
 
     def ready(self, *_):
         """The waker is readable."""
         self.waker.clear()
+
+
+class LoopItem:
+    """Base of items of a `Loop` that belong to no client and hold nothing to release."""
+    client = due = None
+
+    def close(self, outcome):
+        """There is nothing to close."""
 
 
 class Task:
@@ -4213,7 +4307,7 @@ class Task:
         So it can send a last reply to the client, but cannot wait for anything.
         """
         if self._conversation:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):        # all others have to be closed, too
                 self._step(self._conversation.throw, OSError(errno.ECANCELED, outcome))
         if self._conversation:
             self._unwatch()
@@ -4426,6 +4520,7 @@ class BlockingPool:
                     raise
 
     def _queue(self, owner, share, job):
+        """Have a job wait for its owner's turn, which may have come already."""
         if not share.waiting:
             # An owner without a thread comes before those that have some.
             (self._turns.append if share.under_way else self._turns.appendleft)(owner)
@@ -4441,6 +4536,7 @@ class BlockingPool:
         return number
 
     def _may_have_thread(self, share):
+        """Whether the owner of `share` may have one more thread, by the rule of the class."""
         left = self.size - self._taken
         if not share.under_way:
             return left > 0
@@ -4465,6 +4561,7 @@ class BlockingPool:
         return self._taken > before
 
     def _start_threads(self):
+        """Start a thread for each job that has none, and a watcher if jobs wait."""
         while self._taken > len(self._threads):
             thread = threading.Thread(target=self._work, name='socks-pool', daemon=True)
             thread.start()
@@ -4495,6 +4592,7 @@ class BlockingPool:
 
     @staticmethod
     def _tick(places, stay):
+        """Count a tick of the jobs that have begun; those with `stay` ticks leave their places."""
         # Ticks are late when threads compete, so a job that lacks the CPU keeps its place.
         for number, ticks in list(places.items()):
             if ticks is not None:
@@ -4546,13 +4644,12 @@ class BlockingPool:
 
 HOSTS_FILE = r'C:\Windows\System32\drivers\etc\hosts' if os.name == 'nt' else '/etc/hosts'
 RESOLV_CONF = '/etc/resolv.conf'
-FAMILIES = socket.AF_INET, socket.AF_INET6              # one look-up for each
 TOGETHER = (socket.AF_UNSPEC,)                          # one look-up for both
 
 
 def modification_time(path):
     """The time when a file was last modified, in ns; None if there is no such file."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):          # as of any file that cannot be read
         return os.stat(path).st_mtime_ns
     return None
 
@@ -4579,6 +4676,7 @@ def has_search_list(path, _):
     # Without a "search" line, the search list is the domain of the host's own name.
     if '.' in socket.gethostname() or os.name != 'posix':
         return True
+    # Without the file, the name server is on this host, and there is no list.
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         return any(re.match(br'(search|domain)\s+[^\s.]', line) for line in file)
     return False
@@ -4586,6 +4684,8 @@ def has_search_list(path, _):
 
 def look_up_plan(name, is_strict):
     """The steps for looking a name up, a list of (name, families); the first with a result counts.
+
+    Each family takes a look-up of its own, TOGETHER stands for a single one for both.
 
     A name in the hosts file takes one step for both families, since the file overrides DNS for
     both.  If a search list may apply, the two families could be found under different domains, so
@@ -4599,8 +4699,8 @@ def look_up_plan(name, is_strict):
         return [(plain, TOGETHER)]
     if not (is_strict and not has_dot
             or has_search_list(RESOLV_CONF, modification_time(RESOLV_CONF))):
-        return [(name, FAMILIES)]
-    steps = [(plain + '.', FAMILIES)] if has_dot or is_strict else []
+        return [(name, IP_FAMILIES)]
+    steps = [(plain + '.', IP_FAMILIES)] if has_dot or is_strict else []
     return steps if is_strict or name != plain else [*steps, (name, TOGETHER)]
 
 
@@ -4647,7 +4747,7 @@ class Query:
         """The look-ups of one family that have become steps of their own, a list of (name, family).
         """
         return [(name, families[0]) for name, families in self.steps
-                if len(families) < len(FAMILIES) and families != TOGETHER]
+                if len(families) < len(IP_FAMILIES) and families != TOGETHER]
 
 
 class Answer(NamedTuple):
@@ -4697,7 +4797,7 @@ class Resolver:
         The look-up is a job of `owner` in the pool.  Raises RuntimeError if no thread is available.
         """
         with self._lock:
-            is_hasty = any(self._is_late(owner, family) for family in FAMILIES)
+            is_hasty = any(self._is_late(owner, family) for family in IP_FAMILIES)
             key = (owner, awaited.name) if is_hasty else awaited.name
             answer, query = self._answers.get(key), self._queries.get(key)
             now = time.monotonic()
@@ -4712,14 +4812,15 @@ class Resolver:
                 query.waiting.append((task, awaited))
             # A query that has not begun may be far back in the queue of another owner.  It becomes
             # a job of this owner too; whichever job comes first does it.
-            if query.steps is None and owner not in query.owners:
-                query.owners.add(owner)
-                try:
-                    self.pool.run(owner, self._begin, query, owner)
-                except RuntimeError:
-                    self._withdraw(query, owner, (task, awaited))
-                    if not is_known:
-                        raise
+            if query.steps is not None or owner in query.owners:
+                return
+            query.owners.add(owner)
+            try:
+                self.pool.run(owner, self._begin, query, owner)
+            except RuntimeError:
+                self._withdraw(query, owner, (task, awaited))
+                if not is_known:        # else there was an answer, which was to be renewed
+                    raise
 
     def _withdraw(self, query, owner, waiting):
         """Undo what ask() did for a job that the pool has refused."""
@@ -4739,6 +4840,7 @@ class Resolver:
 
     @staticmethod
     def _deliver(task, awaited, answer):
+        """Give an `Answer` to a task, with an exception of its own if it is a failure."""
         error = None
         if not answer.hosts:
             kind, *args = answer.failure
@@ -4754,6 +4856,7 @@ class Resolver:
             if query.steps is not None:
                 return
             query.steps = deque(plan)
+            # The tasks may have timed out in the queue: clients that have left cost no look-up.
             if not (query.is_renewal
                     or any(task.is_waiting_for(awaited) for task, awaited in query.waiting)):
                 return self._remove(query)
@@ -4789,8 +4892,9 @@ class Resolver:
     def _look_up(self, query, owner, name, family):
         """Look one family up; answer the tasks if this is the first result, or the last failure."""
         since = time.monotonic()
+        # It follows an answer, see _finish(), and has waited for a thread until that was forgotten.
         if query.answered and since > query.answered + self.MEMORY:
-            return                      # its answer is forgotten
+            return
         with self._lock:
             self._busy[owner, family] = self._busy.get((owner, family), 0) + 1
         hosts, failure = self._outcome(name, family)
@@ -4798,6 +4902,7 @@ class Resolver:
             self._busy[owner, family] -= 1
             if not self._busy[owner, family]:
                 del self._busy[owner, family]
+            # In time: before the answer, or, as one that followed it, as fast as that.
             if not query.answered or time.monotonic() - max(since, query.answered) < self.DELAY:
                 self._late.pop((owner, family), None)
             is_first, is_last = self._note(query, family, hosts, failure)
@@ -4887,6 +4992,7 @@ class Resolver:
 
     @classmethod
     def _remember(cls, query, answer):
+        """Store the answer of a query, unless there is a better one; the oldest makes room."""
         memory, key = query.memory, query.key
         before = memory.pop(key, None)
         if before and before.hosts and before.end > answer.end:
@@ -4929,7 +5035,7 @@ class Relay:
 
         Reads do not set the timer, which would cost more than to look again when it expires.
         """
-        patience = self.client and self.patience
+        patience = self.client and self.patience        # no client: closed earlier in this round
         if patience and self.last_active + patience <= time.monotonic():
             if not self.is_active():
                 return self.close(self.idle_outcome)
@@ -4951,7 +5057,7 @@ class Relay:
 
 def seconds_since_sent(sock):
     """Seconds since the system last sent data on a TCP socket (tcp(7)); infinity if unknown."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):          # a unix socket has no such option
         if sys.platform == 'linux':
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
             return struct.unpack_from('=I', info, 44)[0] / 1000         # tcpi_last_data_sent, ms
@@ -5031,10 +5137,12 @@ class Pipe:
 
     def ready(self, _, events):
         """Handle `events` of the source, which is also the twin's sink."""
-        # An earlier event of the round may have changed `self.events`.
+        # An earlier event of the round may have changed `self.events`.  An error or a hang-up
+        # (neither READ nor WRITE) counts as both: the next read or write tells what it is.
         if self.events & READ and events & ~WRITE:
             self.fill()
         elif self.events == ERRORS:
+            # SO_ERROR is cleared by reading it, so what it says must not be lost (socket(7)).
             error = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 self.twin.sink_failed(OSError(error, os.strerror(error)))
@@ -5058,6 +5166,7 @@ class Pipe:
         self.count += count
         if count == self.size < self.LARGEST:
             self.grow()
+        # At once, without a poll: the sink almost always takes it, which saves a round of the loop.
         data, sent = loop.buffer[:count], 0
         try:
             sent = self.sink.send(data)
@@ -5220,6 +5329,7 @@ class SplicePipe(Pipe):
     which has all that `Pipe` and `Tunnel` ask of a load: a length, and to be cut at its beginning.
     """
     CALM = 64                           # small reads in a row after which it copies again
+    # splice(2) is not for these descriptors, or is forbidden (seccomp): copying may still work.
     UNABLE = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOMEM}
 
     __slots__ = ('_pipes', '_ends', '_small', '_is_done')
@@ -5420,7 +5530,7 @@ class Tunnel(Relay):
         client, self.client = self.client, None
         if not client:
             return
-        self.detach()
+        self.detach()                   # before close(), since the loop needs the descriptors
         for pipe in (self.up, self.down):
             pipe.done, pipe.load = True, b''
             if outcome == 'done':
@@ -6127,7 +6237,7 @@ class Proxy(NamedTuple):
             raise ValueError(f'proxy address {addr!r}: expected a name or an IP address')
         if port is not None and not is_port(port):
             raise ValueError(f'proxy port {port!r}: expected a number up to 65535')
-        if isinstance(rdns, (str, bytes)):
+        if isinstance(rdns, (str, bytes)):      # the user name, in a call that forgets rdns
             raise ValueError('rdns: expected True or False')
         username, password = encoded(username) or None, encoded(password) or None
         if proxy_type & GSSAPI and kind != SOCKS5:
@@ -6289,17 +6399,6 @@ def proxy_from_environment(host: Optional[str] = None, port: Optional[int] = Non
     url, bypass = (os.environ.get(name) or os.environ.get(name.upper())
                    for name in ('all_proxy', 'no_proxy'))
     return None if not url or host and bypass and is_bypassed(host, bypass, port) else url
-
-
-@contextlib.contextmanager
-def owned(*sockets):
-    """Context manager: close the sockets if the block fails; else they belong to its result."""
-    try:
-        yield
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
 
 
 @contextlib.contextmanager
@@ -6761,25 +6860,12 @@ HTTP_HELP = """
 
 This port is a proxy for SOCKS4, SOCKS4a, SOCKS5 and HTTP; it has no pages of its own.
 Set it in your program as a proxy: http://... or socks5h://..."""
-HTTP_PAGE = b"""\
-HTTP/1.0 501 Not Implemented\r
-Content-Type: text/plain; charset=us-ascii\r
-Connection: close\r
-\r
-This port speaks SOCKS4, SOCKS4a and SOCKS5, not HTTP.\r
-Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy.\r
-"""
-
+NO_HTTP = """\
+This port speaks SOCKS4, SOCKS4a and SOCKS5, not HTTP.
+Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy."""
 
 METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
                 Method.GSSAPI: 'GSSAPI', Method.USERNAME_PASSWORD: 'password'}
-
-
-class HttpPage(NamedTuple):
-    """The answer to an HTTP request when HTTP is switched off."""
-
-    def pack(self):
-        return HTTP_PAGE
 
 
 # Conversions of the fields of `Settings`, from the texts of the command line or other types.  Each
@@ -6836,17 +6922,26 @@ def as_ports(value):
     raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
 
 
-def as_flag(value):
-    if not isinstance(value, bool):
-        raise ValueError(f'{value!r}: expected True or False')
-    return value
+def one_of(expected, is_valid):
+    """A conversion that changes nothing, for values of which is_valid(value) is true."""
+    def convert(value):
+        if not is_valid(value):
+            raise ValueError(f'{value!r}: expected {expected}')
+        return value
+    return convert
+
+
+as_flag = one_of('True or False', lambda value: isinstance(value, bool))
+as_version = one_of('4, 6 or 0', lambda value: value in (0, 4, 6))
+# isinstance() would import ssl, which is large, for servers without TLS, too.
+as_context = one_of('an ssl.SSLContext', lambda value: value is None or hasattr(value, 'wrap_bio'))
 
 
 def as_mode(value):
-    with contextlib.suppress(ValueError):
-        mode = int(value, 8) if isinstance(value, str) else value
-        if mode is None or isinstance(mode, int) and 0 <= mode <= 0o777:
-            return mode
+    is_octal = isinstance(value, str) and re.fullmatch('0?[0-7]{3}', value)
+    mode = int(value, 8) if is_octal else value
+    if mode is None or is_integer(mode) and 0 <= mode <= 0o777:
+        return mode
     raise ValueError(f'{value!r}: expected three octal digits, 660 for example')
 
 
@@ -6867,18 +6962,6 @@ def as_number(kind, value):
                      if kind is float else f'{value!r}: expected a whole number, 0 or more')
 
 
-def as_version(value):
-    if value not in (0, 4, 6):
-        raise ValueError(f'{value!r}: expected 4, 6 or 0')
-    return value
-
-
-def as_context(value):
-    if value is not None and not hasattr(value, 'wrap_bio'):    # isinstance() would import ssl
-        raise ValueError(f'{value!r}: expected an ssl.SSLContext')
-    return value
-
-
 def several(value):
     """The items of a setting, as a tuple; a str is one item."""
     if isinstance(value, str):
@@ -6888,19 +6971,15 @@ def several(value):
     return tuple(value)
 
 
+# Of fields with these types, the default tells what they are.
 CONVERSIONS = {
-    'users': as_users, 'clients': as_networks, 'trusted': as_networks, 'balancers': as_networks,
-    'rules': as_rules, 'upstream': as_chain,
-    'tls': as_context, 'gssapi': as_levels, 'source': as_hosts, 'advertise': as_hosts,
-    'udp_ports': as_ports}
+    name: as_flag if isinstance(default, bool) else functools.partial(as_number, type(default))
+    for name, default in Settings()._asdict().items() if isinstance(default, (int, float))}
 CONVERSIONS.update(
-    (name, functools.partial(as_number, type(default)))
-    for name, default in Settings()._asdict().items() if type(default) in (int, float))
-CONVERSIONS.update((name, as_flag) for name, default in Settings()._asdict().items()
-                   if isinstance(default, bool))
-CONVERSIONS['unix_mode'] = as_mode
-CONVERSIONS['family'] = CONVERSIONS['prefer'] = as_version
-CONVERSIONS['max_per_client'] = lambda value: None if value is None else as_number(int, value)
+    users=as_users, clients=as_networks, trusted=as_networks, balancers=as_networks, rules=as_rules,
+    upstream=as_chain, tls=as_context, gssapi=as_levels, source=as_hosts, advertise=as_hosts,
+    udp_ports=as_ports, unix_mode=as_mode, family=as_version, prefer=as_version,
+    max_per_client=lambda value: None if value is None else as_number(int, value))
 
 
 def converted(settings):
@@ -6996,7 +7075,8 @@ class Session:
     def end(self, outcome: str, up: int = 0, down: int = 0) -> None:
         """Remove the client from the server's sessions, and log its line.
 
-        outcome     text, see the README for the first words
+        outcome     text: done, idle, server closed; or the reason after client:, target:, refused:,
+                    failed:, no request:
         up, down    bytes from the client, and from the target
         """
         self.server.session_ended(self, up, down)
@@ -7153,6 +7233,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def conversation(self) -> Conversation:
         """Conversation: serve the client.  The result is a relay to go on with, or None."""
+        # Until there is a request, an OSError that is no ProxyError comes from the client's socket;
+        # from then on, from the way to the target.
         relay = request = None
         try:
             yield from self.prepare()
@@ -7191,7 +7273,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.outcome = f'{"refused" if is_refusal else "failed"}: {printable_line(reason(error))}'
         self.client.report(self.outcome)
         cause = getattr(error, 'socket_err', None) or error
-        if getattr(cause, 'errno', None) in NO_ROOM:
+        if getattr(cause, 'errno', None) in NO_ROOM:    # the administrator has to raise a limit
             self.server.starve(cause)
         address = isinstance(error, Refused) and error.address or UNSPECIFIED
         if self.make_reply:
@@ -7213,6 +7295,8 @@ class Handler(socketserver.BaseRequestHandler):
         if isinstance(self.client.address, UnixAddress):
             self.client.user = yield Call(functools.partial(account_of, self.request),
                                           self.stream.until)
+        # After the header, whose address counts for the limits, and before the handshake of TLS,
+        # which costs more than all else here.
         self.server.admit(self.client)
         if settings.tls:
             yield from self.start_tls()
@@ -7345,7 +7429,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Conversation: read and authenticate the request of an HTTP client."""
         self.client.protocol = 'HTTP'
         if not self.settings.http:
-            self.make_reply = lambda *_: HttpPage()
+            self.make_reply = lambda *_: HttpAnswer(HttpCode.NOT_IMPLEMENTED, NO_HTTP)
             raise ProtocolError('HTTP, expected SOCKS')
         self.make_reply = functools.partial(self.http_answer, '')
         request = HttpRequest.unpack((yield from self.stream.read_head()))
@@ -7612,7 +7696,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Conversation: send the reply Succeeded with the bound address `bnd`.
 
         The result is a `Tunnel` between the client and the socket `target`, which owns both.  Bytes
-        that the client sent early go to the target first.
+        that the client sent early go to the target first: those that were read with the request;
+        what came later is still in the socket.
         """
         try:
             # Urgent data stays in the stream, as with keep_urgent().
@@ -7757,7 +7842,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def do_RESOLVE_PTR(self, request: AnyRequest) -> Conversation:
         """Look up the name of an IP address (Tor's socks-extensions)."""
-        host = plain_ip(request.address.host)
+        host = plain_ip(request.address.host)   # the text of one, sent as a name, will do
         if host is None:
             raise ProtocolError('RESOLVE_PTR of a name, expected an IP address',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
@@ -7814,6 +7899,8 @@ class Handler(socketserver.BaseRequestHandler):
             found = usable(found, self.settings)
         if name and self.is_verbose:
             self.note('%s is %s', name, ', '.join(address.host for address in found))
+        # Each address is judged, not the name alone: its owner may point it at the proxy's network
+        # (DNS rebinding).  Connections go to exactly the addresses that are returned.
         for candidate in found:
             try:
                 judge(self.client, candidate, name)
@@ -7862,15 +7949,14 @@ def clients_possible():
 
 def listening_addresses(server_address):
     """The list of (host, port) in a `server_address`, which is one pair or a sequence of pairs."""
-    several = [server_address] if is_pair(server_address) else server_address
-    if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
-        several = [several]
-    for address in several:
-        if not (is_pair(address) and isinstance(address[0], str)
-                and type(address[1]) is int and 0 <= address[1] < 65536):
+    pairs = [server_address] if is_pair(server_address) else server_address
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        pairs = [pairs]                 # the error shows it
+    for address in pairs:
+        if not (is_pair(address) and is_port(address[1])):
             raise ValueError(f"server_address: {address!r}: expected (host, port), for example "
                              f"('127.0.0.1', 1080), or a list of those")
-    return [tuple(address[:2]) for address in several]
+    return [tuple(address[:2]) for address in pairs]
 
 
 def is_pair(address):
@@ -7902,27 +7988,25 @@ def addresses_to_bind(addresses):
             for hosts, port in found]
 
 
-def bound_to_all(hosts, port):
-    """A list of sockets, bound to those of the IP addresses `hosts` that this host has.
+def bind_all(hosts, port, sockets):
+    """Append to `sockets` one for each of the IP addresses `hosts` that this host has; returns the
+    port that they are bound to.
 
     A name may have addresses of other hosts or of a family that is missing here; these are skipped.
-    Raises OSError if none is left, or for any other failure.
+    Raises OSError if none is left, or for any other failure; the caller closes the sockets.
     """
-    missing, sockets = None, []
+    before, missing = len(sockets), None
     for ip in hosts:
         try:
             sockets.append(bound(Address(ip, port)))
+            port = sockets[-1].getsockname()[1]         # port 0 is the same free one for all
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                for sock in sockets:
-                    sock.close()
                 raise
             missing = error
-        else:
-            port = sockets[-1].getsockname()[1]     # port 0 is the same free one for all
-    if not sockets:
+    if len(sockets) == before:
         raise missing
-    return sockets
+    return port
 
 
 def listening_sockets(addresses, tries=FREE_PORT_TRIES):
@@ -7930,9 +8014,8 @@ def listening_sockets(addresses, tries=FREE_PORT_TRIES):
     wanted, sockets, free_port = addresses_to_bind(addresses), [], 0
     try:
         for hosts, port in wanted:
-            sockets += bound_to_all(hosts, port or free_port)
-            if not port:
-                free_port = sockets[-1].getsockname()[1]
+            used = bind_all(hosts, port or free_port, sockets)
+            free_port = free_port if port else used
         return sockets
     except OSError as error:
         for sock in sockets:
@@ -7993,7 +8076,11 @@ class Sessions:
         self._lock = threading.Lock()   # for `connections`, `ended`, `up` and `down`
 
     def add(self, client, task, limit=None):
-        """A client begins to negotiate; if there are more than `limit` now, close one of them."""
+        """A client begins to negotiate; if there are more than `limit` now, close one of them.
+
+        So any number of clients that send nothing cost `limit` conversations, and none of those
+        that do send something waits for them.
+        """
         key = client.key
         tasks = self._tasks.setdefault(key, {})
         self._keys[len(tasks)].pop(key, None)
@@ -8071,11 +8158,8 @@ class BulkLoops:
     def _start(self):
         loop = Loop()
         thread = threading.Thread(target=loop.run, name='socks-heavy', daemon=True)
-        try:
+        with owned(loop):
             thread.start()
-        except RuntimeError:
-            loop.close()
-            raise
         self._threads[loop] = thread
         self.loops += (loop,)
 
@@ -8085,15 +8169,14 @@ class BulkLoops:
             thread.join()
 
 
-class Listening:
-    """A server's listeners, as an item of its loop; `due` ends a pause, or a drain."""
-    client = due = None
+class Listening(LoopItem):
+    """A server's listeners, as an item of its loop; `due` ends a pause, or a drain.
+
+    server_close() closes them.
+    """
 
     def __init__(self, server):
         self.ready, self.expire = server._accept, server._expire        # see `Loop`
-
-    def close(self, outcome):
-        """The listeners are closed by server_close()."""
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -8153,7 +8236,7 @@ class Server(socketserver.ThreadingTCPServer):
     server_address: Address
     settings: Settings
     addresses: List[Address]
-    request_queue_size = 1024
+    request_queue_size = 1024           # the system may lower it (somaxconn, listen(2))
     heavy_loops = min(4, processors())
     _accepting = _draining = False
     _loop_thread = None                 # the number of the thread in serve_forever()
@@ -8311,7 +8394,9 @@ class Server(socketserver.ThreadingTCPServer):
         elif not self.clients:
             self.loop.stop()
 
-    # Accepting
+    # Accepting.  The listeners are watched (`_accepting`) except during a pause, in a drain, and
+    # outside of serve_forever().  A pause begins when there is no room.  It ends by the timer of
+    # `_item`, or as soon as a client leaves: session_ended() has the loop call _go_on().
 
     def _watch_listeners(self, accepting):
         """Accept clients from now on, or leave them in the listen queues."""
@@ -9993,11 +10078,11 @@ def activated_sockets(environ):
     for number in range(3, 3 + number_of_sockets):
         os.set_inheritable(number, False)
         family = kind = None            # Python 3.6 does not ask the system for these
+        # An error means that the descriptor is no socket.
         with contextlib.suppress(OSError), _orig_socket(fileno=os.dup(number)) as probe:
             family = probe.getsockopt(socket.SOL_SOCKET, getattr(socket, 'SO_DOMAIN', 39))
             kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
-        if family not in families or kind != socket.SOCK_STREAM:
+        if family not in (socket.AF_UNIX, *IP_FAMILIES) or kind != socket.SOCK_STREAM:
             raise ValueError(f'descriptor {number} of LISTEN_FDS: expected a TCP or unix stream '
                              f'socket')
         sock = _orig_socket(family, kind, 0, number)
@@ -10008,12 +10093,13 @@ def activated_sockets(environ):
     return sockets
 
 
-class Notifier:
+class Notifier(LoopItem):
     """Sends the state of the service to systemd (sd_notify(3)); does nothing without systemd.
 
     interval    seconds between two signs of life, 0 if systemd does not ask for any
+
+    It is an item of the server's loop, so that a loop that hangs gives no signs of life.
     """
-    client = due = None                 # as an item of a loop, for the watchdog
 
     def __init__(self, environ):
         path = environ.pop('NOTIFY_SOCKET', '')
@@ -10043,9 +10129,6 @@ class Notifier:
     def expire(self):
         self.notify('WATCHDOG=1')
         self._loop.timers.set(self, time.monotonic() + self.interval)
-
-    def close(self, outcome):
-        """There is nothing to close."""
 
 
 class Pulse(Notifier):
@@ -10078,20 +10161,15 @@ def has_terminal():
         return False
 
 
-class Terminal:
-    """The terminal from which this process was started, if the process should end with it; after
-    nohup or setsid, it should not."""
-
-    def __init__(self):
-        self._matters = (hasattr(signal, 'SIGHUP') and has_terminal()
-                         and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
-
-    def is_gone(self):
-        """Whether it was closed, so that HUP means to end, not to reload."""
-        return self._matters and not has_terminal()
+def terminal_watch():
+    """A function() that tells whether the terminal from which this process was started has been
+    closed, so that HUP means to end, not to reload; never after nohup or setsid."""
+    matters = (hasattr(signal, 'SIGHUP') and has_terminal()
+               and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    return lambda: matters and not has_terminal()
 
 
-class Service:
+class Service(LoopItem):
     """Runs a server until a signal ends it.
 
     server       the `Server`
@@ -10104,7 +10182,6 @@ class Service:
     It is an item of the server's loop: reload() and show() run there, not in the signal handlers,
     which interrupt the loop at any point.
     """
-    client = due = None
 
     def __init__(self, server, configure, notifier, announce, lifeline=None):
         self.server = server
@@ -10113,7 +10190,7 @@ class Service:
         self._announce = announce
         self._lifeline = lifeline
         self._stopping = False
-        self._terminal = Terminal()
+        self._is_hung_up = terminal_watch()
 
     def run(self):
         """Serve until a signal, or the end of the supervisor; then close the server."""
@@ -10158,7 +10235,7 @@ class Service:
 
     def reload(self):
         """Make the settings again, and have the server use them; stop if the terminal is gone."""
-        if self._terminal.is_gone():
+        if self._is_hung_up():
             return self.stop(signal.SIGHUP, None)
         self._notifier.notify_reloading()
         try:
@@ -10178,9 +10255,6 @@ class Service:
     def _log_table(self):
         record = log.makeRecord(log.name, logging.INFO, '', 0, Table.of(self.server), (), None)
         log.handle(record)              # at any level of the log, because a user asked for it
-
-    def close(self, outcome):
-        """There is nothing to close."""
 
 
 class Table(NamedTuple):
@@ -10246,7 +10320,7 @@ class Supervisor:
         self._started = {}              # pid -> (time of its start, its `Pulse`)
         self._memory = mmap.mmap(-1, 8 * size)          # for the pulses; shared across fork()
         self._looked = time.monotonic()                 # time of the last _end_frozen()
-        self._terminal = Terminal()
+        self._is_hung_up = terminal_watch()
         self._due = 0.0                 # time when the next worker may be started
         self._pause = FIRST_PAUSE
         self._stopping = False
@@ -10265,6 +10339,7 @@ class Supervisor:
         while self._started or not self._stopping:
             self._notifier.notify('WATCHDOG=1')
             missing = len(self._started) < self._size and not self._stopping
+            # Not 0, which would stop the timer.
             pauses = [max(0.001, self._due - time.monotonic())] if missing else []
             pauses += [self._notifier.interval] if self._notifier.interval else []
             signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
@@ -10277,7 +10352,7 @@ class Supervisor:
 
     def _take(self, number):
         """Handle a signal."""
-        if number == signal.SIGHUP and self._terminal.is_gone():
+        if number == signal.SIGHUP and self._is_hung_up():
             number = signal.SIGTERM
         if number in (signal.SIGINT, signal.SIGTERM):
             self._stopping = True
@@ -10342,6 +10417,7 @@ class Supervisor:
 
     def _share(self, settings):
         """The settings of one worker: its share of the clients."""
+        # Rounded up, so that none becomes 0, which would mean no limit.
         return settings._replace(max_clients=-(-settings.max_clients // self._size))
 
     def _be_worker(self, pulse):
@@ -10475,7 +10551,7 @@ class LogWriter(logging.Handler):
             return
         if self._file:
             there = os.fstat(self._file.fileno())
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):        # moved away, by logrotate
                 if os.path.samestat(there, os.stat(self._path)):
                     return
         # Not with mode 'a': Python 3.6 would seek, which a fifo cannot; and a fifo must not block.
@@ -10507,7 +10583,7 @@ class LogWriter(logging.Handler):
         self.flush()
         if self._process == os.getpid() and self._is_idle:
             self._ended = True
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):     # it is awake already
                 self._wake.release()
             self._thread.join()
         if self._file and (self._ended or not self._process):
@@ -10590,6 +10666,14 @@ examples:
   ssh -o 'ProxyCommand=socks.py -x socks5h://proxy:1080 --connect %h:%p' host
   socks.py -x socks5h://proxy:1080 --run fetch.py http://example.org/
 
+rules, one a line; the first that matches decides, and what none matches is denied:
+  allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
+    to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...] [via direct|inbound|ADDRESS|URL ...]
+  .NAME stands for NAME and all names below it.  `via` chooses the way of a connection: direct,
+  without a proxy; from the local ADDRESS, or the one that the client connected to (inbound);
+  through proxies.  Only a rule on a network inside what is local to the proxy opens that to other
+  hosts.
+
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
   SOCKS_PROXY                           URLs as for -x, separated by white space
@@ -10622,7 +10706,7 @@ def argument_type(convert):
 def number_of(kind, end, expected, pattern=''):
     """A type: kind(text), from 0 up to but not including `end`; `pattern` is for the text."""
     def number(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):           # kind() does not take the text
             if re.match(pattern, text) and 0 <= kind(text) < end:
                 return kind(text)
         raise ValueError(f'{text!r}: expected {expected}')
@@ -10654,11 +10738,10 @@ def host_and_port(text):
     if host == '*':
         raise ValueError(f'{text!r}: expected 0.0.0.0 for all IPv4 addresses, :: for all of both '
                          f'families')
-    if host.startswith('[') and host.endswith(']') and ':' in host:
-        host = host[1:-1]
-    elif not host or set(host) & set('[]:'):
+    bare = without_brackets(host)
+    if bare == host and (not host or set(host) & set('[]:')):
         raise ValueError(f'{text!r}: expected ADDRESS, ADDRESS:PORT, IPV6 or [IPV6]:PORT')
-    return host, port if port is None else port_number(port)
+    return bare, port if port is None else port_number(port)
 
 
 def where_to_listen(text):
@@ -10668,13 +10751,6 @@ def where_to_listen(text):
     if text == 'unix:' or not hasattr(socket, 'AF_UNIX'):
         raise ValueError(f'{text!r}: expected unix:PATH, on a system with unix sockets')
     return text, None
-
-
-def permissions(text):
-    """The integer of octal digits."""
-    if not re.match('0?[0-7]{3}$', text):
-        raise ValueError(f'{text!r}: expected three octal digits, 660 for example')
-    return int(text, 8)
 
 
 def name_and_password(text):
@@ -10744,15 +10820,15 @@ OPTIONS = [
             metavar='N', type=worker_count, default=1,
             help='serve with N processes; auto: one for each processor (default: %(default)s)')),
         (('--unix-mode',), dict(
-            metavar='OCTAL', type=permissions,
+            metavar='OCTAL', type=as_mode,
             help='permissions of unix sockets, which decide who may connect (default: 600, less '
                  'the umask)')),
         (('--no-http',), dict(
             action='store_false', dest='http', help='serve SOCKS only (default: HTTP, too)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=parse_network, action='append', default=[], dest='balancers',
-            help='expect a PROXY header from load balancers in NETWORK, repeatable (default: '
-                 'none)'))]),
+            help='expect a PROXY header from load balancers in NETWORK, 127.0.0.1/32 for those on '
+                 'a unix socket; repeatable (default: none)'))]),
     ('TLS', [
         (('--tls-cert',), dict(
             metavar='FILE', help="the server's certificate and its chain; clients must use TLS "
@@ -10784,11 +10860,11 @@ OPTIONS = [
             help='ask clients in NETWORK for no password, repeatable (default: none)')),
         (('--gssapi',), dict(
             action='store_true', dest='by_gssapi',
-            help='authenticate clients by Kerberos, too, with the keys in the keytab')),
+            help='authenticate clients by Kerberos, too, with the keys of the service rcmd')),
         (('--gssapi-level',), dict(
             metavar='LEVELS', type=gssapi_levels,
-            help='levels of protection that clients may choose, of clear, integrity and '
-                 'confidentiality (default: integrity,confidentiality)')),
+            help='levels of protection that clients may choose, of clear, which curl needs, '
+                 'integrity and confidentiality (default: integrity,confidentiality)')),
         (('--gssapi-nec',), dict(
             action='store_true', help="agree on the level without protection, as NEC's programs "
                                       'do; an attacker on the way can lower it')),
@@ -10818,8 +10894,8 @@ OPTIONS = [
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
-            help='read from FILE what clients may reach, see the README (default: all but what is '
-                 'local to the proxy)')),
+            help='read from FILE what clients may reach, see below (default: all but what is local '
+                 'to the proxy)')),
         (('--check',), dict(
             action='store_true', help='check options and files, but not whether the addresses are '
                                       'free; print all errors or a summary, and exit')),
@@ -10922,7 +10998,7 @@ def suggestion(parser, unknown):
     import difflib                      # here, because it is only needed to fail
     word = unknown[0].partition('=')[0]
     options = [flag for flag in parser._option_string_actions if flag.startswith('--')]
-    shortened = re.compile('.*'.join(map(re.escape, word)))
+    shortened = re.compile('.*'.join(map(re.escape, word)))     # --maxper
     similar = [*filter(shortened.match, options), *difflib.get_close_matches(word, options, 2, 0.7)]
     return f'; is {" or ".join(dict.fromkeys(similar))} meant?' if word[2:] and similar else ''
 
@@ -10945,6 +11021,7 @@ def settings_from(args, environ):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):
             raise ValueError(f'--{name}: expected at most one IPv4 and one IPv6 address')
+    # Most options have the name of a field as their `dest`.
     fields = {name: tuple(value) if isinstance(value, list) else value
               for name, value in vars(args).items() if name in Settings._fields}
     if args.by_gssapi:
@@ -10983,7 +11060,10 @@ def warnings_about(settings):
 
 
 def raise_descriptor_limit(wanted=65536):
-    """Raise the soft limit of open files to the hard one, or to `wanted` if that is lower."""
+    """Raise the soft limit of open files to the hard one, or to `wanted` if that is lower.
+
+    The soft one is often 1024, for programs that use select(2); this one does not.
+    """
     if resource:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY:
@@ -11094,7 +11174,7 @@ def copy_stdio(sock):
         sock.settimeout(None)
         upward = threading.Thread(target=copy_stdin, args=(sock,), daemon=True)
         upward.start()
-        # Without a buffer, write() may take less than it is given.
+        # Without a buffer, for interactive use; so write() may take less than it is given.
         for data in iter(functools.partial(sock.recv, 1 << 18), b''):
             while data:
                 data = data[out.write(data):]
@@ -11225,7 +11305,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         socksocket.default_source = tuple(args.source)
     except (ValueError, GeneralProxyError) as error:
         parser.error(str(error))
-    program()
+    program()                           # its own errors are not wrong usage
     return 0
 
 
@@ -11275,6 +11355,7 @@ def serve(args):
         settings = configure()
         if args.check:
             return check(settings, addresses_of(args))
+        # Before any child is started: they take the variables of systemd out of the environment.
         notifier = Notifier(os.environ)
         server = Server(addresses_of(args), settings, listeners=activated_sockets(os.environ))
     except (FileError, OSError) as error:

@@ -11,6 +11,7 @@ are installed; elsewhere those tests are skipped and say so.
 
 import argparse
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import ctypes.util
@@ -34,6 +35,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import py_compile
 import random
 import re
 import shlex
@@ -47,8 +49,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import traceback
 import types
 import unittest
 import unittest.mock
@@ -66,6 +70,7 @@ from socks import (Address, Choice, Credentials, Datagram, Greeting, GssMessage,
                    Reply, Request, Request4, Response, Response4, Settings, Verdict)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.path.join(HERE, 'socks.py')
 LONGEST = 200                           # seconds for one test, on a busy machine
 PATIENCE = 10                           # seconds until something that must happen counts as failed
 HTTP = b'GET / HTTP/1.0\r\n\r\n'
@@ -99,6 +104,12 @@ def takes_connections(host):
                 return True
     except OSError:
         return False
+
+
+def hashed_text(password, salt=b'', rounds=1):
+    """The text of a `Hashed` that takes little time."""
+    digest = hashlib.pbkdf2_hmac('sha256', password, salt, rounds)
+    return f'pbkdf2:{rounds}:{salt.hex()}:{digest.hex()}'
 
 
 def has_family(family):
@@ -174,6 +185,11 @@ def hexed(text, **ports):
     return bytes.fromhex(text)
 
 
+def random_bytes(source, size):
+    """So many bytes of a random.Random."""
+    return source.getrandbits(8 * size).to_bytes(size, 'big') if size else b''
+
+
 def pattern(text, **ports):
     """The regular expression of a vector's answer: `..` is any byte, `!00` any but 00, a final `~`
     says that more may follow."""
@@ -182,6 +198,20 @@ def pattern(text, **ports):
     items = re.findall(r'!00|\.\.|[0-9a-f]{2}', text.replace(' ', ''))
     byte = {'..': b'.', '!00': b'[^\0]'}
     return b''.join(byte.get(item) or re.escape(bytes.fromhex(item)) for item in items)
+
+
+@functools.lru_cache(None)
+def compiled():
+    """The folder of a compiled socks.py: to compile it takes longer than the rest of a start."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, True)
+    py_compile.compile(SCRIPT, os.path.join(folder, 'socks.pyc'), doraise=True)
+    return folder
+
+
+def socks_py(*arguments):
+    """The command that runs socks.py with these arguments."""
+    return (sys.executable, os.path.join(compiled(), 'socks.pyc'), *arguments)
 
 
 class Peer:
@@ -260,10 +290,14 @@ def unused_port():
 
 def children(pid, text=''):
     """The processes that it has started and whose command lines contain `text`, by number."""
-    if not os.path.exists('/proc/self'):
+    if not os.path.exists(f'/proc/self/task/{os.getpid()}/children'):
         raise unittest.SkipTest('there is no /proc')
-    lines = run('ps', '-o', 'pid=,args=', '--ppid', str(pid)).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if text in line]
+    found = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f'/proc/{pid}/task'):
+            with open(f'/proc/{pid}/task/{task}/children') as file:
+                found += map(int, file.read().split())
+    return [each for each in found if text in open_text(f'/proc/{each}/cmdline')]
 
 
 def listens(port):
@@ -449,7 +483,7 @@ class Case(unittest.TestCase):
         handler.emit = lambda record: lines.append(record.getMessage())
         socks.log.addHandler(handler)
         self.addCleanup(socks.log.removeHandler, handler)
-        settings.setdefault('login_delay', 0.1)     # else a wrong password takes a second
+        settings.setdefault('login_delay', 0.02)    # else a wrong password takes a second
         server = server_class((possible(host), 0), Settings(**settings), handler_class)
         return self.enter(server.start())
 
@@ -629,6 +663,27 @@ LENIENT = [
     ('verdict other than 1', Verdict(255), '01ff'),
     ('PROXY 1', socks.ProxyHeader(Address('127.0.0.1', 48604), Address('127.0.0.1', 13501)),
      b'PROXY TCP4 127.0.0.1 127.0.0.1 48604 13501\r\n'.hex()),
+    ('HTTP status', socks.HttpStatus(200, 'Connection established'),
+     b'HTTP/1.1 200 Connection established\r\n'.hex()),
+    ('HTTP status, no phrase', socks.HttpStatus(200, ''), b'HTTP/1.0 200\n'.hex()),
+    ('HTTP status, empty phrase', socks.HttpStatus(403, ''), b'HTTP/1.1 403 \r\n'.hex()),
+    ('ident', socks.IdentReply(b'stjohns'), b'6193, 23 : USERID : UNIX : stjohns\r\n'.hex()),
+    ('ident, colons', socks.IdentReply(b'a:b : c'), b'1,2:USERID:UNIX,UTF-8:a:b : c\n'.hex()),
+    ('ident, OTHER', socks.IdentReply(None), b'1, 2 : USERID : OTHER : a3f7\r\n'.hex()),
+    ('ident, error', socks.IdentReply(None), b'6195, 23 : ERROR : NO-USER\r\n'.hex()),
+    ('ident, empty', socks.IdentReply(None), b'\r\n'.hex()),
+]
+
+# What is only sent, so that nothing here reads it.
+SENT = [
+    ('HTTP', socks.HttpConnect(Address('example.org', 443)),
+     b'CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n'),
+    ('HTTP, IPv6', socks.HttpConnect(Address('2001:db8::1', 80)),
+     b'CONNECT [2001:db8::1]:80 HTTP/1.1\r\nHost: [2001:db8::1]:80\r\n\r\n'),
+    ('HTTP, with credentials', socks.HttpConnect(Address('bücher.example', 80), b'bob:secret'),
+     b'CONNECT xn--bcher-kva.example:80 HTTP/1.1\r\nHost: xn--bcher-kva.example:80\r\n'
+     b'Proxy-Authorization: Basic Ym9iOnNlY3JldA==\r\n\r\n'),
+    ('ident', socks.IdentQuery(6193, 23), b'6193 , 23\r\n'),
 ]
 
 MALFORMED = [
@@ -644,6 +699,10 @@ MALFORMED = [
     ('SOCKS4 userid too long', Request4, '0401005001020304 61*513', Reply.GENERAL_FAILURE),
     ('SOCKS4a name too long', Request4, '040100500000000100 61*256', Reply.GENERAL_FAILURE),
     ('SOCKS4 reply of SOCKS5', Response4, '0500', Reply.GENERAL_FAILURE),
+    ('HTTP status of two digits', socks.HttpStatus, b'HTTP/1.1 20 OK\n'.hex(),
+     Reply.GENERAL_FAILURE),
+    ('no HTTP status', socks.HttpStatus, b'SSH-2.0-x\r\n'.hex(), Reply.GENERAL_FAILURE),
+    ('ident too long', socks.IdentReply, '31*1000', Reply.GENERAL_FAILURE),
 ]
 
 DATAGRAMS = [
@@ -699,13 +758,19 @@ class WireTest(unittest.TestCase):
             with self.subTest(name):
                 self.check_unpack(message, hexed(data))
 
+    def test_what_is_only_sent(self):
+        for name, message, data in SENT:
+            with self.subTest(name):
+                self.assertEqual(message.pack(), data)
+
     def check_unpack(self, message, data):
         """Whole with something behind it, byte by byte, and cut off at every byte."""
         read, rest = socks.reader(data + b'behind')
         self.assertEqual(type(message).unpack(read), message)
         self.assertEqual(rest(), b'behind')
         self.assertEqual(type(message).unpack(trickle(data)), message)
-        for length in range(len(data)):
+        lengths = range(len(data))
+        for length in lengths if len(data) < 1000 else {*lengths[:300], *lengths[-300:]}:
             with self.assertRaises(EOFError):
                 type(message).unpack(socks.reader(data[:length])[0])
 
@@ -1155,7 +1220,7 @@ class SocketsTest(Case):
                   'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n'
                   'try: print(socks.look_up("nowhere.example", 1))\n'
                   'except OSError as error: print(error.errno)')
-        done = subprocess.run([sys.executable, '-c', script], cwd=HERE, timeout=60,
+        done = subprocess.run([sys.executable, '-c', script], cwd=compiled(), timeout=60,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual(done.stdout.decode(), f'{errno.EMFILE}\n', done.stderr)
 
@@ -1454,7 +1519,7 @@ class ConversationTest(VectorCase):
         self.check(NO_AUTHENTICATION, self.serve(connect_timeout=0.3))
 
     def test_vectors_with_users(self):
-        self.check(BOB, self.serve(users=USERS, login_delay=0.02))
+        self.check(BOB, self.serve(users=USERS))
 
     def test_silence_ends_the_handshake(self):
         """N-16, N-21: one deadline for all of it, however slowly the client goes on."""
@@ -1776,7 +1841,7 @@ class ConversationTest(VectorCase):
 def pour(peer, size, seed):
     """Send `size` random bytes; returns their hash."""
     digest, source = hashlib.sha256(), random.Random(seed)
-    block = bytes(source.getrandbits(8) for _ in range(1 << 16)) * 4
+    block = random_bytes(source, 1 << 18)
     for start in range(0, size, len(block)):
         data = block[start % 251:][:size - start]
         digest.update(data)
@@ -1833,13 +1898,7 @@ class RelayTest(Case):
 
     def test_both_ways_at_once(self):
         """64 MiB each way, every byte intact."""
-        near, far = self.tunnel(self.serve(), self.held)
-        size = 64 << 20
-        jobs = [Background(*job) for job in ((pour, near, size, 1), (pour, far, size, 2),
-                                             (drink, near), (drink, far))]
-        sent_up, sent_down, came_down, came_up = [job.result() for job in jobs]
-        self.assertEqual((sent_up, sent_down), (came_up, came_down))
-        self.assertNotEqual(sent_up, sent_down)
+        self.exchange(*self.tunnel(self.serve(), self.held), 64 << 20)
 
     def test_half_close(self):
         """The end of one direction leaves the other as it is, whoever comes first."""
@@ -1895,6 +1954,7 @@ class RelayTest(Case):
     @unittest.skipUnless(socks.ERRORS, 'only epoll tells of it')
     def test_reset_of_a_side_that_has_ended(self):
         """Nobody reads there any more, and still the other side learns of it."""
+        self.change(socks.Tunnel, GRACE=0.1)
         server = self.serve()
         for index in (0, 1):
             pair = self.tunnel(server, self.held)
@@ -1945,6 +2005,7 @@ class RelayTest(Case):
 
     @unittest.skipUnless(socks.ERRORS, 'only epoll tells of it')
     def test_silence_after_a_refusal(self):
+        self.change(socks.Tunnel, GRACE=0.1)
         server = self.serve()
         for index, side in (0, 'client'), (1, 'target'):
             with self.subTest(side), self.refusing(server, index):
@@ -1974,23 +2035,23 @@ class RelayTest(Case):
     @unittest.skipUnless(sys.platform == 'linux', 'only Linux tells what was taken')
     def test_slow_reader_is_not_idle(self):
         """While the system still sends what the client was sent long ago."""
-        server = self.serve(idle_timeout=0.8)
+        server, size = self.serve(idle_timeout=0.5), 60000
         near = self.peer(server.server_address)
         near.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.assertEqual(near.connect('127.0.0.1', self.held.port).reply, 0)
         far = self.enter(eventually(lambda: self.held.peers and self.held.peers.pop()))
         tunnel = self.carried(server)
-        far.send(b'x' * 100000)
-        eventually(lambda: tunnel.down.count == 100000)
+        far.send(b'x' * size)
+        eventually(lambda: tunnel.down.count == size)
         started, count = time.monotonic(), 0
-        while count < 100000:
+        while count < size:
             self.assertTrue(near.sock.recv(1500))
             count += 1500
             time.sleep(0.02)
-        self.assertGreater(time.monotonic() - started, 1)
+        self.assertGreater(time.monotonic() - started, 0.6)
         with self.assertRaises(ConnectionResetError):       # it is now
             near.rest()
-        self.assertIn(': idle, 0 bytes up, 100000 down', eventually(lambda: self.lines)[0])
+        self.assertIn(f': idle, 0 bytes up, {size} down', eventually(lambda: self.lines)[0])
 
     def test_answer_of_a_target_that_resets(self):
         """A target that refuses an upload, says why and resets: the client still reads why."""
@@ -2039,8 +2100,9 @@ class RelayTest(Case):
 
     def test_many_slow_receivers(self):
         """What the server holds for them together has a bound, however much each could take."""
+        self.change(socks.Pipe, HELD=1 << 24)
         server = self.serve()
-        pairs = [self.tunnel(server, self.held) for _ in range(120)]
+        pairs = [self.tunnel(server, self.held) for _ in range(40)]
         for near, far in pairs:
             near.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             far.sock.setblocking(False)
@@ -2058,10 +2120,7 @@ class RelayTest(Case):
         for peer in (near, far):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 peer.sock.setsockopt(socket.SOL_SOCKET, option, 4096)
-        jobs = [Background(*job) for job in ((pour, near, 1 << 16, 1), (pour, far, 1 << 16, 2),
-                                             (drink, near), (drink, far))]
-        sent_up, sent_down, came_down, came_up = [job.result() for job in jobs]
-        self.assertEqual((sent_up, sent_down), (came_up, came_down))
+        self.exchange(near, far, 1 << 16)
 
     def test_early_data(self):
         """What a client sends before the reply goes to the target first, once, in order."""
@@ -2111,9 +2170,9 @@ class RelayTest(Case):
         self.assertFalse(server.clients)
 
     def test_many(self):
-        """500 tunnels in one loop, each with its own bytes."""
+        """200 tunnels in one loop, each with its own bytes."""
         server = self.serve(server_class=OneLoop)
-        pairs = [self.tunnel(server, self.held) for _ in range(500)]
+        pairs = [self.tunnel(server, self.held) for _ in range(200)]
         for number, (near, far) in enumerate(pairs):
             near.send(b'%08d' % number)
             far.send(b'%08d' % -number)
@@ -2398,11 +2457,13 @@ class BindTest(Case):
 
     def test_only_a_stranger(self):
         """S4-18, R-32: the second reply tells who came instead."""
-        server = self.serve(bind_timeout=0.3)
+        server, pairs = self.serve(bind_timeout=0.3), []
         for kind, answer_class, refusal in [(Request, Response, Reply.NOT_ALLOWED),
                                             (Request4, Response4, 0x5b)]:
             client, address = self.bind(server, '127.0.0.1', kind)
             stranger = self.peer(address, ('127.0.0.2', 0))
+            pairs.append((client, stranger, answer_class, refusal))
+        for client, stranger, answer_class, refusal in pairs:
             self.assertEqual(stranger.rest(), b'')
             self.assertEqual(answer_class.unpack(client.read),
                              answer_class(refusal, Address(*stranger.sock.getsockname())))
@@ -2418,10 +2479,9 @@ class BindTest(Case):
     def test_nobody(self):
         """S4-19: the time is over."""
         server = self.serve(bind_timeout=0.2)
-        client, _ = self.bind(server)
+        (client, _), (client4, _) = self.bind(server), self.bind(server, kind=Request4)
         self.assertEqual(Response.unpack(client.read), Response(Reply.TTL_EXPIRED))
-        client, _ = self.bind(server, kind=Request4)
-        self.assertEqual(Response4.unpack(client.read), Response4(0x5b))
+        self.assertEqual(Response4.unpack(client4.read), Response4(0x5b))
 
     def test_only_peers_that_rules_allow(self):
         """With a request for anybody, too; a rule's ports are those of the request."""
@@ -2653,7 +2713,7 @@ class UdpTest(Case):
                 relay.is_here = False
                 return relay
 
-        self.change(socks.UdpRelay, SILENCE=0.05)
+        self.change(socks.UdpRelay, SILENCE=0.03)
         echo = self.echo()
         data = Datagram(echo.address, b'x').pack()
         for handler in (socks.Handler, Elsewhere):
@@ -2667,7 +2727,7 @@ class UdpTest(Case):
                 client.sock.bind(('127.0.0.1', 0))
                 client.sock.settimeout(PATIENCE)
                 if handler is socks.Handler or hint == 'own':
-                    time.sleep(0.15)
+                    time.sleep(0.1)
                     client.send(data)
                     self.assertTrue(client.nothing_comes(0.05))
                     continue
@@ -2735,7 +2795,7 @@ class UdpTest(Case):
         client = self.associate(self.serve())
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         for size in (0, 1, 1472, 9000, 65496, 65497):
-            payload = bytes(random.Random(size).getrandbits(8) for _ in range(size))
+            payload = random_bytes(random.Random(size), size)
             answer = Datagram.unpack(client.ask(Datagram(echo.address, payload).pack()))
             self.assertEqual(answer.payload, payload)
         echo.prefix = b'1'                      # too large for the header
@@ -3049,10 +3109,10 @@ class UdpTest(Case):
         self.assertEqual(numbers, sorted(numbers))
 
     def test_many(self):
-        """500 associations at once, each with its own answers."""
+        """200 associations at once, each with its own answers."""
         server, echo = self.serve(udp_strict=True), self.echo()
-        clients = [self.associate(server) for _ in range(500)]
-        for start in range(0, 500, 50):         # as many as the target's buffer is sure to hold
+        clients = [self.associate(server) for _ in range(200)]
+        for start in range(0, 200, 50):         # as many as the target's buffer is sure to hold
             for number, client in enumerate(clients[start:start + 50]):
                 client.send(Datagram(echo.address, b'%d' % number).pack())
             for number, client in enumerate(clients[start:start + 50]):
@@ -3076,7 +3136,7 @@ class UdpTest(Case):
         files, source = descriptors(), random.Random(4)
         for number in range(10000):
             if number % 2:
-                data = bytearray(source.getrandbits(8) for _ in range(source.randrange(40)))
+                data = bytearray(random_bytes(source, source.randrange(40)))
             else:
                 data = bytearray(valid)
                 data[source.randrange(3)] = source.getrandbits(8)
@@ -3410,12 +3470,12 @@ class LifecycleTest(Case):
         self.assertLess(time.monotonic() - started, 1)
 
     def test_aborts(self):
-        """2,000 aborted handshakes and 2,000 aborted tunnels leave nothing behind."""
+        """500 aborted handshakes and 500 aborted tunnels leave nothing behind."""
         server, origin = self.serve(), self.origin()
         threads, files = threading.active_count(), descriptors()
         source = random.Random(1)
         handshake = hexed('050100 050100017f000001{port}', port=origin.port)
-        for length in [source.randrange(len(handshake)) for _ in range(2000)] + [13] * 2000:
+        for length in [source.randrange(len(handshake)) for _ in range(500)] + [13] * 500:
             peer = Peer(server.server_address)
             peer.send(handshake[:length])
             if length == 13:
@@ -3427,7 +3487,7 @@ class LifecycleTest(Case):
         eventually(lambda: (threading.active_count(), descriptors()) <= (threads + 20, files))
 
     def test_garbage(self):
-        """5,000 random handshakes and 5,000 damaged ones; then a normal client is served."""
+        """2,000 random handshakes and 2,000 damaged ones; then a normal client is served."""
         class Only(socks.Handler):
             def destinations(self, address, until):
                 """Whatever the bytes say, nobody else is bothered."""
@@ -3439,9 +3499,9 @@ class LifecycleTest(Case):
         source = random.Random(2)
         valid = [hexed(sends.replace('/', ''), port=origin.port, refused=1, silent=1, port2=1)
                  for _, sends, _, _ in NO_AUTHENTICATION if 'silent' not in sends]
-        for number in range(10000):
+        for number in range(4000):
             if number % 2:
-                data = bytes(source.getrandbits(8) for _ in range(source.randrange(40)))
+                data = random_bytes(source, source.randrange(40))
                 data = source.choice((b'', b'\4', b'\5', b'\5\1\0\5')) + data
             else:
                 data = bytearray(source.choice(valid)[:300])
@@ -3474,7 +3534,7 @@ class LifecycleTest(Case):
     def test_look_ups_do_not_wait_for_each_other(self):
         """One that hangs takes a thread, until it ends, and no time from others."""
         event = self.slow_names()
-        server, origin = self.serve(connect_timeout=1), self.origin(echo)
+        server, origin = self.serve(connect_timeout=0.4), self.origin(echo)
         slow = [self.peer(server.server_address) for _ in range(24)]
         for number, peer in enumerate(slow):
             peer.ask(Greeting(b'\0'), Choice)
@@ -3683,8 +3743,10 @@ def needs(*programs):
 
 def run(*command, **options):
     """The finished process, its output as text."""
-    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=60, universal_newlines=True, **options)
+    if 'input' not in options:
+        options['stdin'] = subprocess.DEVNULL
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                          universal_newlines=True, **options)
 
 
 class NamespaceTest(unittest.TestCase):
@@ -4024,10 +4086,11 @@ class ClientTest(ClientCase):
             with self.subTest(start, script=script):
                 url = self.url(self.scripted(script, last=be_silent), start)
                 started = time.monotonic()
-                for expected in GENERAL, TimeoutError, socket.timeout:
-                    with self.assertRaises(expected) as caught:
-                        socks.create_connection(('1.2.3.4', 80), 0.1, proxy=url)
+                with self.assertRaises(GENERAL) as caught:
+                    socks.create_connection(('1.2.3.4', 80), 0.1, proxy=url)
                 error = caught.exception
+                for kind in TimeoutError, socket.timeout:
+                    self.assertIsInstance(error, kind)
                 self.assertIsInstance(error.socket_err, socket.timeout)
                 self.assertRegex(str(error), '^Socket error: timed out ')
                 self.assertRegex(repr(error),
@@ -4881,7 +4944,7 @@ os.write(1, names.of('new.example').encode() + b'\\n')
 if child:
     os.waitpid(child, 0)
 """
-        done = run(sys.executable, '-c', script, cwd=HERE)
+        done = run(sys.executable, '-c', script, cwd=compiled())
         self.assertEqual(done.stderr, '')
         self.assertEqual(len(set(done.stdout.split())), 2, done.stdout)
 
@@ -5252,7 +5315,7 @@ with context.wrap_socket(plain, server_hostname='localhost') as sock:
     assert sock.recv(5) == b'HELLO'
     assert socket.getfqdn(sock.getpeername()[0]) == 'example.org', sock.getpeername()
 """
-        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=HERE)
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=compiled())
         self.assertEqual((done.returncode, done.stderr), (0, ''))
 
     def test_proactor(self):
@@ -5381,7 +5444,7 @@ else:
     raise SystemExit('InterpreterPoolExecutor')
 """
         for order in 'before', 'middle', 'after':
-            done = run(sys.executable, '-W', 'ignore', '-c', script, order, cwd=HERE)
+            done = run(sys.executable, '-W', 'ignore', '-c', script, order, cwd=compiled())
             self.assertEqual((done.returncode, done.stderr), (0, ''))
 
 
@@ -5443,7 +5506,7 @@ if not os.fork():
     sys.exit()
 os.wait()
 """
-        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=HERE)
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=compiled())
         self.assertEqual((done.stdout, done.stderr), ('hello', ''))
 
     def test_tls_of_a_socket_without_timeout(self):
@@ -5462,7 +5525,7 @@ os.wait()
         proxy = self.scripted([], tls=True, last=be_silent)
         for _ in range(3):
             with self.assertRaises(GENERAL):
-                socks.create_connection(('1.2.3.4', 80), 0.2, ssl_context=client_context(),
+                socks.create_connection(('1.2.3.4', 80), 0.1, ssl_context=client_context(),
                                         proxy=self.url(proxy, 'socks5h+tls'))
         eventually(lambda: not socks.background_loop().items)
 
@@ -5482,7 +5545,7 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
     assert sock.recv(5) == b'HELLO'
     sock.close()
 """
-        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=HERE)
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=compiled())
         self.assertEqual((done.returncode, done.stderr), (0, ''))
 
     def test_datagrams_of_a_bound_socket(self):
@@ -5669,8 +5732,8 @@ class InsideClient(ClientCase):
 
         self.run_async(talk())
         done = subprocess.run(
-            [sys.executable, os.path.join(HERE, 'socks.py'), '-x', url, '--connect',
-             '%s:%d' % there], input=b'hello', stdout=subprocess.PIPE, timeout=60)
+            socks_py('-x', url, '--connect', '%s:%d' % there), input=b'hello',
+            stdout=subprocess.PIPE, timeout=60)
         self.assertEqual(done.stdout, b'hello')
 
     def test_zone_of_a_relay(self):
@@ -5713,8 +5776,8 @@ class InsideClient(ClientCase):
                 ('127.0.0.0/8', ['--run', script.name, there], f'{source}\n' * 4)):
             with self.subTest(arguments, bypass=bypass):
                 del self.lines[:]
-                done = run(sys.executable, os.path.join(HERE, 'socks.py'), '--source', source,
-                           *arguments, env=dict(os.environ, NO_PROXY=bypass, ALL_PROXY=url))
+                done = run(*socks_py('--source', source, *arguments),
+                           env=dict(os.environ, NO_PROXY=bypass, ALL_PROXY=url))
                 self.assertEqual((done.stdout, done.stderr), (expected, ''))
                 eventually(lambda: len(self.lines) == len(expected.split()) * (not bypass))
                 self.assertEqual([line for line in self.lines if not line.startswith(source)], [])
@@ -6049,7 +6112,7 @@ class NamesTest(unittest.TestCase):
     def test_star_import(self):
         """It gives the names of PySocks; in a new interpreter, where nothing else has them."""
         done = run(sys.executable, '-W', 'error', '-c',
-                   'from socks import *\nprint(*globals())', cwd=HERE)
+                   'from socks import *\nprint(*globals())', cwd=compiled())
         self.assertEqual((done.returncode, done.stderr), (0, ''))
         names = set(done.stdout.split())
         self.assertEqual({*self.PYSOCKS, *socks.__all__} - names, set())
@@ -6075,21 +6138,26 @@ class NamesTest(unittest.TestCase):
 class ToolTest(Case):
     """The command line as a client."""
 
+    def setUp(self):
+        super().setUp()
+        self.change(socks.log, propagate=False)     # stderr is for the client's lines
+
     def test_what_a_proxy_says_is_printable(self):
-        for answer in ('HTTP/1.1 403 \x1b[2Jno\r', 'HTTP/1.1 403 \x9b2J'):
+        for answer, shown in (('HTTP/1.1 403 \x1b[2Jno\r', r'403: \x1b[2Jno'),
+                              ('HTTP/1.1 502 \x1b[2J\x9b\r', r'502: \x1b[2J\x9b ('),
+                              ('HTTP/1.1 403 \x9b2J', r'403: \x9b2J')):
             scripted = self.enter(Scripted([HEAD, (answer + '\n\n').encode('latin-1').hex()]))
             with self.subTest(answer):
-                status, out, err = self.tool('-x', f'http://127.0.0.1:{scripted.port}',
-                                             '--connect', 'example.org:80')
+                status, out, err = in_process('-x', f'http://127.0.0.1:{scripted.port}',
+                                              '--connect', 'example.org:80')
                 self.assertEqual((status, out), (1, ''))
-                self.assertRegex(err, r'^socks.py: [ -~]*403: [ -~]*\n$')
+                self.assertRegex(err, r'^socks.py: [ -~]*\n$')
+                self.assertIn(shown, err)
 
-    def tool(self, *arguments, data='', **environment):
+    def tool(self, *arguments, data='', command=None, **environment):
         """Exit status, stdout and stderr."""
-        done = subprocess.run(
-            [sys.executable, os.path.join(HERE, 'socks.py'), *arguments], input=data,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
-            env=dict(os.environ, **environment))
+        done = run(*(command or socks_py()), *arguments, input=data,
+                   env=dict(os.environ, **environment))
         return done.returncode, done.stdout, done.stderr
 
     def test_connect(self):
@@ -6105,26 +6173,22 @@ class ToolTest(Case):
                                            data='some words', **environment),
                                  (0, 'some words', ''))
         eventually(lambda: len(self.lines) == 4)
-        status, _, err = self.tool('--connect', f'127.0.0.1:{origin.port}', NO_PROXY='example.org',
-                                   ALL_PROXY='')
+        status, _, err = in_process('--connect', f'127.0.0.1:{origin.port}',
+                                    NO_PROXY='example.org', ALL_PROXY='')
         self.assertEqual(status, 2)
         self.assertIn('--connect: expected a proxy, -x URL or ALL_PROXY, or 127.0.0.1 in', err)
         refused = self.refused_port()
-        self.assertEqual(self.tool('-x', url, '--connect', f'127.0.0.1:{refused}'),
+        self.assertEqual(in_process('-x', url, '--connect', f'127.0.0.1:{refused}'),
                          (1, '', f'socks.py: 127.0.0.1:{refused}: Socket error: 0x05: Connection '
                                  f'refused (SOCKS5 proxy {server.server_address}, target '
                                  f'127.0.0.1:{refused})\n'))
-        scripted = self.origin(lambda peer: peer.send(b'HTTP/1.1 502 \x1b[2J\x9b\r\n\r\n'))
-        status, _, err = self.tool('-x', f'http://127.0.0.1:{scripted.port}', '--connect', 'h:1')
-        self.assertEqual((status, '\x1b' in err, r'502: \x1b[2J\x9b (' in err),
-                         (1, False, True), err)
 
     def test_connect_carries_bytes(self):
         """All of them, and the ends of both directions."""
         server, origin = self.serve(), self.origin()
-        command = [sys.executable, os.path.join(HERE, 'socks.py'), '-x',
-                   f'socks5h://{server.server_address}', '--connect', f'127.0.0.1:{origin.port}']
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            socks_py('-x', f'socks5h://{server.server_address}', '--connect',
+                     f'127.0.0.1:{origin.port}'), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with process:
             peer = eventually(lambda: origin.peers and origin.peers[0])
             down = Background(pour, peer, 8 << 20, 1)
@@ -6139,8 +6203,8 @@ class ToolTest(Case):
     def test_resolve(self):
         server = self.serve(tor_extensions=True)
         for scheme in ('socks4a', 'socks5', 'socks5h'):
-            self.assertEqual(self.tool('-x', f'{scheme}://{server.server_address}', '--resolve',
-                                       'localhost'), (0, '127.0.0.1\n', ''))
+            self.assertEqual(in_process('-x', f'{scheme}://{server.server_address}', '--resolve',
+                                        'localhost'), (0, '127.0.0.1\n', ''))
         status, out, _ = self.tool('-x', f'socks5://{server.server_address}', '--resolve',
                                    '127.0.0.1')
         self.assertEqual((status, out), (0, socket.getnameinfo(('127.0.0.1', 0), 0)[0] + '\n'))
@@ -6187,7 +6251,8 @@ class ToolTest(Case):
         with open(path, 'w') as file:
             file.write(PARENT)
         done = self.tool('-x', f'socks5h://{server.server_address}', '--run', path,
-                         str(site.port), str(self.refused_port()))
+                         str(site.port), str(self.refused_port()),
+                         command=(sys.executable, SCRIPT))
         methods = multiprocessing.get_all_start_methods()
         self.assertEqual(done, (0, ''.join(f'{method} hello SOCKS5Error socks\n'
                                            for method in sorted(methods)), ''))
@@ -6863,25 +6928,41 @@ class RulesTest(FileCase):
         for _ in range(400):
             to = pick(('*', '10.%d.0.0/16 .n%d.example' % (pick(range(9)), pick(range(9))),
                        'n%d.example' % pick(range(9)), '10.%d.2.0/24' % pick(range(9))))
-            lines.append(' '.join((pick(('allow', 'deny')), pick(('', 'connect', 'udp bind')),
-                                   pick(('', 'user u%d' % pick(range(9)))),
+            verb, commands = pick(('allow', 'deny')), pick(('', 'connect', 'udp bind'))
+            lines.append(' '.join((verb, commands, pick(('', 'user u%d' % pick(range(9)))),
                                    pick(('', 'from 192.0.2.%d/31' % (2 * pick(range(9))))),
                                    'to', to,
-                                   pick(('', '%d' % pick(range(9)), '4-8', '0-9999')))))
+                                   pick(('', '%d' % pick(range(9)), '4-8', '0-9999')),
+                                   pick(('', 'via direct', 'via inbound'))
+                                   if verb == 'allow' and commands != 'udp bind' else '')))
         rules = self.rules('\n'.join(lines))
         for start in range(0, 400, 20):
             part = rules[start:start + 20]
             compiled = socks.Rules(part)
-            for _ in range(100):
+            for _ in range(40):
                 client = self.client('192.0.2.%d' % pick(range(18)),
                                      pick(('CONNECT', 'BIND')), 'u%d' % pick(range(9)))
                 name = pick((None, 'n%d.example' % pick(range(9)), 'a.n2.example'))
                 target = Address('10.%d.%d.1' % (pick(range(9)), pick(range(4))), pick(range(9)))
                 hosts = socks.asked_hosts(target.host)
-                expected = [rule for rule in map(socks.Rule.compiled, part)
-                            if rule.concerns(client, target.port)
-                            and rule.is_for_host(hosts, name)]
+                judged = [rule for rule in map(socks.Rule.compiled, part)
+                          if rule.concerns(client, target.port)]
+                expected = [rule for rule in judged if rule.is_for_host(hosts, name)]
                 self.assertEqual(compiled.first(client, target, name), next(iter(expected), None))
+                self.assertEqual(compiled.ways(client, target, name), compiled._ways(expected))
+                asked = Address(name or 'n1.example', target.port)
+                by_name = [rule.is_for_all_hosts or rule.names.has(asked.host) for rule in judged]
+                for is_final in (False, True):
+                    expected = [rule for rule, decides in zip(judged, by_name)
+                                if decides or rule.allow and rule.networks
+                                and (rule.via or not is_final)]
+                    self.assertEqual(compiled.first_for_name(client, asked, is_final),
+                                     next(iter(expected), None))
+                expected = list(itertools.takewhile(lambda pair: pair[1], (
+                    (rule, decides) for rule, decides in zip(judged, by_name)
+                    if decides or rule.allow and rule.networks)))
+                self.assertEqual(compiled.ways_of_name(client, asked),
+                                 compiled._ways(rule for rule, _ in expected))
 
     def test_many_rules_cost_little(self):
         """A thousand of any kind; the time is that of one processor, and of the best of three."""
@@ -7034,6 +7115,30 @@ class WaysTest(FileCase):
         self.source(server, 'one.test')
         self.assertEqual(proxy.asked, ['127.0.0.2'])
 
+    def test_rules_on_other_names(self):
+        """They decide nothing about a name, which is left to the proxy of the rule on all."""
+        proxy, looked_up = self.exit(), []
+        self.names(lambda name, family: looked_up.append(name) or ['127.0.0.1'])
+        server = self.ways(*(f'allow to other.test {port} via socks5h://127.0.0.1:9'
+                             for port in (self.target.port, 9)),        # found by its port
+                           f'allow to * via socks5h://{proxy.server_address}')
+        self.source(server, 'a.test')
+        self.assertEqual((proxy.asked, looked_up), (['a.test'], []))
+
+    def test_networks_with_a_way_past_the_usual_proxy(self):
+        """A name is looked up here for a rule on networks that has a way of its own, although the
+        usual proxy looks names up; not for other rules on networks."""
+        proxy, looked_up = self.exit(), []
+        self.names(lambda name, family: looked_up.append(name) or ['127.0.0.1'])
+        usual = socks.parse_proxy_url(f'socks5h://{proxy.server_address}')
+        for way, code, expected in ((' via direct', 0, True),
+                                    ('', Reply.NOT_ALLOWED, False)):
+            with self.subTest(way):
+                server = self.ways(f'allow to 127.0.0.0/8{way}', 'deny to *', upstream=(usual,))
+                self.source(server, 'a.test', code=code)
+                self.assertEqual((proxy.asked, bool(looked_up)), ([], expected))
+                looked_up.clear()
+
     @unittest.skipUnless(sys.platform == 'linux', '127.0.0.5 is only here')
     def test_local_addresses(self):
         server = self.enter(socks.Server([('127.0.0.3', 0)], Settings(
@@ -7124,10 +7229,7 @@ class AccessTest(FileCase):
             return peer.ask(Credentials(name, password), Verdict).status == 0
 
     def test_users_file(self):
-        hashed = [socks.Hashed.make(b'secret')]
-        salt = b'salt'
-        hashed.append('pbkdf2:1000:%s:%s' % (
-            salt.hex(), hashlib.pbkdf2_hmac('sha256', b'secret', salt, 1000).hex()))
+        hashed = [socks.Hashed.make(b'secret'), hashed_text(b'secret', b'salt', 1000)]
         path = self.write('users', '# ours\nann:pass:word\n\nbob:%s\ncarl:%s\n' % tuple(hashed))
         users = socks.read_users(path)
         server = self.serve(users=users)
@@ -7165,6 +7267,7 @@ class AccessTest(FileCase):
 
     def test_many_guesses_at_once(self):
         """Most are not even verified, and few are at a time."""
+        self.change(socks.Failures, LIMIT=15)
         # As costly as real ones, for the loop counts a failure after its verification.
         server = self.serve(users={'bob': socks.Hashed('pbkdf2:100000:00:' + '00' * 32)})
         running, most, verify = [], [], socks.Hashed.verify
@@ -7187,7 +7290,7 @@ class AccessTest(FileCase):
 
     def test_many_right_ones_at_once(self):
         """As many as were too many if they were wrong."""
-        digest, verify = hashlib.pbkdf2_hmac('sha256', b's', b'', 1).hex(), socks.Hashed.verify
+        verify = socks.Hashed.verify
 
         def slow(hashed, password):
             time.sleep(0.3)
@@ -7195,13 +7298,13 @@ class AccessTest(FileCase):
 
         self.addCleanup(setattr, socks.Hashed, 'verify', verify)
         socks.Hashed.verify = slow
-        server = self.serve(users={'bob': socks.Hashed('pbkdf2:1::' + digest)})
+        server = self.serve(users={'bob': socks.Hashed(hashed_text(b's'))})
         logins = [Background(self.log_in, server, b'bob', b's')
                   for _ in range(2 * socks.Failures.LIMIT)]
         self.assertTrue(all(login.result() for login in logins))
 
     def test_failures_are_slow_and_limited(self):
-        server = self.serve(users={'bob': 'secret'})
+        server = self.serve(users={'bob': 'secret'}, login_delay=0.1)
         started = time.monotonic()
         self.assertFalse(self.log_in(server, b'bob', b'x'))
         self.assertGreaterEqual(time.monotonic() - started, server.settings.login_delay)
@@ -7255,8 +7358,8 @@ class AccessTest(FileCase):
 
     def test_credentials_are_judged_by_the_settings_of_now(self):
         """Of clients that came before these changed, up to their request."""
-        old = Settings(users={'bob': 'old', 'ann': 's'})
-        new = Settings(users={'bob': 'new', 'ann': 's'})
+        old = Settings(users={'bob': 'old', 'ann': 's'}, login_delay=0.02)
+        new = old._replace(users={'bob': 'new', 'ann': 's'})
         origin = self.origin(echo)
         bob, ann = Credentials(b'bob', b'old'), Credentials(b'ann', b's')
         elsewhere = self.networks('192.0.2.0/24')
@@ -7264,7 +7367,7 @@ class AccessTest(FileCase):
         for before, settings, steps, after, expected in (
                 (old, new, [], [bob], 1), (old, new, [], [Credentials(b'bob', b'new')], 0),
                 (old, new, [bob], [], 2), (old, new, [ann], [], 0), (old, new, [], [ann], 0),
-                (old, Settings(users={'ann': 's'}), [], [bob], 1),
+                (old, old._replace(users={'ann': 's'}), [], [bob], 1),
                 (Settings(), old, [None], [], 2), (old, Settings(), [], [bob], 0),
                 (old._replace(trusted=trust), old, [None], [], 2), (Settings(), foreign, [], [], 2),
                 (old, old._replace(trusted=trust), [], [Credentials(b'x', b'x')], 0)):
@@ -7933,7 +8036,8 @@ class TlsTest(FileCase):
     def test_a_certificate_with_two_names(self):
         """It is not said which of them is the user."""
         files = self.write('cert2', ''), self.write('key2', '')
-        done = run('openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2',
+        done = run('openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                   'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
                    '-subj', '/CN=bob/CN=eve', '-out', files[0], '-keyout', files[1])
         self.assertEqual(done.returncode, 0, done.stderr)
         tls = socks.tls_context(self.write('cert', CERTIFICATE), self.write('key', KEY), files[0])
@@ -7970,11 +8074,12 @@ class TlsTest(FileCase):
     def test_no_tls(self):
         """Plain SOCKS, at once, silence or the end of it where TLS is expected."""
         server = self.serve(tls=self.context(), handshake_timeout=0.3)
-        for data in ('050100', '', '16030100'):
-            with Peer(server.server_address) as peer:
-                peer.send(hexed(data))
-                with contextlib.suppress(ConnectionResetError):
-                    peer.rest()
+        peers = [self.peer(server.server_address) for _ in range(3)]
+        for peer, data in zip(peers, ('050100', '', '16030100')):
+            peer.send(hexed(data))
+        for peer in peers:
+            with contextlib.suppress(ConnectionResetError):
+                peer.rest()
         eventually(lambda: len(self.lines) == 2)
         self.assertIn('refused: first byte 0x05, expected TLS', self.lines[0])
         self.assertIn('TLS - -: no request: ', self.lines[1])
@@ -8381,8 +8486,8 @@ class HttpTest(HttpCase):
         self.assertIn('192.0.2.7:5 - HTTP CONNECT 127.0.0.1:', ''.join(self.lines))
 
     def test_passwords(self):
-        users = {'bob': 'secret', '用户': '密码', 'hash': socks.Hashed(socks.Hashed.make(b'x'))}
-        server = self.serve(users=users)
+        users = {'bob': 'secret', '用户': '密码', 'hash': socks.Hashed(hashed_text(b'x'))}
+        server = self.serve(users=users, login_delay=0.1)
         for text in ('CONNECT 127.0.0.1:{port} HTTP/1.1\nHost: x\n',
                      'GET http://127.0.0.1:{port}/ HTTP/1.1\n'):
             for given, status in (
@@ -8729,7 +8834,7 @@ class UnixTest(FileCase):
                     'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1");'
                     'os.execv(sys.executable, [sys.executable, *sys.argv[1:]])')
             process = subprocess.Popen(
-                [sys.executable, '-c', code, str(sock.fileno()), os.path.join(HERE, 'socks.py')],
+                [sys.executable, '-c', code, str(sock.fileno()), *socks_py()[1:]],
                 pass_fds=[sock.fileno()], stderr=subprocess.DEVNULL)
             near = self.client()
             self.assertEqual(near.ask(Greeting(b'\0'), Choice), Choice(0))
@@ -8772,6 +8877,8 @@ class Kerberos:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         eventually(lambda: self.is_up(port))
         self.log_in()
+        self.log_in('-l', '1', '-c', 'FILE:' + self.path('short'))
+        self.expires = time.monotonic() + 2.1
 
     @staticmethod
     def is_up(port):
@@ -8980,9 +9087,9 @@ class GssapiTest(ClientCase, FileCase):
                 server, origin = self.serve(gssapi=(level,)), self.origin()
                 near = Peer(self.connect(server, origin.port))
                 far = eventually(lambda: origin.peers and origin.peers[0])
-                self.exchange(near, far, 64 << 20)
+                self.exchange(near, far, 16 << 20)
                 self.assertRegex(eventually(lambda: self.lines)[0],
-                                 r': done, 670\d+ bytes up, 670\d+ down')
+                                 r': done, 167\d{5} bytes up, 167\d{5} down')
 
     def test_inside_of_tls_and_in_a_chain(self):
         origin, inner = self.origin(echo), self.serve(gssapi=self.BOTH, tls=self.tls())
@@ -9089,11 +9196,11 @@ class GssapiTest(ClientCase, FileCase):
                 self.connect(server, origin.port, user)
         self.connect(server, origin.port, 'socks@')
         self.connect(server, origin.port, 'rcmd%2Flocalhost@')
-        self.environment(KRB5CCNAME='FILE:' + self.kerberos.path('short'))
+        self.environment(KRB5CCNAME='FILE:' + self.kerberos.path('none'))
         with self.assertRaisesRegex(socks.SOCKS5AuthError, 'No Kerberos credentials'):
             self.connect(server, origin.port)
-        self.kerberos.log_in('-l', '1')
-        time.sleep(2.1)                 # it has to expire
+        self.environment(KRB5CCNAME='FILE:' + self.kerberos.path('short'))
+        time.sleep(max(0, self.kerberos.expires - time.monotonic()))
         with self.assertRaisesRegex(socks.SOCKS5AuthError, '(?i)expired'):
             self.connect(server, origin.port)
         with self.assertRaisesRegex(socks.SOCKS5AuthError, 'does not accept GSSAPI'):
@@ -9147,7 +9254,7 @@ class GssapiOptionsTest(unittest.TestCase):
     def test_only_who_asks_for_it_loads_it(self):
         code = ('import socks, sys; server = socks.Server(("127.0.0.1", 0)); '
                 'server.server_close(); sys.exit("ctypes" in sys.modules)')
-        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=HERE), 0)
+        self.assertEqual(subprocess.call([sys.executable, '-c', code], cwd=compiled()), 0)
 
     def test_where_it_is_missing(self):
         class Missing(socks.GssLibrary):
@@ -9411,39 +9518,41 @@ class ServiceTest(FileCase):
 
     def test_a_log_that_nobody_reads(self):
         """It stops neither clients nor signals, with and without workers; what fits comes later."""
-        for options in ((), ('-w', '2')):
-            reading, writing = os.pipe()
-            self.addCleanup(os.close, reading)
-            os.set_blocking(writing, False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writing, b'.' * 4096)
-            os.set_blocking(writing, True)
-            origin = self.origin(echo)
-            with self.subTest(options), self.enter(subprocess.Popen(
-                    [sys.executable, os.path.join(HERE, 'socks.py'), '-p', '0', '-v', *options],
-                    stdout=subprocess.PIPE, stderr=writing)) as process:
-                self.addCleanup(process.kill)
-                os.close(writing)
-                address = '127.0.0.1', int(process.stdout.readline().rpartition(b':')[2])
-                for _ in range(5):
-                    process.send_signal(signal.SIGUSR1)
-                    with Peer(address) as peer:
-                        self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
-                        peer.send(b'hello')
-                        self.assertEqual(peer.read(5), b'hello')
-                if not options:
-                    os.set_blocking(reading, False)
-                    text = b''
+        origin = self.origin(echo)
+        for job in [Background(self.log_unread, origin, *options) for options in ((), ('-w', '2'))]:
+            job.result()
 
-                    def reads_all():
-                        nonlocal text
-                        with contextlib.suppress(BlockingIOError):
-                            text += os.read(reading, 1 << 20)
-                        return text.count(b': done, 5 bytes up') == 5
-                    eventually(reads_all)
-                process.send_signal(signal.SIGTERM)
-                self.assertEqual(process.wait(PATIENCE), 0)
+    def log_unread(self, origin, *options):
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b'.' * 4096)
+        os.set_blocking(writing, True)
+        with subprocess.Popen(socks_py('-p', '0', '-v', *options), stdout=subprocess.PIPE,
+                              stderr=writing) as process:
+            self.addCleanup(process.kill)
+            os.close(writing)
+            address = '127.0.0.1', int(process.stdout.readline().rpartition(b':')[2])
+            for _ in range(5):
+                process.send_signal(signal.SIGUSR1)
+                with Peer(address) as peer:
+                    self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+                    peer.send(b'hello')
+                    self.assertEqual(peer.read(5), b'hello')
+            if not options:
+                os.set_blocking(reading, False)
+                text = b''
+
+                def reads_all():
+                    nonlocal text
+                    with contextlib.suppress(BlockingIOError):
+                        text += os.read(reading, 1 << 20)
+                    return text.count(b': done, 5 bytes up') == 5
+                eventually(reads_all)
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_log_writer(self):
         """What is too much is lost and counted, and the rest is whole and in order."""
@@ -9625,7 +9734,7 @@ class ServiceTest(FileCase):
                 return fork()
             os.fork = failing
             sys.exit(socks.main(sys.argv[3:]))'''
-        with Program('-w', '2', prefix=(sys.executable, '-c', script), cwd=HERE) as program:
+        with Program('-w', '2', prefix=(sys.executable, '-c', script), cwd=compiled()) as program:
             first = eventually(lambda: len(children(program.process.pid)) == 2
                                and children(program.process.pid))
             os.kill(first[0], signal.SIGKILL)
@@ -9711,7 +9820,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
         for options in ((), ('-w', '2')):
             process = self.enter(subprocess.Popen(
                 [sys.executable, '-c', script, *(str(sock.fileno()) for sock in sockets),
-                 os.path.join(HERE, 'socks.py'), *options],
+                 *socks_py(*options)[1:]],
                 pass_fds=[sock.fileno() for sock in sockets], stderr=subprocess.PIPE,
                 env=dict(os.environ, NOTIFY_SOCKET=path, WATCHDOG_USEC='200000')))
             seen = set()
@@ -9758,11 +9867,11 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 (('-b', '0.0.0.0'), 2, 'would serve everybody'),
                 (('--tls-cert', bad), 1, 'bad: '), (('--source', '203.0.113.1'), 1, 'not an add')):
             with self.subTest(arguments):
-                done = run(sys.executable, os.path.join(HERE, 'socks.py'), '--check', *arguments)
-                self.assertEqual(done.returncode, status, done.stderr)
-                self.assertIn(text, done.stderr)
-                self.assertEqual(done.stderr.count('socks.py: '), bool(status))
-                self.assertEqual(done.stdout, '' if status else '1 user, 1 rule: ok\n')
+                found, out, err = in_process('--check', *arguments)
+                self.assertEqual(found, status, err)
+                self.assertIn(text, err)
+                self.assertEqual(err.count('socks.py: '), bool(status))
+                self.assertEqual(out, '' if status else '1 user, 1 rule: ok\n')
 
     def test_check_shows_all(self):
         """Every fault of every file; and what is hardly meant, of rules and users."""
@@ -9792,9 +9901,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 (('secret\n', 'secret\n'), 0, ''), (('secret\n', 'secrets\n'), 1, 'differ'),
                 (('\3',), 1, ''), (('secret\n', '\3'), 1, ''), (('\n',), 1, 'expected a password')):
             with self.subTest(answers), Terminal() as terminal, subprocess.Popen(
-                    [*terminal.prefix, sys.executable, os.path.join(HERE, 'socks.py'),
-                     '--hash-password'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    stdin=terminal.slave, universal_newlines=True) as process:
+                    [*terminal.prefix, *socks_py('--hash-password')], stdin=terminal.slave,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    universal_newlines=True) as process:
                 try:
                     for prompt, answer in zip(('Password: ', 'Again: '), answers):
                         terminal.expect(prompt)
@@ -9809,23 +9918,19 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
                 self.assertNotIn('Traceback', err)
 
     def test_hash_password(self):
-        done = subprocess.run([sys.executable, os.path.join(HERE, 'socks.py'), '--hash-password'],
-                              input='secret\n', stdout=subprocess.PIPE, universal_newlines=True)
+        done = run(*socks_py('--hash-password'), input='secret\n')
         self.assertTrue(socks.Hashed(done.stdout.strip()).verify(b'secret'))
-        done = subprocess.run([sys.executable, '-c', 'import os, sys; os.close(1); os.execv('
-                               'sys.executable, ["python", "socks.py", "--hash-password"])'],
-                              input=b'secret', cwd=HERE)
+        done = run(sys.executable, '-c', 'import os, sys; os.close(1); os.execv(sys.executable, '
+                   'sys.argv)', *socks_py('--hash-password'), input='secret')
         self.assertEqual(done.returncode, 1)
         for data in (b'', b'\n', b'x' * 256):
-            done = subprocess.run([sys.executable, 'socks.py', '--hash-password'], input=data,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE)
-            self.assertEqual((done.returncode, done.stdout, done.stderr), (
-                1, b'', b'socks.py: expected a password of 1 to 255 bytes\n'))
+            self.assertEqual(in_process('--hash-password', data=data), (
+                1, '', 'socks.py: expected a password of 1 to 255 bytes\n'))
 
 
 def open_text(path):
     """What stands in a file; nothing if there is none."""
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as file:
         return file.read()
     return ''
 
@@ -9835,10 +9940,10 @@ def open_text(path):
 class Program:
     """`python socks.py` as a process on a free port; its log is in `log` afterwards."""
 
-    def __init__(self, *arguments, prefix=(), cwd=None, **environment):
+    def __init__(self, *arguments, prefix=(), command=None, cwd=None, **environment):
         self.errors = tempfile.TemporaryFile('w+')
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, os.path.join(HERE, 'socks.py'), '-p', '0', *arguments],
+            [*prefix, *(command or socks_py()), '-p', '0', *arguments],
             stdout=subprocess.PIPE, stderr=self.errors, universal_newlines=True, cwd=cwd,
             env=dict(os.environ, **environment))
         self.address = ('127.0.0.1', int(self.process.stdout.readline().rpartition(':')[2]))
@@ -9966,14 +10071,21 @@ WRONG_USAGE = [
 ]
 
 
-def in_process(*arguments, **environment):
+def in_process(*arguments, data=b'', **environment):
     """Exit status, stdout and stderr of main() in this process; for what ends without serving."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    out, err, stdin = io.StringIO(), io.StringIO(), io.TextIOWrapper(io.BytesIO(data))
+    root, kept = logging.root, {name: getattr(logging, name) for name in (
+        '_srcfile', 'logThreads', 'logProcesses', 'logMultiprocessing')}
+    patch, level = unittest.mock.patch, root.level
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            patch.object(sys, 'stdin', stdin), patch.dict(os.environ, environment), \
+            patch.object(root, 'handlers', []), patch.multiple(logging, **kept):
         try:
             status = socks.main(list(arguments))
         except SystemExit as error:
             status = error.code
+        finally:
+            root.setLevel(level)
     return status, out.getvalue(), err.getvalue()
 
 
@@ -9981,7 +10093,8 @@ class CommandLineTest(Case):
 
     def test_serves_and_stops(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            with Program() as program, Peer(program.address) as peer:
+            with Program(command=(sys.executable, SCRIPT)) as program, \
+                    Peer(program.address) as peer:
                 self.assertEqual(peer.ask(Greeting(b'\0'), Choice), Choice(0))
                 self.assertEqual(program.stop(number), 0)
             self.assertIn(f'INFO listening on 127.0.0.1:{program.port}', program.log)
@@ -10012,9 +10125,9 @@ class CommandLineTest(Case):
                     (['--log-file', '/nowhere/log'], '/nowhere/log: No such file or directory'),
                     (['-b', 'nowhere.invalid'], 'nowhere.invalid is never resolved')]:
                 with self.subTest(arguments):
-                    done = run(sys.executable, 'socks.py', *arguments, cwd=HERE)
-                    self.assertEqual((done.returncode, done.stdout), (1, ''))
-                    self.assertRegex(done.stderr, f'^socks.py: .*{message}.*\n$')
+                    status, out, err = in_process(*arguments)
+                    self.assertEqual((status, out), (1, ''))
+                    self.assertRegex(err, f'^socks.py: .*{message}.*\n$')
 
     def test_users(self):
         with Program('-u', 'eve:a:b', SOCKS_USERS='bob:secret  carl:s') as program:
@@ -10058,24 +10171,21 @@ class CommandLineTest(Case):
                 (('--proxy-file', '/nowhere'), {}, 1, '/nowhere: No such file'),
                 (('--proxy-file', '/dev/null'), {}, 1, '/dev/null: there are no proxies')):
             with self.subTest(arguments):
-                done = run(sys.executable, 'socks.py', '--check', *arguments, cwd=HERE,
-                           env=dict(os.environ, **environment))
-                self.assertEqual(done.returncode, status)
-                self.assertIn(text, done.stderr.splitlines()[-1])
+                found, _, err = in_process('--check', *arguments, **environment)
+                self.assertEqual(found, status)
+                self.assertIn(text, err.splitlines()[-1])
 
     def test_wrong_users_in_the_environment(self):
         for users in ('hunter2', 'bob:hunter2 carl:'):
-            done = run(sys.executable, 'socks.py', cwd=HERE,
-                       env=dict(os.environ, SOCKS_USERS=users))
-            self.assertEqual(done.returncode, 2)
-            self.assertIn('SOCKS_USERS: expected NAME:PASSWORD', done.stderr)
-            self.assertNotIn('hunter2', done.stderr)
+            status, _, err = in_process(SOCKS_USERS=users)
+            self.assertEqual(status, 2)
+            self.assertIn('SOCKS_USERS: expected NAME:PASSWORD', err)
+            self.assertNotIn('hunter2', err)
 
     def test_a_proxy_in_the_environment_that_is_wrong(self):
-        done = run(sys.executable, 'socks.py', '--connect', 'a:1', cwd=HERE,
-                   env=dict(os.environ, ALL_PROXY='127.0.0.1:1080', NO_PROXY=''))
-        self.assertEqual(done.returncode, 2)
-        self.assertIn('error: ALL_PROXY: proxy URL: scheme', done.stderr)
+        status, _, err = in_process('--connect', 'a:1', ALL_PROXY='127.0.0.1:1080', NO_PROXY='')
+        self.assertEqual(status, 2)
+        self.assertIn('error: ALL_PROXY: proxy URL: scheme', err)
 
     def test_stdout_that_nobody_reads(self):
         """One line says so, and the server serves."""
@@ -10083,9 +10193,8 @@ class CommandLineTest(Case):
             for arguments, text, status in (
                     (['-p', str(unused_port())], '', 0), (['-p', '0'], 'stdout: No space', 0),
                     (['--hash-password'], 'expected a password', 1)):
-                process = subprocess.Popen([sys.executable, 'socks.py', *arguments], cwd=HERE,
-                                           stdin=nothing, stdout=full, stderr=subprocess.PIPE,
-                                           universal_newlines=True)
+                process = subprocess.Popen(socks_py(*arguments), stdin=nothing, stdout=full,
+                                           stderr=subprocess.PIPE, universal_newlines=True)
                 with self.subTest(arguments), process:
                     if not status:
                         lines = iter(process.stderr.readline, '')
@@ -10162,7 +10271,7 @@ class CommandLineTest(Case):
                         stack.enter_context(Peer(program.address)).send(b'\5')
                 time.sleep(0.2)
                 before = [cpu_seconds(program.process.pid) for program in (one, other)]
-                time.sleep(1)
+                time.sleep(0.4)
                 for program, tunnel, used in zip((one, other), tunnels, before):
                     self.assertLess(cpu_seconds(program.process.pid) - used, 0.1)
                     tunnel.send(b'alive')
@@ -10196,28 +10305,22 @@ class CommandLineTest(Case):
             return peer.connect('127.0.0.1', origin.port).reply == 0
 
 
-class ReadmeFormatter(argparse.RawDescriptionHelpFormatter):
-    """Options as Python 3.13 and later show them, `-p, --port PORT`, under every Python."""
-
-    def __init__(self, prog, **_):
-        super().__init__(prog, max_help_position=32, width=120)
-
-    def _format_action_invocation(self, action):
-        names = ', '.join(action.option_strings)
-        if action.nargs == 0:
-            return names
-        metavar = self._get_default_metavar_for_optional(action)
-        return f'{names} {self._format_args(action, metavar)}'
-
-
 def options_for_readme():
-    """What --help says, from the first group of options on, without the examples."""
-    parser = socks.build_parser()
-    parser.formatter_class = ReadmeFormatter
-    parser.color = False                # Python 3.14 and later
-    text = parser.format_help()
-    groups, _, epilog = text[text.index('listening:'):].partition('examples:')
-    return groups + epilog[epilog.index('environment:'):]
+    """The options by group, with the names of their values and with numbers that are defaults."""
+    text = ''
+    for group in socks.build_parser()._action_groups:
+        words = []
+        for option in group._group_actions:
+            words.append(' '.join(option.option_strings))
+            if option.nargs != 0:
+                words[-1] += f' {option.metavar or "|".join(option.choices)}'
+            if option.default and type(option.default) in (int, float):
+                words[-1] += f' ({option.default:g})'
+        if words and words[0] != '-h --help':
+            words = '  '.join(word.replace(' ', '\0') for word in words)
+            text += textwrap.fill(words, 118, initial_indent=f'{group.title.partition(",")[0]:23}',
+                                  subsequent_indent=23 * ' ', break_on_hyphens=False) + '\n'
+    return text.replace('\0', ' ')
 
 
 def write_options():
@@ -10230,10 +10333,7 @@ def write_options():
 
 
 README = os.path.join(HERE, 'README.md')
-OPTIONS_IN_README = re.compile(r'^## Options\n\n```text\n(.*?)^```$', re.DOTALL | re.MULTILINE)
-
-# pytest, for an example that is run without it.
-PYTEST = 'def fixture(function):\n    return function\n'
+OPTIONS_IN_README = re.compile(r'^## Options\n.*?```text\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
 class ProxiedFTP(ftplib.FTP):
@@ -10275,7 +10375,7 @@ class ReadmeTest(Case):
         cls.examples = re.findall(r'```python\n(.*?)```', cls.text, re.DOTALL)
 
     def test_options(self):
-        """The README shows the options as --help does."""
+        """The README has the options of the parser."""
         shown = OPTIONS_IN_README.search(self.text).group(1)
         self.assertEqual(shown, options_for_readme(), 'to write them anew: '
                          'python3 -c "import test_socks; test_socks.write_options()"')
@@ -10289,21 +10389,31 @@ class ReadmeTest(Case):
         self.assertLessEqual(links, headings)
 
     def test_rules(self):
-        """The rules in the README have no errors."""
+        """The rules in the README have no errors; --help and parse_rule() show the same form."""
         rules = re.findall(r'^    ((?:allow|deny) .*)$', self.text, re.MULTILINE)
         self.assertGreater(len(rules), 5)
         for rule in rules:
             with self.subTest(rule):
                 socks.parse_rule(rule, 'README')
+        forms = [re.search(r'allow\|deny \[.*?via [^]]*\]', text, re.DOTALL).group().split()
+                 for text in (socks.EPILOG, socks.parse_rule.__doc__)]
+        self.assertEqual(forms[0], forms[1])
 
     def test_settings(self):
-        """The README names each field of `Settings` that has not the name of an option."""
-        options = {action.dest for action in socks.build_parser()._actions
-                   if f'--{action.dest.replace("_", "-")}' in action.option_strings}
-        section = self.text.partition('The fields of `Settings`')[2].partition('\n\n')[0]
-        for name in set(socks.Settings._fields) - options:
+        """The docstring of `Settings` has all fields, and the option of each with another name."""
+        flags = {flag: action.dest for action in socks.build_parser()._actions
+                 for flag in action.option_strings}
+        fields = re.findall(r'^(\w+) {2,}(.*(?:\n {19}.*)*)', inspect.getdoc(socks.Settings),
+                            re.MULTILINE)
+        self.assertEqual([name for name, _ in fields], list(socks.Settings._fields))
+        for name, text in fields:
             with self.subTest(name):
-                self.assertIn(f'`{name}', section)
+                named = re.findall(r'(?<=[( ])--?[\w-]+', text)
+                self.assertLessEqual(set(named), set(flags))
+                if '--' + name.replace('_', '-') not in flags:
+                    self.assertTrue(named or '(no option)' in text)
+                if name in flags.values():
+                    self.assertIn(name, map(flags.get, ['--' + name.replace('_', '-'), *named]))
 
     def test_commands(self):
         """The options of all commands in the README exist."""
@@ -10317,24 +10427,28 @@ class ReadmeTest(Case):
             with self.subTest(command):
                 self.assertLessEqual(named, known)
 
-    def test_python_examples(self):
-        """They run, and print what they say."""
-        self.assertTrue(self.examples)
-        folder = self.enter(tempfile.TemporaryDirectory())
-        with open(os.path.join(folder, 'pytest.py'), 'w') as file:
-            file.write(PYTEST)
-        for example in self.examples:
-            with self.subTest(example):
-                done = run(sys.executable, '-W', 'error', '-c', example, cwd=HERE,
-                           env=dict(os.environ, PYTHONPATH=folder))
-                self.assertEqual((done.returncode, done.stderr), (0, ''))
+    def test_client(self):
+        """The example prints what the target sends, through a proxy in the place of its proxy."""
+        example, = (example for example in self.examples if 'pytest' not in example)
+        origin = self.origin(serve_page)
+
+        class Handler(socks.Handler):
+            def do_CONNECT(self, request):
+                return socket.create_connection(origin.server_address, PATIENCE)
+
+        server = self.serve(Handler)
+        self.assertIn('127.0.0.1:1080', example)
+        with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+            warnings.simplefilter('error')
+            exec(example.replace('127.0.0.1:1080', str(server.server_address)), {})
+        self.assertIn('HTTP/1.0 200', out.getvalue())
+        self.assertIn('example.org:80', eventually(lambda: self.lines)[0])
 
     def test_fixtures(self):
         """The examples for pytest and unittest: a request that fails, and one that is served."""
         example, = (example for example in self.examples if 'pytest' in example)
         names = {'__name__': 'example'}
-        pytest = types.ModuleType('pytest')
-        exec(PYTEST, vars(pytest))
+        pytest = types.SimpleNamespace(fixture=lambda function: function)
         with unittest.mock.patch.dict(sys.modules, pytest=pytest):
             exec(example, names)
         result = unittest.TestResult()
@@ -10373,7 +10487,7 @@ class ReadmeTest(Case):
 class Page(http.server.BaseHTTPRequestHandler):
     """GET gives what stands in `pages`, by path."""
     pages = {'/': b'hello\n',
-             '/large': random.Random(3).getrandbits(8 << 20).to_bytes(1 << 20, 'big')}
+             '/large': random_bytes(random.Random(3), 1 << 20)}
 
     def do_GET(self):
         page = self.pages[self.path]
@@ -10890,16 +11004,69 @@ def load_tests(loader, tests, pattern):
     return unittest.TestSuite(map(loader.loadTestsFromTestCase, cases()))
 
 
-def run_in_parallel(number):
-    """Share the tests among so many processes, which mostly wait; the exit status."""
-    counts = {case.__name__: len(unittest.defaultTestLoader.getTestCaseNames(case))
-              for case in cases()}
-    shares = [[] for _ in range(number)]
-    for name in sorted(counts, key=counts.get, reverse=True):
-        min(shares, key=lambda names: sum(map(counts.get, names))).append(name)
-    processes = [subprocess.Popen([sys.executable, os.path.abspath(__file__), *names])
-                 for names in shares]
-    return max(abs(process.wait()) for process in processes)
+class Shared(unittest.TestSuite):
+    """All tests, run by several processes: each takes the next class from a pipe, writes a dot for
+    each test, and sends its results to the first process at its end."""
+    _cleanup = False                    # the suite itself has no tests to forget
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+        # The largest first, so that no process is left with one at the end.
+        self.groups = sorted(map(unittest.defaultTestLoader.loadTestsFromTestCase, cases()),
+                             key=unittest.TestSuite.countTestCases, reverse=True)
+
+    def countTestCases(self):
+        return sum(map(unittest.TestSuite.countTestCases, self.groups))
+
+    def __iter__(self):
+        for number in iter(lambda: os.read(self.queue, 1), b''):
+            yield from self.groups[number[0]]
+
+    def run(self, result, debug=False):
+        result.has_line, result.dots = False, True
+        compiled()                      # once, not in each process
+        self.queue, filling = os.pipe()
+        os.write(filling, bytes(range(len(self.groups))))
+        os.close(filling)
+        ends = [self.fork(result) for _ in range(self.number)]
+        os.close(self.queue)
+        for pid, reading in ends:
+            with open(reading) as file:
+                text = file.read()
+            status = os.waitpid(pid, 0)[1]
+            result.take(json.loads(text) if text and not status else {
+                'errors': [('a process of the tests', f'its status was {status}')]})
+        return result
+
+    def fork(self, result):
+        """Start a process; its number, and where to read its results."""
+        reading, writing = os.pipe()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            os.close(writing)
+            return pid, reading
+        status = 1
+        try:
+            os.close(reading)
+            super().run(result)
+            with open(writing, 'w') as file:
+                json.dump(result.given(), file)
+            status = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+
+class Ended(str):
+    """The description of a test that another process ran."""
+
+    def shortDescription(self):
+        return None
+
+    id = str.__str__
 
 
 class Result(unittest.TextTestResult):
@@ -10930,6 +11097,24 @@ class Result(unittest.TextTestResult):
 
     def wasSuccessful(self):
         return super().wasSuccessful() and not self.unexpected
+
+    LISTS = 'errors', 'failures', 'skipped', 'expectedFailures'     # of pairs (test, text)
+
+    def given(self):
+        """The results for take(), of what JSON has."""
+        lists = {name: [(self.getDescription(test), text) for test, text in getattr(self, name)]
+                 for name in self.LISTS}
+        return dict(lists, testsRun=self.testsRun, unexpected=self.unexpected,
+                    unexpectedSuccesses=[*map(self.getDescription, self.unexpectedSuccesses)])
+
+    def take(self, given):
+        """Add the results of another process."""
+        for name, values in given.items():
+            if name in self.LISTS:
+                values = [(Ended(test), text) for test, text in values]
+            elif name == 'unexpectedSuccesses':
+                values = [*map(Ended, values)]
+            setattr(self, name, getattr(self, name) + values)
 
 
 class Runner(unittest.TextTestRunner):
@@ -11102,13 +11287,10 @@ def loader_pool():
 
 def process_tree(pid):
     """The process and those below it; none where /proc does not tell."""
-    pids = [pid]
+    pids = [pid] * os.path.exists(f'/proc/{pid}/task')
     for each in pids:
-        with contextlib.suppress(OSError):
-            for task in os.listdir(f'/proc/{each}/task'):
-                with open(f'/proc/{each}/task/{task}/children') as file:
-                    pids += map(int, file.read().split())
-    return pids if os.path.exists(f'/proc/{pid}') else []
+        pids += children(each)
+    return pids
 
 
 def memory(pids):
@@ -11282,7 +11464,7 @@ def bench(arguments):
 class BenchTest(unittest.TestCase):
 
     def test_all_figures_are_there(self):
-        with loader_pool() as loaders:
+        with unittest.mock.patch.dict(globals(), LOADERS=2), loader_pool() as loaders:
             direct, ours = contenders([], 0.05, loaders)[:2]
             ours.idle = 200
             figures = {'direct': direct.run(), 'socks.py': ours.run()}
@@ -11315,7 +11497,8 @@ class BenchTest(unittest.TestCase):
 if __name__ == '__main__':
     if sys.argv[1:2] == ['bench']:
         bench(sys.argv[2:])
-    elif sys.argv[1:2] == ['-j']:
-        sys.exit(run_in_parallel(int(sys.argv[2])))
+    elif hasattr(os, 'fork') and (sys.argv[1:2] == ['-j'] or not sys.argv[1:]):
+        number = int(sys.argv[2]) if sys.argv[2:] else min(8, socks.processors() + 2)
+        sys.exit(not Runner().run(Shared(number)).wasSuccessful())
     else:
         unittest.main(testRunner=Runner)

@@ -25,15 +25,16 @@ Specifications
 - connecting to a name with several addresses: RFC 8305; internationalized names: RFC 3490, RFC 5892
 - the PROXY protocol, versions 1 and 2 (HAProxy); ident (RFC 1413); RESOLVE and RESOLVE_PTR (Tor's
   socks-extensions)
+- UDP inside TCP: the command 05 of hev-socks5-server
 
 Not supported
 -------------
 
 - IPv6 addresses and passwords in SOCKS4, which has neither; SOCKS4a clients can send an IPv6
   address as a name
-- BIND and UDP ASSOCIATE through the server's upstream proxies; UDP by a client through more than
-  one proxy
-- datagrams inside TLS: beside it, they go in the clear or not at all (--udp-over-plain)
+- BIND through the server's upstream proxies; UDP by a client through more than one proxy
+- UDP ASSOCIATE inside TLS: its datagrams go beside it, in the clear or not at all
+  (--udp-over-plain); UDP inside TCP has them in the connection
 - sending SOCKS5 fragments: the server reassembles those of its clients, a client drops those of its
   proxy
 - GSSAPI by other libraries than MIT Kerberos on Linux, and in HTTP
@@ -69,7 +70,8 @@ A connection to the server, served by a `Handler`::
 
 A datagram; the bytes of its header are the key to its target, so it is parsed only once::
 
-    UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> sendto
+    UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> sendto, of a
+    UDP socket or of an association at another proxy
     UdpRelay.from_target -> header of the sender, payload -> UdpRelay.answer
 
 A connection through a proxy, as a client::
@@ -261,18 +263,19 @@ class Command(enum.IntEnum):
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
+    UDP_IN_TCP = 0x05                   # hev-socks5-server's: datagrams in the TCP connection
     RESOLVE = 0xF0                      # Tor's socks-extensions.txt, section 2
     RESOLVE_PTR = 0xF1
     FORWARD = 0x100                     # any HTTP method but CONNECT; no byte of SOCKS can equal it
 
 
-class HttpMethod(int):
-    """The method of a forwarded HTTP request: CONNECT for rules, with its own name for logs."""
+class NamedCommand(int):
+    """A command with another name for logs: for rules, it is the same as `command`."""
 
-    def __new__(cls, name):
-        method = int.__new__(cls, Command.CONNECT)
-        method._name_ = name
-        return method
+    def __new__(cls, command, name):
+        named = int.__new__(cls, command)
+        named._name_ = name
+        return named
 
 
 class AddressType(enum.IntEnum):
@@ -867,6 +870,56 @@ class Datagram(NamedTuple):
         read, rest = reader(data)
         fragment = read(3)[2]           # RSV should be 0; real clients send other values
         return cls(Address.unpack(read), rest(), fragment)
+
+
+def header_end(data, count):
+    """The length of the header of a UDP datagram of `count` bytes (RFC 1928 section 7); more than
+    `count` if it is malformed."""
+    if count > 4:
+        kind = data[3]
+        if kind == AddressType.IPV4:
+            return 10
+        if kind == AddressType.DOMAINNAME:
+            return 7 + data[4]
+        if kind == AddressType.IPV6:
+            return 22
+    return count + 1
+
+
+@functools.lru_cache(1024)
+def udp_header(address):
+    """The header of datagrams to or from `address`, not fragments."""
+    return Datagram(address, b'').pack()
+
+
+class StreamedDatagram(NamedTuple):
+    """A datagram as a message in a TCP connection, after the command UDP_IN_TCP.
+
+    The message is DATLEN(2), HDRLEN(1), ATYP, ADDR, PORT, DATA, as in hev-socks5-server.  DATLEN is
+    the length of DATA, HDRLEN of all before it.  `datagram` is the same as over UDP, where three
+    other bytes precede ATYP: RSV and FRAG, which are 0.
+    """
+    datagram: bytes
+
+    def pack(self) -> bytes:
+        end = header_end(self.datagram, len(self.datagram))
+        size = len(self.datagram) - end
+        if end > 0xFF or size > 0xFFFF:
+            raise ValueError(f'header of {end} bytes, data of {size} bytes, expected at most 255 '
+                             f'and 65535')
+        return struct.pack('!HB', size, end) + self.datagram[3:]
+
+    @classmethod
+    def unpack(cls, read: Read) -> 'StreamedDatagram':
+        size, end = struct.unpack('!HB', read(3))
+        start = b'\0\0\0' + read(2)     # with ATYP and the length of a name
+        expected = header_end(start, 5)
+        if expected == 6:
+            raise ProtocolError(f'address type {start[3]:#04x}, expected 0x01, 0x03 or 0x04',
+                                reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        if end != expected:
+            raise ProtocolError(f'HDRLEN {end}, expected {expected}')
+        return cls(start + read(end - 5 + size))
 
 
 class _GssFields(NamedTuple):
@@ -2678,6 +2731,127 @@ class GssDatagrams:
         self._sock.sendto(self.context.seal(bytes(data)), address)
 
 
+class StreamDatagrams:
+    """A connection with datagrams in it, with as much of a UDP socket's interface as a relay needs.
+
+    Each message in the connection is one datagram, which send() takes and recvfrom_into() returns
+    with the header that it has over UDP (RFC 1928 section 7).  A subclass may override pack() and
+    unpack(), for another form of messages.
+
+    sock         non-blocking socket or `Layer`, which it owns
+    source       what recvfrom_into() returns as the sender
+    surplus      bytes that were read already
+    pending      there may be more messages, even if the socket is not readable
+    on_unsent    function to call when a message waits for flush(), and none did before
+
+    Theory of operation.  The messages of several send() go out together, by flush().  A message is
+    never split by a lack of room: send() raises an error for one that would make more than ROOM
+    bytes wait, so that a peer that does not read cannot fill the memory.  After an error of the
+    socket all that waits is dropped; recvfrom_into() tells of the error.
+    """
+    SIZE = 1 << 16                      # bytes to read at a time
+    ROOM = 1 << 17                      # bytes of messages that may wait for the socket
+
+    def __init__(self, sock, source, surplus=b''):
+        self._sock = sock
+        self.source = source
+        self.on_unsent = lambda: None
+        self.pending = bool(surplus)
+        self._data = surplus            # bytes read
+        self._start = 0                 # where the next message begins in them
+        self._messages = []             # what waits for the socket: messages,
+        self._sending = b''             # and, before them, bytes of which the socket took a part
+        self._size = 0                  # bytes of both
+        self._is_full = False           # the socket did not take all of the last flush()
+        self.fileno, self.close, self.getsockname = sock.fileno, sock.close, sock.getsockname
+
+    def pack(self, datagram):
+        """The message for a datagram."""
+        return StreamedDatagram(datagram).pack()
+
+    def unpack(self, read):
+        """The datagram in the next message; b'' if the message is of another kind."""
+        return StreamedDatagram.unpack(read).datagram
+
+    def recvfrom_into(self, buffer):
+        """As of a socket; `buffer` has room for SIZE bytes and two RECORDs of a layer.
+
+        Raises EOFError when no more messages will come: the text says why, or it is empty after a
+        regular end.
+        """
+        while True:
+            start = self._start
+            try:
+                datagram = self.unpack(self._read)
+            except EOFError:
+                self._data, self._start = self._data[start:], 0
+                self._receive(buffer)
+            except ProtocolError as error:
+                raise EOFError(f'malformed message: {error}') from None
+            else:
+                buffer[:len(datagram)] = datagram
+                self.pending = self._start < len(self._data)
+                return len(datagram), self.source
+
+    def _read(self, n):
+        start, self._start = self._start, self._start + n
+        if self._start > len(self._data):
+            raise EOFError
+        return self._data[start:self._start]
+
+    def _receive(self, buffer):
+        self.pending = False
+        try:
+            count = self._sock.recv_into(buffer, self.SIZE)
+        except BLOCKED:
+            raise
+        except OSError as error:
+            raise EOFError(printable_line(reason(error))) from None
+        if not count:
+            raise EOFError('the end of a message is missing' if self._data else '')
+        self._data += bytes(buffer[:count])
+
+    def send(self, datagram):
+        """Send a datagram at the next flush(), or raise OSError if there is no room for it."""
+        try:
+            message = self.pack(datagram)
+        except ValueError as error:
+            raise OSError(errno.EMSGSIZE, str(error)) from None
+        if self._size + len(message) > self.ROOM and not self._is_full:
+            self.flush()
+        if self._size + len(message) > self.ROOM:
+            raise OSError(errno.ENOBUFS, 'the connection does not take more')
+        self._messages.append(message)
+        self._size += len(message)
+        if self._size == len(message):
+            self.on_unsent()
+
+    def sendto(self, datagram, _):
+        """As send(): the connection has one peer only."""
+        self.send(datagram)
+
+    def connect(self, _):
+        """As of a socket; the connection has its peer already."""
+
+    def flush(self):
+        """Send what waits; return whether the socket has taken all."""
+        try:
+            while self._size:
+                if not self._sending:   # a layer must get the same bytes again if it is full
+                    self._sending = memoryview(b''.join(self._messages))
+                    self._messages.clear()
+                sent = self._sock.send(self._sending)
+                self._sending = self._sending[sent:] or b''     # an empty view keeps its memory
+                self._size -= sent
+        except BLOCKED:
+            pass
+        except OSError:
+            self._messages.clear()
+            self._sending, self._size = b'', 0
+        self._is_full = bool(self._size)
+        return not self._is_full
+
+
 def unwrap_datagram(context, message):
     """The data of a protected datagram; b'' if it is malformed, or a replay."""
     read, rest = reader(message)
@@ -2846,8 +3020,10 @@ def keep_urgent(sock):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
-def bound(address, kind=socket.SOCK_STREAM):
+def bound(address, kind=socket.SOCK_STREAM, overlaps=False):
     """A non-blocking socket bound to `address`, an IP address; a TCP one is ready for listen().
+
+    `overlaps` is whether the port may be in use on overlapping addresses, see let_overlap().
 
     Raises OSError with the address in its text.
     """
@@ -2865,6 +3041,8 @@ def bound(address, kind=socket.SOCK_STREAM):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             keep_urgent(sock)
+        if overlaps:
+            let_overlap([sock], True)
         sock.bind(address.sockaddr)
         return sock
     except OSError as error:
@@ -2920,10 +3098,21 @@ def account_of(sock):
         return str(user_id)
 
 
-def bound_udp(address):
-    """A UDP socket bound to `address`, with a receive buffer of RECEIVE_BUFFER bytes, or as many as
-    the system allows."""
-    sock = bound(address, socket.SOCK_DGRAM)
+def let_overlap(sockets, may):
+    """Set whether one more socket may use the port of `sockets`, which have allowed it, too.
+
+    With that, a port can be in use on all addresses and on single ones, whose sockets get the
+    datagrams for them.  Other processes of the same user could use it, too, to get datagrams, so
+    let it be set during a bind() only.
+    """
+    for sock in sockets:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, may)
+
+
+def bound_udp(address, overlaps=False):
+    """A UDP socket as bound() makes it, with a receive buffer of RECEIVE_BUFFER bytes, or as many
+    as the system allows."""
+    sock = bound(address, socket.SOCK_DGRAM, overlaps)
     options = [socket.SO_RCVBUF]
     if sys.platform == 'linux':
         options.insert(0, SO_RCVBUFFORCE)
@@ -3079,7 +3268,7 @@ class Settings(NamedTuple):
     trusted            ip_networks of clients that need no password; empty: none (--trust)
     rules              `Rule`s, of which the first match decides; None: allow what is not local
                        (--rules FILE)
-    upstream           `Proxy`s to send CONNECT through, first hop first; empty: none (--proxy)
+    upstream           `Proxy`s for connections and UDP, first hop first; empty: none (--proxy)
     tls                ssl.SSLContext for the connections of clients; None: no TLS (--tls-cert,
                        --tls-key, --tls-client-ca)
     udp_over_plain     allow UDP beside TLS, although datagrams are not encrypted
@@ -3095,6 +3284,8 @@ class Settings(NamedTuple):
     advertise          IP addresses to name in replies to BIND and UDP ASSOCIATE (proxy behind
                        NAT), one of a family; empty: the address that the client connected to
     udp_ports          (lowest, highest) port for the datagrams of clients; (0, 0): any free port
+    udp_port           one port for the datagrams of all clients, see `SharedPort`; 0: each
+                       association has one of its own
     family             4 or 6: connect to IPv4 or IPv6 only; 0: both (-4, -6)
     prefer             4 or 6: try addresses of this version of IP first; 0: as the system routes
     udp_strict         pass on datagrams only from addresses to which the client has sent some
@@ -3133,6 +3324,7 @@ class Settings(NamedTuple):
     source: HostsArgument = ()
     advertise: HostsArgument = ()
     udp_ports: Union[str, Tuple[int, int]] = (0, 0)
+    udp_port: Union[int, str] = 0
     family: int = 0
     prefer: int = 0
     udp_strict: bool = False
@@ -3349,7 +3541,7 @@ def name_keys(name):
 
 
 class Way(NamedTuple):
-    """How a connection leaves, see `via` in parse_rule().
+    """How a connection, or a datagram, leaves, see `via` in parse_rule().
 
     chain         proxies, first hop first; empty: none
     source        local addresses, at most one of a family; empty: `Settings.source`
@@ -3358,6 +3550,11 @@ class Way(NamedTuple):
     chain: Tuple = ()
     source: Tuple[str, ...] = ()
     is_inbound: bool = False
+
+    @property
+    def passes_names(self):
+        """Whether names are looked up by the last proxy, not here."""
+        return bool(self.chain) and self.chain[-1].rdns
 
 
 class Rule(NamedTuple):
@@ -3600,6 +3797,7 @@ def allowing(rule, target):
 RULE_COMMANDS = {'connect': (Command.CONNECT,), 'bind': (Command.BIND,),
                  'udp': (Command.UDP_ASSOCIATE,),
                  'resolve': (Command.RESOLVE, Command.RESOLVE_PTR)}
+WAY_COMMANDS = Command.CONNECT, Command.UDP_ASSOCIATE   # which may leave in several ways
 RULE_SECTIONS = {'user': 'users', 'from': 'clients', 'to': 'names', 'via': 'via'}
 
 
@@ -3624,11 +3822,20 @@ def parse_rule(text: str, place: str) -> Rule:
         rule = Rule(first == 'allow', place=place, **parse_conditions(words))
         if rule.via and not rule.allow:
             raise ValueError("'via' is not expected here, but after what is allowed")
-        if rule.via and rule.commands and Command.CONNECT not in rule.commands:
-            raise ValueError("'via' is for connections, expected no command or connect")
+        if rule.via and rule.commands and not {*WAY_COMMANDS} & {*rule.commands}:
+            raise ValueError("'via' is for connections and UDP, expected no command, or one of "
+                             "connect and udp")
+        if rule.via and rule.via.chain and Command.UDP_ASSOCIATE in rule.commands:
+            expect_udp(rule.via.chain)
         return rule
     except ValueError as error:
         raise FileError(f'{place}: {error}') from None
+
+
+def expect_udp(chain):
+    """Raise ValueError unless the last proxy of a chain can be asked for UDP."""
+    if chain[-1].kind != SOCKS5:
+        raise ValueError(f'UDP through {chain[-1]}, expected SOCKS5 as the last proxy')
 
 
 def split_rule(text):
@@ -4197,7 +4404,7 @@ class Loop:
             if self.now >= timers.next:
                 for item in timers.expired(self.now):
                     self.attempt(item, item.expire)
-            while inbox:
+            for _ in range(len(inbox)):         # what these add is for the next round
                 item, function, args = inbox.popleft()
                 self.attempt(item, function, *args)
             stale.clear()
@@ -5615,14 +5822,16 @@ class Target:
     """The destination of all datagrams with the same header.
 
     route    (socket to send from, `Address` of the target)
+    far      function of an IP address that returns the socket to reach it from
     until    time until which the route needs no review; infinity for an IP address
     found    time when the name was looked up
     spare    `Address` of the other family to try as long as nothing has come back, or None
     """
-    __slots__ = ('route', 'until', 'found', 'spare')
+    __slots__ = ('route', 'far', 'until', 'found', 'spare')
 
-    def __init__(self, route, until=float('inf'), found=0.0, spare=None):
+    def __init__(self, route, far, until=float('inf'), found=0.0, spare=None):
         self.route = route
+        self.far = far
         self.until = until
         self.found = found
         self.spare = spare
@@ -5635,17 +5844,17 @@ class Routes:
     unpacked, resolved and judged once, not for each datagram.  In the other direction, the address
     of a sender is the key to the header of its answers.
 
-    Payloads for a name wait in a queue, by header, during the look-up.  A name is looked up again
-    from time to time while it is used.  If it has addresses of both families and nothing comes back
-    from the first one, the spare one gets the datagrams too, until one of them answers: UDP has no
-    connect that could fail.
+    Payloads wait in a queue, by header, while their name is looked up, or an association at another
+    proxy is opened.  A name is looked up again from time to time while it is used.  If it has
+    addresses of both families and nothing comes back from the first one, the spare one gets the
+    datagrams too, until one of them answers: UDP has no connect that could fail.
     """
     LIMIT = 1024                        # targets, and senders, to remember
     LOOKUPS = 128                       # look-ups at a time; the pool lets a few of them begin
     LONGEST_IDNA = 60                   # characters; encoding a longer name takes too much time
     QUEUE, ROOM = 512, 1 << 18          # datagrams that may wait for look-ups, and their bytes
     PATIENCE = 10.0                     # seconds for one look-up
-    RETRY = 5.0                         # seconds before a failed target is tried again
+    RETRY = 5.0                         # seconds before a failed target, or proxy, is tried again
     REFRESH = Resolver.MEMORY + 1       # seconds before a name is looked up again
     TRIAL = 1.0                         # seconds before the spare address is tried, and again
 
@@ -5658,7 +5867,9 @@ class Routes:
         self._queues = {}                       # payloads that wait for a look-up, by header
         self._count = self._size = 0            # number of these, and bytes with their headers
         self._waiting = deque()                 # headers of names to look up
-        self._under_way = 0                     # number of _resolve_waiting()s
+        self._under_way = 0                     # number of _find_waiting()s
+        self._openings = {}                     # headers that wait for an association, by `Way`
+        self._pauses = {}                       # (time of the next try, error before), by `Way`
 
     def forward(self, header, datagram):
         """Send the payload of `datagram` now, or when its target is resolved."""
@@ -5672,32 +5883,43 @@ class Routes:
         elif self._failed.get(header, 0) > self.relay.loop.now:
             self.relay.drop('its target has failed recently')
         else:
-            self._find_route(header, datagram)
+            self._begin(header, datagram)
 
-    def _find_route(self, header, datagram):
-        """Find the route for a new header, and send the payload."""
-        host = datagram.address.host
+    def _begin(self, header, datagram):
+        """Find the route for a new header, and send the payload, or queue it meanwhile."""
+        client, host = self.relay.client, datagram.address.host
         if len(host) > self.LONGEST_IDNA and not is_plain(host):
             return self.relay.drop('a long name that is not ASCII')
         try:
             address = canonical(datagram.address)
-            self.relay.client.server.judge_name(self.relay.client, address)
+            client.server.judge_name(client, address)
         except ProxyError as error:
             return self.relay.drop(error)
-        if ip_bytes(address.host) is not None:
-            self._use_addresses(header, [address], None, [datagram.payload])
+        if ip_bytes(address.host) is not None and not any(
+                way.chain for way in client.server.ways(client, address)):
+            run(self._find(header, datagram))   # which waits for nothing
         elif self._queue(header, datagram.payload):
             self._look_up(header)
+
+    def _start(self, conversation):
+        Errand(self.relay, conversation).start(self.relay.loop)
 
     def _queue(self, header, payload):
         """Queue a payload for a look-up; whether there is room for it."""
         size = len(header) + len(payload)
         if self._count >= self.QUEUE or self._size + size > self.ROOM:
-            return self.relay.drop('too many datagrams wait for look-ups')
+            return self.relay.drop('too many datagrams wait')
         self._queues.setdefault(header, []).append(payload)
         self._count += 1
         self._size += size
         return True
+
+    def _unqueue(self, header):
+        """Remove and return the payloads that wait for a header."""
+        payloads = self._queues.pop(header, ())
+        self._count -= len(payloads)
+        self._size -= sum(len(header) + len(payload) for payload in payloads)
+        return payloads
 
     def _refresh(self, header, target, payload):
         """Do what `until` of the target asks for: a new look-up, or a try of the spare address."""
@@ -5714,7 +5936,7 @@ class Routes:
     def _try_spare(self, target, payload):
         """Send the payload to the spare address."""
         with contextlib.suppress(OSError):      # there may be no route for that family
-            route = self.relay.far_socket(target.spare.host), target.spare
+            route = target.far(target.spare.host), target.spare
             self._start_trial(route, target)
             self.relay.send(route, payload)
 
@@ -5727,51 +5949,41 @@ class Routes:
     def _look_up(self, header):
         self._waiting.append(header)
         if self._under_way < self.LOOKUPS:
-            Errand(self.relay, self._resolve_waiting()).start(self.relay.loop)
+            self._start(self._find_waiting())
 
-    def _resolve_waiting(self):
-        """Conversation: look up the names that wait, one after the other."""
+    def _find_waiting(self):
+        """Conversation: find the routes of the headers that wait, one after the other."""
         self._under_way += 1
         while self._waiting:
-            yield from self._resolve(self._waiting.popleft())
+            yield from self._find(self._waiting.popleft())
         self._under_way -= 1
 
-    def _resolve(self, header):
-        """Conversation: look a name up, and send the payloads that wait for it."""
-        address = Address.unpack(reader(header[3:])[0])
-        addresses, why = [], None
-        try:
-            found = yield from resolve(address, deadline(self.PATIENCE))
-            addresses = usable(found, self.relay.client.server.settings)
-        except OSError as error:
-            why = error
-        payloads = self._queues.pop(header, ())
-        self._count -= len(payloads)
-        self._size -= sum(len(header) + len(payload) for payload in payloads)
-        self._use_addresses(header, addresses, canonical(address).host, payloads, why)
-
-    def _use_addresses(self, header, addresses, name, payloads, why=None):
-        """Choose one of a target's addresses, and send the payloads there.
-
-        name    the name that was looked up, or None if the target is an IP address
-        why     the error if the look-up has failed
+    def _find(self, header, datagram=None):
+        """Conversation: find the route of a header, and send the payload of `datagram`, which has
+        it, or those in its queue.
 
         A target that is known already keeps its route if its address is still among the addresses,
         or if the look-up has failed; it loses the route if it is no longer allowed.
         """
+        target = failure = None
         try:
-            target = self._target(header, addresses, name)
+            address = datagram.address if datagram else Address.unpack(reader(header[3:])[0])
+            target = yield from self._target(header, address)
+            if not target:
+                return
         except OSError as error:
-            why = why or error
-            if isinstance(why, Refused) or header not in self.known:
-                self._fail(header, why, payloads)
+            failure = error
+        payloads = [datagram.payload] if datagram else self._unqueue(header)
+        if failure:
+            if isinstance(failure, Refused) or header not in self.known:
+                self._fail(header, failure, payloads)
             return
         for payload in payloads:
             if not self.relay.send(target.route, payload) and target.spare:
                 self._try_spare(target, payload)
         # A client that sends once and waits, as for DNS, would never get to a review.
         if target.spare and payloads and len(self.relay.errands) < 2 * self.LOOKUPS:
-            Errand(self.relay, self._retry_spare(target, payloads[-1])).start(self.relay.loop)
+            self._start(self._retry_spare(target, payloads[-1]))
 
     def _retry_spare(self, target, payload):
         """Conversation: send the payload to the spare address if nothing comes back in TRIAL."""
@@ -5789,11 +6001,46 @@ class Routes:
         for _ in payloads:
             self.relay.drop(reason(error))
 
-    def _target(self, header, addresses, name):
-        """The `Target` for a header, with the first allowed address of each family.
+    def _target(self, header, address):
+        """Conversation: the `Target` for a header with this `Address`; None if it waits for an
+        association that another conversation opens, which then sees to the header.
 
         Raises OSError if no address is allowed or has a route.  A target that is known already
-        keeps its address if that is among `addresses`.
+        keeps its address if that is among those found.
+        """
+        client, server = self.relay.client, self.relay.client.server
+        wanted = canonical(address)
+        name = wanted.host if ip_bytes(wanted.host) is None else None
+        ways = server.ways(client, wanted)
+        if ways and ways[0].passes_names:       # what it may be asked for, as for CONNECT
+            server.judge_unresolved(client, wanted)
+            addresses = [absolute(address)]
+        else:
+            addresses = [wanted]
+            if name:
+                addresses = yield from resolve(address, deadline(self.PATIENCE))
+            addresses = self._allowed(header, usable(addresses, server.settings), name)
+            if not ways:                # the first address decides, as for CONNECT
+                each = [server.ways(client, address, name) for address in addresses]
+                ways = each[0]
+                addresses = [one for one, its in zip(addresses, each) if its == ways]
+        known = self.known.get(header)
+        if known and known.route[1] == addresses[0]:
+            return known
+        for way in ways:
+            try:
+                far = functools.partial(self.relay.far_socket, way)
+                if way.chain:
+                    far = yield from self._far(way, header)
+                return far and self._learn(header, far, name, addresses)
+            except OSError as error:
+                if way is ways[-1] or not server.is_unreached(error, way):
+                    raise
+
+    def _allowed(self, header, addresses, name):
+        """The first allowed address of each family; that of a known target comes first.
+
+        Raises OSError if none is allowed.
         """
         client, known, allowed = self.relay.client, self.known.get(header), {}
         error = OSError(errno.EHOSTUNREACH, 'no address was found')
@@ -5807,37 +6054,76 @@ class Routes:
                     allowed[family] = address
             except OSError as caught:
                 error = caught
-        possible = list(allowed.values())
-        if known and known.route[1] in possible[:1]:
-            return known
-        while possible:
+        if not allowed:
+            raise error
+        return list(allowed.values())
+
+    def _far(self, way, header):
+        """Conversation: a function that returns the association for a `Way`; None if another
+        conversation opens it, and sees to the header."""
+        if way in self._openings:
+            self._openings[way].append(header)
+            return None
+        if way not in self.relay.far:
+            yield from self._open(way)
+        association = self.relay.far[way]
+        return lambda _: association
+
+    def _open(self, way):
+        """Conversation: open the association for a `Way`.  Raises OSError, at once for some time
+        after a failure."""
+        relay = self.relay
+        pause_end, error = self._pauses.get(way, (0, None))
+        if relay.loop.now < pause_end:
+            raise error.with_traceback(None)    # else it grows each time
+        pause_end, self._openings[way] = relay.loop.now + self.RETRY, []
+        error = OSError(errno.ECONNRESET, 'the association at the next proxy has ended')
+        try:
+            relay.use(way, (yield from relay.client.server.associate(
+                way, deadline(self.PATIENCE))))
+        except OSError as caught:
+            error = caught
+        self._pauses[way] = pause_end, error
+        for header in self._openings.pop(way):
+            self._look_up(header)
+        if way not in relay.far:
+            raise error
+
+    def _learn(self, header, far, name, addresses):
+        """Remember a new `Target` for a header: at the first of one or two addresses that has a
+        route, with the other one as a spare.  Raises OSError if none has."""
+        while True:
+            address, *addresses = addresses
             try:
-                address = possible.pop(0)
-                route = self.relay.far_socket(address.host), address
-                return self._learn(header, route, name, possible)
-            except OSError as caught:
-                error = caught
-        raise error
-
-    def _learn(self, header, route, name, spares):
-        """Remember a new `Target` for a header.
-
-        spares    list of at most one `Address`, of the other family
-        """
-        self.relay.note_target(name, route[1], header not in self.known)
-        target = Target(route)
+                route = far(address.host), address
+                break
+            except OSError:
+                if not addresses:
+                    raise
+        is_name = ip_bytes(address.host) is None
+        self.relay.note_target(None if is_name else name, address, header not in self.known)
+        target = Target(route, far)
         self.known.remember(header, target)
-        if name:
+        if is_name:
+            route[0].has_names = True
+        elif name:
             target.found = self.relay.loop.now
-            target.until = target.found + (self.TRIAL if spares else self.REFRESH)
-        if spares:
-            target.spare, = spares
+            target.until = target.found + (self.TRIAL if addresses else self.REFRESH)
+        if addresses:
+            target.spare, = addresses
             self._start_trial(route, target)
         else:
-            answers = Datagram(route[1], b'').pack()
+            answers = udp_header(address)
             # Equal bytes are kept once; most targets are IP addresses.
-            self.headers.remember(route[1], header if header == answers else answers)
+            self.headers.remember(address, header if header == answers else answers)
         return target
+
+    def forget_far(self, sock):
+        """Forget the routes by a socket that is closed; they are found again when they are used."""
+        for header, target in list(self.known.items()):
+            if target.route[0] is sock:
+                target.spare = None
+                self.known.forget(header)
 
     def drop_queues(self):
         """Drop the payloads that wait for look-ups."""
@@ -5849,7 +6135,7 @@ class Routes:
         """Forget all targets, so that they are judged again."""
         for target in (*self.known.values(), *self._on_trial.values()):
             target.spare = None         # _retry_spare() would not judge it
-        for known in (self.known, self.headers, self._failed, self._on_trial):
+        for known in (self.known, self.headers, self._failed, self._on_trial, self._pauses):
             known.clear()
 
     def header_for(self, source, sock):
@@ -5858,13 +6144,15 @@ class Routes:
         None if they must not be passed on (Settings.udp_strict).
         """
         if source not in self.headers and self.relay.client.server.settings.udp_strict:
-            return None
+            # Where another proxy looks names up, the addresses of targets are not known.
+            if not getattr(sock, 'has_names', False):
+                return None
         target = self._on_trial.get(source)
         if target:
             self._on_trial.forget(source)
             target.route = sock, Address(*source)
             target.spare, target.until = None, target.found + self.REFRESH
-        header = Datagram(Address.of(source), b'').pack()
+        header = udp_header(Address.of(source))
         self.headers.remember(source, header)
         return header
 
@@ -5907,7 +6195,8 @@ class UdpRelay(Relay):
         self.reply_to = None            # the owner, or the last one while there is none
         self.connected = False          # `near` is connected to the owner
         self.is_settled = False         # the owner stays when it is silent
-        self.far = {}                   # socket for targets, by family
+        self.far = {}                   # sockets for targets, see far_socket() and use()
+        self.inbound = ()               # local addresses that the client has connected to
         self.routes = Routes(self)
         self.errands = set()            # `Errand`s that have not ended
         self.reassembly = Reassembly()
@@ -5936,8 +6225,14 @@ class UdpRelay(Relay):
         self.last_heard = loop.now      # time of the client's last datagram
         self.attach(loop)
         self.client.server.sessions.associations += 1
-        loop.watch(self.control, control_events, READ, self)
-        loop.watch(self.near, 0, READ, self)
+        self.watch_client(control_events)
+        for way, association in self.far.items():
+            association.start(self, way)
+
+    def watch_client(self, control_events):
+        """Watch the sockets for the client."""
+        self.loop.watch(self.control, control_events, READ, self)
+        self.loop.watch(self.near, 0, READ, self)
 
     def ready(self, fd, _):
         if fd == self.near.fileno():
@@ -5994,7 +6289,7 @@ class UdpRelay(Relay):
             except OSError:             # an ICMP error for an earlier send
                 continue
             # The common case, IPv4, without a call.
-            end = 10 if count >= 10 and buffer[3] == 1 else self.header_end(buffer, count)
+            end = 10 if count >= 10 and buffer[3] == 1 else header_end(buffer, count)
             if end > count or source != self.owner and not self.admit(source):
                 self.drop('malformed, or not from the client:', source)
                 continue
@@ -6012,23 +6307,10 @@ class UdpRelay(Relay):
             except OSError as error:
                 self.drop(reason(error))
 
-    @staticmethod
-    def header_end(data, count):
-        """The length of the header of a datagram of `count` bytes; more than that if malformed."""
-        if count > 4:
-            kind = data[3]
-            if kind == AddressType.IPV4:
-                return 10
-            if kind == AddressType.DOMAINNAME:
-                return 7 + data[4]
-            if kind == AddressType.IPV6:
-                return 22
-        return count + 1
-
     def admit(self, source):
         """Whether a valid datagram from another address than the owner's makes it the owner."""
-        if Address.of(source).host != self.client.address.host:
-            return False
+        if Address.of(source).host != self.client.address.host or not source[1]:
+            return False                # nothing can be sent to port 0, which stands for no hint
         announced = source[1] == self.hint.port
         if self.owner:
             if not announced:
@@ -6049,9 +6331,17 @@ class UdpRelay(Relay):
         self.routes.forget()
         self.routes.drop_queues()
         while self.far:
-            _, sock = self.far.popitem()
+            self.close_one(next(iter(self.far)))
+
+    def close_one(self, key):
+        """Close the socket for targets that is `far[key]`."""
+        sock = self.far.pop(key)
+        if isinstance(sock, FarAssociation):
+            sock.stop()
+        else:
             self.loop.watch(sock, READ, 0, self)
-            sock.close()
+        sock.close()
+        return sock
 
     def forget_owner(self):
         """Let the client's next port be the owner; answers go to the last one until then."""
@@ -6075,15 +6365,27 @@ class UdpRelay(Relay):
         if datagram:
             self.routes.forward(b'\0\0\0' + header[3:], datagram)       # without FRAG
 
-    def far_socket(self, host):
-        """The socket for targets of the family of the IP address `host`; OSError if none can be
-        bound."""
-        family = family_of(host)
-        if family not in self.far:
-            source = source_of(family, self.client.server.settings.source)
-            sock = self.far[family] = bound_udp(source)
+    def far_socket(self, way, host):
+        """The socket for targets of the family of the IP address `host` that are reached by a `Way`
+        without proxies; OSError if none can be bound."""
+        source = self.inbound if way.is_inbound else way.source
+        key = source, family_of(host)
+        if key not in self.far:
+            sock = self.far[key] = bound_udp(
+                source_of(key[1], source or self.client.server.settings.source))
             self.loop.watch(sock, 0, READ, self)
-        return self.far[family]
+        return self.far[key]
+
+    def use(self, way, association):
+        """Reach the targets of a `Way` by a `FarAssociation`."""
+        self.far[way] = association
+        association.start(self, way)
+
+    def far_ended(self, way, why):
+        """The association at another proxy has ended; it is opened again for a later datagram."""
+        log.debug('%s: the association at %s has ended: %s', self.client.address, way.chain[-1],
+                  why or 'closed')
+        self.routes.forget_far(self.close_one(way))
 
     def note_target(self, name, address, is_new):
         """Count and log a target: `address`, found for `name` unless that is None."""
@@ -6143,6 +6445,15 @@ class UdpRelay(Relay):
         except OSError as error:        # too large with its header, or the client's port is closed
             self.drop(reason(error))
 
+    def close_near(self):
+        """Close the sockets for the client."""
+        for sock in self.control, self.near:
+            if sock.fileno() >= 0:      # forget_owner() may have failed to replace `near`
+                self.loop.watch(sock, READ, 0, self)
+                sock.close()
+        if self.release:
+            self.release()
+
     def drop(self, *why):
         """Count a datagram as dropped, and log the reason."""
         self.dropped += 1
@@ -6157,18 +6468,425 @@ class UdpRelay(Relay):
             for errand in list(self.errands):
                 errand.cancel()
             self.close_far()
-            for sock in self.control, self.near:
-                if sock.fileno() >= 0:  # forget_owner() may have failed to replace `near`
-                    self.loop.watch(sock, READ, 0, self)
-                    sock.close()
-            if self.release:
-                self.release()
+            self.close_near()
             client.server.sessions.associations -= 1
             client.target = (f'{self.targets} targets, {self.sent} datagrams up, '
                              f'{self.answers} down')
             if self.dropped:
                 outcome = f'{outcome}, {self.dropped} datagrams dropped'
             client.end(outcome, self.up, self.down)
+
+
+class ControlWatch:
+    """Watches the TCP connection of an association, for a relay, as an item of its loop.
+
+    What comes there is ignored (RFC 1928 section 6).
+
+    relay    the `UdpRelay`
+    sock     the connection
+    ended    function of a text, called at the end: why, or '' for a regular end
+    """
+    due = None
+
+    def __init__(self, relay, sock, ended):
+        self.relay = relay
+        self.sock = sock
+        self.ended = ended
+        self._events = 0                # events that the loop watches the connection for
+
+    @property
+    def client(self):
+        return self.relay.client
+
+    def start(self, events=0):
+        """Begin; the loop watches the connection for `events` already."""
+        self._events = events
+        self._watch(READ)
+
+    def _watch(self, wanted):
+        self.relay.loop.watch(self.sock, self._events, wanted, self)
+        self._events = wanted
+
+    def ready(self, *_):
+        try:
+            if self.sock.recv(4096):
+                return
+            why = ''
+        except BLOCKED:
+            return
+        except OSError as error:
+            why = printable_line(reason(error))
+        self.ended(why)
+
+    def stop(self):
+        """Stop watching the connection."""
+        self._watch(0)
+
+    def close(self, outcome):
+        """After a bug: the relay cannot go on."""
+        self.relay.close(outcome)
+
+
+class StreamWatch(ControlWatch):
+    """The same for a connection with the datagrams in it, `sock`, a `StreamDatagrams`.
+
+    receive    function that receives datagrams for a time slice
+    """
+
+    def __init__(self, relay, datagrams, receive, ended):
+        super().__init__(relay, datagrams, ended)
+        self.receive = receive
+        self._is_due = False            # _receive() is in the loop's inbox
+        datagrams.on_unsent = lambda: relay.loop.call(self, self.flush)
+
+    def start(self, events=0):
+        super().start(events)
+        self._receive_later()
+
+    def _receive_later(self):
+        if self.sock.pending and not self._is_due:
+            self._is_due = True
+            self.relay.loop.call(self, self._receive)
+
+    def ready(self, _, events):
+        if events & ~READ:
+            self.flush()
+        if events & ~WRITE:
+            self._receive()
+
+    def _receive(self):
+        self._is_due = False
+        if self._events:                # else it was stopped meanwhile
+            try:
+                self.receive()
+                self._receive_later()
+            except EOFError as end:
+                self.ended(str(end))
+
+    def flush(self):
+        """Send what waits, at the end of a round, or when there is room for it."""
+        if self._events:
+            self._watch(READ if self.sock.flush() else READ | WRITE)
+
+
+class FarAssociation:
+    """An association at another proxy, with as much of the interface of a UDP socket for targets as
+    a relay needs.
+
+    datagrams    UDP socket that is connected to the proxy's, or the like of it, as
+                 `StreamDatagrams`
+    control      TCP connection of the association; None if the datagrams are in it
+    """
+
+    def __init__(self, datagrams, control=None):
+        self.datagrams = datagrams
+        self.control = control
+        self.has_names = False          # the proxy has been asked for targets by name
+        self.fileno = datagrams.fileno
+
+    def start(self, relay, way):
+        """Serve a `UdpRelay`, which has it for a `Way`."""
+        log.debug('%s: datagrams through %s', relay.client.address,
+                  ', then '.join(map(str, way.chain)))
+        ended = functools.partial(relay.far_ended, way)
+        if self.control:
+            self._watch = ControlWatch(relay, self.control, ended)
+            relay.loop.watch(self.datagrams, 0, READ, relay)
+        else:
+            self._watch = StreamWatch(
+                relay, self.datagrams, functools.partial(relay.from_target, self), ended)
+        self._watch.start()
+
+    def sendto(self, payload, address):
+        """As of a socket; `address` may have a name."""
+        datagram = b''.join((udp_header(address), payload))
+        try:
+            self.datagrams.send(datagram)
+        except ConnectionRefusedError:  # an ICMP error for an earlier one
+            self.datagrams.send(datagram)
+
+    def recvfrom_into(self, buffer):
+        """As of a socket; the sender is an `Address`, which may have a name."""
+        count, _ = self.datagrams.recvfrom_into(buffer)
+        end = header_end(buffer, count)
+        if end > count or buffer[2]:
+            raise OSError(errno.EBADMSG, 'malformed, or a fragment')
+        source = self.sender(bytes(buffer[3:end]))
+        buffer[:count - end] = buffer[end:count]
+        return count - end, source
+
+    @staticmethod
+    @functools.lru_cache(1024)
+    def sender(header):
+        """The canonical `Address` in a header, without its first three bytes."""
+        return canonical(Address.unpack(reader(header)[0]))
+
+    def stop(self):
+        """Stop serving the relay."""
+        self._watch.stop()
+        if self.control:
+            self._watch.relay.loop.watch(self.datagrams, READ, 0, self._watch.relay)
+
+    def close(self):
+        for sock in (self.datagrams, self.control):
+            if sock:
+                sock.close()
+
+
+class StreamRelay(UdpRelay):
+    """A `UdpRelay` whose datagrams travel in the client's connection, `near`, a `StreamDatagrams`.
+
+    No one else can send there, so the client is the owner from the beginning.
+    """
+
+    def __init__(self, client, near):
+        super().__init__(client, near, near, UNSPECIFIED)
+        self.owner = self.reply_to = near.source
+        self.connected = self.is_settled = True
+        self._watch = StreamWatch(self, near, self.from_client, self._ended)
+
+    def watch_client(self, control_events):
+        self._watch.start(control_events)
+
+    def _ended(self, why):
+        self.close(f'client: {why}' if why else 'done')
+
+    def close_near(self):
+        self._watch.stop()
+        self.near.close()
+
+
+class SharedPort:
+    """A UDP port for the associations of any number of clients; an item of the server's loop.
+
+    sock    the UDP socket
+    uses    number of associations, and one more if the port stays open without any
+
+    It is `near` of `SharedRelay`s: it receives datagrams, and has the right relay read each one.
+    From an address that a client has sent from before, a datagram is for that client's relay.  From
+    a new address, it is for one of the relays of clients with that IP address:
+
+    1. the one whose client has announced the port
+    2. else one that has not had any yet: the oldest, but last those with an announced port
+    3. else the only one, if its client has been silent for `UdpRelay.SILENCE`
+
+    If 1 or 2 leaves relays of different users, the datagram is dropped, like one that is for none.
+    After 3, answers to what was sent before are dropped: the client may be another program.  2 and
+    3 do not apply to late datagrams of an association that has just ended.
+
+    A connected socket for each client would need no dispatcher, but it costs a descriptor, and
+    Linux before 6.13 looks through all sockets of a port for each datagram.
+    """
+    LATE = 2.0                          # seconds
+    client = due = None
+
+    def __init__(self, sock, loop):
+        self.sock = sock
+        self.loop = loop
+        self.uses = 0
+        self.sendto, self.getsockname = sock.sendto, sock.getsockname
+        self._events = 0                # that the socket is watched for
+        self._relays = {}               # lists of relays by the IP address of the client
+        self._owners = {}               # relay by the address that its client sends from
+        self._late = Latest(1024)       # time until which datagrams are late, by that address
+        # The rest is of use during ready() only.
+        self._found = None              # (length, source) of a datagram in the loop's buffer
+        self._source = None             # that of the last one that a relay has read
+        self._may_read = False          # the socket may have more, and there is time
+
+    def start(self):
+        """Begin to receive, unless the port was closed before."""
+        if self.sock.fileno() >= 0:
+            self.loop.watch(self.sock, 0, READ, self)
+            self._events = READ
+
+    def stop(self):
+        """Close the socket."""
+        self.loop.watch(self.sock, self._events, 0, self)
+        self.sock.close()
+
+    def join(self, relay):
+        """Receive for a `SharedRelay`, until leave()."""
+        self._relays.setdefault(relay.host, []).append(relay)
+
+    def leave(self, relay):
+        if self._owners.pop(relay.reply_to, None):
+            self._late.remember(relay.reply_to, self.loop.now + self.LATE)
+        self._relays[relay.host].remove(relay)
+        if not self._relays[relay.host]:
+            del self._relays[relay.host]
+
+    def ready(self, *_):
+        """Have relays read the datagrams, for as long as if each had a socket of its own."""
+        owners, receive, monotonic = self._owners, self.sock.recvfrom_into, time.monotonic
+        loop, buffer = self.loop, self.loop.buffer
+        end_of_turn = monotonic() + min(loop.ROUND_TIME, loop.time_slice * (1 + len(owners)))
+        self._found, self._may_read = None, True
+        while True:
+            self._may_read = self._may_read and monotonic() < end_of_turn
+            if not self._found:
+                if not self._may_read:
+                    return
+                try:
+                    self._found = receive(buffer)
+                except BLOCKED:
+                    return
+                except OSError:         # an ICMP error for an earlier send
+                    continue
+            relay = owners.get(self._found[1])
+            if relay:
+                relay.from_client()
+            else:
+                self._admit(self._found[1])
+
+    def _admit(self, source):
+        """Have the relay read a datagram that is from a new address, if there is one for it."""
+        relay = self._choose(source, *Address.of(source))
+        if relay:
+            former = relay.reply_to
+            relay.from_client()
+            if relay.owner == source:   # the datagram was valid
+                self._owners.pop(former, None)
+                self._owners[source] = relay
+            return
+        self._found = None
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: datagram dropped: for no association, or for several',
+                      Address.of(source))
+
+    def _choose(self, source, host, port):
+        """The relay for a datagram from a new address, or None."""
+        relays = self._relays.get(host, ())
+        possible = [relay for relay in relays if relay.hint.port == port]
+        if not possible:
+            if self._late.get(source, 0) > self.loop.now:
+                return None
+            possible = [relay for relay in relays if not relay.reply_to]
+        if len({relay.client.user for relay in possible}) > 1:
+            return None
+        if possible:
+            return min(possible, key=lambda relay: (bool(relay.reply_to), relay.hint.port))
+        if len(relays) == 1 and not relays[0].owner:
+            relays[0].close_far()
+            return relays[0]
+        return None
+
+    # As `near` of a relay
+
+    def fileno(self):
+        """-1: the relay does not watch the socket."""
+        return -1
+
+    def recvfrom_into(self, buffer):
+        """As of a socket, but as if only datagrams of one source had come: a run of those is read
+        at once, then the first of another source waits for ready()."""
+        found, self._found = self._found, None
+        if found:
+            self._source = found[1]
+        elif self._may_read:
+            try:
+                found = self.sock.recvfrom_into(buffer)
+            except BLOCKED:
+                self._may_read = False
+                raise
+            if found[1] != self._source:
+                self._found, found = found, None
+        if not found:
+            raise BlockingIOError
+        return found
+
+    def recvfrom(self, _):
+        """The same, as (bytes, source)."""
+        length, source = self.recvfrom_into(self.loop.buffer)
+        return bytes(self.loop.buffer[:length]), source
+
+    def connect(self, _):
+        """Raises OSError: the socket is not for one client only."""
+        raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
+
+    def close(self, *_):
+        """Nothing to do: other relays use the socket, too."""
+
+
+class SharedRelay(UdpRelay):
+    """A `UdpRelay` whose client sends to a `SharedPort`, `near`."""
+
+    def __init__(self, client, control, near, *args):
+        super().__init__(client, control, near, *args)
+        self._port = near               # `near` may be protected
+        self.host = client.address.host
+
+    def watch_client(self, control_events):
+        self.loop.watch(self.control, control_events, READ, self)
+        self._port.join(self)
+
+    def close_near(self):
+        self._port.leave(self)
+        super().close_near()
+
+
+class SharedPorts:
+    """The `SharedPort`s of a server, by the address that each is bound to; `loop` is the server's.
+    """
+
+    def __init__(self, loop):
+        self._loop = loop
+        self._ports = {}                # `SharedPort` by `Address`
+        self._held = {}                 # result of bind() by `Address`, see hold()
+        self._lock = threading.Lock()   # reconfigure() may run in another thread than the loop
+
+    def bind(self, address):
+        """Return the `SharedPort` at an `Address`, and a function to call at the end of its use, in
+        the thread of the loop.  Raises OSError."""
+        with self._lock:
+            if address not in self._ports:
+                self._ports[address] = port = self._open(address)
+                self._loop.call(port, port.start)
+            port = self._ports[address]
+            port.uses += 1
+        return port, functools.partial(self._release, address, port)
+
+    def _open(self, address):
+        others = [port.sock for port in self._ports.values()]
+        let_overlap(others, True)
+        try:
+            sock = bound_udp(address, True)
+        finally:
+            let_overlap(others, False)
+        let_overlap([sock], False)
+        return SharedPort(sock, self._loop)
+
+    def _release(self, address, port):
+        with self._lock:
+            port.uses -= 1
+            if not port.uses:
+                del self._ports[address]
+                port.stop()
+
+    def hold(self, addresses):
+        """Keep the ports at a set of `Address`es open, with or without associations, and no others
+        without.
+
+        Raises OSError if one of them is in use; nothing changes then.
+        """
+        added = {}
+        try:
+            for address in addresses - self._held.keys():
+                added[address] = self.bind(address)
+        except OSError as error:
+            self._let_go(added)
+            raise OSError(error.errno, f'--udp-port: {error.strerror}') from None
+        self._let_go({key: self._held.pop(key) for key in self._held.keys() - addresses})
+        self._held.update(added)
+
+    def _let_go(self, held):
+        for port, release in held.values():
+            self._loop.call(port, release)
+
+    def close(self):
+        """Close all ports; the loop is closed."""
+        for port in self._ports.values():
+            port.sock.close()
 
 
 # ----------------------------------------------------------------------------------------- client
@@ -6796,6 +7514,34 @@ def open_chain(chain, address, until=None, source=(), context=None, command=Comm
     return last, bnd
 
 
+def associate(chain, until, source=()):
+    """Conversation: a `FarAssociation` at the last proxy of a chain.
+
+    Its datagrams are in the connection (UDP_IN_TCP) where UDP would go past a layer, past the other
+    proxies, or to another place than a unix socket.
+    """
+    last = chain[-1]
+    try:
+        expect_udp(chain)
+    except ValueError as error:
+        raise ProtocolError(str(error), reply=Reply.COMMAND_NOT_SUPPORTED) from None
+    address = destination(UNSPECIFIED, chain)
+    if len(chain) > 1 or last.type & TLS or last.is_path:
+        sock, _ = yield from open_chain(chain, address, until, source, None, Command.UDP_IN_TCP)
+        return FarAssociation(StreamDatagrams(sock, UNSPECIFIED))
+    control, bnd = yield from open_chain(chain, address, until, source, None,
+                                         Command.UDP_ASSOCIATE)
+    with owned(control):
+        family = family_of(bnd.host)
+        if not source and control.family == family and not isinstance(control, PlainEnd):
+            source = (local_address(control).host,)     # the proxy expects no other
+        sock = bound_udp(source_of(family, source))
+        with owned(sock):
+            sock.connect(bnd.sockaddr)
+    context = getattr(control, 'context', None)
+    return FarAssociation(GssDatagrams(sock, context) if context else sock, control)
+
+
 def usable_bnd(bnd, chain, sock, until):
     """Conversation: the address at which the last proxy waits, as it can be reached from here.
 
@@ -6922,6 +7668,13 @@ def as_ports(value):
     raise ValueError(f'{value!r}: expected (lowest, highest), from 1 to 65535')
 
 
+def as_port(value):
+    port = as_number(int, value)
+    if port > 65535:
+        raise ValueError(f'{value!r}: expected a port, 1 to 65535, or 0')
+    return port
+
+
 def one_of(expected, is_valid):
     """A conversion that changes nothing, for values of which is_valid(value) is true."""
     def convert(value):
@@ -6978,7 +7731,7 @@ CONVERSIONS = {
 CONVERSIONS.update(
     users=as_users, clients=as_networks, trusted=as_networks, balancers=as_networks, rules=as_rules,
     upstream=as_chain, tls=as_context, gssapi=as_levels, source=as_hosts, advertise=as_hosts,
-    udp_ports=as_ports, unix_mode=as_mode, family=as_version, prefer=as_version,
+    udp_ports=as_ports, udp_port=as_port, unix_mode=as_mode, family=as_version, prefer=as_version,
     max_per_client=lambda value: None if value is None else as_number(int, value))
 
 
@@ -7007,6 +7760,10 @@ def prepared(settings):
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL,
                           f'cannot connect from {host}: not an address of this host')
+    if settings.udp_port and settings.udp_ports[1]:
+        raise ValueError('--udp-port, --udp-ports: expected one of them')
+    if settings.udp_port and not hasattr(socket, 'SO_REUSEPORT'):
+        raise ValueError('--udp-port: not possible on this system, which has no SO_REUSEPORT')
     if settings.gssapi:
         with gss_library().keys():
             pass
@@ -7181,8 +7938,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     Methods that may be overridden:
 
-    do_CONNECT(request), do_BIND(request), do_UDP_ASSOCIATE(request), do_RESOLVE(request),
-    do_RESOLVE_PTR(request), do_FORWARD(request)
+    do_CONNECT(request), do_BIND(request), do_UDP_ASSOCIATE(request), do_UDP_IN_TCP(request),
+    do_RESOLVE(request), do_RESOLVE_PTR(request), do_FORWARD(request)
         do one command.  `request` is a `Request`, `Request4` or `HttpRequest`; it has `command` and
         `address`.  A command without a method is refused as not supported (07).  FORWARD is an HTTP
         request other than CONNECT; it connects by do_CONNECT.
@@ -7593,12 +8350,11 @@ class Handler(socketserver.BaseRequestHandler):
         settings = self.settings
         if command in (Command.CONNECT, Command.FORWARD):
             return True
-        # With other proxies, BIND and UDP would leave from this host, past them.
-        if command == Command.BIND:
+        if command == Command.BIND:     # with other proxies, it would leave from here, past them
             return not settings.upstream
-        if command == Command.UDP_ASSOCIATE:    # SOCKS4 has none; TLS does not cover datagrams
-            return not (is_socks4 or settings.upstream
-                        or settings.tls and not settings.udp_over_plain)
+        if command in (Command.UDP_ASSOCIATE, Command.UDP_IN_TCP):      # SOCKS4 has neither
+            is_clear = command == Command.UDP_ASSOCIATE and settings.tls
+            return not (is_socks4 or is_clear and not settings.udp_over_plain)
         return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
 
     def do_CONNECT(self, request: AnyRequest) -> Conversation:
@@ -7629,45 +8385,26 @@ class Handler(socketserver.BaseRequestHandler):
     def connect_by_rules(self, rules, address, until):
         """CONNECT by the ways that rules choose; the next one if one cannot be reached."""
         wanted, addresses, error = self.permitted(address), None, None
-        if ip_bytes(wanted.host) is None:
-            ways = rules.ways_of_name(self.client, wanted)
-            if not ways:                # the first address decides, for all that go the same way
-                found = yield from self.destinations(address, until)
-                each = [rules.ways(self.client, found_one, wanted.host) for found_one in found]
-                ways = each[0]
-                addresses = [one for one, its in zip(found, each) if its == ways]
-        else:
-            ways = rules.ways(self.client, wanted) or [None]        # authorize() says why not
+        ways = self.server.ways(self.client, wanted)
+        if not ways:                    # the first address decides, for all that go the same way
+            found = yield from self.destinations(address, until)
+            each = [self.server.ways(self.client, found_one, wanted.host) for found_one in found]
+            ways = each[0]
+            addresses = [one for one, its in zip(found, each) if its == ways]
         for left, way in zip(range(len(ways), 0, -1), ways):
             limit = until and time.monotonic() + (until - time.monotonic()) / left
             try:
                 return (yield from self.connect_by_way(way, address, limit, addresses))
             except OSError as caught:
-                if left == 1 or not self.is_unreached(caught, way):
+                if left == 1 or not self.server.is_unreached(caught, way):
                     raise
                 error = caught
             if self.is_verbose:
                 self.note('the next way, because: %s', reason(error))
 
-    @staticmethod
-    def is_unreached(error, way):
-        """Whether an error means that a way is not there, rather than the target behind it."""
-        if isinstance(error, ProxyConnectionError):
-            return True
-        if way and len(way.chain) > 1:  # one proxy of a chain did not reach the next one
-            return (getattr(error, 'proxy', None) not in (None, way.chain[-1].without_secrets())
-                    and error.reply in ERROR_RANKS)
-        return bool(way and way.source) and error.errno == errno.EADDRNOTAVAIL
-
     def connect_by_way(self, way, address, until, addresses):
         """CONNECT by one way; `addresses`, if not None, are those of a name."""
-        settings = self.settings
-        if way is None:
-            way = Way(settings.upstream, settings.source)
-        source = way.source or settings.source
-        if way.is_inbound:
-            local = self.reached or local_address(self.request)
-            source = () if isinstance(local, UnixAddress) else (local.host,)
+        source = self.inbound() if way.is_inbound else way.source or self.settings.source
         if way.chain:
             return (yield from self.connect_through(way.chain, address, until, source, addresses))
         if addresses is None:
@@ -7676,13 +8413,18 @@ class Handler(socketserver.BaseRequestHandler):
         self.connected(target, addresses, address)
         return (yield from self.join(target, Address.of(target.getsockname())))
 
+    def inbound(self):
+        """The local addresses that the client has connected to, as for dial()."""
+        local = self.reached or local_address(self.request)
+        return () if isinstance(local, UnixAddress) else (local.host,)
+
     def do_FORWARD(self, request: 'HttpRequest') -> Conversation:
         """Forward one HTTP request, through a connection as CONNECT makes it.
 
         The new head goes to the target as if the client had sent it early, after CONNECT;
         `HttpForward` sees to the body and to the response.
         """
-        self.client.command = HttpMethod(request.method)
+        self.client.command = NamedCommand(Command.CONNECT, request.method)
         layer = HttpForward(self.connection, request)
         surplus = layer.take(self.stream.surplus)
         self.stream.surplus = request.forwarded().pack() + surplus
@@ -7738,17 +8480,8 @@ class Handler(socketserver.BaseRequestHandler):
         return (yield from self.join(target, bnd))
 
     def unresolved(self, address):
-        """The address to ask the last proxy for if it looks names up; raises Refused.
-
-        A name of the last proxy's own host, such as localhost, must be allowed as the loopback
-        addresses that it stands for there.
-        """
-        wanted = self.permitted(address)
-        if ip_bytes(wanted.host) is not None:
-            self.server.authorize(self.client, wanted)
-        elif LOOPBACK_NAME.match(wanted.host):
-            for host in ('127.0.0.1', '::1'):
-                self.server.authorize(self.client, Address(host, wanted.port), wanted.host)
+        """The address to ask the last proxy for if it looks names up; raises Refused."""
+        self.server.judge_unresolved(self.client, self.permitted(address))
         return absolute(address)
 
     def do_BIND(self, request: AnyRequest) -> Conversation:
@@ -7806,20 +8539,56 @@ class Handler(socketserver.BaseRequestHandler):
         """Relay datagrams (RFC 1928 section 7).  The request's address may be the one that the
         client will send from."""
         client, host = self.client, self.client.address.host
-        client.target = '-'
-        self.server.judge_association(client)
-        own, advertised = self.own_address()
-        is_here = is_loopback(host) or is_ours(host)        # it may take every port
-        near, release = self.server.udp_ports.bind(
-            own, self.settings.udp_ports, None if is_here else client_key(host))
-        try:
-            yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
-            return UdpRelay(client, self.connection, near, self.announced_source(request.address),
-                            is_here, release)
-        except BaseException:
-            near.close()
-            release()
-            raise
+        far = yield from self.begin_association()
+        with owned(*far.values()):
+            own, advertised = self.own_address()
+            is_here = is_loopback(host) or is_ours(host)        # it may take every port
+            relay_class, shared_port = UdpRelay, self.settings.udp_port
+            if shared_port:
+                relay_class = SharedRelay
+                near, release = self.server.shared_ports.bind(Address(own, shared_port))
+            else:
+                near, release = self.server.udp_ports.bind(
+                    own, self.settings.udp_ports, None if is_here else client_key(host))
+            try:
+                yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
+                relay = relay_class(client, self.connection, near,
+                                    self.announced_source(request.address), is_here, release)
+                relay.far, relay.inbound = far, self.inbound()
+                return relay
+            except BaseException:
+                near.close()
+                release()
+                raise
+
+    def begin_association(self):
+        """Conversation: raise an OSError unless the client may have an association.
+
+        If all datagrams go by way of other proxies, the result is {`Way`: `FarAssociation`}, so
+        that the client gets to know if they refuse it; else it is empty.
+        """
+        self.client.target = '-'
+        self.server.judge_association(self.client)
+        rules, settings = self.settings.rules, self.settings
+        if not settings.upstream or rules and rules.have_ways:
+            return {}
+        way = Way(settings.upstream, settings.source)
+        until = self.stream.until = deadline(settings.connect_timeout)
+        return {way: (yield from self.server.associate(way, until))}
+
+    def do_UDP_IN_TCP(self, request: AnyRequest) -> Conversation:
+        """Relay datagrams that are messages in the client's connection, as hev-socks5-server does;
+        so they are inside of its TLS or GSSAPI.  The reply repeats the request's address."""
+        client = self.client
+        client.command = NamedCommand(Command.UDP_ASSOCIATE, Command.UDP_IN_TCP.name)
+        far = yield from self.begin_association()
+        with owned(*far.values()):
+            is_name = ip_bytes(request.address.host) is None
+            yield from self.reply(Reply.SUCCEEDED, UNSPECIFIED if is_name else request.address)
+            relay = StreamRelay(client, StreamDatagrams(self.connection, client.address,
+                                                        self.stream.surplus))
+            relay.far, relay.inbound = far, self.inbound()
+            return relay
 
     def announced_source(self, address):
         """Where the client will send from, of the `Address` in its request, or UNSPECIFIED.
@@ -8252,6 +9021,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._configure(prepared(Settings() if settings is None else settings))
         self.listeners = [*listeners]   # sockets
         self.addresses = []
+        self._udp_addresses = []        # where Settings.udp_port is that of this server
         self.socket_files = []          # (path, os.stat_result) of those to remove at the end
         self.failures = Failures()
         self.sessions = Sessions()
@@ -8266,6 +9036,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._item = Listening(self)
         self._costly_pool = BlockingPool(COSTLY_CALLS)
         self.loop = Loop(self._pool, self._bulk_loops.take, self.resolver, self._costly_pool)
+        self.shared_ports = SharedPorts(self.loop)
         if bind_and_activate:
             try:
                 self.server_bind()
@@ -8277,6 +9048,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _configure(self, settings):
         """Use `settings`, as prepared() returns them."""
         self.settings = settings
+        self._usual_way = Way(settings.upstream, settings.source)
         self.places = clients_possible()        # number of clients that descriptors are left for
         self.max_clients = settings.max_clients or self.places
         # The default for one host, and for clients without a request, is half of the places, so
@@ -8307,8 +9079,16 @@ class Server(socketserver.ThreadingTCPServer):
                 keep_urgent(sock)       # accepted sockets inherit this
             self.addresses.append(local_address(sock))
         refuse_open_proxy(self.settings, self.addresses)
+        self._hold_udp_port(self.settings)
         self.socket = self.listeners[0]
         self.server_address = self.addresses[0]
+
+    def _hold_udp_port(self, settings):
+        """Open Settings.udp_port on the addresses of the listeners; OSError if it is in use."""
+        port = settings.udp_port
+        addresses = {Address(host, port) for host, _ in self.addresses} if port else set()
+        self.shared_ports.hold(addresses)
+        self._udp_addresses = [*addresses, *(Address(host, port) for host in settings.advertise)]
 
     def server_activate(self) -> None:
         """Have the listeners listen."""
@@ -8364,6 +9144,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._bulk_loops.stop()         # first: a loop must not be closed while it runs
         for loop in self.loops():
             loop.close()
+        self.shared_ports.close()
         self._bulk_loops.pipes.close()
 
     stop = server_close                 # the counterpart of start()
@@ -8529,7 +9310,10 @@ class Server(socketserver.ThreadingTCPServer):
         inside the local one allows it.
         """
         rule = self.judge(client, target, name)
-        authorize(client.address, client.command, target, self.addresses, rule)
+        listeners = self.addresses
+        if self._udp_addresses and client.command == Command.UDP_ASSOCIATE:
+            listeners = listeners + self._udp_addresses
+        authorize(client.address, client.command, target, listeners, rule)
 
     def judge(self, client: Session, target: Address, name: Optional[str] = None) -> Optional[Rule]:
         """The `Rule` that allows a target, as in authorize(), or None if there are no rules; raises
@@ -8538,9 +9322,21 @@ class Server(socketserver.ThreadingTCPServer):
         if rules is None:
             return None
         rule = allowing(rules.first(client, target, name), target)
-        if rule.via and rule.via != Way() and client.command != Command.CONNECT:
-            raise Refused(f'{rule.place} chooses a way, which is for connections only')
+        if rule.via and rule.via != Way() and client.command not in WAY_COMMANDS:
+            raise Refused(f'{rule.place} chooses a way, which is for connections and UDP only')
         return rule
+
+    def judge_unresolved(self, client: Session, target: Address) -> None:
+        """Raise Refused unless the last proxy may be asked for `target`, in canonical form.
+
+        A name of that proxy's own host, such as localhost, must be allowed as the loopback
+        addresses that it stands for there.
+        """
+        if ip_bytes(target.host) is not None:
+            self.authorize(client, target)
+        elif LOOPBACK_NAME.match(target.host):
+            for host in ('127.0.0.1', '::1'):
+                self.authorize(client, Address(host, target.port), target.host)
 
     def judge_name(self, client: Session, target: Address) -> None:
         """Raise Refused if no rule can allow `target`, an `Address`, by its name.
@@ -8561,6 +9357,37 @@ class Server(socketserver.ThreadingTCPServer):
         served = sum(len(loop.items) for loop in self.loops())
         if self.places and served + self.sessions.associations >= self.places:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    # Ways
+
+    def ways(self, client: Session, target: Address, name: Optional[str] = None) -> List[Way]:
+        """The `Way`s to a target in canonical form, an IP address that was asked for by `name` or
+        not, or a name, in the order in which to try them.
+
+        Empty for a name: the ways to its addresses count.
+        """
+        rules, usual = self.settings.rules, self._usual_way
+        if not (rules and rules.have_ways):
+            return [usual]
+        if ip_bytes(target.host) is None:
+            ways = rules.ways_of_name(client, target)
+        else:                           # none: authorize() says why not
+            ways = rules.ways(client, target, name) or [usual]
+        return [way or usual for way in ways]
+
+    @staticmethod
+    def is_unreached(error: OSError, way: Way) -> bool:
+        """Whether an error means that a way is not there, rather than the target behind it."""
+        if isinstance(error, ProxyConnectionError):
+            return True
+        if len(way.chain) > 1:          # one proxy of a chain did not reach the next one
+            return (getattr(error, 'proxy', None) not in (None, way.chain[-1].without_secrets())
+                    and error.reply in ERROR_RANKS)
+        return bool(way.source) and error.errno == errno.EADDRNOTAVAIL
+
+    def associate(self, way: Way, until: Optional[float]) -> Conversation:
+        """Conversation: a `FarAssociation` at the last proxy of a `Way`."""
+        return associate(way.chain, until, way.source or self.settings.source)
 
     def log_session(self, line: LogLine) -> None:
         """Log the line of a client, at its end."""
@@ -8583,6 +9410,7 @@ class Server(socketserver.ThreadingTCPServer):
         """
         settings = prepared(settings)
         refuse_open_proxy(settings, self.addresses)
+        self._hold_udp_port(settings)
         self._configure(settings)
         for loop in self.loops():
             for item in list(loop.items):
@@ -10669,10 +11497,10 @@ examples:
 rules, one a line; the first that matches decides, and what none matches is denied:
   allow|deny [connect|bind|udp|resolve ...] [user NAME ...] [from NETWORK ...]
     to NETWORK|NAME|.NAME|* ... [PORT|LOW-HIGH ...] [via direct|inbound|ADDRESS|URL ...]
-  .NAME stands for NAME and all names below it.  `via` chooses the way of a connection: direct,
-  without a proxy; from the local ADDRESS, or the one that the client connected to (inbound);
-  through proxies.  Only a rule on a network inside what is local to the proxy opens that to other
-  hosts.
+  .NAME stands for NAME and all names below it.  `via` chooses the way of connections and UDP:
+  direct, without a proxy; from the local ADDRESS, or the one that the client connected to
+  (inbound); through proxies.  Only a rule on a network inside what is local to the proxy opens
+  that to other hosts.
 
 environment:
   SOCKS_USERS                           NAME:PASSWORD pairs, separated by white space
@@ -10715,6 +11543,7 @@ def number_of(kind, end, expected, pattern=''):
 
 # The patterns exclude '1_000' and digits of other scripts, which int() takes.
 port_number = number_of(int, 65536, 'a port, 0 to 65535', '[0-9]{1,5}$')
+used_port = number_of(int, 65536, 'a port, 1 to 65535', '0*[1-9][0-9]{0,4}$')
 whole_number = number_of(int, float('inf'), 'a whole number, 0 or more', '[0-9]+$')
 time_span = number_of(float, float('inf'), 'seconds, 0 or more')
 
@@ -10925,7 +11754,11 @@ OPTIONS = [
                  'to)')),
         (('--udp-ports',), dict(
             metavar='LOW-HIGH', type=port_range, default=DEFAULTS.udp_ports,
-            help='ports that clients send datagrams to (default: any)'))]),
+            help='ports that clients send datagrams to (default: any)')),
+        (('--udp-port',), dict(
+            metavar='PORT', type=used_port, default=DEFAULTS.udp_port,
+            help='port that all clients send datagrams to; those with the same IP address are '
+                 'told apart as in the README (default: a port for each association)'))]),
     ('timeouts, in seconds, 0 for none', [
         ((f'--{name}-timeout',), dict(
             metavar='SECONDS', type=time_span, default=getattr(DEFAULTS, f'{name}_timeout'),
@@ -10943,7 +11776,8 @@ OPTIONS = [
     ('through other proxies', [
         (('-x', '--proxy'), dict(
             metavar='URL', type=parse_proxy_url, action='append', default=[], dest='upstream',
-            help='send CONNECT through this proxy; repeatable, for a chain, first hop first.  URL '
+            help='send connections and, if the last is of SOCKS5, UDP through this proxy; '
+                 'repeatable, for a chain, first hop first.  URL '
                  'is SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
                  'socks4, http or https, with +tls, +gssapi or +unix appended if wanted.  Others '
                  'on this machine can see a password in it, but not in SOCKS_PROXY, see below '
@@ -11017,6 +11851,9 @@ def settings_from(args, environ):
     users = dict(pairs)
     if len(users) < len(pairs):
         raise ValueError('-u, SOCKS_USERS: a user is given twice')
+    if args.udp_port and args.workers > 1:
+        raise ValueError('--udp-port: expected one worker process; with -w, a datagram may come to '
+                         'another process than its association')
     for name in ('source', 'advertise'):
         hosts = getattr(args, name)
         if len(set(map(family_of, hosts))) < len(hosts):

@@ -67,7 +67,8 @@ except ImportError:                     # Windows
 
 import socks
 from socks import (Address, Choice, Credentials, Datagram, Greeting, GssMessage, ProtocolError,
-                   Reply, Request, Request4, Response, Response4, Settings, Verdict)
+                   Reply, Request, Request4, Response, Response4, Settings, StreamedDatagram,
+                   Verdict)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, 'socks.py')
@@ -640,6 +641,14 @@ MESSAGES = [
     ('PROXY, IPv6', socks.ProxyHeader(Address('::1', 1), Address('2001:db8::2', 2)),
      '0d0a0d0a000d0a515549540a 21210024 00000000000000000000000000000001'
      '20010db8000000000000000000000002 0001 0002'),
+    ('datagram in TCP', StreamedDatagram(hexed('000000017f00000146a16f6e65')),
+     '0003 0a 017f00000146a1 6f6e65'),
+    ('datagram in TCP, name', StreamedDatagram(hexed('00000003096c6f63616c686f737400357879')),
+     '0002 10 03096c6f63616c686f73740035 7879'),
+    ('datagram in TCP, IPv6, empty', StreamedDatagram(hexed('00000004 00*15 01 0035')),
+     '0000 16 04 00*15 01 0035'),
+    ('datagram in TCP, longest name', StreamedDatagram(hexed('00000003f8 61*248 0035 62')),
+     '0001 ff 03f8 61*248 0035 62'),
     ('GSSAPI token', GssMessage(1, b'abc'), '01010003616263'),
     ('GSSAPI token, empty', GssMessage(1), '01010000'),
     ('GSSAPI token, longest', GssMessage(3, b'a' * 65535), '0103ffff 61*65535'),
@@ -695,6 +704,11 @@ MALFORMED = [
     ('request, address type 0', Request, '050100007f0000010050', Reply.ADDRESS_TYPE_NOT_SUPPORTED),
     ('request, address type 2', Request, '050100027f0000010050', Reply.ADDRESS_TYPE_NOT_SUPPORTED),
     ('response, address type 5', Response, '05000005', Reply.ADDRESS_TYPE_NOT_SUPPORTED),
+    ('datagram in TCP, address type 2', StreamedDatagram, '00010a02',
+     Reply.ADDRESS_TYPE_NOT_SUPPORTED),
+    ('datagram in TCP, HDRLEN of all', StreamedDatagram, '00010b01', Reply.GENERAL_FAILURE),
+    ('datagram in TCP, HDRLEN 0', StreamedDatagram, '00010001', Reply.GENERAL_FAILURE),
+    ('datagram in TCP, HDRLEN of a name', StreamedDatagram, '0001090303', Reply.GENERAL_FAILURE),
     ('SOCKS4 request, version 5', Request4, '0501', Reply.GENERAL_FAILURE),
     ('SOCKS4 userid too long', Request4, '0401005001020304 61*513', Reply.GENERAL_FAILURE),
     ('SOCKS4a name too long', Request4, '040100500000000100 61*256', Reply.GENERAL_FAILURE),
@@ -723,6 +737,8 @@ UNSENDABLE = [
     (Credentials(b'u' * 256, b''), 'username of 256 bytes'),
     (Credentials(b'', b'p' * 256), 'password of 256 bytes'),
     (Request4(1, Address('::1', 80)), 'IPv6'),
+    (StreamedDatagram(Datagram(Address('a' * 249, 80), b'').pack()), 'header of 256 bytes'),
+    (StreamedDatagram(Datagram(Address('1.2.3.4', 80), bytes(65536)).pack()), 'of 65536 bytes'),
 ]
 
 
@@ -2561,9 +2577,11 @@ class Echo:
 class Associate:
     """A client with a UDP association."""
 
-    def __init__(self, server, hint=Address('0.0.0.0', 0)):
+    def __init__(self, server, hint=Address('0.0.0.0', 0), credentials=None):
         self.control = Peer(server.server_address)
-        self.control.ask(Greeting(b'\0'), Choice)
+        self.control.ask(Greeting(b'\2' if credentials else b'\0'), Choice)
+        if credentials:
+            self.control.ask(credentials, Verdict)
         self.sock = socket.socket(socks.family_of(server.server_address.host), socket.SOCK_DGRAM)
         self.sock.bind((server.server_address.host, 0))
         self.sock.settimeout(PATIENCE)
@@ -2600,6 +2618,38 @@ class Associate:
         return True
 
 
+def header_length(data):
+    """Of a datagram with a header."""
+    return 7 + data[4] if data[3] == 3 else {1: 10, 4: 22}[data[3]]
+
+
+class StreamAssociate(Associate):
+    """A client with an association whose datagrams travel in its connection, after command 05."""
+
+    def __init__(self, server, wrap=None, early=b''):
+        sock = socket.create_connection(server.server_address[:2], PATIENCE)
+        self.control = Peer(wrap(sock) if wrap else sock)
+        self.sock = self.control.sock
+        self.control.ask(Greeting(b'\0'), Choice)
+        self.control.send(hexed('05050001 00000000 0000') + early)
+        self.response = Response.unpack(self.control.read)
+
+    @staticmethod
+    def message(data):
+        end = header_length(data)
+        return struct.pack('!HB', len(data) - end, end) + data[3:]
+
+    def send(self, data):
+        self.control.send(self.message(data))
+
+    def receive(self):
+        size, end = struct.unpack('!HB', self.control.read(3))
+        return b'\0\0\0' + self.control.read(end - 3 + size)
+
+    def nothing_comes(self, seconds=0.1):
+        return not ready([self.sock], [], seconds)
+
+
 # (name, datagrams to send, the answer or '' to each); {port} is the target's.
 DATAGRAM_VECTORS = [
     ('U-10', ['000000017f000001{port}6f6e65'], ['000000017f000001{port}453a6f6e65']),
@@ -2630,13 +2680,53 @@ DATAGRAM_VECTORS = [
 ]
 
 
-class UdpTest(Case):
+class DatagramCase(Case):
 
     def associate(self, server, *args):
         return self.enter(Associate(server, *args))
 
     def echo(self, *args):
         return self.enter(Echo(*args))
+
+    def relay_in(self, server):
+        """Its only association."""
+        return eventually(lambda: [item for item in list(server.loop.items)
+                                   if isinstance(item, socks.UdpRelay)])[0]
+
+    def check_way(self, client, largest=65497):
+        """What holds on each way of datagrams: whole ones are answered, names, both families and
+        all sizes; in order; the malformed ones are dropped."""
+        self.assertEqual(client.response.reply, 0)
+        echo = self.echo()
+        for name, datagrams, answers in DATAGRAM_VECTORS:
+            for datagram, answer in zip(datagrams, answers):
+                data = hexed(datagram, port=echo.address.port)
+                if data[2:3] == b'\0' and len(data) > 8 and data[3] != 2:
+                    with self.subTest(name):
+                        client.send(data)
+                        if answer:
+                            self.assertEqual(client.receive(),
+                                             hexed(answer, port=echo.address.port))
+        echo.prefix = b''
+        if HAS_IPV6:
+            six = self.echo('::1')
+            answer = client.ask(Datagram(six.address, b'six').pack())
+            self.assertEqual(Datagram.unpack(answer), Datagram(six.address, b'E:six'))
+        for size in (0, 1, 1472, 9000, 60000, largest):
+            payload = random.Random(size).getrandbits(8 * size + 1).to_bytes(size + 1, 'big')[1:]
+            answer = Datagram.unpack(client.ask(Datagram(echo.address, payload).pack()))
+            self.assertEqual(answer, Datagram(echo.address, payload))
+        for number in range(100):
+            client.send(Datagram(echo.address, b'%d' % number).pack())
+        self.assertEqual([int(Datagram.unpack(client.receive()).payload) for _ in range(100)],
+                         list(range(100)))
+        self.assertTrue(client.nothing_comes(0.02))
+
+    def stream(self, server, *args):
+        return self.enter(StreamAssociate(server, *args))
+
+
+class UdpTest(DatagramCase):
 
     def test_vectors(self):
         """U-10 to U-23, also with the target known already, and the association intact."""
@@ -2699,11 +2789,6 @@ class UdpTest(Case):
         eventually(lambda: self.lines)
         self.assertIn('UDP_ASSOCIATE', self.lines[0])
         self.assertIn('done, 1 bytes up, 3 down', self.lines[0])
-
-    def relay_in(self, server):
-        """Its only association."""
-        return eventually(lambda: [item for item in list(server.loop.items)
-                                   if isinstance(item, socks.UdpRelay)])[0]
 
     def test_another_port_of_the_client(self):
         """It takes over when the first one is silent, unless the client is on this host."""
@@ -3099,6 +3184,18 @@ class UdpTest(Case):
         peer = self.peer(self.serve().server_address)
         self.assertEqual(peer.ask(Request4(3, Address('127.0.0.1', 1)), Response4), Response4(0x5b))
 
+    @needs_ipv6
+    def test_version_of_ip(self):
+        """Also for IP addresses, as for connections."""
+        four, six = self.echo(), self.echo('::1')
+        for version, good, bad in ((4, four, six), (6, six, four)):
+            client = self.stream(self.serve(family=version))
+            client.send(Datagram(bad.address, b'x').pack())
+            self.assertEqual(Datagram.unpack(client.ask(Datagram(good.address, b'y').pack())),
+                             Datagram(good.address, b'E:y'))
+            self.assertEqual(bad.seen, [])
+            del good.seen[:]
+
     def test_look_ups_keep_order(self):
         """Datagrams to a name wait for its look-up in order; others pass them by."""
         echo = self.echo('127.0.0.1', b'')
@@ -3154,6 +3251,380 @@ class UdpTest(Case):
         client.control.sock.close()
         eventually(lambda: self.lines)
         self.assertRegex(self.lines[-1], r'done, \d+ datagrams dropped')
+
+
+@unittest.skipUnless(hasattr(socket, 'SO_REUSEPORT'), 'this system has no SO_REUSEPORT')
+class SharedPortTest(DatagramCase):
+    """Settings.udp_port.  All clients here have one IP address: they are hard to tell apart."""
+
+    def serve(self, *args, **settings):
+        self.port = settings.setdefault('udp_port', unused_port())
+        return super().serve(*args, **settings)
+
+    # What is so with a port for each association, too.
+    test_vectors = UdpTest.test_vectors
+    test_hints = UdpTest.test_hints
+    test_owner = UdpTest.test_owner
+    test_ends_with_the_connection = UdpTest.test_ends_with_the_connection
+    test_another_port_of_the_client = UdpTest.test_another_port_of_the_client
+    test_both_families = UdpTest.test_both_families
+    test_anybody_may_answer = UdpTest.test_anybody_may_answer
+    relay_of = UdpTest.relay_of
+    test_many = UdpTest.test_many
+    test_idle = UdpTest.test_idle
+
+    def asks(self, client, echo, text):
+        """Whether the client gets the answer to a datagram with this text."""
+        client.send(Datagram(echo.address, text).pack())
+        return not client.nothing_comes(PATIENCE if text == b'yes' else 0.05)
+
+    def test_port(self):
+        """Replies have it, with the address to advertise; no association costs a descriptor."""
+        server = self.serve(advertise='127.0.0.1')
+        before = descriptors()
+        clients = [self.associate(server) for _ in range(20)]
+        self.assertEqual({client.relay for client in clients}, {('127.0.0.1', self.port)})
+        if before:
+            self.assertLessEqual(descriptors(), before + 3 * 20)    # TCP's two ends, client.sock
+
+    def test_bursts(self):
+        """Of several clients, in turns: all arrive, in order, and answers go where they belong."""
+        server, echo = self.serve(), self.echo('127.0.0.1', b'')
+        clients = [self.associate(server) for _ in range(3)]
+        for number in range(20):        # no more than the target's buffer is sure to hold
+            for place, client in enumerate(clients):
+                for part in range(1 + place):
+                    client.send(Datagram(echo.address, b'%d %d %d' % (place, number, part)).pack())
+        for place, client in enumerate(clients):
+            texts = [Datagram.unpack(client.receive()).payload for _ in range(20 * (1 + place))]
+            self.assertEqual(texts, [b'%d %d %d' % (place, number, part) for number in range(20)
+                                     for part in range(1 + place)])
+        self.assertTrue(all(client.nothing_comes(0) for client in clients))
+
+    def test_who_gets_the_first_datagram(self):
+        """The association that announced its port, else the oldest that has had none."""
+        server, echo = self.serve(), self.echo()
+        idle = self.associate(server)
+        relay = self.relay_in(server)
+        announced = self.associate(server, 'own')
+        for text in b'first', b'second':
+            self.assertEqual(announced.ask(Datagram(echo.address, text).pack())[-len(text):], text)
+        self.assertIsNone(relay.owner)
+        later = self.associate(server)
+        self.assertEqual(later.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
+        self.assertEqual(relay.owner, later.sock.getsockname())
+        self.assertFalse(relay.admit(('127.0.0.1', 0)))         # not the announced port
+        self.assertEqual(idle.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
+        with Associate(server) as nobody:       # all have their clients
+            stranger = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            nobody.ask(Datagram(echo.address, b'x').pack())
+            del echo.seen[:]
+            for data in Datagram(echo.address, b'stranger').pack(), b'', b'junk':
+                nobody.send(data, stranger)
+            nobody.ask(Datagram(echo.address, b'y').pack())
+            self.assertEqual(echo.seen, [b'y'])
+
+    def test_announced_ports(self):
+        """One takes its association back, for good, but not one that another client uses."""
+        server, echo = self.serve(), self.echo()
+        data = Datagram(echo.address, b'x').pack()
+        client = self.associate(server, 'own')
+        stranger = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        client.send(data, stranger)
+        relay = self.relay_in(server)
+        eventually(lambda: relay.owner)
+        far = list(relay.far.values())
+        client.ask(data)
+        self.assertEqual(relay.owner, client.sock.getsockname())
+        self.assertEqual([sock.fileno() for sock in far], [-1])
+        rogue = self.associate(server, Address('0.0.0.0', client.sock.getsockname()[1]))
+        client.ask(data)
+        self.assertEqual(relay.owner, client.sock.getsockname())
+        self.assertTrue(rogue.nothing_comes(0))
+        client.control.sock.close()
+        eventually(lambda: len(server.clients) == 1)
+        self.assertEqual(client.ask(data)[-3:], b'E:x')         # it is for the other one now
+
+    def test_late_datagrams(self):
+        """Those of an association that has ended are not the first ones of another, unless that
+        has announced their port."""
+        server, echo = self.serve(), self.echo()
+        data = Datagram(echo.address, b'x').pack()
+        first = self.associate(server)
+        first.ask(data)
+        first.control.sock.close()
+        eventually(lambda: not server.clients)
+        second = self.associate(server)
+        first.send(data)
+        second.ask(data)
+        self.assertEqual(self.relay_in(server).owner, second.sock.getsockname())
+        self.assertTrue(first.nothing_comes(0))
+        self.associate(server, Address('0.0.0.0', first.sock.getsockname()[1]))
+        self.assertEqual(first.ask(data)[-3:], b'E:x')
+
+    def test_users_with_one_address(self):
+        """What might be of either is dropped; afterwards each has its own."""
+        users = {name: b'secret' for name in (b'alice', b'bob')}
+        server, echo = self.serve(users=users), self.echo()
+        alice, bob = [self.associate(server, Address('0.0.0.0', 0), Credentials(*user))
+                      for user in users.items()]
+        for client in alice, bob:
+            self.assertFalse(self.asks(client, echo, b'no'))
+        self.assertEqual(echo.seen, [])
+        bob.control.sock.close()
+        eventually(lambda: len(server.clients) == 1)
+        self.assertTrue(self.asks(alice, echo, b'yes'))
+        bob = self.associate(server, Address('0.0.0.0', 0), Credentials(b'bob', b'secret'))
+        self.assertTrue(self.asks(bob, echo, b'yes'))
+        self.assertEqual({item.client.user: item.sent for item in list(server.loop.items)
+                          if isinstance(item, socks.UdpRelay)}, {'alice': 1, 'bob': 1})
+        port = Address('0.0.0.0', alice.sock.getsockname()[1])
+        self.associate(server, port, Credentials(b'bob', b'secret'))
+        self.assertTrue(self.asks(alice, echo, b'yes'))
+        alice.control.sock.close()
+        eventually(lambda: len(server.clients) == 2)
+        self.assertTrue(self.asks(alice, echo, b'yes'))
+
+    def test_silent_clients(self):
+        """One with an association of the same address beside it keeps it; else the next port gets
+        it, but no answer to what was sent before."""
+        class Elsewhere(socks.Handler):
+            def do_UDP_ASSOCIATE(self, request):
+                relay = yield from super().do_UDP_ASSOCIATE(request)
+                relay.is_here = False
+                return relay
+
+        self.change(socks.UdpRelay, SILENCE=0.05)
+        server, echo = self.serve(Elsewhere), self.echo()
+        client, other = self.associate(server), self.associate(server)
+        data = Datagram(echo.address, b'x').pack()
+        client.ask(data)
+        relay = self.relay_in(server)
+        other.ask(data)
+        stranger = self.associate(self.serve(udp_port=0))
+        stranger.relay = client.relay
+        eventually(lambda: not relay.owner)
+        stranger.send(data)
+        self.assertTrue(stranger.nothing_comes(0.05))
+        self.assertEqual(client.ask(data)[-3:], b'E:x')
+        other.control.sock.close()
+        eventually(lambda: len(server.clients) == 1)
+        far = list(relay.far.values())
+        eventually(lambda: not relay.owner)
+        self.assertEqual(stranger.ask(data)[-3:], b'E:x')
+        self.assertEqual([sock.fileno() for sock in far], [-1])
+
+    def test_all_addresses(self):
+        """Answers leave from the address that the client has connected to."""
+        echo = self.echo()
+        data = Datagram(echo.address, b'x').pack()
+        for host in ('0.0.0.0', '::')[:1 + HAS_IPV6]:
+            server = self.serve(host=host, open=True)
+            hosts = ('127.0.0.1', '127.0.0.2', '::1')[:2 + (host == '::')]
+            for own in filter(socks.is_ours, hosts):
+                there = Address(own, server.server_address.port)
+                for client in [self.associate(argparse.Namespace(server_address=there))
+                               for _ in range(2)]:
+                    self.assertEqual(client.relay, (own, self.port))
+                    client.sock.close()
+                    with socket.socket(client.sock.family, socket.SOCK_DGRAM) as client.sock:
+                        client.sock.bind((client.control.sock.getsockname()[0], 0))
+                        client.sock.settimeout(PATIENCE)
+                        self.assertEqual(client.ask(data)[-3:], b'E:x')
+                    client.control.sock.close()
+                hosts_held = {address.host for address in server.addresses}
+                eventually(lambda: {key.host for key in server.shared_ports._ports} == hosts_held)
+
+    def test_port_in_use(self):
+        """By another program, on any of the addresses, with whatever option."""
+        port = unused_port()
+        for host, option in (('127.0.0.1', None), ('0.0.0.0', None),
+                             ('127.0.0.1', socket.SO_REUSEADDR)):
+            with self.subTest(host), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                if option:
+                    sock.setsockopt(socket.SOL_SOCKET, option, 1)
+                sock.bind((host, port))
+                with self.assertRaisesRegex(OSError, f'--udp-port: cannot listen on 127.0.0.1:'
+                                                     f'{port}: Address already in use'):
+                    self.serve(udp_port=port)
+        server = self.serve(udp_port=port, host='0.0.0.0', open=True)
+        for host in '127.0.0.1', '0.0.0.0':     # nor may any share it
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                with self.assertRaises(OSError):
+                    sock.bind((host, port))
+        server.stop()
+        self.serve(udp_port=port)
+
+    def test_without_the_option_of_sockets(self):
+        """As on Windows: a clear refusal."""
+        self.addCleanup(setattr, socket, 'SO_REUSEPORT', socket.SO_REUSEPORT)
+        del socket.SO_REUSEPORT
+        with self.assertRaisesRegex(ValueError, '--udp-port: not possible on this system'):
+            self.serve()
+
+    def test_reconfigure(self):
+        """Associations go on at the old port, which closes with the last of them."""
+        server, echo = self.serve(), self.echo()
+        first, old = self.associate(server), self.port
+        data = Datagram(echo.address, b'x').pack()
+        first.ask(data)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(('127.0.0.1', 0))
+            with self.assertRaisesRegex(OSError, 'already in use'):
+                server.reconfigure(Settings(udp_port=sock.getsockname()[1]))
+        self.assertEqual(self.associate(server).relay.port, old)
+        new = unused_port()
+        server.reconfigure(Settings(udp_port=new))
+        second = self.associate(server)
+        self.assertEqual(second.relay.port, new)
+        server.reconfigure(Settings())
+        self.assertNotIn(self.associate(server).relay.port, (old, new))
+        for client in first, second:
+            self.assertEqual(client.ask(data)[-3:], b'E:x')
+        second.control.sock.close()
+        eventually(lambda: [*server.shared_ports._ports] == [('127.0.0.1', old)])
+
+    def test_not_a_target(self):
+        """For datagrams; TCP has another service there, perhaps."""
+        for host, advertise in ('127.0.0.1', ()), ('0.0.0.0', '203.0.113.1'):
+            server = self.serve(host=host, open=True, advertise=advertise,
+                                rules=['allow to 0.0.0.0/0 127.0.0.0/8'])
+            client = socks.Session(server, Address('192.0.2.1', 5))
+            for target in ('127.0.0.1', *filter(None, [advertise])):
+                client.command = socks.Command.UDP_ASSOCIATE
+                server.authorize(client, Address(target, 1))
+                with self.assertRaisesRegex(socks.Refused, 'the proxy itself'):
+                    server.authorize(client, Address(target, self.port))
+                client.command = socks.Command.CONNECT
+                server.authorize(client, Address(target, self.port))
+
+
+class UdpInTcpTest(DatagramCase):
+    """Datagrams in the client's connection, after command 05."""
+
+    def setUp(self):
+        socks.background_loop()         # its thread stays
+        super().setUp()
+
+    def test_ways(self):
+        self.check_way(self.stream(self.serve()))
+        server = self.serve(tls=server_context())
+        self.check_way(self.stream(server, lambda sock: client_context().wrap_socket(
+            sock, server_hostname='localhost')))
+
+    def test_reply(self):
+        """It repeats the address of the request, as hev-socks5-server's does."""
+        server = self.serve()
+        for request, reply in (('05050001 00000000 0000', '05000001 00000000 0000'),
+                               ('05050004 00*16 0000', '05000004 00*16 0000'),
+                               ('05050001 7f000001 0009', '05000001 7f000001 0009'),
+                               ('05050003 0161 0009', '05000001 00000000 0000')):
+            with Peer(server.server_address) as peer:
+                peer.send(hexed('050100' + request))
+                self.assertEqual(peer.read(2 + len(hexed(reply))), hexed('0500' + reply))
+
+    def test_message_by_message(self):
+        """However they are split, or come together; the first with the request."""
+        echo = self.echo()
+        messages = [StreamAssociate.message(Datagram(echo.address, b'%d' % number).pack())
+                    for number in range(200)]
+        client = self.stream(self.serve(), None, b''.join(messages[:3]))
+        for message in messages[3:6]:
+            for start in range(len(message)):
+                client.control.send(message[start:start + 1])
+        client.control.send(b''.join(messages[6:]))
+        self.assertEqual([Datagram.unpack(client.receive()).payload for _ in messages],
+                         [b'E:%d' % number for number in range(200)])
+
+    def test_the_rest_of_a_turn(self):
+        """Messages that are read, but for which no time is left, need no further one to come."""
+        class Slow(socks.Server):
+            def authorize(self, client, target, name=None):
+                end = time.monotonic() + 0.002
+                while time.monotonic() < end:
+                    pass
+
+        client = self.stream(self.serve(server_class=Slow))
+        echoes = [self.echo() for _ in range(4)]
+        client.control.send(b''.join(StreamAssociate.message(Datagram(echo.address, b'').pack())
+                                     for echo in echoes))
+        self.assertEqual([Datagram.unpack(client.receive()).address for _ in echoes],
+                         [echo.address for echo in echoes])
+
+    def test_malformed(self):
+        """The stream has no further messages then; what came before is relayed."""
+        echo = self.echo()
+        valid = StreamAssociate.message(Datagram(echo.address, b'x').pack())
+        for data, outcome in (
+                ('0001 0a 02', 'client: malformed message: address type 0x02, expected 0x01, '),
+                ('0001 0b 01', 'client: malformed message: HDRLEN 11, expected 10'),
+                ('0001 00 03 01', 'client: malformed message: HDRLEN 0, expected 8'),
+                ('0001 0a 01 7f', 'client: the end of a message is missing'), ('', 'done')):
+            with self.subTest(data):
+                server = self.serve()
+                client = self.stream(server)
+                client.control.send(valid)
+                self.assertEqual(client.receive()[-3:], b'E:x')
+                client.control.send(valid + hexed(data) + b'\0' * (outcome[8:9] == 'm'))
+                client.control.finish()
+                self.assertEqual(client.control.rest(), b'')
+                line = eventually(lambda: self.lines)[0]
+                self.assertIn(' UDP_IN_TCP 1 targets, 2 datagrams up, 1 down: ' + outcome, line)
+                eventually(lambda: not server.clients)
+
+    def test_reset(self):
+        client = self.stream(self.serve())
+        client.control.reset()
+        self.assertRegex(eventually(lambda: self.lines)[0], 'UDP_IN_TCP .*: client: .*reset')
+
+    def test_idle(self):
+        client = self.stream(self.serve(udp_timeout=0.2))
+        self.assertEqual(client.control.rest(), b'')
+        self.assertIn(': idle, ', eventually(lambda: self.lines)[0])
+
+    def test_client_that_does_not_read(self):
+        """What its connection does not take is dropped, and none is cut; memory is bounded."""
+        echo = self.echo('127.0.0.1', b'')
+        server = self.serve()
+        client = self.stream(server)
+        relay = self.relay_in(server)
+        relay.near._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        payload = bytes(60000)
+        while not relay.dropped:
+            answers = relay.answers + relay.dropped
+            client.send(Datagram(echo.address, payload).pack())
+            eventually(lambda: relay.answers + relay.dropped > answers)
+        self.assertLessEqual(relay.near._size, relay.near.ROOM)
+        for _ in range(relay.answers):
+            self.assertEqual(Datagram.unpack(client.receive()), Datagram(echo.address, payload))
+        self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-1:], b'x')
+        client.control.finish()
+        self.assertIn(' datagrams dropped', eventually(lambda: self.lines)[0])
+
+    def test_rules(self):
+        """They know it as UDP, as does who asks for the command."""
+        echo, asked = self.echo(), []
+
+        class Asking(socks.Server):
+            def authorize(self, client, target, name=None):
+                asked.append(client.command)
+                super().authorize(client, target, name)
+
+        for rules, reply in (('deny udp to *|allow to *', 2), ('allow connect to *', 2),
+                             ('allow udp to 127.0.0.1', 0)):
+            rules = tuple(socks.parse_rule(rule, 'here') for rule in rules.split('|'))
+            server = self.serve(server_class=Asking, rules=rules)
+            self.assertEqual(self.stream(server).response.reply, reply)
+        client = self.stream(server)
+        client.send(Datagram(Address('127.0.0.2', echo.address.port), b'denied').pack())
+        self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
+        self.assertEqual(asked, [socks.Command.UDP_ASSOCIATE] * 2)
+
+    def test_not_in_socks4(self):
+        peer = self.peer(self.serve().server_address)
+        self.assertEqual(peer.ask(Request4(5, Address('127.0.0.1', 1)), Response4), Response4(0x5b))
 
 
 class ReassemblyTest(unittest.TestCase):
@@ -3321,7 +3792,7 @@ class LifecycleTest(Case):
                 ('rules', None, None), ('upstream', 'socks5h://h', (hop,)),
                 ('upstream', hop, (hop,)), ('upstream', ('socks5h://h', hop), (hop, hop)),
                 ('source', '127.0.0.1', ('127.0.0.1',)), ('udp_ports', '5-9', (5, 9)),
-                ('udp_ports', [5, 9], (5, 9)), ('idle_timeout', '2.5', 2.5),
+                ('udp_ports', [5, 9], (5, 9)), ('udp_port', '0', 0), ('idle_timeout', '2.5', 2.5),
                 ('idle_timeout', None, 0), ('max_clients', '7', 7), ('users', {'a': 'b'},
                                                                      {b'a': b'b'})):
             with self.subTest(name, value=value):
@@ -3338,6 +3809,7 @@ class LifecycleTest(Case):
                 ('upstream', 5), ('upstream', (7, 'h')), ('source', 'localhost'), ('source', 127),
                 ('source', ('127.0.0.1', '127.0.0.2')), ('advertise', ['']), ('tls', 'cert.pem'),
                 ('udp_ports', 5), ('udp_ports', '9-5'), ('udp_ports', (1, 2, 3)),
+                ('udp_port', 65536), ('udp_port', 'x'), ('udp_port', -1),
                 ('gssapi', ['clear']), ('max_clients', -1), ('max_clients', 'x'),
                 ('max_clients', 2.5), ('idle_timeout', 'soon'), ('idle_timeout', float('nan')),
                 ('users', ['bob:secret']), ('users', {'bob': 5}), ('users', {5: 'bob'}),
@@ -3640,6 +4112,17 @@ class Inside(Case):
             self.assertEqual(client.ask(Datagram(ours.address, b'yes').pack())[-5:], b'E:yes')
             self.assertEqual(echo.seen, [])
 
+    def test_shared_port_from_elsewhere(self):
+        """No client reaches it as a target, to send in the name of another one."""
+        server = self.serve(host='198.51.100.1', open=True, udp_port=unused_port())
+        with Associate(server) as client, Associate(server) as other, \
+                Echo('198.51.100.1') as ours:
+            through = Datagram(client.relay, Datagram(ours.address, b'no').pack())
+            client.send(through.pack())
+            self.assertEqual(client.ask(Datagram(ours.address, b'yes').pack())[-5:], b'E:yes')
+            self.assertEqual(other.ask(Datagram(ours.address, b'yes').pack())[-5:], b'E:yes')
+            self.assertEqual(ours.seen, [b'yes', b'yes'])
+
     def test_bind_for_a_peer_elsewhere(self):
         """A client on this host: the peer connects to the address that it would see."""
         server = self.serve()
@@ -3669,7 +4152,7 @@ class Inside(Case):
         host = self.link_local()
         rules = tuple(socks.parse_rule(line, 'rule') for line in (
             'allow bind to fe80::/10 0.0.0.0/0', 'allow from fe80::/10 to 198.51.100.0/24'))
-        server = self.serve(host=host, open=True, rules=rules, ident=True)
+        server = self.serve(host=host, open=True, rules=rules, ident=True, udp_port=unused_port())
         self.assertEqual(server.server_address.host, host)
         there = socket.getaddrinfo(host, server.server_address.port, 0, socket.SOCK_STREAM)[0][4]
         origin = self.origin(echo, host='198.51.100.1')
@@ -7174,7 +7657,7 @@ class WaysTest(FileCase):
         self.source(server, 'a.test', code=Reply.GENERAL_FAILURE)
         self.source(server, 'b.test', code=Reply.NOT_ALLOWED)
 
-    def test_only_connections_have_ways(self):
+    def test_only_connections_and_datagrams_have_ways(self):
         """What else the rule would allow must not leave in another way."""
         server = self.ways('allow to 127.0.0.1 via socks5h://127.0.0.1:9', tor_extensions=True)
         for command in (socks.Command.BIND, socks.Command.RESOLVE):
@@ -7182,14 +7665,13 @@ class WaysTest(FileCase):
                 peer.ask(Greeting(b'\0'), Choice)
                 reply = peer.ask(Request(command, Address('127.0.0.1', 0)), Response).reply
                 self.assertEqual(reply, Reply.NOT_ALLOWED)
-        with Associate(server) as client, Echo() as target:
-            client.send(Datagram(target.address, b'x').pack())
-            self.assertTrue(client.nothing_comes(0.1))
 
     def test_wrong_ways(self):
         for text, message in (
                 ('deny to * via direct', 'after what is allowed'),
-                ('allow udp to * via direct', 'for connections'),
+                ('allow bind to * via direct', 'for connections and UDP, expected no command'),
+                ('allow udp to * via socks5h://a http://b:1', 'UDP through HTTP proxy b:1, expect'),
+                ('allow connect udp to * via socks4a://a', 'UDP through SOCKS4 proxy a:1080, exp'),
                 ('allow via direct to *', "'via' is not expected here"),
                 ('allow to via direct', "'via' is not expected here"),
                 ('allow to * via', 'expected direct'),
@@ -8905,6 +9387,28 @@ class Kerberos:
         self._folder.cleanup()
 
 
+class GssAssociate(StreamAssociate):
+    """A client with an association whose datagrams travel in its connection, inside of GSSAPI."""
+
+    def __init__(self, peer, context):
+        self.control, self.context, self.data = self, context, b''
+        self.peer, self.sock = peer, peer.sock
+        peer.send(context.seal(hexed('05050001 00000000 0000')))
+        self.response = Response.unpack(self.read)
+
+    def send(self, data):
+        message = self.message(data)
+        for start in range(0, len(message), 30000):
+            self.peer.send(self.context.seal(message[start:start + 30000]))
+
+    def read(self, n):
+        while len(self.data) < n:
+            token = GssMessage.unpack_token(3, self.peer.read)
+            self.data += self.context.open(token, self.context.OUT_OF_ORDER)
+        data, self.data = self.data[:n], self.data[n:]
+        return data
+
+
 def has_kerberos():
     with contextlib.suppress(OSError):
         socks.gss_library()
@@ -8919,7 +9423,7 @@ def changed(message):
 
 
 @unittest.skipUnless(has_kerberos(), 'not installed: krb5-kdc, krb5-admin-server, krb5-user')
-class GssapiTest(ClientCase, FileCase):
+class GssapiTest(ClientCase, FileCase, DatagramCase):
     BOTH = 1, 2
 
     @classmethod
@@ -9007,6 +9511,21 @@ class GssapiTest(ClientCase, FileCase):
                 line = eventually(lambda: self.lines)[0]
                 self.assertIn(' alice@SOCKS.TEST SOCKS5 CONNECT ', line)
                 self.assertIn(': done, 5 bytes up, 5 down', line)
+
+    def test_datagrams_in_tcp(self):
+        """They are protected as all else there."""
+        for level in self.BOTH:
+            peer, context = self.agree(self.serve(gssapi=self.BOTH), level)
+            self.check_way(GssAssociate(peer, context))
+
+    def test_datagrams_by_another_proxy(self):
+        last = self.serve(gssapi=self.BOTH)
+        for upstream in (self.proxy(last), [f'http://{last.server_address}', self.proxy(last)]):
+            if isinstance(upstream, list):
+                first = self.enter(socks.Server(('127.0.0.1', 0)).start())
+                upstream[0] = f'http://{first.server_address}'
+            server = self.enter(socks.Server(('127.0.0.1', 0), Settings(upstream=upstream)).start())
+            self.check_way(self.associate(server), largest=60000)
 
     def test_unprotected_level(self):
         """NEC's: G-07."""
@@ -9169,7 +9688,12 @@ class GssapiTest(ClientCase, FileCase):
             self.assertTrue(drinking.result())
 
     def test_replayed_and_foreign_datagrams(self):
-        target, server = self.enter(Echo()), self.serve(gssapi=self.BOTH)
+        for udp_port in (0, unused_port()):
+            with self.subTest(udp_port=udp_port):
+                self.check_datagrams(self.serve(gssapi=self.BOTH, udp_port=udp_port))
+
+    def check_datagrams(self, server):
+        target = self.enter(Echo())
         peer, context = self.agree(server, 2, in_sequence=False)
         peer.send(context.seal(Request(3, Address('0.0.0.0', 0)).pack()))
         read, _ = socks.reader(self.answered(peer, context))
@@ -9411,16 +9935,280 @@ class UpstreamTest(Case):
 
     def test_what_cannot_be_passed_on(self):
         dead = f'socks5h://127.0.0.1:{self.refused_port()}'
-        server = self.serve(upstream=tuple(socks.parse_chain(dead)))
-        for command in (2, 3):
+        for scheme, command in (('socks5h', 2), ('http', 3), ('socks4', 3), ('http', 5)):
+            server = self.serve(upstream=dead.replace('socks5h', scheme))
             with Peer(server.server_address) as peer:
                 peer.ask(Greeting(b'\0'), Choice)
                 self.assertEqual(peer.ask(Request(command, Address('127.0.0.1', 1)),
                                           Response).reply, Reply.COMMAND_NOT_SUPPORTED)
+        server = self.serve(upstream=dead)
         self.assertEqual(self.peer(server.server_address).connect('127.0.0.1', 1).reply,
                          Reply.GENERAL_FAILURE)
         with self.assertRaises(socks.ProxyError):
             socks.run(socks.open_chain(socks.parse_chain(dead), Address('127.0.0.1', 1)))
+
+
+class UdpUpstreamTest(DatagramCase, FileCase):
+    """Datagrams by way of other proxies."""
+
+    def setUp(self):
+        socks.background_loop()                 # its thread stays
+        super().setUp()
+        certificate = self.write('certificate', CERTIFICATE)
+        self.addCleanup(os.environ.pop, 'SSL_CERT_FILE', None)
+        os.environ['SSL_CERT_FILE'] = certificate
+
+    def url(self, server, scheme='socks5h'):
+        return f'{scheme}://{server.server_address}'.replace('127.0.0.1', 'localhost')
+
+    def next_proxy(self, *upstream, **settings):
+        """A server that notes the commands that it does, and uses others itself."""
+        class Noting(socks.Handler):
+            def do(self, request):
+                server.asked.append(int(request.command))
+                return super().do(request)
+
+        server = self.enter(socks.Server(('127.0.0.1', 0), Settings(
+            upstream=list(upstream), **settings), Noting).start())
+        server.asked = []
+        return server
+
+    def test_one_proxy(self):
+        """By UDP to it, where that does not go past a layer."""
+        for scheme, settings, command in (('socks5h', {}, 3), ('socks5', {}, 3),
+                                          ('socks5h+tls', {'tls': server_context()}, 5)):
+            last = self.next_proxy(**settings)
+            server = self.serve(upstream=self.url(last, scheme))
+            for associate in self.associate, self.stream:
+                with self.subTest(scheme):
+                    self.check_way(associate(server))
+                    self.assertEqual(last.asked.pop(), command)
+            self.assertEqual(last.asked, [])
+
+    def test_several_proxies(self):
+        """Chains ask the last one for UDP in TCP; servers in a row do as each is told."""
+        third = self.next_proxy()
+        second = self.next_proxy(self.url(third))
+        self.check_way(self.stream(self.serve(upstream=self.url(second, 'socks5'))))
+        self.assertEqual((second.asked, third.asked), ([3], [3]))
+        server = self.serve(upstream=[self.url(second, 'socks4a'), self.url(third, 'socks5h')])
+        self.assertEqual(self.associate(server).response.reply, 0)
+        self.assertEqual((second.asked, third.asked), ([3, 1], [3, 1, 5]))
+        chain = [self.url(self.next_proxy(), 'http'), self.url(self.next_proxy(), 'socks4a'),
+                 self.url(self.next_proxy(), 'socks5h')]
+        self.check_way(self.associate(self.serve(upstream=chain)))
+
+    @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'there are no unix sockets')
+    def test_unix_socket(self):
+        path = self.write('x', '')[:-1] + 'socket'
+        self.enter(socks.Server((f'unix:{path}', 0)).start())
+        self.check_way(self.associate(self.serve(upstream=f'socks5h+unix://{path}')))
+
+    def test_what_the_proxy_refuses(self):
+        """With one proxy for all, the client gets its reply."""
+        last = self.next_proxy(rules=['allow connect to *'])
+        http_only = f'http://127.0.0.1:{last.server_address.port}'
+        for upstream, code in ((self.url(last), Reply.NOT_ALLOWED),
+                               ([http_only, self.url(last)], Reply.NOT_ALLOWED),
+                               (f'socks5h://127.0.0.1:{self.refused_port()}',
+                                Reply.GENERAL_FAILURE)):
+            server = self.serve(upstream=upstream)
+            for associate in self.associate, self.stream:
+                self.assertEqual(associate(server).response, Response(code))
+
+    def test_rules(self):
+        """They count as for CONNECT: names that are passed on, and what is looked up here."""
+        self.names(lambda name, family: ['127.0.0.1'])
+        last, echo = self.next_proxy(), self.echo()
+        for scheme, lines, host, allowed in (
+                ('socks5h', 'allow to name.test', 'name.test', True),
+                ('socks5h', 'allow to 127.0.0.1', 'name.test', False),
+                ('socks5h', 'deny to 127.0.0.0/8|allow to *', 'localhost', False),
+                ('socks5h', 'deny to 127.0.0.0/8|allow to *', '127.0.0.1', False),
+                ('socks5', 'allow to 127.0.0.1', 'name.test', True),
+                ('socks5', 'deny to 127.0.0.0/8|allow to *', 'name.test', False)):
+            with self.subTest(scheme, rules=lines, host=host):
+                server = self.serve(upstream=self.url(last, scheme), rules=lines.split('|'))
+                client = self.stream(server)
+                client.send(Datagram(Address(host, echo.address.port), b'x').pack())
+                if allowed:
+                    self.assertEqual(Datagram.unpack(client.receive()),
+                                     Datagram(echo.address, b'E:x'))
+                else:
+                    eventually(lambda: self.relay_in(server).dropped)
+
+    def test_ways_of_rules(self):
+        """The association is opened when it is needed; each target has its own way."""
+        one, other, echo = self.next_proxy(), self.next_proxy(), self.echo()
+        self.names(lambda name, family: ['127.0.0.1'])
+        dead = f'socks5h://127.0.0.1:{self.refused_port()}'
+        server = self.serve(rules=[
+            f'allow to one.test via {self.url(one)}',
+            f'allow udp to .other.test via {self.url(other, "socks5")}',
+            f'allow to next.test via {dead}', f'allow to next.test via {self.url(one)}',
+            f'allow to dead.test via {dead}', 'allow to 127.0.0.1'])
+        client = self.associate(server)
+        for host, asked in (('127.0.0.1', ([], [])), ('one.test', ([3], [])),
+                            ('a.other.test', ([3], [3])), ('b.other.test', ([3], [3])),
+                            ('next.test', ([3], [3])), ('one.test', ([3], [3]))):
+            with self.subTest(host):
+                data = Datagram(Address(host, echo.address.port), b'x').pack()
+                self.assertEqual(Datagram.unpack(client.ask(data)), Datagram(echo.address, b'E:x'))
+                self.assertEqual((one.asked, other.asked), asked)
+        client.send(Datagram(Address('dead.test', echo.address.port), b'x').pack())
+        eventually(lambda: self.relay_in(server).dropped)
+        self.assertEqual(len(set(echo.senders)), 3)
+
+    @unittest.skipUnless(sys.platform == 'linux', '127.0.0.5 is only here')
+    def test_local_addresses(self):
+        echo = self.echo()
+        server = self.serve(rules=[f'allow to 127.0.0.1 {echo.address.port} via 127.0.0.5',
+                                   'allow to 127.0.0.1 via inbound', 'allow to * via direct'],
+                            source=('127.0.0.4',), host='127.0.0.3')
+        client, inbound, direct = self.stream(server), self.echo(), self.echo('127.0.0.2')
+        for target in echo, inbound, direct:
+            client.ask(Datagram(target.address, b'x').pack())
+        self.assertEqual([target.senders[0][0] for target in (echo, inbound, direct)],
+                         ['127.0.0.5', '127.0.0.3', '127.0.0.4'])
+
+    def test_proxy_that_ends(self):
+        """The next datagram opens another association, not too soon after the last one."""
+        echo = self.echo()
+        for scheme, settings in (('socks5h', {}), ('socks5h+tls', {'tls': server_context()})):
+            last = self.next_proxy(**settings)
+            server = self.serve(upstream=self.url(last, scheme))
+            client = self.stream(server)
+            data = Datagram(echo.address, b'x').pack()
+            self.assertEqual(client.ask(data)[-3:], b'E:x')
+            relay = self.relay_in(server)
+            self.end_relay_in(last)
+            eventually(lambda: not relay.far)
+            self.assertEqual(client.ask(data)[-3:], b'E:x')
+            self.end_relay_in(last)
+            eventually(lambda: not relay.far)
+            client.send(data)
+            eventually(lambda: relay.dropped)
+            relay.routes._failed.clear()
+            relay.routes._pauses.clear()
+            self.assertEqual(client.ask(data)[-3:], b'E:x')
+            self.assertEqual(len(last.asked), 3)
+
+    def end_relay_in(self, server):
+        relay = self.relay_in(server)
+        server.loop.call(relay, relay.close, 'done')
+
+    def test_many_wait_for_one_association(self):
+        """They are sent in order when it is open, and none is lost."""
+        last, echo = self.next_proxy(), self.echo()
+        server = self.serve(rules=[f'allow to * via {self.url(last)}'])
+        client = self.stream(server)
+        names = [Address(name, echo.address.port) for name in ('localhost', '127.0.0.1')]
+        client.control.send(b''.join(client.message(Datagram(name, b'%d' % number).pack())
+                                     for number in range(50) for name in names))
+        numbers = sorted(int(Datagram.unpack(client.receive()).payload[2:]) for _ in range(100))
+        self.assertEqual(numbers, sorted([*range(50), *range(50)]))
+        self.assertEqual(last.asked, [3])
+        relay = self.relay_in(server)
+        self.assertEqual((relay.routes._count, relay.routes._size, relay.dropped), (0, 0, 0))
+
+    def test_reload(self):
+        """Datagrams go another way from then on, or to nobody."""
+        one, other, echo = self.next_proxy(), self.next_proxy(), self.echo()
+        server = self.serve(upstream=self.url(one))
+        client, data = self.associate(server), Datagram(echo.address, b'x').pack()
+        self.assertEqual(client.ask(data)[-3:], b'E:x')
+        routes = self.relay_in(server).routes
+        for upstream, asked in ((self.url(other), ([3], [3])), ([], ([3], [3])),
+                                (self.url(one), ([3], [3]))):
+            server.reconfigure(server.settings._replace(upstream=upstream))
+            eventually(lambda: not routes.known)
+            self.assertEqual(client.ask(data)[-3:], b'E:x')
+            self.assertEqual((one.asked, other.asked), asked)
+        self.assertEqual(echo.senders[0], echo.senders[3])
+        self.assertEqual(len(set(echo.senders)), 3)
+        server.reconfigure(server.settings._replace(rules='deny to 127.0.0.1'))
+        eventually(lambda: not routes.known)
+        client.send(data)
+        eventually(lambda: self.relay_in(server).dropped)
+
+    @needs_ipv6
+    def test_version_of_ip(self):
+        """What is looked up here has the one that is set; the next proxy decides for itself."""
+        self.names(lambda name, family: ['::1', '127.0.0.1'])
+        last, four, six = self.next_proxy(), self.echo(), None
+        six = self.enter(Echo('::1', b'six:', four.address.port))
+        for version, scheme, answer in ((4, 'socks5', b'E:x'), (6, 'socks5', b'six:x'),
+                                        (0, 'socks5', b'six:x')):
+            client = self.stream(self.serve(upstream=self.url(last, scheme), family=version))
+            data = Datagram(Address('both.test', four.address.port), b'x').pack()
+            self.assertTrue(client.ask(data).endswith(answer))
+        client = self.stream(self.serve(upstream=self.url(last), family=4))
+        self.assertEqual(client.ask(Datagram(six.address, b'x').pack())[-5:], b'six:x')
+
+    def test_strict(self):
+        """From whom the client has sent nothing to, nothing comes; it may have by a name."""
+        last, echo = self.next_proxy(), self.echo()
+        for scheme, passes in (('socks5', False), ('socks5h', True)):
+            client = self.associate(self.serve(upstream=self.url(last, scheme), udp_strict=True))
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.bind(('127.0.0.1', 0))
+                for host in '127.0.0.1', 'localhost':
+                    client.ask(Datagram(Address(host, echo.address.port), b'x').pack())
+                    other.sendto(b'y', echo.senders[-1])
+                    if passes and host == 'localhost':
+                        self.assertEqual(client.receive()[-1:], b'y')
+                    else:
+                        self.assertTrue(client.nothing_comes())
+
+    def test_wrong_answers(self):
+        """What the next proxy sends that is no datagram, or a fragment, does no harm; a name as
+        the sender is passed on."""
+        class Rogue(socks.Handler):
+            def do_UDP_ASSOCIATE(self, request):
+                relay = yield from super().do_UDP_ASSOCIATE(request)
+                server.relays.append(relay)
+                return relay
+
+        server = self.enter(socks.Server(('127.0.0.1', 0), handler_class=Rogue).start())
+        server.relays = []
+        echo = self.echo()
+        client = self.associate(self.serve(upstream=self.url(server)))
+        data = Datagram(echo.address, b'x').pack()
+        client.ask(data)
+        relay, = server.relays
+        for answer in ('', '00', '000000017f', '0000000203', '000001017f000001000978',
+                       '00000003000009', '00000003035c2f25000978', '0000000301ff000978'):
+            relay.near.send(hexed(answer))
+        relay.near.send(hexed('0000000306612e746573740009 79'))
+        self.assertEqual(client.receive(), hexed('0000000306612e746573740009 79'))
+        self.assertEqual(client.ask(data)[-3:], b'E:x')
+
+    def test_error_of_an_earlier_datagram(self):
+        """It costs no later one."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay:
+            relay.bind(('127.0.0.1', 0))
+            port = relay.getsockname()[1]
+            near = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            near.connect(relay.getsockname())
+        near.send(b'')                  # which is refused
+        eventually(lambda: ready([near], [], 0))
+        relay = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        relay.bind(('127.0.0.1', port))
+        relay.settimeout(PATIENCE)
+        socks.FarAssociation(near).sendto(b'x', Address('192.0.2.1', 9))
+        self.assertEqual(relay.recv(100), hexed('00000001c0000201000978'))
+
+    def test_client_leaves_during_the_opening(self):
+        """Then nothing is left."""
+        silent = f'socks5h://127.0.0.1:{self.silent_port()}'
+        for settings in {'upstream': silent}, {'rules': [f'allow to * via {silent}']}:
+            server = self.serve(**settings)
+            peer = self.peer(server.server_address)
+            peer.send(hexed('050100 0505000100000000 0000') + StreamAssociate.message(
+                Datagram(Address('192.0.2.1', 9), b'x').pack()))
+            eventually(lambda: server.clients and server.clients[0].command)
+            peer.reset()
+            eventually(lambda: not server.clients)
 
 
 class ServiceTest(FileCase):
@@ -10038,6 +10826,11 @@ WRONG_USAGE = [
     (['--udp-ports', '5-4'], r"--udp-ports: '5-4': expected LOW-HIGH, from 1 to 65535"),
     (['--udp-ports', '0'], r"--udp-ports: '0': expected LOW-HIGH"),
     (['--udp-ports', '1-x'], r"--udp-ports: 'x': expected a port"),
+    (['--udp-port', '0'], r"--udp-port: '0': expected a port, 1 to 65535"),
+    (['--udp-port', '65536'], r"--udp-port: '65536': expected a port, 1 to 65535"),
+    (['--udp-port', '5', '-w', '2'], r'--udp-port: expected one worker process; with -w'),
+    (['--udp-port', '5', '--udp-ports', '6-7'], r'--udp-port, --udp-ports: expected one of them'),
+    (['--udp-port', '5', '--udp-ports', '6', '--check'], r'--udp-port, --udp-ports: expected one'),
     (['--idle-timeout', '-1'], r"--idle-timeout: '-1': expected seconds, 0 or more"),
     (['--connect-timeout', 'nan'], r"--connect-timeout: 'nan': expected seconds"),
     (['--max-clients', '1.5'], r"--max-clients: '1.5': expected a whole number"),
@@ -10115,9 +10908,11 @@ class CommandLineTest(Case):
                 self.assertRegex(err.splitlines()[-1], message)
 
     def test_cannot_start(self):
-        with socks.Server(('127.0.0.1', 0)) as server:
+        with socks.Server(('127.0.0.1', 0)) as server, Echo() as other:
             for arguments, message in [
                     (['-p', str(server.server_address.port)], 'Address already in use'),
+                    (['-p', '0', '--udp-port', str(other.address.port)],
+                     f'--udp-port: cannot listen on {other.address}: Address already in use'),
                     (['-b', '203.0.113.1', '--open'], 'Cannot assign requested address'),
                     (['-b', '127.0.0.1:0', '-b', '203.0.113.1', '--open'], '203.0.113.1:1080: '),
                     (['-b', '127.0.0.1:0', '-b', '127.0.0.1:0', '-p', '0'], 'already in use'),
@@ -10219,7 +11014,7 @@ class CommandLineTest(Case):
                 ('--source fe80::1%eth0', {'source': ('fe80::1%eth0',)}),
                 ('--advertise 192.0.2.1', {'advertise': ('192.0.2.1',)}),
                 ('--udp-ports 5-9', {'udp_ports': (5, 9)}),
-                ('--udp-ports 5', {'udp_ports': (5, 5)}),
+                ('--udp-ports 5', {'udp_ports': (5, 5)}), ('--udp-port 5', {'udp_port': 5}),
                 ('--handshake-timeout 1', {'handshake_timeout': 1}),
                 ('--connect-timeout 2.5', {'connect_timeout': 2.5}),
                 ('--bind-timeout 3', {'bind_timeout': 3}),

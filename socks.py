@@ -140,6 +140,7 @@ import ipaddress
 import itertools
 import logging
 import mmap
+import operator
 import os
 import re
 import select
@@ -516,35 +517,39 @@ def reason(error: BaseException) -> str:
 #
 # Every length that a peer chooses has a limit, so that it cannot fill the memory.
 
+# Address(host, port) calls a Python function, make(Address, (host, port)) does not: for busy paths.
+make = tuple.__new__
+
 MAX_USERID = 512                        # bytes; SOCKS4's strings end with NUL and have no limit
 MAX_NAME = 255                          # bytes of a host name; SOCKS5 has one byte for its length
 MAX_LINE, MAX_LINES = 8192, 100         # bytes, and lines, of the head of an HTTP proxy's answer
 MAX_HEAD, MAX_FIELDS = 1 << 16, 200     # bytes and fields of a head that is forwarded
 
 
+class Received(io.BytesIO):
+    """Bytes to parse."""
+    __slots__ = ()
+
+    def read_exact(self, n):
+        data = self.read(n)
+        if len(data) < n:
+            raise EOFError(f'{n} bytes expected, {len(data)} left')
+        return data
+
+
 def reader(data: bytes) -> Tuple[Read, Callable[[], bytes]]:
     """Return two functions over `data`: read(n), for unpack(), and one that returns the rest."""
-    stream = io.BytesIO(data)
-
-    def read(n):
-        taken = stream.read(n)
-        if len(taken) < n:
-            raise EOFError(f'{n} bytes expected, {len(taken)} left')
-        return taken
-
-    def read_to(end, limit):
-        start = stream.tell()
-        found = data.find(end, start, start + limit)
-        return read(limit if found < 0 else found + len(end) - start)
-
-    read.to = read_to
-    return read, stream.read
+    received = Received(data)
+    return received.read_exact, received.read
 
 
 def read_to(read, end, limit):
     """The bytes up to and including `end`, or `limit` bytes if it is not among them."""
-    if hasattr(read, 'to'):     # one search: a message that trickles in is parsed again and again
-        return read.to(end, limit)
+    received = getattr(read, '__self__', None)
+    if isinstance(received, Received):  # one search: what trickles in is parsed again and again
+        start = received.tell()
+        found = received.getvalue().find(end, start, start + limit)
+        return read(limit if found < 0 else found + len(end) - start)
     data = b''
     while len(data) < limit and not data.endswith(end):
         data += read(1)
@@ -615,6 +620,10 @@ def name_text(data):
     return data.decode('utf-8', 'surrogateescape')
 
 
+# ATYP by the length of an IP address.
+ATYP = {4: bytes((AddressType.IPV4,)), 16: bytes((AddressType.IPV6,))}
+
+
 class Address(NamedTuple):
     """A host, as an IP address or a name, and a port (RFC 1928 section 5)."""
     host: str
@@ -623,7 +632,7 @@ class Address(NamedTuple):
     @classmethod
     def of(cls, sockaddr: Sequence[Any]) -> 'Address':
         """The `Address` in the address tuple of a socket, without flow label and zone."""
-        return cls(sockaddr[0].partition('%')[0], sockaddr[1])
+        return make(cls, (sockaddr[0].partition('%')[0], sockaddr[1]))
 
     @classmethod
     def with_zone(cls, sockaddr: Sequence[Any]) -> 'Address':
@@ -662,14 +671,14 @@ class Address(NamedTuple):
                 raise ValueError(f'host name of {len(name)} bytes, expected 1 to {MAX_NAME}')
             packed = bytes((AddressType.DOMAINNAME, len(name))) + name
         else:
-            packed = bytes((AddressType.IPV6 if len(packed) == 16 else AddressType.IPV4,)) + packed
+            packed = ATYP[len(packed)] + packed
         return packed + self.port.to_bytes(2, 'big')
 
     @classmethod
     def unpack(cls, read: Read) -> 'Address':
         kind = read(1)[0]
         if kind == AddressType.IPV4:
-            host = ip_text(read(4))
+            host = socket.inet_ntop(socket.AF_INET, read(4))
         elif kind == AddressType.IPV6:
             host = ip_text(read(16))
         elif kind == AddressType.DOMAINNAME:
@@ -677,7 +686,7 @@ class Address(NamedTuple):
         else:                           # of unknown length: the rest cannot be read
             raise ProtocolError(f'address type {kind:#04x}, expected 0x01, 0x03 or 0x04',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
-        return cls(host, int.from_bytes(read(2), 'big'))
+        return make(cls, (host, int.from_bytes(read(2), 'big')))
 
 
 UNSPECIFIED = Address('0.0.0.0', 0)
@@ -693,8 +702,9 @@ class Greeting(NamedTuple):
     @classmethod
     def unpack(cls, read: Read) -> 'Greeting':
         version, count = read(2)
-        expect_version('SOCKS', version, 5)
-        return cls(read(count))
+        if version != 5:
+            expect_version('SOCKS', version, 5)
+        return make(cls, (read(count),))
 
 
 class Choice(NamedTuple):
@@ -763,8 +773,9 @@ class Request(NamedTuple):
     @classmethod
     def unpack(cls, read: Read) -> 'Request':
         version, command, _ = read(3)   # RSV should be 0; real clients send other values
-        expect_version('SOCKS', version, 5)
-        return cls(command, Address.unpack(read))
+        if version != 5:
+            expect_version('SOCKS', version, 5)
+        return make(cls, (command, Address.unpack(read)))
 
 
 class Response(NamedTuple):
@@ -1411,6 +1422,10 @@ ERROR_RANKS = {reply: rank for rank, reply in enumerate((
     Reply.CONNECTION_REFUSED, Reply.HOST_UNREACHABLE, Reply.NETWORK_UNREACHABLE,
     Reply.TTL_EXPIRED))}
 BLOCKED = (BlockingIOError, InterruptedError)
+# For socket(): a stream socket that does not block, where the system can make one at once.
+SOCK_NONBLOCK = getattr(socket, 'SOCK_NONBLOCK', 0)
+NEW_STREAM = socket.SOCK_STREAM | SOCK_NONBLOCK
+CONNECTED = {0, errno.EISCONN}          # of connect_ex()
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 ATTEMPT_DELAY = 0.25                    # seconds between attempts (RFC 8305 section 8)
 ATTEMPTS = 16                           # addresses of one name that are tried
@@ -1855,12 +1870,13 @@ class Stream:
     LARGEST = 1 << 16                   # bytes of surplus; the rest stays in the socket
     GONE = 'the client left'
 
+    surplus = b''
+    _must_wait = False                  # recv() would block: the peer has a message to answer first
+
     def __init__(self, sock, until, waits=None):
         self.sock = sock
         self.waits = waits or sock
         self.until = until
-        self.surplus = b''
-        self._must_wait = False         # recv() would block: the peer has a message to answer first
 
     @staticmethod
     def lost(error):
@@ -1873,8 +1889,10 @@ class Stream:
     def _receive(self, flags=0):
         """Conversation: the next bytes.  Raises EOFError at the end."""
         while True:
-            if self._must_wait:
-                yield from wait_ready([self.waits], (), self.until)
+            if self._must_wait:         # as wait_ready() does, which would take three calls
+                yield make(Wait, ((self.waits,), (), self.until))
+                if self.until and time.monotonic() >= self.until:
+                    raise socket.timeout('timed out')
             try:
                 data = self.sock.recv(self.SIZE, flags)
                 break
@@ -2867,8 +2885,6 @@ def unwrap_datagram(context, message):
 def interleave(addresses):
     """The addresses with their families in turn, that of the first one first (RFC 8305 section 4).
     """
-    if len(addresses) == 1:
-        return addresses
     families = {}
     for address in addresses:
         families.setdefault(family_of(address.host), []).append(address)
@@ -2896,12 +2912,13 @@ def start_connect(address, source):
     `source` has the local addresses to use, at most one of each family; if it has others only, the
     address is unreachable.  Raises OSError.
     """
-    family = family_of(address.host)
-    sock = _orig_socket(family, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ':' in address.host else socket.AF_INET
+    sock = _orig_socket(family, NEW_STREAM)
     try:
         if '%' in address.host:
             address = address.sockaddr
-        sock.setblocking(False)
+        if not SOCK_NONBLOCK:
+            sock.setblocking(False)
         # A relay sends what it has: Nagle's algorithm would only delay that, tcp(7).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)      # else a dead peer stays
@@ -2912,9 +2929,10 @@ def start_connect(address, source):
         error = sock.connect_ex(address)
         if error in UNDER_WAY:          # to the same host it is done by now: no need to wait
             error = sock.connect_ex(address)
-        if error not in (0, errno.EISCONN, *UNDER_WAY):
+        is_connected = error in CONNECTED
+        if not is_connected and error not in UNDER_WAY:
             raise OSError(error, os.strerror(error))
-        return sock, error not in UNDER_WAY
+        return sock, is_connected
     except BaseException:
         sock.close()
         raise
@@ -2965,54 +2983,42 @@ def dial(addresses, until=None, source=(), note=None):
     the error that says most is raised, the last one of several.  note(text, *args) is called to log
     each attempt.
     """
-    racing, errors = {}, []
+    waiting, racing, errors = deque(addresses), {}, []
+    if len(addresses) > 1:
+        waiting = deque(interleave(addresses)[:ATTEMPTS])
     try:
-        winner = yield from race(deque(interleave(addresses)[:ATTEMPTS]), racing, errors, until,
-                                 source, note)
+        while waiting or racing:
+            if waiting:
+                address = waiting.popleft()
+                if note:
+                    note('dialling %s', address)
+                try:
+                    sock, connected = start_connect(address, source)
+                except OSError as error:
+                    if note:
+                        note('%s: %s', address, reason(error))
+                    errors.append(error)
+                    continue
+                if connected:
+                    return sock
+                racing[sock] = address
+            # The last attempt has no successor to start, so it may take until the end.
+            pause = ATTEMPT_DELAY if waiting else None
+            for sock in (yield from wait_ready((), list(racing), until, pause)):
+                address = racing.pop(sock)
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not error:
+                    return sock
+                sock.close()
+                errors.append(OSError(error, os.strerror(error)))
+                if note:
+                    note('%s: %s', address, os.strerror(error))
     except socket.timeout as error:
         errors.append(error)
-        winner = None
     finally:                            # also when the client has left
         for loser in racing:
             loser.close()
-    if winner:
-        return winner
     raise min(reversed(errors), key=error_rank)
-
-
-def race(waiting, racing, errors, until, source, note):
-    """Conversation: the first socket that is connected, or None.
-
-    It takes addresses from `waiting`.  `racing` has {socket: address} of the attempts under way,
-    for the caller to close; `errors` gets the errors of the failed ones.
-    """
-    while waiting or racing:
-        if waiting:
-            address = waiting.popleft()
-            if note:
-                note('dialling %s', address)
-            try:
-                sock, connected = start_connect(address, source)
-            except OSError as error:
-                if note:
-                    note('%s: %s', address, reason(error))
-                errors.append(error)
-                continue
-            if connected:
-                return sock
-            racing[sock] = address
-        # The last attempt has no successor to start, so it may take until the end.
-        pause = ATTEMPT_DELAY if waiting else None
-        for sock in (yield from wait_ready((), list(racing), until, pause)):
-            address = racing.pop(sock)
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if not error:
-                return sock
-            sock.close()
-            errors.append(OSError(error, os.strerror(error)))
-            if note:
-                note('%s: %s', address, os.strerror(error))
-    return None
 
 
 def keep_urgent(sock):
@@ -4274,15 +4280,21 @@ class Timers:
 
     def set(self, item, when):
         """Set the timer of `item` to a time of time.monotonic(), or cancel it (None)."""
-        tick = when and int(when / self.TICK) + 1
-        if tick != item.due:
-            if item.due in self._ticks:
-                self._ticks[item.due].discard(item)
-                if not self._ticks[item.due]:
-                    del self._ticks[item.due]
-            item.due = tick
-            if tick:
-                self._ticks.setdefault(tick, set()).add(item)
+        due, tick = item.due, when and int(when / self.TICK) + 1
+        if tick == due:
+            return
+        if due:
+            items = self._ticks[due]
+            items.remove(item)
+            if not items:
+                del self._ticks[due]
+        item.due = tick
+        if tick:
+            items = self._ticks.get(tick)
+            if items:
+                items.add(item)
+            else:
+                self._ticks[tick] = {item}
                 if tick * self.TICK < self.next:
                     self.next = tick * self.TICK
 
@@ -4407,7 +4419,8 @@ class Loop:
             for _ in range(len(inbox)):         # what these add is for the next round
                 item, function, args = inbox.popleft()
                 self.attempt(item, function, *args)
-            stale.clear()
+            if stale:
+                stale.clear()
         self._stopping = False
 
     def stop(self):
@@ -4492,10 +4505,10 @@ class Task:
 
     def ready(self, fd, _):
         awaited = self._awaited
-        found = [sock for sock in (*awaited.reading, *awaited.writing) if sock.fileno() == fd]
-        if found:
-            self._step(self._conversation.send, found)
-        elif self._conversation and self._sock.fileno() == fd:
+        for sock in (*awaited.reading, *awaited.writing):
+            if sock.fileno() == fd:
+                return self._step(self._conversation.send, [sock])
+        if self._conversation and self._sock.fileno() == fd:
             error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 self._step(self._conversation.throw, ClientReset(os.strerror(error)))
@@ -4523,16 +4536,26 @@ class Task:
 
     def _step(self, advance, value):
         """Resume the conversation by advance(value), and begin to wait for what it yields."""
-        self._unwatch()
+        if self._others:
+            self._unwatch()
         self._awaited, self._call = self.NOTHING, None
         try:
             awaited = advance(value)
         except StopIteration as stop:
             return self._end(stop.value)
-        self.loop.timers.set(self, awaited.until)
+        if awaited.until or self.due:
+            self.loop.timers.set(self, awaited.until)
         if isinstance(awaited, Wait):
             self._awaited = awaited
-            self._watch()
+            own = self._sock
+            for sockets, wanted in (awaited.reading, READ), (awaited.writing, WRITE):
+                for sock in sockets:
+                    if sock is not own:
+                        self.loop.watch(sock, 0, wanted, self)
+                        self._others.append(sock)
+                    elif wanted != self._events:
+                        self.loop.watch(own, self._events, wanted, self)
+                        self._events = wanted
         else:
             self._call = awaited
             try:
@@ -4586,16 +4609,6 @@ class Task:
         else:
             self._step(self._conversation.send, value)
 
-    def _watch(self):
-        for sockets, wanted in (self._awaited.reading, READ), (self._awaited.writing, WRITE):
-            for sock in sockets:
-                if sock is not self._sock:
-                    self.loop.watch(sock, 0, wanted, self)
-                    self._others.append(sock)
-                elif wanted != self._events:
-                    self.loop.watch(sock, self._events, wanted, self)
-                    self._events = wanted
-
     def _watch_own(self, wanted):
         self.loop.watch(self._sock, self._events, wanted, self)
         self._events = wanted
@@ -4606,12 +4619,17 @@ class Task:
 
     def _end(self, relay):
         self._conversation = None
-        self.loop.timers.set(self, None)
-        self.loop.items.pop(self, None)
-        if relay:                       # errors of start() end the relay
-            self.loop.attempt(relay, relay.start, self.loop, self._events)
+        loop = self.loop
+        if self.due:
+            loop.timers.set(self, None)
+        loop.items.pop(self, None)
+        if relay:
+            try:
+                relay.start(loop, self._events)
+            except Exception:
+                loop.failed(relay)
         else:
-            self.loop.watch(self._sock, self._events, 0, self)
+            loop.watch(self._sock, self._events, 0, self)
             self._sock.close()
 
 
@@ -5258,7 +5276,8 @@ class Relay:
 
     def detach(self):
         """Be an item of no loop."""
-        self.loop.timers.set(self, None)
+        if self.due:
+            self.loop.timers.set(self, None)
         self.loop.items.pop(self, None)
 
 
@@ -5428,7 +5447,9 @@ class Pipe:
                 self.sink.shutdown(socket.SHUT_WR)
             except OSError:                     # closed by its peer, which the twin notices
                 pass
-            tunnel.expire()                     # `patience` may be shorter now
+            patience = tunnel.patience          # may be shorter now
+            if patience:
+                tunnel.loop.timers.set(tunnel, tunnel.last_active + patience)
         tunnel.watch()
 
     def sink_failed(self, error):
@@ -5446,15 +5467,6 @@ class Pipe:
             tunnel.last_active = tunnel.loop.now
             tunnel.expire()
         tunnel.watch()
-
-    def watch(self):
-        """Have the loop watch the source for the events that this pipe and its twin wait for."""
-        wanted = ERRORS if self.load or self.done else READ
-        if self.twin.load or getattr(self.source, 'unsent', False):
-            wanted = wanted & READ | WRITE      # without ERRORS, which is edge-triggered
-        if wanted != self.events:
-            self.tunnel.loop.watch(self.source, self.events, wanted, self)
-            self.events = wanted
 
     def close(self, outcome):
         self.tunnel.close(outcome)
@@ -5629,7 +5641,7 @@ class Tunnel(Relay):
     __slots__ = ('up', 'down', 'sink_failure', 'fault', 'is_probed')
 
     def __init__(self, client, near, far, surplus=b''):
-        super().__init__(client)
+        self.client, self.due = client, None
         self.up = Pipe(self, near, far, surplus)
         self.down = Pipe(self, far, near)
         self.up.twin, self.down.twin = self.down, self.up
@@ -5639,11 +5651,13 @@ class Tunnel(Relay):
 
     @property
     def patience(self):
-        if self.sink_failure and (self.up.done or self.down.done):
-            return self.GRACE
-        limit = self.client.idle_timeout or self.up.done and self.client.linger
-        if self.is_half_closed and not self.is_probed:
-            return min(limit or self.UNPROBED, self.UNPROBED)
+        limit = self.client.idle_timeout
+        if self.up.done or self.down.done:
+            if self.sink_failure:
+                return self.GRACE
+            limit = limit or self.up.done and self.client.linger
+            if not self.is_probed:
+                return min(limit or self.UNPROBED, self.UNPROBED)
         return limit
 
     @property
@@ -5694,11 +5708,10 @@ class Tunnel(Relay):
         for sock in (self.up.source, self.down.source):
             if isinstance(sock, Layer):
                 sock.count_in(loop)
-        loop.watch(self.up.source, near_events, near_events, self.up)   # no longer for the task
         self.up.events = near_events
-        self.up.watch()
-        self.down.watch()
-        self.up.flush()
+        self.watch(True)
+        if self.up.load:
+            self.up.flush()
 
     def move(self, loop, pipes):
         """Go on in another loop, splicing unless there is a layer; `pipes` is a `SystemPipes`.
@@ -5714,22 +5727,33 @@ class Tunnel(Relay):
         loop.call(self, self.start, loop)
 
     def detach(self):
-        super().detach()
+        loop = self.loop
+        if self.due:
+            loop.timers.set(self, None)
+        loop.items.pop(self, None)
         for pipe in (self.up, self.down):
             if pipe.events:
-                self.loop.watch(pipe.source, pipe.events, 0, pipe)
+                loop.watch(pipe.source, pipe.events, 0, pipe)
                 pipe.events = 0
             if isinstance(pipe.source, Layer):
                 pipe.source.count_in(None)
-        self.loop.held -= len(self.up.load) + len(self.down.load)
+        loop.held -= len(self.up.load) + len(self.down.load)
 
-    def watch(self):
-        """Watch both sockets for what the pipes wait for, or end if both pipes are done."""
-        if self.up.done and self.down.done:
-            self.close(self.fault or 'done')
-        else:
-            self.up.watch()
-            self.down.watch()
+    def watch(self, is_first=False):
+        """Watch both sockets for what the pipes wait for, or end if both pipes are done.
+
+        is_first    the task has watched the client's socket until now
+        """
+        up, down = self.up, self.down
+        if up.done and down.done:
+            return self.close(self.fault or 'done')
+        for pipe, twin in (up, down), (down, up):
+            wanted = ERRORS if pipe.load or pipe.done else READ
+            if twin.load or getattr(pipe.source, 'unsent', False):
+                wanted = wanted & READ | WRITE          # without ERRORS, which is edge-triggered
+            if wanted != pipe.events or is_first:
+                self.loop.watch(pipe.source, pipe.events, wanted, pipe)
+                pipe.events = wanted
 
     def close(self, outcome):
         """Close both sockets, with an RST unless the outcome is 'done'.  Further calls do nothing.
@@ -7824,10 +7848,10 @@ class Session:
         self.command: Optional[Command] = None
         self.started = time.monotonic()
 
-    @property
-    def idle_timeout(self) -> float:
-        """Seconds without traffic after which a tunnel is closed; 0 for no limit."""
-        return self.server.settings.idle_timeout    # asked each time: a reload may change it
+    # Asked each time: a reload may change it.
+    idle_timeout = property(
+        operator.attrgetter('server.settings.idle_timeout'),
+        doc='Seconds without traffic after which a tunnel is closed; 0 for no limit.')
 
     def end(self, outcome: str, up: int = 0, down: int = 0) -> None:
         """Remove the client from the server's sessions, and log its line.
@@ -7847,11 +7871,11 @@ class Session:
 
     def line(self, outcome: str, up: int, down: int) -> LogLine:
         """The `LogLine` as of now."""
-        return LogLine(
+        return make(LogLine, (
             self.address, self.user, self.protocol,
             self.command._name_ if self.command else '-',       # .name takes two calls more
             self.target, outcome, up, down, time.monotonic() - self.started,
-            self.target if self.target_address is None else str(self.target_address))
+            self.target if self.target_address is None else str(self.target_address)))
 
 
 def accept_gssapi(stream, settings):
@@ -7955,6 +7979,14 @@ class Handler(socketserver.BaseRequestHandler):
     `UdpRelay`, or None after it has logged the client's line.  It raises the same errors.
     """
     methods: Dict[int, Tuple[Command, Callable, bool]]
+    reached = None                      # `Address` that the balancer's client connected to
+    is_authenticated = False
+    is_identified = False               # by ident
+    tls = None                          # ssl.SSLContext of the connection
+    login = None                        # (user name, password) that were right, see `Users`
+    # function(code, address) that makes a reply in the form of the protocol and of the step in it;
+    # None before the first byte, when there is no form.
+    make_reply = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -7964,24 +7996,17 @@ class Handler(socketserver.BaseRequestHandler):
         self.request = request
         self.client_address = client_address
         self.server = server
-        self.settings = server.settings
+        self.settings = settings = server.settings
         if isinstance(client_address, tuple):
             address = Address.of(client_address)
             if ':' in address.host:     # it may be an IPv4 client of a socket for both families
                 address = Address(plain_ip(address.host), address.port)
         else:
             address = UnixAddress(request.getsockname())
-        self.client = Session(server, address)
-        self.stream = Stream(request, deadline(self.settings.handshake_timeout))
+        self.client = client = Session(server, address)
+        timeout = settings.handshake_timeout
+        self.stream = Stream(request, client.started + timeout if timeout else None)
         self.connection = request       # the socket, or the topmost layer over it
-        self.reached = None             # `Address` that the balancer's client connected to
-        self.is_authenticated = False
-        self.is_identified = False      # by ident
-        self.tls = None                 # ssl.SSLContext of the connection
-        self.login = None               # (user name, password) that were right, see `Users`
-        # function(code, address) that makes a reply in the form of the protocol and of the step in
-        # it; None before the first byte, when there is no form.
-        self.make_reply = None
         self.is_verbose = log.isEnabledFor(logging.DEBUG)       # saves most calls of note()
 
     def note(self, text, *args):
@@ -8140,7 +8165,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.is_verbose:
             self.note('SOCKS5, methods offered: %s, chosen: %02x, %s', greeting.methods.hex(),
                       method, METHOD_NAMES[method])
-        yield from self.stream.write(Choice(method))
+        yield from self.stream.write(make(Choice, (method,)))
         if method == Method.GSSAPI:
             yield from self.negotiate_gssapi()
         elif method == Method.USERNAME_PASSWORD:
@@ -8361,8 +8386,9 @@ class Handler(socketserver.BaseRequestHandler):
         """Connect to the target, at one of its addresses or by way of other proxies."""
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
-        until = self.stream.until = deadline(self.settings.connect_timeout)
         rules, settings = self.settings.rules, self.settings
+        timeout = settings.connect_timeout
+        until = self.stream.until = time.monotonic() + timeout if timeout else None
         if rules and rules.have_ways:
             return (yield from self.connect_by_rules(rules, request.address, until))
         if settings.upstream:
@@ -8649,7 +8675,8 @@ class Handler(socketserver.BaseRequestHandler):
     def permitted(self, address):
         """The canonical form of an `Address`; raises Refused if rules forbid its name."""
         address = canonical(address)
-        self.server.judge_name(self.client, address)
+        if self.server.settings.rules is not None:
+            self.server.judge_name(self.client, address)
         return address
 
     def destinations(self, address, until, judge=None):
@@ -8663,7 +8690,9 @@ class Handler(socketserver.BaseRequestHandler):
         """
         allowed, refusal, wanted = [], None, self.permitted(address)
         name = wanted.host if ip_bytes(wanted.host) is None else None
-        judge, found = judge or self.server.authorize, (yield from resolve(address, until))
+        judge, found = judge or self.server.authorize, [wanted]
+        if name:
+            found = yield from resolve(address, until)
         if self.settings.family or self.settings.prefer:
             found = usable(found, self.settings)
         if name and self.is_verbose:
@@ -9184,7 +9213,7 @@ class Server(socketserver.ThreadingTCPServer):
         if accepting != self._accepting:
             self._accepting = accepting
             self._listening = {
-                sock.fileno(): (sock, (int(sock.family), sock.type & 0xF, sock.proto))
+                sock.fileno(): (sock, int(sock.family), sock.type & 0xF, sock.proto)
                 for sock in self.listeners}
             for sock in self.listeners:
                 self.loop.watch(sock, READ * (not accepting), READ * accepting, self._item)
@@ -9192,7 +9221,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _accept(self, fd, _):
         """Accept clients from the listener with the descriptor `fd`, as many as there is room for.
         """
-        listener, kind = self._listening[fd]
+        listener, family, kind, protocol = self._listening[fd]
         room = self._room()
         if room <= 0:
             self._warn()
@@ -9200,7 +9229,7 @@ class Server(socketserver.ThreadingTCPServer):
             try:
                 # As accept() does, which asks the listener for its family each time.
                 descriptor, client_address = listener._accept()
-                request = _orig_socket(*kind, descriptor)
+                request = _orig_socket(family, kind, protocol, descriptor)
             except BLOCKED:
                 return
             except OSError as error:
@@ -9208,20 +9237,16 @@ class Server(socketserver.ThreadingTCPServer):
                     self.starve(error)
                     return self._pause()
                 continue                # accept(2): an error of the new connection, which is gone
-            self._receive(request, client_address)
+            try:
+                if self.verify_request(request, client_address):
+                    self.process_request(request, client_address)
+                else:
+                    self.shutdown_request(request)
+            except Exception:           # it must not stop the others
+                self.handle_error(request, client_address)
+                self.shutdown_request(request)
         if self._room() <= 0:
             self._pause()
-
-    def _receive(self, request, client_address):
-        """Begin to serve a client; what goes wrong must not stop the others."""
-        try:
-            if self.verify_request(request, client_address):
-                self.process_request(request, client_address)
-            else:
-                self.shutdown_request(request)
-        except Exception:
-            self.handle_error(request, client_address)
-            self.shutdown_request(request)
 
     def starve(self, error: OSError) -> None:
         """Warn, once a minute at most, that descriptors or memory are used up."""
@@ -9275,7 +9300,10 @@ class Server(socketserver.ThreadingTCPServer):
         handler = self.RequestHandlerClass(request, client_address, self)
         task = Task(handler.client, request, handler.conversation())
         self.sessions.add(handler.client, task, self.max_handshakes)
-        self.loop.attempt(task, task.start, self.loop)
+        try:
+            task.start(self.loop)
+        except Exception:
+            self.loop.failed(task)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the exception that is being handled, with its traceback."""
@@ -9309,7 +9337,7 @@ class Server(socketserver.ThreadingTCPServer):
         What is local to the proxy is refused to clients on other hosts, unless a rule on a network
         inside the local one allows it.
         """
-        rule = self.judge(client, target, name)
+        rule = None if self.settings.rules is None else self.judge(client, target, name)
         listeners = self.addresses
         if self._udp_addresses and client.command == Command.UDP_ASSOCIATE:
             listeners = listeners + self._udp_addresses
@@ -9391,7 +9419,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def log_session(self, line: LogLine) -> None:
         """Log the line of a client, at its end."""
-        log.info(line)
+        # Like log.info(), without a search for the caller.  Session.report() looks at the level.
+        if not self.logs_sessions or log.isEnabledFor(logging.INFO):
+            log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None,
+                                      'log_session'))
 
     def session_ended(self, client: Session, up: int, down: int) -> None:
         """Remove a client, after `up` bytes from it and `down` from its target; in the thread of

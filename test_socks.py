@@ -769,6 +769,16 @@ class WireTest(unittest.TestCase):
                 self.assertEqual(message.pack(), data)
                 self.check_unpack(message, data)
 
+    @unittest.skipUnless(sys.implementation.name == 'cpython', 'it has another collector')
+    def test_garbage(self):
+        """Parsing leaves nothing to the garbage collector, which would take longer than that."""
+        self.addCleanup(gc.enable)
+        gc.disable()
+        gc.collect()
+        for _ in range(100):
+            Request.unpack(socks.reader(hexed('05 01 00 01 7f000001 0050'))[0])
+        self.assertLess(gc.collect(), 100)
+
     def test_lenient(self):
         for name, message, data in LENIENT:
             with self.subTest(name):
@@ -3675,6 +3685,27 @@ class TorTest(VectorCase):
 # --------------------------------------------------------------------------------------- lifecycle
 
 class LifecycleTest(Case):
+
+    def test_calls(self):
+        """A connection takes so many calls of Python functions in the loop, those of the log
+        included: they are most of what it costs."""
+        calls, rounds, origin = 0, 20, self.origin(echo)
+
+        def count(frame, event, _):
+            nonlocal calls
+            calls += event == 'call'
+
+        threading.setprofile(count)
+        self.addCleanup(threading.setprofile, None)
+        server = self.serve()           # the loop's thread is the only one to start now
+        threading.setprofile(None)
+        for number in range(1, rounds + 1):
+            with Peer(server.server_address) as peer:
+                peer.connect('127.0.0.1', origin.port)
+                peer.send(b'x')
+                peer.read(1)
+            eventually(lambda: len(self.lines) == number)
+        self.assertLess(calls / rounds, 175)
 
     @needs_ipv6
     def test_addresses(self):

@@ -32,7 +32,7 @@ Not supported
 
 - IPv6 addresses and passwords in SOCKS4, which has neither; SOCKS4a clients can send an IPv6
   address as a name
-- BIND through the server's upstream proxies; UDP by a client through more than one proxy
+- BIND through the server's upstream proxies
 - UDP ASSOCIATE inside TLS: its datagrams go beside it, in the clear or not at all
   (--udp-over-plain); UDP inside TCP has them in the connection
 - sending SOCKS5 fragments: the server reassembles those of its clients, a client drops those of its
@@ -40,7 +40,8 @@ Not supported
 - GSSAPI by other libraries than MIT Kerberos on Linux, and in HTTP
 - HTTP: a cache, a filter of content, more than one forwarded request on a connection, HTTP/2, URLs
   of other schemes than http:, other passwords than Basic ones
-- connecting through a proxy without blocking by `socksocket`; open_connection() is for asyncio
+- connecting through a proxy without blocking by `socksocket` on other systems than Linux;
+  open_connection() and create_datagram_endpoint() are for asyncio
 
 Sections
 --------
@@ -194,9 +195,10 @@ __all__ = [
     'ProxyTimeoutError', 'ProtocolError', 'SOCKS5AuthError', 'SOCKS5Error', 'SOCKS4Error',
     'HTTPError', 'Refused', 'FileError', 'ClientReset', 'reply_for',
     # The client
-    'socksocket', 'create_connection', 'create_server', 'open_connection', 'Proxy',
-    'parse_proxy_url', 'parse_chain', 'default_proxy', 'set_default_proxy', 'get_default_proxy',
-    'proxy_from_environment', 'is_bypassed', 'wrap_module', 'unwrap_module', 'TLS', 'GSSAPI',
+    'socksocket', 'create_connection', 'create_server', 'open_connection',
+    'create_datagram_endpoint', 'Proxy', 'parse_proxy_url', 'parse_chain', 'default_proxy',
+    'set_default_proxy', 'get_default_proxy', 'proxy_from_environment', 'is_bypassed',
+    'wrap_module', 'unwrap_module', 'TLS', 'GSSAPI', 'OPTIMISTIC', 'UDP_IN_TCP',
     # The other names of PySocks, and of SocksiPy before it
     'SOCKS4', 'SOCKS5', 'HTTP', 'PROXY_TYPE_SOCKS4', 'PROXY_TYPE_SOCKS5', 'PROXY_TYPE_HTTP',
     'PROXY_TYPES', 'PRINTABLE_PROXY_TYPES', 'DEFAULT_PORTS', 'SOCKS4_ERRORS', 'SOCKS5_ERRORS',
@@ -235,6 +237,7 @@ Conversation = Generator[Any, Any, Any]
 Result = TypeVar('Result')
 Function = TypeVar('Function', bound=Callable[..., Any])
 Serving = TypeVar('Serving', bound='Server')
+ProtocolType = TypeVar('ProtocolType', bound='asyncio.BaseProtocol')
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 # What fields of `Settings` may be: also the texts of the command line.
 NetworksArgument = Union[str, Sequence[Union[str, Network]]]
@@ -1634,16 +1637,17 @@ def run(conversation: Generator[Any, Any, Result]) -> Result:
     What blocks, blocks this thread; a `Call` is not ended by its `until`.
     """
     advance, value = conversation.send, None
-    while True:
-        try:
-            awaited = advance(value)
-        except StopIteration as stop:
-            return stop.value
-        try:
-            value = poll(*awaited) if isinstance(awaited, Wait) else awaited.function()
-            advance = conversation.send
-        except Exception as error:
-            advance, value = conversation.throw, error
+    with contextlib.closing(conversation):      # at once, if KeyboardInterrupt is raised here
+        while True:
+            try:
+                awaited = advance(value)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                value = poll(*awaited) if isinstance(awaited, Wait) else awaited.function()
+                advance = conversation.send
+            except Exception as error:
+                advance, value = conversation.throw, error
 
 
 def poll(reading, writing, until):
@@ -3229,18 +3233,31 @@ class UdpPorts:
             del self._ranges[key]
 
 
-def tcp_pair():
+def tcp_pair(near=None, window=None):
     """Two non-blocking TCP sockets that are connected to each other.
 
     Programs can set TCP's options on them, which the unix sockets of socketpair() do not have.
+
+    near      a new socket to be the first one
+    window    receive buffer of the second one, in bytes
     """
     with bound(Address('127.0.0.1', 0)) as listener:
+        if window:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
         listener.listen(1)
-        near, _ = start_connect(Address.of(listener.getsockname()), ())
+        host, port = listener.getsockname()
+        if near is None:
+            near, _ = start_connect(Address(host, port), ())
+        else:
+            prefix = '::ffff:' if near.family == socket.AF_INET6 else ''
+            error = near.connect_ex((prefix + host, port))
+            if error not in (0, *UNDER_WAY):
+                raise OSError(error, os.strerror(error))
         try:
             poll([listener], (), deadline(1))
             far, address = listener.accept()
-            if address != near.getsockname():   # another program was quicker
+            host, port = near.getsockname()[:2]
+            if address != (plain_ip(host), port):       # another program was quicker
                 far.close()
                 raise OSError(errno.ECONNABORTED, 'another program connected to the socket pair')
         except BaseException:
@@ -4312,7 +4329,7 @@ class Timers:
 class Loop:
     """An event loop: serves any number of items by one poller, in the thread that calls run().
 
-    pool        `BlockingPool` for calls that block, or None
+    pool        `BlockingPool` for calls that block, or None for new threads
     costly_pool `BlockingPool` for calls that are CPU-bound, or None
     on_heavy    function of a `Tunnel` that has turned out to have heavy traffic, or None
     resolver    `Resolver`, or None
@@ -4568,13 +4585,13 @@ class Task:
     def _delegate(self, call):
         """Give a `Call` or `LookUp` to another thread; RuntimeError if none is available."""
         owner = self.client.key
-        if isinstance(call, LookUp):
+        if isinstance(call, LookUp) and self.loop.resolver:
             self.loop.resolver.ask(owner, self, call)
-        elif call.worker is Worker.COSTLY:
-            self.loop.costly_pool.run(owner, self._work, call)
-        elif call.worker is Worker.OWN:
+        elif not self.loop.pool or call.worker is Worker.OWN:
             threading.Thread(target=self._work, args=(call,), name='socks-handler',
                              daemon=True).start()
+        elif call.worker is Worker.COSTLY:
+            self.loop.costly_pool.run(owner, self._work, call)
         else:
             self.loop.pool.run(owner, self._work, call)
 
@@ -6916,12 +6933,14 @@ class SharedPorts:
 # ----------------------------------------------------------------------------------------- client
 
 SOCKS4, SOCKS5, HTTP = 1, 2, 3          # PySocks' numbers
-TLS, GSSAPI = 0x10, 0x20                # flags that may be added: the layer that SOCKS is inside of
-LAYERS = TLS | GSSAPI
+# Flags that may be added: the layer that SOCKS is inside of, and how to speak, see `Flight`.
+TLS, GSSAPI, OPTIMISTIC, UDP_IN_TCP = 0x10, 0x20, 0x40, 0x80
+FLAGS = TLS | GSSAPI | OPTIMISTIC | UDP_IN_TCP
 SCHEMES = {                             # of proxy URLs: type, whether the proxy resolves names
     'socks4': (SOCKS4, False), 'socks4a': (SOCKS4, True), 'socks5': (SOCKS5, False),
     'socks5h': (SOCKS5, True), 'socks': (SOCKS5, True), 'http': (HTTP, True),
     'https': (HTTP | TLS, True)}
+URL_PARAMETERS = {'optimistic=0': 0, 'optimistic=1': OPTIMISTIC, 'udp=tcp': UDP_IN_TCP}
 TYPE_NAMES = {SOCKS4: 'SOCKS4', SOCKS5: 'SOCKS5', HTTP: 'HTTP'}
 SOCKS5_ERRORS = {int(code): code.text for code in Reply if code != Reply.SUCCEEDED}
 SOCKS4_ERRORS = {int(code): code.text for code in Reply4 if code != Reply4.GRANTED}
@@ -6945,7 +6964,8 @@ class Proxy(NamedTuple):
 
     type        SOCKS4, SOCKS5 or HTTP; plus TLS to speak it inside of TLS; SOCKS5 plus GSSAPI to
                 authenticate by GSSAPI, with all data encrypted, or only signed if the proxy
-                chooses so
+                chooses so; plus OPTIMISTIC to send all messages at once, see `Flight`; SOCKS5 plus
+                UDP_IN_TCP to have datagrams in the TCP connection, see open_association()
     addr        host name, IP address, or path of a unix socket, which begins with a slash
     port        0 or None: the default port of the type
     rdns        whether the proxy resolves names
@@ -6967,7 +6987,7 @@ class Proxy(NamedTuple):
 
         Raises GeneralProxyError for an invalid type, ValueError for any other argument.
         """
-        kind = proxy_type & ~LAYERS if is_integer(proxy_type) else None
+        kind = proxy_type & ~FLAGS if is_integer(proxy_type) else None
         if kind not in TYPE_NAMES:
             what = proxy_type if is_integer(proxy_type) else type(proxy_type).__name__
             raise GeneralProxyError(f'Invalid proxy type: {what}')
@@ -6982,8 +7002,9 @@ class Proxy(NamedTuple):
         if isinstance(rdns, (str, bytes)):      # the user name, in a call that forgets rdns
             raise ValueError('rdns: expected True or False')
         username, password = encoded(username) or None, encoded(password) or None
-        if proxy_type & GSSAPI and kind != SOCKS5:
-            raise ValueError('GSSAPI: expected a proxy of type SOCKS5')
+        for flag, name in (GSSAPI, 'GSSAPI'), (UDP_IN_TCP, 'udp=tcp'):
+            if proxy_type & flag and kind != SOCKS5:
+                raise ValueError(f'{name}: expected a proxy of type SOCKS5')
         if proxy_type & GSSAPI and (password or not is_utf8(username or b'')):
             raise ValueError('GSSAPI: expected a service name in UTF-8 and no password')
         if kind == SOCKS5:              # pack() checks the lengths (RFC 1929 section 2)
@@ -7006,8 +7027,8 @@ class Proxy(NamedTuple):
 
     @property
     def kind(self) -> int:
-        """SOCKS4, SOCKS5 or HTTP: the type without TLS and GSSAPI."""
-        return self.type & ~LAYERS
+        """SOCKS4, SOCKS5 or HTTP: the type without flags."""
+        return self.type & ~FLAGS
 
     @property
     def place(self):
@@ -7025,16 +7046,19 @@ class Proxy(NamedTuple):
     @property
     def sure_port(self) -> int:
         """The port, or the default one of the type."""
-        return self.port or (443 if self.type == HTTP | TLS else DEFAULT_PORTS[self.kind])
+        is_https = self.kind == HTTP and self.type & TLS
+        return self.port or (443 if is_https else DEFAULT_PORTS[self.kind])
 
 
 def parse_proxy_url(url: str) -> Proxy:
-    """Parse a proxy URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT], into a `Proxy`.
+    """Parse a proxy URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT][?PARAMETERS], into a `Proxy`.
 
     Schemes: socks5h and socks4a (the proxy resolves names), socks5 and socks4 (this host does),
     http, and https (HTTP inside of TLS).  Suffixes: +tls for SOCKS inside of TLS; +gssapi for
     GSSAPI, with the service as USER; +unix for a unix socket, whose path is the URL's path.
-    User and password are percent-decoded.
+    User and password are percent-decoded.  Parameters, with & between two: optimistic=1 has the
+    proxy get all messages at once, see `Flight`; udp=tcp has datagrams inside of the TCP connection
+    to a proxy that supports it, where they would otherwise be beside it.
 
     Raises ValueError for anything else; its text never contains a password.
     """
@@ -7064,8 +7088,15 @@ def parse_proxy_url(url: str) -> Proxy:
         addr = unquote(parts.path)
         if not addr.startswith('/'):
             raise ValueError('proxy URL: expected the path of a unix socket')
-    elif parts.path not in ('', '/') or parts.query or parts.fragment:
-        raise ValueError('proxy URL: expected no path, query or fragment')
+    elif parts.path not in ('', '/'):
+        raise ValueError('proxy URL: expected no path')
+    # The text may be the rest of a password with "?" or "#" in it, so it is not shown.
+    parameters = parts.query.split('&') if parts.query else []
+    names = {parameter.partition('=')[0] for parameter in parameters}
+    if set(parameters) - set(URL_PARAMETERS) or len(names) < len(parameters) or parts.fragment:
+        raise ValueError('proxy URL: expected nothing behind "?" but optimistic=1 and udp=tcp, and '
+                         'no "#"')
+    kind |= sum(URL_PARAMETERS[parameter] for parameter in parameters)
     if not addr:
         raise ValueError('proxy URL: host missing')
     username, password = (text and unquote_to_bytes(text)
@@ -7175,27 +7206,48 @@ def request_from(stream, proxy, command, address):
 
     Raises SOCKS5AuthError, SOCKS5Error, SOCKS4Error or HTTPError if the proxy refuses.
     """
-    kind = proxy.kind
-    if kind == SOCKS5 and not proxy.type & GSSAPI:      # open_gssapi() has authenticated
+    if proxy.kind == SOCKS5 and not proxy.type & GSSAPI:    # open_gssapi() has authenticated
         yield from authenticate5(stream, proxy)
     # Not before the greeting: that is PySocks' order, on which fake proxies of test suites rely.
-    if not proxy.rdns and ip_bytes(address.host) is None:
-        found = yield from resolve(address, stream.until)
-        # SOCKS4 has no IPv6: take an IPv4 address if there is one.
-        address = min(found, key=lambda address: kind == SOCKS4 and ':' in address.host)
-        if kind == SOCKS4 and ':' in address.host:
-            raise SOCKS4Error(f'{address.host}: SOCKS4 has no IPv6 addresses')
-    if kind == SOCKS5:
-        yield from stream.write(Request(command, address))
-        return (yield from stream.read(unpack_answer5))
-    if kind == SOCKS4:
-        yield from stream.write(Request4(command, address, proxy.username or b''))
-        return (yield from stream.read(unpack_answer4))
+    address = yield from as_requested(proxy, address, stream.until)
+    yield from stream.write(request_message(proxy, command, address))
+    return (yield from read_answer(stream, proxy.kind))
+
+
+def as_requested(proxy, address, until):
+    """Conversation: `address` as the proxy is asked for it: one of its IP addresses, unless the
+    proxy resolves names."""
+    if not is_resolved_here(proxy, address):
+        return address
+    found = yield from resolve(address, until)
+    # SOCKS4 has no IPv6: take an IPv4 address if there is one.
+    address = min(found, key=lambda address: proxy.kind == SOCKS4 and ':' in address.host)
+    if proxy.kind == SOCKS4 and ':' in address.host:
+        raise SOCKS4Error(f'{address.host}: SOCKS4 has no IPv6 addresses')
+    return address
+
+
+def is_resolved_here(proxy, address):
+    return not proxy.rdns and ip_bytes(address.host) is None
+
+
+def request_message(proxy, command, address):
+    """The message that requests `command` for `address`."""
+    if proxy.kind == SOCKS5:
+        return Request(command, address)
+    if proxy.kind == SOCKS4:
+        return Request4(command, address, proxy.username or b'')
     if command != Command.CONNECT:
         raise HTTPError('HTTP proxies support CONNECT only', reply=Reply.COMMAND_NOT_SUPPORTED)
     credentials = (proxy.username or b'') + b':' + (proxy.password or b'')
-    yield from stream.write(HttpConnect(address, credentials.strip(b':') and credentials))
-    return (yield from read_http_answer(stream))
+    return HttpConnect(address, credentials.strip(b':') and credentials)
+
+
+def read_answer(stream, kind):
+    """Conversation: read the answer to request_message(); the `Address` in it."""
+    if kind == HTTP:
+        return (yield from read_http_answer(stream))
+    return (yield from stream.read(unpack_answer5 if kind == SOCKS5 else unpack_answer4))
 
 
 def authenticate5(stream, proxy):
@@ -7217,8 +7269,20 @@ def authenticate5(stream, proxy):
         raise ProtocolError(f'the proxy chose method {method:#04x}, which was not offered')
     if method == Method.USERNAME_PASSWORD:
         yield from stream.write(credentials)
-        if (yield from stream.read(Verdict.unpack)).status:
-            raise SOCKS5AuthError('SOCKS5 authentication failed')
+        check_verdict((yield from stream.read(Verdict.unpack)))
+
+
+def check_verdict(verdict):
+    if verdict.status:
+        raise SOCKS5AuthError('SOCKS5 authentication failed')
+
+
+def unpack_choice_or_verdict(read):
+    """Decoder of the first answer to a greeting and a password: Tor leaves out the `Choice` if it
+    gets both at once."""
+    answer = read(2)
+    read, _ = reader(answer)
+    return (Verdict if answer[0] == 1 else Choice).unpack(read)
 
 
 def unpack_answer5(read):
@@ -7260,6 +7324,190 @@ def read_http_answer(stream):
     raise ProtocolError(f'more than {MAX_LINES} lines in the head of an HTTP answer')
 
 
+class NotAnswered(Exception):
+    """A proxy does not cope with OPTIMISTIC, but may be asked once more, in the ordinary way."""
+
+
+class Packed(bytes):
+    """Messages for write() that are packed already."""
+
+    def pack(self):
+        return self
+
+
+class Flight(ExactStream):
+    """The stream to proxies of a chain that get all at once (OPTIMISTIC): the greeting with one
+    method, the credentials, the request; the same for the next proxies; the first data.
+
+    One round trip is enough then.  User name and password are sent before the proxy has asked for
+    them, which RFC 1929 does not forbid: they are for this proxy, and in the clear in any case.
+
+    Theory of operation.  A proxy passes on what follows a request only after it has connected, so
+    that nothing reaches another party if it fails; but an HTTP proxy may take it for a further
+    request, so nothing follows there.  Proxies that do not cope lose what follows a message, close
+    the connection or choose another method.  Then NotAnswered is raised, to begin again in the
+    ordinary way, and the proxy is asked in that way for STEPWISE seconds.
+
+    A second connection must not deliver data twice.  After silence or an end, it can be made only
+    if no data went along, or if the proxy has not answered the password yet, which it does before
+    it reads the request.  (An end must be a regular one, of the first proxy: a reset may overtake
+    an answer.  A silent proxy is made to end by the end of this side's direction.)  So data goes
+    along only to proxies that have coped before in this process, where silence means that they are
+    still connecting, and to a first proxy with a password.
+
+    left        number of proxies whose answers are still to come
+    has_data    whether the first data went along
+    """
+    SEGMENT = 1024          # bytes; fits in a segment, and in the first recv() of small servers
+    PATIENCE = 6.0          # seconds for an answer; a name server that is down takes 5
+    STEPWISE = 600.0        # seconds
+    known: Dict[Proxy, float] = {}      # 0 if a proxy copes, else the time until which it does not
+
+    def __init__(self, sock, until, is_first):
+        super().__init__(sock, until)
+        self.left = 0
+        self.has_data = False
+        self._is_first = is_first       # whether `sock` leads to the first proxy
+        self._proxies = []              # those that get messages
+        self._is_single = False         # one message only, which is the ordinary way
+        self._may_repeat = False        # whether a second connection may be made after a failure
+        self._has_ended = False         # this side's direction
+
+    @classmethod
+    def suits(cls, chain):
+        """Whether to try it with any proxy of the chain."""
+        return any(proxy.type & OPTIMISTIC for proxy in chain) and not any(
+            cls.known.get(proxy.without_secrets(), 0) > time.monotonic() for proxy in chain)
+
+    @classmethod
+    def note(cls, proxy, copes):
+        """Remember whether a proxy has coped; one failure of a proxy that did before means little.
+        """
+        if len(cls.known) > 1024:
+            cls.known.clear()
+        before = cls.known.pop(proxy.without_secrets(), None)
+        if copes or before != 0:
+            cls.known[proxy.without_secrets()] = 0 if copes else deadline(cls.STEPWISE)
+
+    def start(self, hops, command, data):
+        """Conversation: send the messages to the first proxies of `hops`, and the data if it fits.
+
+        hops    list of (proxy, target)
+        """
+        packed, count = b'', 0
+        for number, (proxy, target) in enumerate(hops, 1):
+            if count and (proxy.type & FLAGS & ~UDP_IN_TCP != OPTIMISTIC
+                          or is_resolved_here(proxy, target)):
+                break
+            target = yield from as_requested(proxy, target, self.until)
+            messages = self.messages(
+                proxy, command if number == len(hops) else Command.CONNECT, target)
+            more = b''.join(message.pack() for message in messages)
+            if count and len(packed + more) > self.SEGMENT:
+                break
+            packed, count, self.left = packed + more, count + len(messages), number
+            self._proxies.append(proxy)
+            if proxy.kind == HTTP:
+                break
+        else:
+            self.has_data = bool(data) and len(packed + data) <= self.SEGMENT
+        unknown = [number for number, proxy in enumerate(self._proxies)
+                   if self.known.get(proxy.without_secrets()) != 0]
+        if unknown and (unknown != [0] or not self._is_first
+                        or self.method(self._proxies[0]) != Method.USERNAME_PASSWORD):
+            self.has_data = False
+        self._is_single = count + self.has_data == 1
+        self._may_repeat = bool(unknown) and not self._is_single
+        with contextlib.suppress(ConnectionError):      # reading tells more: there may be an answer
+            yield from self.write(Packed(packed + data * self.has_data))
+
+    @staticmethod
+    def method(proxy):
+        """The only method to offer; None if the proxy does not ask for one, or has done so."""
+        if proxy.kind != SOCKS5 or proxy.type & GSSAPI:
+            return None
+        return (Method.USERNAME_PASSWORD if proxy.username or proxy.password
+                else Method.NO_AUTHENTICATION)
+
+    def messages(self, proxy, command, address):
+        """All messages to one proxy."""
+        method, messages = self.method(proxy), [request_message(proxy, command, address)]
+        if method == Method.USERNAME_PASSWORD:
+            messages.insert(0, Credentials(proxy.username or b'', proxy.password or b''))
+        if method is not None:
+            messages.insert(0, Greeting(bytes((method,))))
+        return messages
+
+    def answers(self, proxy):
+        """Conversation: read the answers of the next proxy; the `Address` in the last one, BND."""
+        self.left -= 1
+        try:
+            yield from self._log_in(self.method(proxy))
+            self._may_repeat = self._may_repeat and not self.has_data
+            bnd = yield from read_answer(self, proxy.kind)
+        except (SOCKS5AuthError, SOCKS5Error, SOCKS4Error, HTTPError):
+            self.note(proxy, True)      # an answer like any other
+            raise
+        except (OSError, EOFError, NotAnswered) as error:
+            is_end = isinstance(error, EOFError) and not self.surplus   # else half an answer
+            may_repeat = self._may_repeat and (is_end or not self.has_data)
+            if not self._is_single:
+                self.note(proxy, False)
+            if may_repeat or isinstance(error, NotAnswered):
+                raise NotAnswered(f'{proxy}: {reason(error)}') from None
+            raise
+        if self._has_ended:
+            raise socket.timeout('the proxy has connected too late')
+        if not self.left:
+            for proxy in self._proxies:
+                self.note(proxy, True)
+        return bnd
+
+    def _log_in(self, method):
+        """Conversation: read the answers to the greeting and to the password."""
+        answer = None
+        if method == Method.USERNAME_PASSWORD:
+            answer = yield from self.read(unpack_choice_or_verdict)
+        elif method is not None:
+            answer = yield from self.read(Choice.unpack)
+        if isinstance(answer, Choice):
+            if answer.method != method:
+                raise NotAnswered('it has chosen another method')
+            answer = method and (yield from self.read(Verdict.unpack))
+        if answer:
+            check_verdict(answer)
+
+    def read(self, unpack):
+        """As before; but if a second connection may be made, wait for PATIENCE seconds at most, or
+        for half of the time that is left, and with data, once more after the end of this side's
+        direction."""
+        if not self._may_repeat:
+            return (yield from super().read(unpack))
+        until, now = self.until, time.monotonic()
+        self.until = now + min(self.PATIENCE, (until - now) / 2 if until else self.PATIENCE)
+        try:
+            return (yield from super().read(unpack))
+        except socket.timeout:
+            if not self.has_data or self._has_ended:
+                raise
+            self._has_ended = True
+            self.sock.shutdown(socket.SHUT_WR)
+        finally:
+            self.until = until
+        return (yield from self.read(unpack))
+
+
+def optimistically(chain, attempt):
+    """Conversation: the result of attempt(True), which uses `Flight`s; or of attempt(False), if
+    these do not suit a proxy of the chain."""
+    if Flight.suits(chain):
+        try:
+            return (yield from attempt(True))
+        except NotAnswered as error:
+            log.debug('%s; connecting again, one message at a time', error)
+    return (yield from attempt(False))
+
+
 # Theory of operation.  A program gets a socket with a descriptor, which it may poll, duplicate or
 # wrap in TLS, even where the proxy is inside of TLS or GSSAPI.  So a layer is not that socket: a
 # TCP connection within this host is made, one end of which, `PlainEnd`, is the program's.  A
@@ -7271,7 +7519,7 @@ class NoSession:
     A `PlainEnd` that is closed looks half-closed from here.  Where the loop cannot watch for the
     reset that follows, `linger` (seconds) bounds how long such a tunnel is kept.
     """
-    address, idle_timeout, linger = 'a layer', 0, 0 if ERRORS else 300.0
+    address, key, idle_timeout, linger = 'a layer', None, 0, 0 if ERRORS else 300.0
 
     def end(self, *_):
         """Called by the tunnel at its end; there is no line to log."""
@@ -7298,7 +7546,7 @@ def flush_at_exit(loop, patience=5.0):
     until = deadline(patience)
     while time.monotonic() < until:
         with contextlib.suppress(OSError, ValueError):      # the loop has closed a socket meanwhile
-            pipes = [tunnel.up for tunnel in list(loop.items)]
+            pipes = [item.up for item in list(loop.items) if isinstance(item, Tunnel)]
             if not any(pipe.load or not pipe.done and poll([pipe.source], (), time.monotonic())
                        for pipe in pipes):
                 return
@@ -7492,7 +7740,8 @@ def targets(chain, address):
     return [Address(proxy.addr, proxy.sure_port) for proxy in chain[1:]] + [address]
 
 
-def negotiate_chain(sock, chain, command, address, until=None, context=None):
+def negotiate_chain(sock, chain, command, address, until=None, context=None, data=b'',
+                    at_once=False):
     """Conversation: have each proxy of the chain connect to the next one, and the last one do
     `command` for `address`; the socket to go on with, and BND.
 
@@ -7500,10 +7749,13 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None):
     is a layer in between.  Each layer works on a duplicate of the socket below it.
 
     context     ssl.SSLContext for proxies inside of TLS, None for the usual one
+    data        the first bytes for the target
+    at_once     whether to use a `Flight` where a proxy is OPTIMISTIC; may raise NotAnswered then
     """
-    last, plain_ends = sock, []
+    last, plain_ends, flight = sock, [], None
+    hops = list(zip(chain, targets(chain, address)))
     try:
-        for proxy, target in zip(chain, targets(chain, address)):
+        for index, (proxy, target) in enumerate(hops):
             step = command if target is address else Command.CONNECT
             with negotiating(proxy, target):
                 if proxy.type & TLS:
@@ -7512,7 +7764,15 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None):
                 if proxy.type & GSSAPI:
                     last = yield from open_gssapi(last, proxy, step != Command.UDP_ASSOCIATE, until)
                     plain_ends.append(last)
-                bnd = yield from request_from(ExactStream(last, until), proxy, step, target)
+                if at_once and proxy.type & OPTIMISTIC and not (flight and flight.left):
+                    flight = Flight(last, until, not index)
+                    yield from flight.start(hops[index:], command, data)
+                if flight and flight.left:
+                    bnd = yield from flight.answers(proxy)
+                else:
+                    bnd = yield from request_from(ExactStream(last, until), proxy, step, target)
+                if data and target is address and not (flight and flight.has_data):
+                    yield from ExactStream(last, until).write(Packed(data))
     except BaseException:
         for plain in plain_ends:        # by RST, which makes the background loop drop the layers
             abort(plain)
@@ -7522,39 +7782,75 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None):
     return last, bnd
 
 
-def open_chain(chain, address, until=None, source=(), context=None, command=Command.CONNECT):
+def open_chain(chain, address, until=None, source=(), context=None, command=Command.CONNECT,
+               data=b''):
     """Conversation: connect to the first proxy and negotiate_chain(); its socket, and BND.
 
     For BIND and UDP_ASSOCIATE, BND is an address that can be reached from here.
     """
-    sock = yield from connect_to_proxy(chain[0], until, source)
-    with owned(sock):
-        last, bnd = yield from negotiate_chain(sock, chain, command, address, until, context)
-        if command in (Command.BIND, Command.UDP_ASSOCIATE):
-            with owned(last):
-                bnd = yield from usable_bnd(bnd, chain, sock, until)
-    if last is not sock:
-        sock.close()
-    return last, bnd
+    def attempt(at_once):
+        sock = yield from connect_to_proxy(chain[0], until, source)
+        with owned(sock):
+            last, bnd = yield from negotiate_chain(sock, chain, command, address, until, context,
+                                                   data, at_once)
+            if command in (Command.BIND, Command.UDP_ASSOCIATE):
+                with owned(last):
+                    bnd = yield from usable_bnd(bnd, chain, sock, until)
+        if last is not sock:
+            sock.close()
+        return last, bnd
+
+    return optimistically(chain, attempt)
 
 
-def associate(chain, until, source=()):
-    """Conversation: a `FarAssociation` at the last proxy of a chain.
+def open_association(chain, source_port, until=None, source=(), context=None):
+    """Conversation: have the last proxy relay datagrams; (command, socket, BND), the rest as from
+    open_chain().
 
-    Its datagrams are in the connection (UDP_IN_TCP) where UDP would go past a layer, past the other
-    proxies, or to another place than a unix socket.
+    A single proxy is asked for UDP_ASSOCIATE, and if it does not support that, for UDP_IN_TCP; the
+    other way round if UDP may not reach it: it is on a unix socket, or its type has UDP_IN_TCP.  In
+    a chain, or inside of TLS, which does not cover datagrams beside it, UDP_IN_TCP is the only way.
+
+    source_port     of the UDP socket.  Its host is not sent: behind a NAT, the proxy sees another.
     """
     last = chain[-1]
     try:
         expect_udp(chain)
     except ValueError as error:
-        raise ProtocolError(str(error), reply=Reply.COMMAND_NOT_SUPPORTED) from None
-    address = destination(UNSPECIFIED, chain)
-    if len(chain) > 1 or last.type & TLS or last.is_path:
-        sock, _ = yield from open_chain(chain, address, until, source, None, Command.UDP_IN_TCP)
-        return FarAssociation(StreamDatagrams(sock, UNSPECIFIED))
-    control, bnd = yield from open_chain(chain, address, until, source, None,
-                                         Command.UDP_ASSOCIATE)
+        raise unsupported(str(error)) from None
+    commands = [Command.UDP_ASSOCIATE, Command.UDP_IN_TCP]
+    if len(chain) > 1 or last.type & TLS:
+        del commands[0]
+    elif last.is_path or last.type & UDP_IN_TCP:
+        commands.reverse()
+    address, refusal = destination(('0.0.0.0', source_port), chain), None
+    for command in commands:
+        try:
+            sock, bnd = yield from open_chain(chain, address, until, source, context, command)
+            return command, sock, bnd
+        except GeneralProxyError as error:
+            is_unknown = error.reply == Reply.COMMAND_NOT_SUPPORTED
+            if not (refusal or is_unknown and error.proxy == last.without_secrets()):
+                raise
+            refusal = refusal or error
+    if len(commands) > 1:
+        raise refusal
+    raise unsupported('UDP through TLS or several proxies needs a last proxy with UDP inside of TCP'
+                      ' (command 05)', refusal)
+
+
+def unsupported(text, cause=None):
+    """The exception for datagrams that cannot go through a chain."""
+    error = SOCKS5Error(text, cause, Reply.COMMAND_NOT_SUPPORTED)
+    error.errno = errno.EOPNOTSUPP
+    return error
+
+
+def associate(chain, until, source=()):
+    """Conversation: a `FarAssociation` at the last proxy of a chain."""
+    command, control, bnd = yield from open_association(chain, 0, until, source)
+    if command == Command.UDP_IN_TCP:
+        return FarAssociation(StreamDatagrams(control, UNSPECIFIED))
     with owned(control):
         family = family_of(bnd.host)
         if not source and control.family == family and not isinstance(control, PlainEnd):
@@ -9475,8 +9771,10 @@ UDP_KINDS = {(socket.SOCK_DGRAM, proto) for proto in (0, socket.IPPROTO_UDP)}
 # Families that may reach other networks; others stay on this host, or on one bus or link.
 WIDE_FAMILIES = {getattr(socket, name) for name in ('AF_INET', 'AF_INET6', 'AF_PACKET')
                  if hasattr(socket, name)}
+MSG_DONTWAIT = getattr(socket, 'MSG_DONTWAIT', 0)       # not on Windows
 MSG_FASTOPEN = 0x20000000 if sys.platform == 'linux' else 0
 SO_ACCEPTCONN = getattr(socket, 'SO_ACCEPTCONN', 2)     # Windows has it, its socket module does not
+NEEDS_SELECTORS = "UDP through a proxy needs asyncio's SelectorEventLoop"
 MAX_RECEIVERS = 1024                    # ports for which a socket remembers the host it sent to
 # The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
 STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
@@ -9496,6 +9794,11 @@ if ContextVar is None:                  # Python 3.6: one value per thread, not 
         reset = set
 
 _scope = ContextVar('socks_default_proxy', default=None)       # what _default() returns, or None
+
+
+def made_optimistic(chain):
+    """The chain with OPTIMISTIC for all proxies."""
+    return [proxy._replace(type=proxy.type | OPTIMISTIC) for proxy in chain]
 
 
 def proxy_tuple(proxy_type, addr=None, port=None, rdns=True, username=None, password=None):
@@ -9930,10 +10233,14 @@ class _Descriptor(_orig_socket):
             finally:                    # duplicates share O_NONBLOCK
                 super().settimeout(timeout)
 
-    def _replace(self, sock):
-        """Take over the descriptor of `sock`, under the number of this one except on Windows."""
-        timeout, fd, family, kind, proto = (self.gettimeout(), super().detach(), sock.family,
-                                            sock.type, sock.proto)
+    def _replace(self, sock, stays_same=False):
+        """Take over the descriptor of `sock`, under the number of this one except on Windows.
+
+        stays_same  whether family, type and proto stay those of this socket
+        """
+        like = self if stays_same else sock
+        timeout, family, kind, proto = self.gettimeout(), like.family, like.type, like.proto
+        fd = super().detach()
         other = sock.detach()
         if os.name == 'posix':          # dup2() closes the old descriptor in the same step
             os.dup2(other, fd, inheritable=False)
@@ -9945,142 +10252,80 @@ class _Descriptor(_orig_socket):
         self.settimeout(timeout)
 
 
-class _BaseSocket(_Descriptor):
-    """The part of `socksocket` that is for datagrams: with a proxy, they go through its relay.
+class Association:
+    """The relay at a proxy for the datagrams of a `socksocket` (RFC 1928 section 7).
 
-    The relay is requested by bind(), connect() or the first datagram (RFC 1928 section 7).
+    control   its TCP connection; the association ends with it
+    relay     address of the relay, if the socket is not connected to it
 
-    Theory of operation.  An association lives as long as its TCP connection, `_proxyconn`.  If all
-    datagrams go through the relay, this socket is connected to it, so that the system drops those
-    of other hosts.  With a `bypass`, other hosts are sent to directly: then it is not connected,
-    `_relay` is where the relay is, and the source of a datagram tells which way it came.
+    Theory of operation.  If all datagrams go through the relay, the socket is connected to it, so
+    that the system drops those of other hosts.  With a bypass, other hosts are sent to directly:
+    then it is not connected, and the source of a datagram tells which way it came.
     """
-    _is_datagram = False                # whether it is UDP over IPv4 or IPv6
-    _is_proxiable = False               # whether it is TCP or UDP, over IPv4 or IPv6
-    _is_local = True                    # whether its family reaches no other network
-    _is_default = False                 # whether `proxy` is the default one
-    _goes_directly = False              # whether connect() has found that it needs no proxy
-    _bypass = ''                        # patterns of hosts to reach without the proxy
-    # (host, port) of the destination, and of the proxy's side of the connection if it says so
-    proxy_peername: Optional[Tuple[Any, ...]] = None
-    proxy_sockname: Optional[Tuple[Any, ...]] = None
-    ssl_context: Optional['ssl.SSLContext'] = None      # for proxies inside of TLS; None: the usual
-    _proxyconn = None                   # TCP connection of the association
-    _gss_context = None                 # `GssContext` that protects datagrams, or None
-    _relay = None                       # address of the relay, if not connected to it
-    _peeked = None, b''                 # the datagram that MSG_PEEK has left, and its content
-    _receivers = None                   # by port: the host given to sendto(), None for several
+    in_tcp = False                      # whether the socket's descriptor is that of `control`
 
-    def _ensure_relay(self, dest_pair=None):
-        """Whether datagrams to `dest_pair`, or any if that is None, go through a relay; requests
-        the relay if there is none yet."""
-        self._check_open()
-        self._bind_source(dest_pair)
-        if (self._bypass and dest_pair or not self._proxyconn) and not self._chain(dest_pair):
-            return False
-        if not self._proxyconn and not dest_pair and self._bypass and self.getsockname()[1]:
-            return False                # bound by datagrams that were sent directly
-        with self._associating:         # threads may share the socket
-            if self._proxyconn:
-                self._check_relay()
-            else:
-                if self._is_connected():        # the system would drop the relay's datagrams
-                    raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
-                if not self.getsockname()[1]:
-                    super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
-                self._associate()
-        return True
+    def __init__(self, control, relay=None):
+        self.control = control
+        self.relay = relay
+        self._context = getattr(control, 'context', None)   # `GssContext` for datagrams, or None
+        self._peeked = None, b''        # the message that MSG_PEEK has left, and its content
+        self._has_ended = False         # _end() was called
 
-    def _bind_source(self, dest_pair):
-        """Bind this socket to its family's address of `default_source`, unless it is bound."""
-        if (not self.default_source or not self._is_proxiable or self.family not in IP_FAMILIES
-                or self.getsockname()[1]):
-            return
-        ip = plain_ip(str(dest_pair[0])) if dest_pair else None
-        if self.family == socket.AF_INET6 and ip and ':' not in ip:     # IPv4-mapped
-            super().bind(('::ffff:' + source_of(socket.AF_INET, self.default_source).host, 0))
-        else:
-            super().bind(source_of(self.family, self.default_source).sockaddr)
+    def watched(self, sock):
+        """The sockets that become readable with a datagram, or the end of the association."""
+        return [sock, self.control]
 
-    def _is_connected(self):
-        """Whether the system's socket is connected, to whatever peer."""
-        with contextlib.suppress(OSError):
-            return bool(super().getpeername())
-        return False
-
-    def _check_relay(self):
+    def check(self):
         """Raise GeneralProxyError if the proxy has ended the association."""
         try:
-            ended = not self._proxyconn.recv(4096)
+            ended = not self.control.recv(4096)
         except BLOCKED:
             return
         except OSError:
             ended = True
         if ended:
-            raise GeneralProxyError('The proxy ended the UDP association')
+            raise self._end()
 
-    def _deadline(self):
-        """The deadline for connecting: by the timeout, or SETUP_TIMEOUT if it is non-blocking."""
-        timeout = self.gettimeout()
-        return deadline(SETUP_TIMEOUT if timeout == 0 else timeout)
+    def _end(self, error=None):
+        """The exception to raise from now on."""
+        self._has_ended = True
+        return GeneralProxyError('The proxy ended the UDP association', error)
 
-    def _associate(self):
-        """Request a relay for this bound socket from the proxy (RFC 1928 section 7)."""
-        chain = self._chain()
-        if len(chain) > 1 or chain[0].kind != SOCKS5:
-            raise OSError(errno.EOPNOTSUPP, 'UDP only supported by one proxy of type SOCKS5')
-        # The port only: behind a NAT, the proxy sees another address than this host's.
-        local = Address('0.0.0.0', self.getsockname()[1])
-        control, relay = run(open_chain(chain, local, self._deadline(), self._control_source(),
-                                        self.ssl_context, Command.UDP_ASSOCIATE))
-        with owned(control):
-            if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
-                relay = Address('::ffff:' + relay.host, relay.port)
-            elif family_of(relay.host) != self.family:
-                self._replace(bound(Address('::', local.port), socket.SOCK_DGRAM))
-                self._bypass = ''       # the new family cannot reach those hosts directly
-            if self._bypass:
-                self._relay = relay.sockaddr
-            else:
-                super().connect(relay.sockaddr)
-        self._proxyconn, self._gss_context = control, getattr(control, 'context', None)
-        self.proxy_sockname = tuple(UNSPECIFIED)
+    def connect(self, sock):
+        """Have the system drop the datagrams that do not come from the relay."""
+        if self.relay:
+            _orig_socket.connect(sock, self.relay)
+            self.relay = None
 
-    def _control_source(self):
-        """Local addresses for the TCP connection of an association, see dial().
+    def send(self, sock, address, data, flags):
+        """Send `data` to `address`; the number of its bytes sent."""
+        header = udp_header(address)
+        datagram = b''.join((header, data))
+        size = len(datagram) - len(header)
+        if self._context:
+            datagram = self._context.seal(datagram)
+        if self.relay:
+            sent = _orig_socket.sendto(sock, datagram, flags, self.relay)
+        else:
+            sent = _orig_socket.send(sock, datagram, flags)
+        return size if self._context else max(0, sent - len(header))
 
-        The one that this socket is bound to: a proxy accepts datagrams only from the host that made
-        the TCP connection.
+    def receive(self, sock, flags):
+        """(payload, sender) of the next datagram.
+
+        The sender is an `Address`; a plain tuple if the datagram came directly; None if the socket
+        is shut down.  Raises EOFError or ProtocolError for a datagram to be skipped: one that is
+        malformed, or a fragment.
         """
-        host = Address.with_zone(self.getsockname()).host
-        host = plain_ip(host) or host
-        return () if host in ZEROS else (host, '0.0.0.0' if ':' in host else '::')
-
-    def _receive(self, size, flags=0):
-        """(payload, sender, whether it was longer than `size`) of the next datagram.
-
-        Skips datagrams that are malformed, fragments, or not from the peer of connect(), instead of
-        raising an error: anyone may have sent them.
-        """
-        until = deadline(self.gettimeout())
-        waits = self.gettimeout() != 0 and not flags & getattr(socket, 'MSG_DONTWAIT', 0)
-        while True:
-            while waits and self not in poll([self, self._proxyconn], (), until):
-                self._check_relay()
-                if until and time.monotonic() >= until:
-                    raise socket.timeout('timed out')
-            data, source = super().recvfrom(1 << 16, flags)
-            # No source: shut down.  Another than the relay: sent directly.
-            if not source or self._relay and Address.of(source) != Address.of(self._relay):
-                return data[:size], source, len(data) > size
-            data = self._unwrap(data, flags & socket.MSG_PEEK) if self._gss_context else data
-            with contextlib.suppress(EOFError, ProtocolError):
-                datagram = Datagram.unpack(data)
-                if not datagram.fragment and self._is_from_peer(datagram.address):
-                    payload = datagram.payload
-                    return payload[:size], self._sender(datagram.address), len(payload) > size
-            if flags & socket.MSG_PEEK:
-                super().recv(1)         # remove what was skipped, or it would be peeked at forever
+        data, source = _orig_socket.recvfrom(sock, 1 << 16, flags)
+        if not source or self.relay and Address.of(source) != Address.of(self.relay):
+            return data, source
+        if self._context:
+            data = self._unwrap(data, flags & socket.MSG_PEEK)
+        datagram = Datagram.unpack(data)
+        if datagram.fragment:
+            raise ProtocolError('a fragment')
+        return datagram.payload, datagram.address
 
     def _unwrap(self, message, stays):
         """The data that a datagram protects by GSSAPI (RFC 1961 section 5).
@@ -10088,158 +10333,245 @@ class _BaseSocket(_Descriptor):
         stays   whether it was only peeked at: the library would call it a replay the next time
         """
         data = (self._peeked[1] if message == self._peeked[0]
-                else unwrap_datagram(self._gss_context, message))
+                else unwrap_datagram(self._context, message))
         self._peeked = (message, data) if stays else (None, b'')
         return data
 
-    def _is_from_peer(self, address):
-        """Whether a datagram from `address` is from the peer of connect(), if there is one.
+    def dup(self):
+        """The same for a duplicate of the socket."""
+        other = Association(self.control.dup(), self.relay)
+        other._context = self._context
+        return other
 
-        If the proxy has resolved the peer's name, only the port is compared.
+    def close(self):
+        self.control.close()
+
+
+class StreamAssociation(Association):
+    """An association whose datagrams are messages in the TCP connection (UDP_IN_TCP).
+
+    Theory of operation.  The descriptor of the `socksocket` is that of the connection, so that it
+    is readable when a datagram has come.  Therefore no byte is read beyond the message that is
+    returned, which is peeked at first; but the part of a message that has come is read.  A
+    datagram that the connection takes in part cannot be unmade: the background loop sends the
+    rest, and no other datagram is taken before that.
+    """
+    LARGEST = 65507                     # bytes in a UDP datagram over IPv4
+    MESSAGE = 3 + 0xFF + 0xFFFF         # bytes in the longest message
+    in_tcp = True
+    pack, unpack = StreamDatagrams.pack, StreamDatagrams.unpack
+
+    def __init__(self, control):
+        super().__init__(control)
+        self._sockets = 1               # how many have this association, see dup()
+        self._reading, self._writing = threading.Lock(), threading.Lock()
+        self._begun = b''               # the part of a message that has been read
+        self._unsent = b''              # the rest of a message that was sent in part
+
+    def watched(self, sock):
+        return [sock]
+
+    def check(self):
+        if self._has_ended:
+            raise self._end()
+
+    def connect(self, sock):
+        """Nothing: all datagrams come through the connection."""
+
+    def send(self, sock, address, data, flags):
+        header, size = udp_header(address), memoryview(data).nbytes
+        if size > self.LARGEST:
+            raise OSError(errno.EMSGSIZE, f'{size} bytes, expected at most {self.LARGEST}')
+        try:
+            message = self.pack(b''.join((header, data)))
+        except ValueError as error:
+            raise OSError(errno.EMSGSIZE, str(error)) from None
+        until = deadline(sock.gettimeout())
+        while True:
+            try:
+                self._send_message(message)
+                return size
+            except BLOCKED:
+                if sock.gettimeout() == 0 or flags & MSG_DONTWAIT:
+                    raise
+            if not poll((), [self.control], until):
+                raise socket.timeout('timed out')
+
+    def _send_message(self, message):
+        """Send all of a message, or raise BlockingIOError."""
+        with self._writing:
+            self._flush()
+            self._unsent = message[self._send(message):]
+            if self._unsent:
+                loop, sock = background_loop(), self.control.dup()
+                rest = Task(NoSession(), sock, self._send_rest(sock))
+                loop.call(rest, rest.start, loop)
+
+    def _flush(self):
+        while self._unsent:
+            self._unsent = self._unsent[self._send(self._unsent):]
+
+    def _send_rest(self, sock):
+        """Conversation: send the rest of a message; `sock` is a duplicate to wait for."""
+        with contextlib.suppress(GeneralProxyError):        # receive() raises it, too
+            while self._unsent:
+                yield from wait_ready((), [sock], None)
+                with self._writing, contextlib.suppress(*BLOCKED):
+                    self._flush()
+
+    def _send(self, data):
+        try:
+            return self.control.send(data, MSG_DONTWAIT)
+        except BLOCKED:
+            raise
+        except OSError as error:
+            raise self._end(error) from None
+
+    def _peek(self):
+        """Bytes that the connection has received; b'' if the program has called shutdown()."""
+        try:
+            data = self.control.recv(self.MESSAGE, socket.MSG_PEEK | MSG_DONTWAIT)
+        except BLOCKED:
+            raise
+        except OSError as error:
+            raise self._end(error) from None
+        if not data and (self._has_ended or not self._is_shut_down()):
+            raise self._end()
+        return data
+
+    def _is_shut_down(self):
+        """Whether the program has called shutdown(): nothing can be sent then."""
+        try:
+            self.control.send(b'', MSG_DONTWAIT)
+            return False
+        except OSError:
+            return True
+
+    def receive(self, sock, flags):
+        try:
+            with self._reading:
+                data = self._next(flags & socket.MSG_PEEK)
+        except GeneralProxyError:
+            # The end of a connection stays readable, and would keep an event loop busy.
+            sock._replace(_orig_socket(socket.AF_INET, socket.SOCK_DGRAM), True)
+            self.control.close()
+            raise
+        if data is None:
+            return b'', None
+        datagram = Datagram.unpack(data)
+        return datagram.payload, datagram.address
+
+    def _next(self, stays):
+        """The next datagram with its header; None if the program has called shutdown().
+
+        stays   whether it is only peeked at
         """
-        host, port = restore_name(self.proxy_peername or ('', 0))[:2]
-        return port in (0, address.port) and plain_ip(host) in (None, plain_ip(address.host))
+        seen = self._peek()
+        if not seen:
+            return None
+        read, rest = reader(self._begun + seen)
+        try:
+            data, left = self.unpack(read), len(rest())
+        except EOFError:
+            self._begun += self.control.recv(len(seen), MSG_DONTWAIT)
+            raise BlockingIOError(errno.EAGAIN, 'a part of a message') from None
+        except ProtocolError as error:
+            raise self._end(error) from None
+        if not stays:
+            self.control.recv(len(seen) - left, MSG_DONTWAIT)
+            self._begun = b''
+        return data
 
-    def _sender(self, address):
-        """The sender of a datagram as a tuple, as recvfrom() returns it.
+    def dup(self):
+        self._sockets += 1
+        return self
 
-        The proxy gives a real address.  A program that sent to a virtual one expects that back: it
-        is returned if the program sent to no other host on the same port.
-        """
-        host, port = address
-        receiver = (self.proxy_peername[0] if self.proxy_peername
-                    else (self._receivers or {}).get(port))
-        if receiver and virtual_addresses.number(receiver) is not None:
-            host = receiver
-        elif virtual_addresses.is_on and virtual_addresses.knows(host):
-            host = virtual_addresses.of(host)
-        return self._own_tuple(Address(host, port))
-
-    def _note_receiver(self, dest_pair):
-        """Remember the host by its port, for _sender()."""
-        self._receivers = self._receivers or {}
-        host, port = host_text(dest_pair[0]), dest_pair[1]
-        if self._receivers.setdefault(port, host) != host:
-            self._receivers[port] = None
-        elif len(self._receivers) > MAX_RECEIVERS:
-            del self._receivers[port]
-
-    def _own_tuple(self, address):
-        """`address` as a tuple in the form of this socket's family."""
-        if self.family != socket.AF_INET6:
-            return tuple(address)
-        host = address.host
-        is_ipv4 = len(ip_bytes(host) or b'') == 4       # a name has no bytes
-        return '::ffff:' + host if is_ipv4 else host, address.port, 0, 0
-
-    def _send_to_relay(self, message, flags):
-        """Send a datagram to the relay; the number of bytes sent."""
-        if self._relay:
-            return super().sendto(message, flags, self._relay)
-        return super().send(message, flags)
-
-    def _transmit(self, data, flags, dest_pair):
-        """Send `data` to `dest_pair` through the relay; the number of its bytes sent."""
-        if dest_pair is None:
-            raise OSError(errno.EDESTADDRREQ, 'Destination address required')
-        chain = self._chain()
-        address = destination(restore_name(dest_pair), chain)
-        if virtual_addresses.is_on and not self.proxy_peername:
-            self._note_receiver(dest_pair)
-        if not chain[-1].rdns and ip_bytes(address.host) is None:
-            address = run(resolve(address))[0]
-        header = Datagram(address, b'').pack()
-        datagram = b''.join((header, data))
-        if self._gss_context:
-            self._send_to_relay(self._gss_context.seal(datagram), flags)
-            return len(data)
-        return max(0, self._send_to_relay(datagram, flags) - len(header))
-
-    def sendto(self, *args: Any) -> int:
-        """As in stock, but because of the relay's header at most 65,497 bytes to an IPv4 address,
-        and fewer to other hosts or with GSSAPI.
-
-        A TCP socket with a proxy connects first, as with MSG_FASTOPEN.
-        """
-        if len(args) > 1:
-            flags, dest_pair = args[1] if len(args) > 2 else 0, args[-1]
-            if self._is_datagram and self._ensure_relay(dest_pair):
-                return self._transmit(args[0], flags, dest_pair)
-            if self._must_connect(dest_pair):
-                return self._connect_and_send(args[0], flags, dest_pair)
-            args = (*args[:-1], self._sockaddr(dest_pair))
-        return super().sendto(*args)
-
-    def _must_connect(self, dest_pair):
-        """Whether sending to `dest_pair` needs a connection through the proxy first."""
-        return bool(self.proxy[0] and not self._is_datagram and not self.proxy_peername
-                    and self._chain(dest_pair) and not self._is_connected())
-
-    def _connect_and_send(self, data, flags, dest_pair):
-        socksocket.connect(self, dest_pair)
-        return self.send(data, flags & ~MSG_FASTOPEN)
-
-    @relayed
-    def send(self, bytes: Any, flags: int = 0) -> int:
-        return self._transmit(bytes, flags, self.proxy_peername)
-
-    @relayed
-    def sendall(self, bytes: Any, flags: int = 0) -> None:
-        self._transmit(bytes, flags, self.proxy_peername)
-
-    def sendmsg(self, *args: Any) -> int:
-        flags, address = args[2] if len(args) > 2 else 0, args[3] if len(args) > 3 else None
-        if self._is_datagram and self._ensure_relay(address):
-            return self._transmit(b''.join(args[0]), flags, address or self.proxy_peername)
-        if address and self._must_connect(address):
-            return self._connect_and_send(b''.join(args[0]), flags, address)
-        return super().sendmsg(*args[:3], *map(self._sockaddr, args[3:]))
-
-    @relayed
-    def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        return self._receive(bufsize, flags)[0]
-
-    @relayed
-    def recvfrom(self, bufsize: int, flags: int = 0) -> Tuple[bytes, Any]:
-        return self._receive(bufsize, flags)[:2]
-
-    @relayed
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        return self.recvfrom_into(buffer, nbytes, flags)[0]
-
-    @relayed
-    def recvfrom_into(self, buffer: Any, nbytes: int = 0,
-                      flags: int = 0) -> Tuple[int, Any]:
-        view = memoryview(buffer).cast('B')
-        payload, sender, _ = self._receive(nbytes or len(view), flags)
-        view[:len(payload)] = payload
-        return len(payload), sender
-
-    @relayed
-    def recvmsg(self, bufsize: int, ancbufsize: int = 0,
-                flags: int = 0) -> Tuple[bytes, List[Tuple[int, int, bytes]], int, Any]:
-        payload, sender, longer = self._receive(bufsize, flags)
-        return payload, [], socket.MSG_TRUNC if longer else 0, sender
-
-    @relayed
-    def recvmsg_into(self, buffers: Iterable[Any], ancbufsize: int = 0,
-                     flags: int = 0) -> Tuple[int, List[Tuple[int, int, bytes]], int, Any]:
-        views = [memoryview(buffer).cast('B') for buffer in buffers]
-        payload, sender, longer = self._receive(sum(map(len, views)), flags)
-        stream = io.BytesIO(payload)
-        for view in views:
-            stream.readinto(view)
-        return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
-
-    def _leave_proxy(self):
-        """End the association, if there is one: the destination of connect() is exempt."""
-        self._goes_directly = True
-        if self._proxyconn:
-            self._proxyconn.close()
-            self._proxyconn = self._relay = self._gss_context = self.proxy_peername = None
+    def close(self):
+        self._sockets -= 1
+        if self._sockets <= 0:
+            if self._unsent:            # ends _send_rest()
+                with contextlib.suppress(OSError):
+                    self.control.shutdown(socket.SHUT_RDWR)
+            self.control.close()
 
 
-class socksocket(_BaseSocket):
+class Attempt:
+    """A connect() through proxies that does not block.
+
+    error     the exception that has ended it, or None
+    is_done   whether it is connected
+
+    Theory of operation.  A socket is writable as soon as TCP is connected to the proxy, but
+    connect() is done only after further messages, and only a thread can exchange these while the
+    program waits in select().  So the program's socket, `near`, is connected to this process
+    (`far`) instead, and its send buffer is filled: it is not writable then.  The background loop,
+    which also drives layers, connects `inner` to the destination.  Then it takes the filling out of
+    `far`, and a `Tunnel` joins the two; after a failure, it resets `far`.  Either makes `near`
+    writable, for select(), poll() and epoll, even if its descriptor was registered before.  What
+    the program sends too early follows the filling.
+
+    Linux calls a socket writable if a third of its send buffer is free.  What may still leave the
+    buffer after it was full is one window of `far`, so that must be less than a third.
+    """
+    WINDOW, BUFFER = 1 << 13, 1 << 16   # bytes; Linux doubles both
+
+    def __init__(self, sock, near, inner, conversation):
+        """Begin: `conversation` connects `inner`, a socksocket, for `sock`, which `near` is a stock
+        copy of."""
+        self._sock, self._filling, self.error, self.is_done = weakref.ref(sock), 0, None, False
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.BUFFER)
+        _, self._far = tcp_pair(near, self.WINDOW)
+        with owned(self._far), contextlib.suppress(*BLOCKED):
+            while True:
+                self._filling += near.send(bytes(self.BUFFER))
+        task, loop = Task(NoSession(), self._far, self._run(inner, conversation)), background_loop()
+        loop.call(task, task.start, loop)
+
+    def _run(self, inner, conversation):
+        """Conversation: the tunnel between `far` and `inner`, or None."""
+        try:
+            with owned(inner):
+                yield from conversation
+                sock = self._sock()
+                if sock:
+                    sock._take_state(inner)
+                self.is_done = True
+                while self._filling:
+                    try:
+                        self._filling -= len(self._far.recv(self._filling))
+                    except BLOCKED:
+                        yield from wait_ready([self._far], (), None)
+                self._far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+                keep_urgent(inner)
+                end = _orig_socket(inner.family, inner.type, inner.proto, inner.detach())
+                return Tunnel(NoSession(), self._far, end)
+        except BaseException as error:  # ClientReset, too: the program has closed its socket
+            self.error, self.is_done = error, False
+            self._far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)    # for its close()
+            if not isinstance(error, (OSError, EOFError, ClientReset, GeneratorExit)):
+                raise
+
+    def check(self):
+        """Raise an OSError unless it is connected."""
+        if self.error:
+            raise self.error if isinstance(self.error, OSError) else OSError(
+                self.code, str(self.error))
+        if not self.is_done:
+            raise BlockingIOError(errno.EALREADY, os.strerror(errno.EALREADY))
+
+    @property
+    def code(self):
+        """SO_ERROR: the errno if it has failed, 0 while it is under way and after a success."""
+        if not self.error:
+            return 0
+        cause = getattr(self.error, 'socket_err', self.error)
+        if is_timeout(cause):
+            return errno.ETIMEDOUT
+        return (getattr(self.error, 'errno', None)
+                or REPLY_ERRNOS.get(reply_for(cause), errno.ECONNABORTED))
+
+
+class socksocket(_Descriptor):
     """A socket that connects through a proxy; a stock socket if it has none.
 
     The first arguments are those of socket.socket.  `proxy` is a URL; a list of URLs, which is a
@@ -10248,8 +10580,15 @@ class socksocket(_BaseSocket):
     Proxies carry TCP and UDP over IPv4 and IPv6.  Sockets that reach no other network are always
     stock ones; those of all other kinds raise OSError if they have a proxy.
 
-    connect() blocks even if the socket is non-blocking, for SETUP_TIMEOUT seconds at most.  If it
-    fails, the socket is closed.
+    UDP begins with bind(), connect() or the first datagram.  If datagrams are inside of TCP, see
+    open_association(), the descriptor is that of the connection from then on, so a selector must
+    get it afterwards; and hosts that are exempt from the proxy cannot be sent to.
+
+    connect() blocks even if the socket is non-blocking, for SETUP_TIMEOUT seconds at most, since
+    programs for PySocks rely on that.  If it fails, the socket is closed.  With `connect_blocks`
+    false, it raises BlockingIOError and goes on in the background, as that of a stock socket does:
+    when it is done, the socket is writable, and getsockopt() tells SO_ERROR.  This is for Linux;
+    the connection takes more CPU time, since all data pass through a thread of this process.
 
     Methods for the caller, besides those of a socket:
 
@@ -10263,6 +10602,8 @@ class socksocket(_BaseSocket):
     - proxy_peername        (host, port) given to connect(), None without a proxy
     - proxy_sockname        (host, port) that the proxy says it connects from
     - ssl_context           for proxies inside of TLS; None for the usual one
+    - connect_blocks        whether connect() blocks in any case; also a class variable
+    - connect_error         the exception why a connect() in the background has failed, or None
 
     Class variables, for all sockets created afterwards:
 
@@ -10273,6 +10614,7 @@ class socksocket(_BaseSocket):
     default_proxy: Optional[ProxyTuple] = None
     default_bypass = ''
     default_source: Tuple[str, ...] = ()
+    connect_blocks = True
     proxy: ProxyTuple
 
     def __init__(self, family: int = STOCK[0], type: int = STOCK[1], proto: int = STOCK[2],
@@ -10292,10 +10634,24 @@ class socksocket(_BaseSocket):
         if self.proxy[0]:
             _proxied[self.fileno()] = self
 
+    # (host, port) of the destination, and of the proxy's side of the connection if it says so
+    proxy_peername: Optional[Tuple[Any, ...]] = None
+    proxy_sockname: Optional[Tuple[Any, ...]] = None
+    ssl_context: Optional['ssl.SSLContext'] = None      # for proxies inside of TLS; None: the usual
+    _is_datagram = False                # whether it is UDP over IPv4 or IPv6
+    _is_proxiable = False               # whether it is TCP or UDP, over IPv4 or IPv6
+    _is_local = True                    # whether its family reaches no other network
+    _is_default = False                 # whether `proxy` is the default one
+    _goes_directly = False              # whether connect() has found that it needs no proxy
+    _bypass = ''                        # patterns of hosts to reach without the proxy
+    _association = None                 # `Association` for datagrams
+    _gives_names_back = False           # whether a sender can be a name, see _sender()
+    _receivers = None                   # by port: the host given to sendto(), None for several
     _parsed = None, []                  # cache: a value of `proxy`, and its chain
     _options = None                     # arguments of setsockopt(), for _renew()
     _local = None                       # address given to bind(), for _renew()
     _proxy_address = None               # of the first proxy, as the system has it
+    _attempt = None                     # `Attempt` that connect() has begun, until it is done
 
     def _twin(self):
         """Another socksocket with a proxy that has the same descriptor, or None."""
@@ -10305,12 +10661,12 @@ class socksocket(_BaseSocket):
     def _copy_state(self, other):
         """Copy what another socket for the same connection knows about it."""
         for name in ('proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername',
-                     'proxy_sockname', '_proxy_address', '_gss_context', '_relay'):
+                     'proxy_sockname', '_proxy_address', '_association', '_attempt'):
             setattr(self, name, getattr(other, name))
 
     def set_proxy(self, proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
                   port: Optional[int] = None, rdns: bool = True, username: Secret = None,
-                  password: Secret = None) -> None:
+                  password: Secret = None, *, optimistic: bool = False) -> None:
         """Set the proxy for the next connect(); without arguments, use none.
 
         proxy_type          SOCKS4, SOCKS5 or HTTP; or a URL, or a list of URLs for a chain, with
@@ -10318,10 +10674,13 @@ class socksocket(_BaseSocket):
         addr, port          of the proxy; the default port is 1080, for HTTP 8080
         rdns                whether the proxy resolves names
         username, password  str or bytes; SOCKS4 has only a user name
+        optimistic          whether to send all messages to a proxy at once, see `Flight`
 
         Raises GeneralProxyError for an invalid type, ValueError for any other argument.
         """
         self.proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
+        if optimistic:
+            self.proxy = proxy_tuple(made_optimistic(self._proxies()))
         self._is_default, self._bypass = False, ''
         _proxied[self.fileno()] = self
 
@@ -10378,7 +10737,8 @@ class socksocket(_BaseSocket):
         return sockaddr
 
     def setsockopt(self, *args: Any) -> None:
-        """As in stock, but options of TCP and IP are ignored if the proxy is on a unix socket."""
+        """As in stock, but options of TCP, UDP and IP are ignored if the proxy is on a unix socket,
+        or datagrams are inside of TCP."""
         if not self._ignores(args[0]):
             super().setsockopt(*args)
         if self._is_proxiable and not self.proxy_peername:
@@ -10395,16 +10755,22 @@ class socksocket(_BaseSocket):
         """As in stock, but an option that setsockopt() ignores is 0, or b''."""
         if args and self._ignores(args[0]):
             return b'' if len(args) > 2 else 0
+        if args == (socket.SOL_SOCKET, socket.SO_ERROR) and self._attempt:
+            super().getsockopt(*args)   # takes the error of `near`
+            return self._attempt.code
         if args == (socket.SOL_SOCKET, socket.SO_TYPE) and self._is_proxiable:
             # SSLSocket asks for this and then takes the descriptor, which must be connected by now,
             # unless wrap_module() came before ssl: then SSLSocket is a socksocket itself.
             if not issubclass(getattr(sys.modules.get('ssl'), 'SSLSocket', object), socksocket):
                 self._guard_descriptor()
+            if self._association:       # the descriptor may be that of a TCP connection
+                return self.type & 0xF
         return super().getsockopt(*args)
 
     def _ignores(self, level):
         return (self._is_proxiable and level != socket.SOL_SOCKET
-                and self.family not in IP_FAMILIES)
+                and (self.family not in IP_FAMILIES
+                     or self._association and self._association.in_tcp))
 
     def bind(self, *address: Any) -> None:
         """As in stock; a UDP socket with a proxy requests its relay now."""
@@ -10426,7 +10792,7 @@ class socksocket(_BaseSocket):
     def _guard_descriptor(self):
         """Raise GeneralProxyError if whoever takes the descriptor could connect past the proxy."""
         if (self.fileno() < 0 or self._is_local or not self.proxy[0] or self.proxy_peername
-                or self._proxyconn or self._goes_directly or self._is_connected()):
+                or self._association or self._goes_directly or self._is_connected()):
             return
         if not super().getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN):
             raise GeneralProxyError('Connect first: whatever takes the descriptor of this socket '
@@ -10444,6 +10810,10 @@ class socksocket(_BaseSocket):
         SOCKS4Error, HTTPError or another GeneralProxyError if the negotiation fails; with
         `catch_errors`, their `socket_err` instead.
         """
+        self._connect(dest_pair, catch_errors=catch_errors)
+
+    def _connect(self, dest_pair, data=b'', catch_errors=None):
+        """connect(), with the first `data` for a destination behind a proxy."""
         chain = self._chain(dest_pair)
         if not chain:
             self._leave_proxy()
@@ -10451,10 +10821,15 @@ class socksocket(_BaseSocket):
             return super().connect(self._connect_sockaddr(dest_pair))
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
+        if self._attempt:
+            self._attempt.check()
         if self.proxy_peername:
             raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
+        if not self.connect_blocks and self.gettimeout() == 0 and sys.platform == 'linux':
+            self._start_connect(dest_pair, chain, data)
+            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
         try:
-            self._connect_through(dest_pair, chain)
+            self._connect_through(dest_pair, chain, data=data)
         except BaseException as error:
             self.close()
             if catch_errors and isinstance(error, ProxyError) and error.socket_err:
@@ -10463,6 +10838,8 @@ class socksocket(_BaseSocket):
 
     def connect_ex(self, dest_pair: Any) -> int:
         """connect(), but return an errno, 0 for success; resolver errors are still raised."""
+        if self._attempt and self._attempt.error:
+            return self._attempt.code
         try:
             goes_directly = not self._chain(dest_pair)
             if goes_directly:
@@ -10484,35 +10861,73 @@ class socksocket(_BaseSocket):
         """connect() of UDP: send to `dest_pair`, and receive from it only; from any host if it is
         ('0.0.0.0', 0)."""
         real = restore_name(dest_pair)
-        address = destination(real, chain)
+        destination(real, chain)        # raises before anything is sent
         self._ensure_relay(dest_pair)
-        if self._relay:
-            super().connect(self._relay)
-            self._relay = None          # from now on, all datagrams come from the relay
-        if real is not dest_pair:       # recvfrom() gives the virtual address back
-            address = Address.of(dest_pair)
-        elif not chain[-1].rdns:
-            address = run(resolve(address))[0]
+        self._association.connect(self)         # from now on, all datagrams come from the relay
+        # recvfrom() gives a virtual address back.
+        address = run(self._target(dest_pair)) if real is dest_pair else Address.of(dest_pair)
         is_any = address.host in ('0.0.0.0', '::') and not address.port
         self.proxy_peername = None if is_any else tuple(address)
 
-    def _connect_through(self, dest_pair, chain, sockaddr=None):
+    def _connect_through(self, dest_pair, chain, sockaddr=None, data=b''):
         """connect() through the chain.
 
         sockaddr    of the first proxy; None to try all its addresses
+        data        the first bytes for the destination
         """
-        destination(restore_name(dest_pair), chain)     # raises before anything is sent
-        until = self._deadline()
-        with connecting(chain[0]):
-            self._connect_to_first(chain[0], sockaddr, until)
-        self._negotiate(dest_pair, chain, until)
+        run(self._connecting(dest_pair, chain, self._deadline(), sockaddr, data))
 
-    def _negotiate(self, dest_pair, chain, until):
-        """The part of connect() after this socket is connected to the first proxy."""
+    def _start_connect(self, dest_pair, chain, data):
+        """Begin to connect through the chain in the background, see `Attempt`."""
+        inner = socksocket(self.family, self.type, self.proto, proxy=chain)
+        with owned(inner):
+            inner.ssl_context, inner._options, inner._local = (
+                self.ssl_context, dict(self._options or {}), self._local)
+            # A relay sends what it has: Nagle's algorithm would only delay that, tcp(7).
+            nodelay = socket.IPPROTO_TCP, socket.TCP_NODELAY
+            inner._options.setdefault(nodelay, (*nodelay, 1))
+            inner._renew(_orig_socket(self.family, socket.SOCK_STREAM))
+            inner.setblocking(False)
+            connecting = inner._connecting(dest_pair, chain, deadline(SETUP_TIMEOUT), None, data)
+            try:
+                with self._stock_copy() as near:
+                    self._attempt = Attempt(self, near, inner, connecting)
+            except OSError:             # by its options, it cannot be connected to this process
+                self._replace(_orig_socket(socket.AF_INET, socket.SOCK_STREAM))
+                with self._stock_copy() as near:
+                    self._attempt = Attempt(self, near, inner, connecting)
+        self.proxy_peername = tuple(dest_pair)
+        _proxied[self.fileno()] = self
+
+    def _take_state(self, inner):
+        """Note what the proxy has told `inner`, which is connected in the background."""
+        self.proxy_sockname, self._proxy_address = inner.proxy_sockname, inner._proxy_address
+
+    @property
+    def connect_error(self) -> Optional[BaseException]:
+        return self._attempt and self._attempt.error
+
+    def _connecting(self, dest_pair, chain, until, sockaddr=None, data=b''):
+        """The conversation of _connect_through()."""
+        destination(restore_name(dest_pair), chain)     # raises before anything is sent
+
+        def attempt(at_once):
+            with connecting(chain[0]):
+                yield from self._connect_to_first(chain[0], sockaddr, until)
+            try:
+                yield from self._negotiate(dest_pair, chain, until, data, at_once)
+            except NotAnswered:
+                self._renew(_orig_socket(self.family, socket.SOCK_STREAM))
+                raise
+
+        return optimistically(chain, attempt)
+
+    def _negotiate(self, dest_pair, chain, until, data=b'', at_once=False):
+        """Conversation: the part of connect() after this socket is connected to the first proxy."""
         with self._stock_copy() as sock:
             address = destination(restore_name(dest_pair), chain)
-            last, bnd = run(negotiate_chain(sock, chain, Command.CONNECT, address, until,
-                                            self.ssl_context))
+            last, bnd = yield from negotiate_chain(sock, chain, Command.CONNECT, address, until,
+                                                   self.ssl_context, data, at_once)
             # Within the block: at its end the old descriptor would get this socket's timeout, and
             # the layer's duplicate of it must stay non-blocking.
             if last is not sock:
@@ -10521,23 +10936,24 @@ class socksocket(_BaseSocket):
         _proxied[self.fileno()] = self
 
     def _connect_to_first(self, proxy, sockaddr, until):
-        """Connect to the first proxy, at `sockaddr`, or else at its addresses one after the other.
+        """Conversation: connect to the first proxy, at `sockaddr`, or else at its addresses one
+        after the other.
 
         Those of this socket's family come first, as another family needs another descriptor.
         """
         if sockaddr:
-            return self._connect_at(self.family, sockaddr, until)
+            return (yield from self._connect_at(self.family, sockaddr, until))
         if proxy.is_path:
-            return self._connect_at(socket.AF_UNIX, proxy.addr, until)
-        found = dict.fromkeys((family, sockaddr) for family, *_, sockaddr
-                              in look_up(proxy.addr, proxy.sure_port))
+            return (yield from self._connect_at(socket.AF_UNIX, proxy.addr, until))
+        found = yield Call(functools.partial(look_up, proxy.addr, proxy.sure_port), until)
+        found = dict.fromkeys((family, sockaddr) for family, *_, sockaddr in found)
         addresses = sorted(found, key=lambda item: item[0] != self.family)[:ATTEMPTS]
         for left, (family, sockaddr) in zip(range(len(addresses), 0, -1), addresses):
             # Each gets a fair share of the time that is left, the last one all of it.
             share = (until - time.monotonic()) / left if until else ATTEMPT_TIMEOUT
             limit = until if left == 1 else deadline(min(share, ATTEMPT_TIMEOUT))
             try:
-                return self._connect_at(family, sockaddr, limit)
+                return (yield from self._connect_at(family, sockaddr, limit))
             except OSError as error:
                 if left == 1 or self.fileno() < 0:      # closed by another thread
                     raise
@@ -10545,14 +10961,15 @@ class socksocket(_BaseSocket):
                 self._renew(_orig_socket(self.family, socket.SOCK_STREAM))
 
     def _connect_at(self, family, sockaddr, until):
-        """Connect to one address of the first proxy, after a change of family if necessary."""
+        """Conversation: connect to one address of the first proxy, after a change of family if
+        necessary."""
         if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
             sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
         elif family != self.family:
             self._renew(_orig_socket(family, socket.SOCK_STREAM))
         self._bind_source(sockaddr)
         with self._stock_copy() as sock:
-            run(await_connect(sock, sockaddr, until))
+            yield from await_connect(sock, sockaddr, until)
         self._proxy_address = sockaddr
 
     def _renew(self, sock):
@@ -10565,17 +10982,282 @@ class socksocket(_BaseSocket):
         if host not in (None, '', *ZEROS) and self.family in IP_FAMILIES:
             super().bind(self._local)
 
+    # Datagrams.  The relay is requested by bind(), connect() or the first datagram.
+
+    def _ensure_relay(self, dest_pair=None):
+        """Whether datagrams to `dest_pair`, or any if that is None, go through a relay; requests
+        the relay if there is none yet."""
+        self._check_open()
+        if not self._association:
+            self._bind_source(dest_pair)
+        if (self._bypass and dest_pair or not self._association) and not self._chain(dest_pair):
+            if self._association and self._association.in_tcp:
+                raise OSError(errno.EHOSTUNREACH, f'{host_text(dest_pair[0])} is exempt from the '
+                              'proxy, but the datagrams of this socket are in a connection to it')
+            return False
+        if not self._association and not dest_pair and self._bypass and self.getsockname()[1]:
+            return False                # bound by datagrams that were sent directly
+        with self._associating:         # threads may share the socket
+            if self._association:
+                self._association.check()
+            else:
+                run(self._associate())
+        return True
+
+    def _bind_source(self, dest_pair):
+        """Bind this socket to its family's address of `default_source`, unless it is bound."""
+        if (not self.default_source or not self._is_proxiable or self.family not in IP_FAMILIES
+                or self.getsockname()[1]):
+            return
+        ip = plain_ip(str(dest_pair[0])) if dest_pair else None
+        if self.family == socket.AF_INET6 and ip and ':' not in ip:     # IPv4-mapped
+            super().bind(('::ffff:' + source_of(socket.AF_INET, self.default_source).host, 0))
+        else:
+            super().bind(source_of(self.family, self.default_source).sockaddr)
+
+    def _is_connected(self):
+        """Whether the system's socket is connected, to whatever peer."""
+        with contextlib.suppress(OSError):
+            return bool(super().getpeername())
+        return False
+
+    def _deadline(self):
+        """The deadline for connecting: by the timeout, or SETUP_TIMEOUT if it is non-blocking."""
+        timeout = self.gettimeout()
+        return deadline(SETUP_TIMEOUT if timeout == 0 else timeout)
+
+    def _associate(self):
+        """Conversation: request a relay from the proxy."""
+        if self._is_connected():        # the system would drop the relay's datagrams
+            raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
+        if not self.getsockname()[1]:
+            super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
+        port = self.getsockname()[1]
+        command, control, relay = yield from open_association(
+            self._chain(), port, self._deadline(), self._control_source(), self.ssl_context)
+        with owned(control):
+            if command == Command.UDP_IN_TCP:
+                association = StreamAssociation(control)
+                self._replace(control.dup(), True)
+            else:
+                association = self._use_relay(control, relay, port)
+        self._association, self.proxy_sockname = association, tuple(UNSPECIFIED)
+
+    def _use_relay(self, control, relay, port):
+        """The `Association` for a relay, after a change of family if necessary."""
+        if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
+            relay = Address('::ffff:' + relay.host, relay.port)
+        elif family_of(relay.host) != self.family:
+            self._replace(bound(Address('::', port), socket.SOCK_DGRAM))
+            self._bypass = ''           # the new descriptor cannot reach those hosts directly
+        association = Association(control, relay.sockaddr)
+        if not self._bypass:
+            association.connect(self)
+        return association
+
+    def _control_source(self):
+        """Local addresses for the TCP connection of an association, see dial().
+
+        The one that this socket is bound to: a proxy accepts datagrams only from the host that made
+        the TCP connection.
+        """
+        host = Address.with_zone(self.getsockname()).host
+        host = plain_ip(host) or host
+        return () if host in ZEROS else (host, '0.0.0.0' if ':' in host else '::')
+
+    def _receive(self, size, flags=0):
+        """(payload, sender, whether it was longer than `size`) of the next datagram.
+
+        Skips datagrams that are malformed, fragments, or not from the peer of connect(), instead of
+        raising an error: anyone may have sent them.
+        """
+        association, until = self._association, deadline(self.gettimeout())
+        waits = self.gettimeout() != 0 and not flags & MSG_DONTWAIT
+        while True:
+            while waits and self not in poll(association.watched(self), (), until):
+                association.check()
+                if until and time.monotonic() >= until:
+                    raise socket.timeout('timed out')
+            with contextlib.suppress(EOFError, ProtocolError):
+                try:
+                    payload, sender = association.receive(self, flags)
+                except BLOCKED:
+                    if waits:           # only a part of a message has come
+                        continue
+                    raise
+                is_relayed = isinstance(sender, Address)
+                if not is_relayed or self._is_from_peer(sender):
+                    sender = self._sender(sender) if is_relayed else sender
+                    return payload[:size], sender, len(payload) > size
+            if flags & socket.MSG_PEEK:     # remove it, or it would be peeked at forever
+                with contextlib.suppress(EOFError, ProtocolError):
+                    association.receive(self, flags & ~socket.MSG_PEEK)
+
+    def _is_from_peer(self, address):
+        """Whether a datagram from `address` is from the peer of connect(), if there is one.
+
+        If the proxy has resolved the peer's name, only the port is compared.
+        """
+        host, port = restore_name(self.proxy_peername or ('', 0))[:2]
+        return port in (0, address.port) and plain_ip(host) in (None, plain_ip(address.host))
+
+    def _sender(self, address):
+        """The sender of a datagram as a tuple, as recvfrom() returns it.
+
+        The proxy gives a real address.  A program that sent to a virtual one expects that back: it
+        is returned if the program sent to no other host on the same port.  A name is, too, if
+        `_gives_names_back`.
+        """
+        host, port = address
+        receiver = (self.proxy_peername[0] if self.proxy_peername
+                    else (self._receivers or {}).get(port))
+        if receiver and self._gives_names_back and not plain_ip(receiver):
+            return receiver, port
+        if receiver and virtual_addresses.number(receiver) is not None:
+            host = receiver
+        elif virtual_addresses.is_on and virtual_addresses.knows(host):
+            host = virtual_addresses.of(host)
+        return self._own_tuple(Address(host, port))
+
+    def _note_receiver(self, dest_pair):
+        """Remember the host by its port, for _sender()."""
+        self._receivers = self._receivers or {}
+        host, port = host_text(dest_pair[0]), dest_pair[1]
+        if self._receivers.setdefault(port, host) != host:
+            self._receivers[port] = None
+        elif len(self._receivers) > MAX_RECEIVERS:
+            del self._receivers[port]
+
+    def _own_tuple(self, address):
+        """`address` as a tuple in the form of this socket's family."""
+        if self.family != socket.AF_INET6:
+            return tuple(address)
+        host = address.host
+        is_ipv4 = len(ip_bytes(host) or b'') == 4       # a name has no bytes
+        return '::ffff:' + host if is_ipv4 else host, address.port, 0, 0
+
+    def _target(self, dest_pair, until=None):
+        """Conversation: the `Address` for datagrams to `dest_pair`; its name is looked up unless
+        the proxy does that."""
+        if dest_pair is None:
+            raise OSError(errno.EDESTADDRREQ, 'Destination address required')
+        chain = self._chain(dest_pair)
+        address = destination(restore_name(dest_pair), chain)
+        if chain and chain[-1].rdns:
+            return address
+        return (yield from resolve(address, until))[0]
+
+    def _transmit(self, data, flags, dest_pair, address=None):
+        """Send `data` to `dest_pair` through the relay; the number of its bytes sent.
+
+        address     result of _target(), if the caller has it
+        """
+        address = address or run(self._target(dest_pair))
+        if (virtual_addresses.is_on or self._gives_names_back) and not self.proxy_peername:
+            self._note_receiver(dest_pair)
+        return self._association.send(self, address, data, flags)
+
+    def sendto(self, *args: Any) -> int:
+        """As in stock, but because of the relay's header at most 65,497 bytes to an IPv4 address,
+        and fewer to other hosts or with GSSAPI.
+
+        A TCP socket with a proxy connects first, as with MSG_FASTOPEN; the data goes along with the
+        request if the proxy is OPTIMISTIC, see `Flight`.
+        """
+        if len(args) > 1:
+            flags, dest_pair = args[1] if len(args) > 2 else 0, args[-1]
+            if self._is_datagram and self._ensure_relay(dest_pair):
+                return self._transmit(args[0], flags, dest_pair)
+            if self._must_connect(dest_pair):
+                return self._connect_and_send(args[0], flags, dest_pair)
+            args = (*args[:-1], self._sockaddr(dest_pair))
+        return super().sendto(*args)
+
+    def _must_connect(self, dest_pair):
+        """Whether sending to `dest_pair` needs a connection through the proxy first."""
+        return bool(self.proxy[0] and not self._is_datagram and not self.proxy_peername
+                    and self._chain(dest_pair) and not self._is_connected())
+
+    def _connect_and_send(self, data, flags, dest_pair):
+        early = bytes(data) if memoryview(data).nbytes <= Flight.SEGMENT else b''
+        self._connect(dest_pair, early)
+        return len(early) or self.send(data, flags & ~MSG_FASTOPEN)
+
+    @relayed
+    def send(self, bytes: Any, flags: int = 0) -> int:
+        return self._transmit(bytes, flags, self.proxy_peername)
+
+    @relayed
+    def sendall(self, bytes: Any, flags: int = 0) -> None:
+        self._transmit(bytes, flags, self.proxy_peername)
+
+    def sendmsg(self, *args: Any) -> int:
+        flags, address = args[2] if len(args) > 2 else 0, args[3] if len(args) > 3 else None
+        if self._is_datagram and self._ensure_relay(address):
+            return self._transmit(b''.join(args[0]), flags, address or self.proxy_peername)
+        if address and self._must_connect(address):
+            return self._connect_and_send(b''.join(args[0]), flags, address)
+        return super().sendmsg(*args[:3], *map(self._sockaddr, args[3:]))
+
+    @relayed
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        return self._receive(bufsize, flags)[0]
+
+    @relayed
+    def recvfrom(self, bufsize: int, flags: int = 0) -> Tuple[bytes, Any]:
+        return self._receive(bufsize, flags)[:2]
+
+    @relayed
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        return self.recvfrom_into(buffer, nbytes, flags)[0]
+
+    @relayed
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0,
+                      flags: int = 0) -> Tuple[int, Any]:
+        view = memoryview(buffer).cast('B')
+        payload, sender, _ = self._receive(nbytes or len(view), flags)
+        view[:len(payload)] = payload
+        return len(payload), sender
+
+    @relayed
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0,
+                flags: int = 0) -> Tuple[bytes, List[Tuple[int, int, bytes]], int, Any]:
+        payload, sender, longer = self._receive(bufsize, flags)
+        return payload, [], socket.MSG_TRUNC if longer else 0, sender
+
+    @relayed
+    def recvmsg_into(self, buffers: Iterable[Any], ancbufsize: int = 0,
+                     flags: int = 0) -> Tuple[int, List[Tuple[int, int, bytes]], int, Any]:
+        views = [memoryview(buffer).cast('B') for buffer in buffers]
+        payload, sender, longer = self._receive(sum(map(len, views)), flags)
+        stream = io.BytesIO(payload)
+        for view in views:
+            stream.readinto(view)
+        return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
+
+    def _leave_proxy(self):
+        """End the association, if there is one: the destination of connect() is exempt."""
+        self._goes_directly = True
+        if self._association:
+            if self._association.in_tcp:
+                self._replace(_orig_socket(self.family, socket.SOCK_DGRAM))
+            self._association.close()
+            self._association = self.proxy_peername = None
+
     def dup(self) -> 'socksocket':
         """As in stock; both sockets use the relay, if there is one."""
         other = super().dup()
         other._copy_state(self)
-        if self._proxyconn:
-            other._proxyconn = self._proxyconn.dup()
+        if self._association:
+            other._association = self._association.dup()
         return other
 
     def close(self) -> None:
-        if self._proxyconn:
-            self._proxyconn.close()
+        if self._association:
+            self._association.close()
+        if self._attempt and not self._attempt.is_done and self.fileno() >= 0:
+            # By a reset, so that the background loop ends it.
+            super().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         super().close()
 
     def get_proxy_sockname(self) -> Optional[Tuple[str, int]]:
@@ -10596,7 +11278,8 @@ class socksocket(_BaseSocket):
         After wrap_module() with `dns`, the virtual address instead of a name.
         """
         address = super().getpeername()
-        if self._proxyconn and not self.proxy_peername:         # connected to the relay only
+        if (self._association and not self.proxy_peername       # connected to the relay only
+                or self._attempt and not self._attempt.is_done):
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         if not self.proxy_peername:
             return address
@@ -10609,14 +11292,21 @@ class socksocket(_BaseSocket):
 
     # PySocks' private methods: subclasses that connect to the proxy themselves call them.
 
+    @property
+    def _proxyconn(self):
+        return self._association and self._association.control
+
     def _negotiate_SOCKS5(self, *dest_addr):
-        self._negotiate(dest_addr, self._proxies(), self._deadline())
+        run(self._negotiate(dest_addr, self._proxies(), self._deadline()))
 
     _negotiate_SOCKS4 = _negotiate_HTTP = _negotiate_SOCKS5
 
     def _proxy_addr(self):
         first = self._proxies()[0]
         return first.addr, first.sure_port
+
+
+_BaseSocket = _Descriptor               # PySocks' name
 
 
 def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = None,
@@ -10626,7 +11316,8 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
                       proxy_username: Secret = None, proxy_password: Secret = None,
                       socket_options: Optional[Iterable[Sequence[Any]]] = None, *,
                       proxy: ProxyArgument = None,
-                      ssl_context: Optional['ssl.SSLContext'] = None) -> 'socksocket':
+                      ssl_context: Optional['ssl.SSLContext'] = None, optimistic: bool = False,
+                      data: bytes = b'') -> 'socksocket':
     """Return a socksocket that is connected to `dest_pair`, (host, port), through a proxy.
 
     timeout           seconds for each address that is tried, and for the socket afterwards
@@ -10636,6 +11327,9 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
     proxy             instead of proxy_type, ...: a URL, or a list of URLs for a chain; empty for
                       no proxy
     ssl_context       ssl.SSLContext for proxies inside of TLS
+    optimistic        whether to send all messages to a proxy at once, to save round trips; as with
+                      `?optimistic=1` in the URL, see `Flight`
+    data              the first bytes to send; if optimistic, they go along if possible
 
     If no proxy is given, the default proxy is used, if there is one.  Tries each address of the
     proxy; without a proxy, each of the destination.  Raises what socksocket.connect() raises.
@@ -10645,7 +11339,7 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
                           proxy_password)
     host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
     dest_pair = (without_brackets(host), *dest_pair[1:])
-    chain = effective_chain(proxy, dest_pair)
+    chain = effective_chain(proxy, dest_pair, optimistic)
     error = OSError('getaddrinfo() returned no address')
     for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
         sock = socksocket(family, kind, proto, proxy=chain)
@@ -10658,31 +11352,34 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
             if source_address:
                 sock.bind(source_address)
             if chain:
-                sock._connect_through(dest_pair, chain, sockaddr)
+                sock._connect_through(dest_pair, chain, sockaddr, bytes(data))
             else:
                 sock.connect(sockaddr)
-            return sock
         except BaseException as caught:
             sock.close()
             # A proxy that has answered would say the same at its other addresses.
             if isinstance(caught, GeneralProxyError) or not isinstance(caught, OSError):
                 raise
             error = caught
+        else:
+            if data and not chain:
+                with owned(sock):
+                    sock.sendall(data)
+            return sock
     try:
         raise error
     finally:
         error = None                    # breaks the cycle: error, traceback, this frame
 
 
-def effective_chain(proxy, dest_pair=None):
+def effective_chain(proxy, dest_pair=None, optimistic=False):
     """The chain for an argument `proxy`; for None, that of the default proxy, which is empty if
     `dest_pair` is exempt from it."""
-    if proxy is not None:
-        return parse_chain(proxy)
-    default, bypass = _default()
-    if dest_pair and (matches_bypass(dest_pair, bypass) or listens_here(dest_pair)):
+    chain, bypass = (proxy, '') if proxy is not None else _default()
+    if proxy is None and dest_pair and (matches_bypass(dest_pair, bypass)
+                                        or listens_here(dest_pair)):
         return []
-    return parse_chain(default)
+    return made_optimistic(parse_chain(chain)) if optimistic else parse_chain(chain)
 
 
 def first_addresses(chain, dest_pair):
@@ -10769,7 +11466,7 @@ def wrap_proactor(proactor_class):
     def chain_of(conn, address):
         chain = conn._chain(address) if isinstance(conn, socksocket) else []
         if chain and conn._is_datagram:
-            raise OSError(errno.EOPNOTSUPP, "UDP through a proxy needs asyncio's SelectorEventLoop")
+            raise OSError(errno.EOPNOTSUPP, NEEDS_SELECTORS)
         return chain
 
     @functools.wraps(stock_connect)
@@ -10793,28 +11490,280 @@ def wrap_proactor(proactor_class):
 
 async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
                           ssl_context: Optional['ssl.SSLContext'] = None,
-                          timeout: Optional[float] = SETUP_TIMEOUT,
+                          timeout: Optional[float] = SETUP_TIMEOUT, optimistic: bool = False,
+                          data: bytes = b'',
                           **options: Any) -> Tuple['asyncio.StreamReader', 'asyncio.StreamWriter']:
     """asyncio.open_connection() through a proxy: (reader, writer).
 
-    proxy, ssl_context    as in create_connection()
+    proxy, ssl_context, optimistic
+                          as in create_connection()
     timeout               seconds for connecting, the negotiation included
+    data                  the first bytes to send; if optimistic and without `ssl`, they go along
+                          with the request if possible
     options               of asyncio.open_connection(): ssl, server_hostname, limit, local_addr
 
     Raises what socksocket.connect() raises.
     """
     import asyncio
-    chain = effective_chain(proxy, (host, port))
+    chain = effective_chain(proxy, (host, port), optimistic)
     until = deadline(timeout)
     if not chain:
-        return await within(until, asyncio.open_connection(host, port, **options))
+        reader, writer = await within(until, asyncio.open_connection(host, port, **options))
+        writer.write(data)
+        return reader, writer
     address = destination(restore_name((host, port)), chain)
     source = await drive(local_source(options.pop('local_addr', None), until))
-    sock, _ = await drive(open_chain(chain, address, until, source, ssl_context))
+    early = b'' if options.get('ssl') else bytes(data)
+    sock, _ = await drive(open_chain(chain, address, until, source, ssl_context, data=early))
     if options.get('ssl'):              # asyncio has no `host` to take it from
         options.setdefault('server_hostname', host)
     with owned(sock):
-        return await within(until, asyncio.open_connection(sock=sock, **options))
+        reader, writer = await within(until, asyncio.open_connection(sock=sock, **options))
+    writer.write(data[len(early):])
+    return reader, writer
+
+
+async def create_datagram_endpoint(
+        protocol_factory: Callable[[], ProtocolType],
+        local_addr: Optional[Tuple[str, int]] = None, remote_addr: Optional[Tuple[str, int]] = None,
+        *, family: int = 0, proxy: ProxyArgument = None,
+        ssl_context: Optional['ssl.SSLContext'] = None, timeout: Optional[float] = SETUP_TIMEOUT,
+        **options: Any) -> Tuple['asyncio.DatagramTransport', ProtocolType]:
+    """As the method of asyncio's event loops, but through a proxy: (transport, protocol).
+
+    family                AF_INET or AF_INET6, which decides how addresses of senders look; by
+                          default that of `local_addr`, or else AF_INET
+    proxy, ssl_context    as in create_connection()
+    timeout               seconds for requesting the association
+    options               of asyncio's method, for an endpoint without a proxy
+
+    Names as addresses are looked up by the proxy; if it is of type socks5, by this host, without
+    blocking.  The sender of an answer is the name again, unless datagrams were also sent to another
+    host on the same port.  If the proxy ends the association, connection_lost() gets a
+    GeneralProxyError.
+
+    Raises what socksocket.connect() raises.
+    """
+    import asyncio
+    loop, until = asyncio.get_event_loop(), deadline(timeout)
+    chain = effective_chain(proxy, remote_addr)
+    if not chain:
+        return await within(until, loop.create_datagram_endpoint(
+            protocol_factory, local_addr, remote_addr, family=family, **options))
+    local = await drive(local_source(local_addr, until)) if local_addr else ()
+    local = [address for address in local if family in (0, family_of(address.host))]
+    if local_addr and not local:
+        raise OSError(errno.EAFNOSUPPORT, f'{local_addr[0]} has no address of this family')
+    family = family or (family_of(local[0].host) if local else socket.AF_INET)
+    sock = socksocket(family, socket.SOCK_DGRAM, proxy=proxy and chain)
+    with owned(sock):
+        sock.ssl_context, sock._gives_names_back = ssl_context, True
+        sock.settimeout(until and max(0.001, until - time.monotonic()))
+        if local:
+            _orig_socket.bind(sock, local[0].sockaddr)
+        await drive(sock._associate())
+        sock.setblocking(False)
+        if remote_addr:
+            if restore_name(remote_addr) is remote_addr:
+                remote_addr = tuple(await drive(sock._target(remote_addr, until)))
+            sock.connect(remote_addr)
+        protocol = protocol_factory()
+        transport = endpoint_class()(loop, sock, protocol)
+        transport.start()
+    return transport, protocol
+
+
+@functools.lru_cache(1)
+def endpoint_class():
+    """`Endpoint` as a subclass of asyncio's, which is imported only if it is needed."""
+    import asyncio
+    return type('DatagramTransport', (Endpoint, asyncio.DatagramTransport), {})
+
+
+class Endpoint:
+    """The transport of create_datagram_endpoint(): the datagrams of a non-blocking `socksocket`.
+
+    As in asyncio, datagrams that the socket does not take are kept, and the protocol is told to
+    pause while they are too many.  Those to a name that this host looks up are kept meanwhile, too.
+    """
+
+    def __init__(self, loop, sock, protocol):
+        peer = sock.getpeername() if sock.proxy_peername else None
+        super().__init__({'socket': sock, 'sockname': sock.getsockname(), 'peername': peer})
+        self._loop = loop
+        self._sock = sock
+        self._protocol = protocol
+        self._peer = peer
+        self._watched = []              # sockets that are watched for reading
+        self._queue = deque()           # arguments of _send() that wait for the socket
+        self._look_ups = {}             # by address: (data that wait for it, task)
+        self._size = 0                  # bytes of all that wait
+        self._is_paused = self._is_closing = self._is_lost = False
+        self.set_write_buffer_limits()
+
+    def start(self):
+        """Begin to call the protocol's methods."""
+        try:
+            for sock in self._sock._association.watched(self._sock):
+                self._loop.add_reader(sock, self._read)
+                self._watched.append(sock)
+            self._protocol.connection_made(self)
+        except BaseException as error:
+            self._unwatch()
+            if isinstance(error, NotImplementedError):      # Windows' usual loop
+                raise OSError(errno.EOPNOTSUPP, NEEDS_SELECTORS) from None
+            raise
+
+    def get_protocol(self):
+        return self._protocol
+
+    def set_protocol(self, protocol):
+        self._protocol = protocol
+
+    def is_closing(self):
+        return self._is_closing
+
+    def get_write_buffer_size(self):
+        return self._size
+
+    def get_write_buffer_limits(self):
+        return self._low, self._high
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        if high is None:
+            high = 1 << 16 if low is None else 4 * low
+        low = high // 4 if low is None else low
+        if not high >= low >= 0:
+            raise ValueError(f'limits of the buffer: expected high ({high}) >= low ({low}) >= 0')
+        self._low, self._high = low, high
+        self._count(0)
+
+    def sendto(self, data, addr=None):
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f'data: expected a bytes-like object, not {type(data).__name__}')
+        if self._peer and addr not in (None, self._peer):
+            raise ValueError(f'address: expected None or {self._peer}')
+        if self._is_closing:
+            return
+        data, addr = bytes(data), addr or self._sock.proxy_peername
+        try:
+            next(self._sock._target(addr))
+        except StopIteration as stop:
+            self._put(data, addr, stop.value)
+        except OSError as error:
+            self._protocol.error_received(error)
+        else:                           # it has yielded a `LookUp`
+            key = tuple(addr)
+            if key not in self._look_ups:
+                self._look_ups[key] = [], self._loop.create_task(self._look_up(key))
+            self._look_ups[key][0].append(data)
+            self._count(len(data))
+
+    async def _look_up(self, addr):
+        """Send what waits for the address of a name."""
+        found = None
+        try:
+            found = await drive(self._sock._target(addr, deadline(SETUP_TIMEOUT)))
+        except OSError as error:
+            self._protocol.error_received(error)
+        waiting, _ = self._look_ups.pop(addr)
+        for data in waiting:
+            self._count(-len(data))
+            if found and not self._is_lost:
+                self._put(data, addr, found)
+        self._end_if_done()
+
+    def _put(self, data, addr, target):
+        """Send a datagram, or keep it if the socket does not take it; `target` is the result of
+        _target() for `addr`."""
+        if self._queue or not self._send(data, addr, target):
+            if not self._queue:
+                self._loop.add_writer(self._sock, self._write)
+            self._queue.append((data, addr, target))
+            self._count(len(data))
+
+    def _send(self, data, addr, target):
+        """Whether the socket has taken a datagram, or refused it."""
+        try:
+            if self._sock._chain(addr):
+                self._sock._transmit(data, 0, addr, target)
+            else:
+                self._sock.sendto(data, tuple(target))
+        except BLOCKED:
+            return False
+        except OSError as error:
+            self._protocol.error_received(error)
+        return True
+
+    def _write(self):
+        """The socket is writable."""
+        while self._queue and self._send(*self._queue[0]) and not self._is_lost:
+            data, *_ = self._queue.popleft()
+            self._count(-len(data))
+        if not self._queue:
+            self._loop.remove_writer(self._sock)
+        self._end_if_done()
+
+    def _count(self, number):
+        """So many bytes more wait: have the protocol pause or go on."""
+        self._size += number
+        if self._size > self._high and not self._is_paused:
+            self._is_paused = True
+            self._protocol.pause_writing()
+        elif self._size <= self._low and self._is_paused:
+            self._is_paused = False
+            self._protocol.resume_writing()
+
+    def _read(self):
+        """A datagram has come, or the end of the association."""
+        try:
+            data, addr = self._sock.recvfrom(1 << 16)
+        except BLOCKED:
+            pass
+        except GeneralProxyError as error:
+            self._end(error)
+        except OSError as error:
+            self._protocol.error_received(error)
+        else:
+            if addr is None:            # the program has shut the socket down
+                self._end(None)
+            else:
+                self._protocol.datagram_received(data, addr)
+
+    def close(self):
+        """Send what waits, then call connection_lost(None)."""
+        self._is_closing = True
+        self._unwatch()
+        self._end_if_done()
+
+    def abort(self):
+        """Call connection_lost(None) at once."""
+        self._end(None)
+
+    def _end_if_done(self):
+        if self._is_closing and not self._queue and not self._look_ups:
+            self._end(None)
+
+    def _end(self, error):
+        if self._is_lost:
+            return
+        self._is_closing = self._is_lost = True
+        self._unwatch()
+        self._loop.remove_writer(self._sock)
+        for _, task in self._look_ups.values():
+            task.cancel()
+        self._queue.clear()
+        self._loop.call_soon(self._finish, error)
+
+    def _unwatch(self):
+        while self._watched:
+            self._loop.remove_reader(self._watched.pop())
+
+    def _finish(self, error):
+        try:
+            self._protocol.connection_lost(error)
+        finally:
+            self._sock.close()
 
 
 def local_source(address, until):
@@ -11810,9 +12759,10 @@ OPTIONS = [
             help='send connections and, if the last is of SOCKS5, UDP through this proxy; '
                  'repeatable, for a chain, first hop first.  URL '
                  'is SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
-                 'socks4, http or https, with +tls, +gssapi or +unix appended if wanted.  Others '
-                 'on this machine can see a password in it, but not in SOCKS_PROXY, see below '
-                 '(default: SOCKS_PROXY)')),
+                 'socks4, http or https, with +tls, +gssapi or +unix appended if wanted; append '
+                 '?optimistic=1 to send it all messages at once, ?udp=tcp to have datagrams in the '
+                 'connection, or both with & between them.  Others on this machine can see a '
+                 'password in it, but not in SOCKS_PROXY, see below (default: SOCKS_PROXY)')),
         (('--proxy-file',), dict(
             metavar='FILE', help='read the URLs from FILE, one a line (default: SOCKS_PROXY)')),
         (('--connect',), dict(

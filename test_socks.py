@@ -38,6 +38,7 @@ import platform
 import py_compile
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -4469,7 +4470,16 @@ PROXY_URLS = [
     ('socks5h://bob:@h', (2, 'h', None, True, b'bob', None)),
     ('ftp://h', 'scheme'), ('h:1080', 'scheme'), ('', 'scheme'), ('socks5h+x://h', 'scheme'),
     ('socks5://', 'host missing'), ('socks5://:1080', 'host missing'), ('socks5://h:x', 'port'),
-    ('socks5://h:65536', 'port'), ('socks5://h/x', 'no path'), ('socks5://h?x', 'no path'),
+    ('socks5://h:65536', 'port'), ('socks5://h/x', 'no path'), ('socks5://h?ppp', 'optimistic=1'),
+    ('socks5://h?optimistic=1&optimistic=1', 'optimistic=1'), ('socks5://h#ppp', 'no "#"'),
+    ('socks5://h?optimistic=2', 'optimistic=1'), ('socks5+unix:///a?ppp', 'optimistic=1'),
+    ('socks5h://h/?optimistic=1', (socks.SOCKS5 | socks.OPTIMISTIC, 'h', None, True, None, None)),
+    ('socks5h://h?udp=tcp&optimistic=1', (socks.SOCKS5 | socks.OPTIMISTIC | socks.UDP_IN_TCP, 'h',
+                                          None, True, None, None)),
+    ('socks5h://h?udp=tcp&udp=tcp', 'udp=tcp'), ('socks5h://h?udp=udp', 'udp=tcp'),
+    ('socks4://h?udp=tcp', 'of type SOCKS5'),
+    ('socks5h+unix:///a?optimistic=0', (2, '/a', None, True, None, None)),
+    ('socks5://h?', (2, 'h', None, False, None, None)),
     ('socks5+unix://', 'path'), ('socks5://' + 'u' * 256 + '@h', 'username of 256 bytes'),
     ('socks5://u:' + 'p' * 256 + '@h', 'password of 256 bytes'), ('socks4://a%00@h', 'userid'),
     ('http://a%3ab:x@h', 'colon'),
@@ -4520,8 +4530,9 @@ class Scripted(Origin):
                     got = peer.read(len(expected))
                     if got != expected:
                         self.wrong.append((got.hex(), expected.hex()))
-                    for start in range(0, len(answer), step or len(answer)):
-                        peer.send(answer[start:start + (step or len(answer))])
+                    size = step or len(answer) or 1
+                    for start in range(0, len(answer), size):
+                        peer.send(answer[start:start + size])
                 peer.send(then)
                 last(peer)
 
@@ -4550,6 +4561,15 @@ class ClientCase(Case):
     def url(self, server, scheme='socks5h', user=''):
         address = server.server_address
         return f'{scheme}://{user}{Address(*address[:2])}'
+
+    def run_async(self, job):
+        loop = asyncio.new_event_loop()
+        with concurrent.futures.ThreadPoolExecutor() as executor:
+            loop.set_default_executor(executor)
+            try:
+                return loop.run_until_complete(job)
+            finally:
+                loop.close()
 
     def check_echo(self, sock, data=b'some bytes'):
         sock.sendall(data)
@@ -4611,6 +4631,29 @@ class ClientTest(ClientCase):
                                  r"Error\('Socket error', .*'timed out',?\).*1.2.3.4:80")
                 self.assertIs(type(pickle.loads(pickle.dumps(error))), type(error))
                 self.assertLess(time.monotonic() - started, 2)
+
+    @unittest.skipUnless(hasattr(signal, 'pthread_kill'), 'signals are not for threads here')
+    def test_interrupted(self):
+        """By KeyboardInterrupt, for example: all is closed at once, in the usual order."""
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        def function(peer):
+            peer.read(3)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+            self.assertEqual(peer.rest(), b'')
+
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, interrupt))
+        errors = []
+        self.addCleanup(setattr, sys, 'unraisablehook', getattr(sys, 'unraisablehook', None))
+        sys.unraisablehook = errors.append          # before Python 3.8, nothing calls it
+        with socks.socksocket(proxy=self.url(self.origin(function))) as sock:
+            with self.assertRaises(KeyboardInterrupt):
+                sock.connect(('1.2.3.4', 80))
+            self.assertEqual(sock.fileno(), -1)
+        del sock
+        gc.collect()
+        self.assertEqual(errors, [])
 
     def test_unreachable_proxies(self):
         url = f'socks5://127.0.0.1:{self.refused_port()}'
@@ -5063,6 +5106,336 @@ class ClientTest(ClientCase):
             loop.run_until_complete(connect(('127.0.0.1', port)))
 
 
+class Stepwise(Origin):
+    """A SOCKS5 server that takes what one recv() gives for one message, as microsocks does: it
+    loses what a client sends at once.  `first` is what it does with the first connection."""
+
+    def __init__(self, first=None, password=False):
+        self.delivered, self.messages = [], []
+
+        def function(peer):
+            messages = []
+            self.messages.append(messages)
+            if first and messages is self.messages[0]:
+                return first(peer)
+            with peer:
+                answers = ['0502', '0100', OK5] if password else ['0500', OK5]
+                for answer in answers:
+                    messages.append(peer.sock.recv(1024))
+                    if not messages[-1]:
+                        return
+                    peer.send(hexed(answer))
+                self.delivered.append(peer.read(4))
+                peer.send(b'yes!')
+
+        super().__init__(function)
+
+
+def hangs_up(*answers, reset=False):
+    """What a `Stepwise` does: read all that comes at once, answer, and leave or reset."""
+    def first(peer):
+        with peer:
+            peer.sock.recv(1024)
+            for answer in answers:
+                peer.send(hexed(answer))
+            if reset:
+                peer.reset()
+    return first
+
+
+class OptimisticTest(ClientCase):
+    """All messages at once."""
+
+    LOGIN = '01 03626f62 06736563726574'        # bob, secret
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(socks.Flight.known.clear)
+
+    def impatient(self, seconds=0.2):
+        self.addCleanup(setattr, socks.Flight, 'PATIENCE', socks.Flight.PATIENCE)
+        socks.Flight.PATIENCE = seconds
+
+    def test_one_segment(self):
+        """The proxy answers only after it has read all of it."""
+        next_proxy = '03 05 6e2e61626301bb'                             # n.abc:443
+        data = b'data'.hex()
+        for name, chain, sent, answers, early in (
+                ('no login', ['socks5h://{}'], '050100' + IP5, '0500' + OK5, False),
+                ('login', ['socks5h://bob:secret@{}'], '050102' + self.LOGIN + IP5,
+                 '05020100' + OK5, False),
+                ('login and data', ['socks5h://bob:secret@{}'],
+                 '050102' + self.LOGIN + IP5 + data, '05020100' + OK5, True),
+                ('login at tor', ['socks5h://bob:secret@{}'], '050102' + self.LOGIN + IP5,
+                 '0100' + OK5, False),
+                ('looked up here', ['socks5://{}'], '050100' + IP5, '0500' + OK5, False),
+                ('SOCKS4a', ['socks4a://bob@{}'], '04010050010203 04626f6200' + data, OK4, True),
+                ('two', ['socks5h://{}', 'socks5h://bob:secret@n.abc:443'],
+                 '050100 050100' + next_proxy + '050102' + self.LOGIN + IP5 + data,
+                 '0500' + OK5 + '05020100' + OK5, True),
+                ('three', ['socks4a://{}', 'socks4a://n.abc:443', 'socks5h://n.abc:443'],
+                 '040101bb00000001006e2e61626300' * 2 + '050100' + IP5 + data,
+                 OK4 * 2 + '0500' + OK5, True),
+                ('HTTP behind it', ['socks4a://{}', 'http://n.abc:443'],
+                 '040101bb00000001006e2e61626300' + crlf(
+                     'CONNECT 1.2.3.4:80 HTTP/1.1\nHost: 1.2.3.4:80\n\n'),
+                 OK4 + crlf('HTTP/1.1 200 OK\n\n'), False)):
+            for step in None, 1:
+                for by_url in True, False:
+                    with self.subTest(name, step=step, by_url=by_url):
+                        proxy = self.scripted([sent, answers], step, then=b'Hello')
+                        urls = [url.format(Address(*proxy.server_address)) + '?optimistic=1'
+                                * by_url for url in chain]
+                        for hop in socks.parse_chain(urls) if name != 'login and data' else ():
+                            hop = hop._replace(type=hop.type | socks.OPTIMISTIC)
+                            socks.Flight.note(hop, True)
+                        with socks.create_connection(
+                                ('1.2.3.4', 80), PATIENCE, proxy=urls, optimistic=not by_url,
+                                data=b'data' * early) as sock:
+                            self.assertEqual(Peer(sock).read(5), b'Hello')
+                            self.check_echo(sock)
+
+    def test_what_ends_it(self):
+        """What must wait: whatever is behind HTTP, not optimistic, large or looked up here."""
+        step = ['0401005001020304 00', OK4]
+        hop = '0401 {} 00000001006e00'.format('0438')
+        head = crlf('CONNECT 1.2.3.4:80 HTTP/1.1\nHost: 1.2.3.4:80\n\n')
+        ok = crlf('HTTP/1.1 200 OK\n\n')
+        login = '050102' + self.LOGIN
+        for name, chain, data, script in (
+                ('HTTP', ['http://{}?optimistic=1'], b'data', [head, ok, b'data'.hex(), '']),
+                ('the second is not', ['socks4a://{}?optimistic=1', 'socks4a://n'], b'data',
+                 [hop, OK4, *step, b'data'.hex(), '']),
+                ('the first is not', ['socks4a://{}', 'socks4a://n?optimistic=1'], b'data',
+                 [hop, OK4, *step, b'data'.hex(), '']),
+                ('large', ['socks5h://bob:secret@{}?optimistic=1'], b'x' * 1024,
+                 [login + IP5, '05020100' + OK5, '78*1024', '']),
+                ('looked up here', ['socks4a://{}?optimistic=1', 'socks4://n?optimistic=1'],
+                 b'', [hop, OK4, '0401005001020304 00', OK4])):
+            with self.subTest(name):
+                proxy = self.scripted(script)
+                urls = [url.format(Address(*proxy.server_address)) for url in chain]
+                with socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy=urls,
+                                             data=data) as sock:
+                    self.check_echo(sock)
+
+    def test_in_tls(self):
+        proxy = self.scripted(['050102' + self.LOGIN + IP5 + b'data'.hex(), '05020100' + OK5],
+                              tls=True)
+        with socks.create_connection(
+                ('1.2.3.4', 80), PATIENCE, proxy=self.url(proxy, 'socks5h+tls', 'bob:secret@'),
+                ssl_context=client_context(), optimistic=True, data=b'data') as sock:
+            self.check_echo(sock)
+
+    def test_first_data_of_a_socket(self):
+        """Both calls connect, as with TCP Fast Open."""
+        for call in (lambda sock: sock.sendto(b'data', socks.MSG_FASTOPEN, ('1.2.3.4', 80)),
+                     lambda sock: sock.sendmsg([b'da', b'ta'], [], 0, ('1.2.3.4', 80))):
+            for url in 'socks5h://bob:secret@{}?optimistic=1', 'socks5h://{}':
+                with self.subTest(url), socks.socksocket() as sock:
+                    sent = ['050102' + self.LOGIN + IP5 + b'data'.hex(), '05020100' + OK5
+                            ] if '?' in url else ['050100', '0500', IP5, OK5, b'data'.hex(), '']
+                    proxy = self.scripted(sent)
+                    sock.settimeout(PATIENCE)
+                    sock.set_proxy(url.format(Address(*proxy.server_address)))
+                    self.assertEqual(call(sock), 4)
+                    self.check_echo(sock)
+                    self.assertEqual(sock.getpeername(), ('1.2.3.4', 80))
+
+    def test_without_a_proxy(self):
+        """The first data are sent just the same."""
+        origin = self.origin(echo)
+        with socks.create_connection(('127.0.0.1', origin.port), PATIENCE, proxy='',
+                                     optimistic=True, data=b'data') as sock:
+            self.assertEqual(Peer(sock).read(4), b'data')
+
+    def test_asyncio(self):
+        async def talk(port, **options):
+            reader, writer = await socks.open_connection(
+                '127.0.0.1', port, timeout=PATIENCE, optimistic=True, data=b'data', **options)
+            self.assertEqual((await reader.readexactly(4)).lower(), b'data')
+            writer.close()
+            writer.transport.abort()
+            await asyncio.sleep(0)
+
+        origin, inside = self.origin(echo), self.origin(serve_tls)
+        request = '05010001 7f000001 %04x' % origin.port
+        proxy = self.scripted(['050102' + self.LOGIN + request + b'data'.hex(),
+                               '05020100' + OK5 + b'data'.hex()])
+        self.run_async(talk(origin.port, proxy=self.url(proxy, user='bob:secret@')))
+        self.run_async(talk(origin.port, proxy=[]))
+        self.run_async(talk(inside.port, proxy=self.url(self.serve()), ssl=client_context(),
+                            server_hostname='localhost'))
+
+    def test_a_server_in_between(self):
+        """It speaks so to the proxies of its settings."""
+        origin = self.origin(echo)
+        proxy = self.scripted(['050102' + self.LOGIN + '05010001 7f000001 %04x' % origin.port,
+                               '05020100' + OK5])
+        url = self.url(proxy, user='bob:secret@') + '?optimistic=1'
+        server = self.serve(upstream=url)
+        with Peer(server.server_address) as peer:
+            self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
+            self.check_echo(peer.sock)
+        proxy = self.enter(Stepwise(hangs_up('05ff')))
+        server = self.serve(upstream=self.url(proxy) + '?optimistic=1')
+        with Peer(server.server_address) as peer:
+            self.assertEqual(peer.connect('127.0.0.1', 1).reply, 0)
+
+    def test_where_it_can_be_said(self):
+        proxy = (socks.SOCKS5 | socks.OPTIMISTIC, 'h', None, True, None, None)
+        self.assertEqual(socks.parse_proxy_url('socks5h://h?optimistic=1'), proxy)
+        self.assertEqual(str(socks.parse_proxy_url('socks5h://h?optimistic=1')),
+                         'SOCKS5 proxy h:1080')
+        with socks.socksocket() as sock:
+            for args, options in ((('socks5h://h?optimistic=1',), {}), (proxy[:2], {}),
+                                  (('socks5h://h',), {'optimistic': True}),
+                                  ((socks.SOCKS5, 'h'), {'optimistic': True})):
+                sock.set_proxy(*args, **options)
+                self.assertEqual(sock.proxy, proxy)
+            sock.set_proxy(['socks5h://h', 'http://h'], optimistic=True)
+            self.assertEqual([each.type & socks.OPTIMISTIC for each in sock._chain()], [64, 64])
+            sock.set_proxy(optimistic=True)
+            self.assertEqual(sock.proxy[0], None)
+        self.assertEqual(socks.parse_proxy_url('https://h?optimistic=1').sure_port, 443)
+
+    def test_when_data_goes_along(self):
+        """To a proxy without a password, after it has coped once."""
+        proxy, sent = self.origin(), hexed('050100' + IP5)
+
+        def connect():
+            with socks.create_connection(('1.2.3.4', 80), PATIENCE, optimistic=True, data=b'data',
+                                         proxy=self.url(proxy)) as sock:
+                return Peer(sock).rest()
+
+        for early in False, True:
+            with Background(connect) as job:
+                with eventually(lambda: proxy.peers and proxy.peers.pop()) as peer:
+                    self.assertEqual(peer.read(len(sent)), sent)
+                    if early:
+                        self.assertEqual(peer.read(4), b'data')
+                    self.assertEqual(ready([peer.sock], [], 0.02), [])
+                    peer.send(hexed('0500' + OK5))
+                    if not early:
+                        self.assertEqual(peer.read(4), b'data')
+                    peer.send(b'yes!')
+                self.assertEqual(job.result(), b'yes!')
+
+    def test_slow_connections(self):
+        """Silence after the login, with data: the proxy is still connecting."""
+        self.impatient(0.05)
+
+        def first(peer):
+            peer.sock.recv(1024)
+            peer.send(hexed('05020100'))
+            self.assertEqual(ready([peer.sock], [], 0.2), [])
+            peer.send(hexed(OK5))
+
+        proxy = self.origin(first)
+        with socks.create_connection(('1.2.3.4', 80), PATIENCE, optimistic=True, data=b'data',
+                                     proxy=self.url(proxy, user='bob:secret@')) as sock:
+            self.assertEqual(sock.recv(1), b'')
+        self.assertEqual(len(proxy.peers), 1)
+
+    def test_servers_that_cope(self):
+        """Ours, with a password, in TLS, as a chain, by BIND and for datagrams."""
+        origin = self.origin(echo)
+        server = self.serve(users={'bob': 's'})
+        url = self.url(server, user='bob:s@') + '?optimistic=1'
+        for chain in url, [url] * 3:
+            with socks.create_connection(('localhost', origin.port), PATIENCE, proxy=chain,
+                                         data=b'data') as sock:
+                self.assertEqual(Peer(sock).read(4), b'data')
+        with self.assertRaises(socks.SOCKS5Error) as caught:
+            socks.create_connection(('127.0.0.1', self.refused_port()), PATIENCE, proxy=[url, url])
+        self.assertEqual(caught.exception.reply, Reply.CONNECTION_REFUSED)
+        with self.assertRaisesRegex(AUTH, 'authentication failed'):
+            socks.create_connection(('127.0.0.1', origin.port), PATIENCE,
+                                    proxy=url.replace('bob:s', 'bob:x'), data=b'data')
+        with socks.create_server(('127.0.0.1', 0), proxy=url, timeout=PATIENCE) as waiting:
+            with self.peer(waiting.getsockname()):
+                waiting.accept()[0].close()
+        target = self.enter(Echo())
+        with socks.socksocket(type=socket.SOCK_DGRAM, proxy=url) as sock:
+            sock.settimeout(PATIENCE)
+            sock.sendto(b'x', tuple(target.address))
+            self.assertEqual(sock.recv(100), b'E:x')
+        self.assertEqual(set(socks.Flight.known.values()), {0})
+        self.assertEqual(len(origin.peers), 2)
+
+    def check_again(self, server, data, user=''):
+        """The connection is made a second time, and works; the third is made in steps at once."""
+        for count in 2, 3:
+            with socks.create_connection(('1.2.3.4', 80), PATIENCE, data=data,
+                                         proxy=self.url(server, user=user) + '?optimistic=1'
+                                         ) as sock:
+                sock.sendall(b'data'[len(data):])
+                self.assertEqual(Peer(sock).read(4), b'yes!')
+            self.assertEqual(server.delivered, [b'data'] * (count - 1))
+            self.assertEqual(len(server.messages), count)
+        self.assertEqual(server.messages[-1][0], b'\5\2\0\2' if user else b'\5\1\0')
+
+    def test_servers_that_do_not_cope(self):
+        self.impatient()
+        for name, first, password, cases in (
+                ('loses the rest', None, False, 'nd'), ('loses the rest', None, True, 'nd'),
+                ('closes', hangs_up(), True, 'nd'), ('closes later', hangs_up('0502'), True, 'nd'),
+                ('resets', hangs_up(reset=True), False, 'n'),
+                ('chooses none', hangs_up('05ff'), True, 'nd'),
+                ('chooses none, resets', hangs_up('05ff', reset=True), True, 'nd'),
+                ('chooses another', hangs_up('0500'), True, 'nd'),
+                ('something else', hangs_up('48'), True, 'n'),
+                ('is silent', lambda peer: peer.rest() and peer.sock.close(), False, 'nd')):
+            for case in cases:
+                with self.subTest(name, password=password, data=case == 'd'):
+                    server = self.enter(Stepwise(first, password))
+                    self.check_again(server, b'data' if case == 'd' else b'',
+                                     'bob:secret@' if password else '')
+
+    def test_never_twice(self):
+        """With data, an error if it may have come to the target; but the next connection works."""
+        self.impatient()
+        hold = threading.Event()
+        self.addCleanup(hold.set)
+        for name, first in (
+                ('resets', hangs_up(reset=True)), ('resets later', hangs_up('0502', reset=True)),
+                ('half an answer', hangs_up('050201')), ('nonsense', hangs_up('4854')),
+                ('closes after the login', hangs_up('05020100')),
+                ('half a reply', hangs_up('05020100' + OK5[:8])),
+                ('is silent', lambda peer: hold.wait(PATIENCE)),
+                ('connects late', lambda peer: (peer.rest(), peer.send(hexed('05020100' + OK5)),
+                                                hold.wait(PATIENCE)))):
+            with self.subTest(name):
+                hold.clear()
+                server = self.enter(Stepwise(first, True))
+                url = self.url(server, user='bob:secret@') + '?optimistic=1'
+                with self.assertRaises(GENERAL) as caught:
+                    socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy=url, data=b'data')
+                hold.set()
+                self.assertEqual(isinstance(caught.exception, socket.timeout),
+                                 name in ('is silent', 'connects late'))
+                self.assertEqual(len(server.messages), 1)
+                with socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy=url,
+                                             data=b'data') as sock:
+                    self.assertEqual(Peer(sock).read(4), b'yes!')
+        server = self.enter(Stepwise(hangs_up('05020100' + OK5)))
+        url = self.url(server, user='bob:secret@') + '?optimistic=1'
+        with socks.create_connection(('1.2.3.4', 80), PATIENCE, data=b'data', proxy=url) as sock:
+            self.assertEqual(sock.recv(1), b'')
+        self.assertEqual(len(server.messages), 1)
+
+    def test_refusals_are_final(self):
+        for answers, error in (('05020101', AUTH), ('0101', AUTH),
+                               ('05020100 050500', socks.SOCKS5Error)):
+            for data in b'', b'data':
+                server = self.enter(Stepwise(hangs_up(answers), True))
+                with self.assertRaises(error):
+                    socks.create_connection(
+                        ('1.2.3.4', 80), PATIENCE, data=data,
+                        proxy=self.url(server, user='bob:secret@') + '?optimistic=1')
+                self.assertEqual(len(server.messages), 1)
+
+
 class DatagramClientTest(ClientCase):
     """UDP."""
 
@@ -5070,9 +5443,12 @@ class DatagramClientTest(ClientCase):
         """A UDP socket with a proxy."""
         host = '::1' if family == socket.AF_INET6 else '127.0.0.1'
         server = self.serve(host=host, **settings)
-        sock = self.enter(socks.socksocket(family, socket.SOCK_DGRAM, proxy=self.url(server)))
+        sock = self.enter(socks.socksocket(family, socket.SOCK_DGRAM, proxy=self.proxy(server)))
         sock.settimeout(PATIENCE)
         return sock
+
+    def proxy(self, server):
+        return self.url(server)
 
     def test_datagrams(self):
         """Every call that sends and every one that receives."""
@@ -5217,7 +5593,7 @@ class DatagramClientTest(ClientCase):
                              (socket.AF_INET, '::1')):
             with self.subTest(host, family=family):
                 server = self.serve(host=host)
-                with socks.socksocket(family, socket.SOCK_DGRAM, proxy=self.url(server)) as sock:
+                with socks.socksocket(family, socket.SOCK_DGRAM, proxy=self.proxy(server)) as sock:
                     sock.settimeout(PATIENCE)
                     sock.sendto(b'x', ('::1', six.address.port, 0, 0))
                     data, sender = sock.recvfrom(10)
@@ -5263,6 +5639,229 @@ class DatagramClientTest(ClientCase):
         if has_family(socket.AF_INET6):
             with socks.socksocket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
                 self.assertEqual(sock._own_tuple(Address('a', 5)), ('a', 5, 0, 0))
+
+
+def accept_datagrams(last):
+    """What a proxy does that supports UDP_IN_TCP, but not UDP_ASSOCIATE: last(peer) comes then."""
+    def serve(peer):
+        peer.read(3)
+        peer.send(b'\5\0')
+        command = peer.read(10)[1]
+        peer.send(hexed('050000 01 00000000 0000' if command == 5 else '050700 01 00000000 0000'))
+        if command == 5:
+            last(peer)
+    return serve
+
+
+# The client's messages to 1.2.3.4:53 and to a name, with one byte of data.
+TO_IP, TO_NAME = '0001 0a 01 01020304 0035 78', '0001 10 03 09 6c6f63616c686f7374 0035 79'
+
+
+class DatagramsInTcpTest(DatagramClientTest):
+    """UDP inside of TCP, through a chain of two proxies or as a test says."""
+    # The datagrams of these are beside the connection.
+    test_bound_to_one_of_several_addresses = test_bypass = test_announced_relays = None
+
+    def proxy(self, server):
+        return [self.url(server)] * 2
+
+    def connected(self, last, timeout=PATIENCE):
+        """A socket with an association at a proxy that then does last(peer), and that peer."""
+        origin = self.origin(accept_datagrams(last))
+        sock = self.enter(socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.url(origin)))
+        sock.settimeout(PATIENCE)
+        sock.bind(('127.0.0.1', 0))
+        sock.settimeout(timeout)
+        return sock, origin.peers[-1]
+
+    def test_ways(self):
+        """Where the datagrams go, as the last proxy tells."""
+        target, server = self.enter(Echo()), self.serve()
+        for hops in (1, 2, 3):
+            with self.subTest(hops), socks.socksocket(type=socket.SOCK_DGRAM) as sock:
+                sock.set_proxy([self.url(server)] * hops)
+                sock.settimeout(PATIENCE)
+                for data in b'abc', b'', bytes(9000), os.urandom(65497):
+                    self.assertEqual(sock.sendto(data, target.address), len(data))
+                    if hops > 1 or len(data) < 60000:       # room for the prefix and the header
+                        self.assertEqual(sock.recvfrom(1 << 16), (b'E:' + data, target.address))
+                eventually(lambda: target.seen[-1] == data)
+                sock.close()
+                way = 'UDP_ASSOCIATE' if hops == 1 else 'UDP_IN_TCP'
+                eventually(lambda: any(f'SOCKS5 {way} 1 targets, 4 datagrams up' in line
+                                       for line in self.lines))
+                del self.lines[:]
+
+    def test_on_request(self):
+        """By a parameter of the URL; a proxy without it is asked for the usual way."""
+        class Old(socks.Handler):
+            do_UDP_IN_TCP = None
+
+        target = self.enter(Echo())
+        for handler, way in (socks.Handler, 'UDP_IN_TCP'), (Old, 'UDP_ASSOCIATE'):
+            url = self.url(self.serve(handler)) + '?udp=tcp'
+            with socks.socksocket(type=socket.SOCK_DGRAM, proxy=url) as sock:
+                sock.settimeout(PATIENCE)
+                sock.sendto(b'x', target.address)
+                self.assertEqual(sock.recv(10), b'E:x')
+            eventually(lambda: any(way + ' 1 targets' in line for line in self.lines))
+
+    def test_exempt_hosts(self):
+        """They cannot be sent to beside the connection; connect() leaves it."""
+        target, direct = self.enter(Echo()), self.enter(Echo('127.0.0.2'))
+        with socks.default_proxy([self.url(self.serve())] * 2, bypass='127.0.0.2'):
+            sock = self.enter(socks.socksocket(type=socket.SOCK_DGRAM))
+        sock.settimeout(PATIENCE)
+        sock.sendto(b'x', direct.address)
+        self.assertEqual(sock.recvfrom(10), (b'E:x', direct.address))
+        sock.sendto(b'x', target.address)
+        self.assertEqual(sock.recvfrom(10), (b'E:x', target.address))
+        for send in lambda: sock.sendto(b'y', direct.address), lambda: sock.sendmsg(
+                [b'y'], [], 0, direct.address):
+            with self.assertRaisesRegex(OSError, '127.0.0.2 is exempt') as caught:
+                send()
+            self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
+        sock.connect(direct.address)
+        sock.send(b'z')
+        self.assertEqual(sock.recvfrom(10), (b'E:z', direct.address))
+
+    def test_messages(self):
+        """Typed by hand.  A refusal of UDP_ASSOCIATE is asked about once more."""
+        got = []
+
+        def last(peer):
+            got.append(peer.read(len(hexed(TO_IP + TO_NAME))))
+            peer.send(hexed(TO_IP.replace('78', '41') + TO_NAME.replace('79', '42')))
+            be_silent(peer)
+
+        sock, _ = self.connected(last)
+        self.assertEqual((sock.type & 15, sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)),
+                         (socket.SOCK_DGRAM,) * 2)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0x10)         # not the connection's
+        self.assertEqual(sock.getsockopt(socket.IPPROTO_IP, socket.IP_TOS), 0)
+        sock.sendto(b'x', ('1.2.3.4', 53))
+        sock.sendto(b'y', ('localhost', 53))
+        self.assertEqual(sock.recvfrom(10), (b'A', ('1.2.3.4', 53)))
+        self.assertEqual(sock.recvfrom(10), (b'B', ('localhost', 53)))
+        self.assertEqual(got, [hexed(TO_IP + TO_NAME)])
+
+    def test_readable_when_a_datagram_is_there(self):
+        """For select() and its like: also with several in one segment, and parts of one."""
+        sock, peer = self.connected(be_silent, 0)
+        first, second = hexed(TO_IP), hexed(TO_NAME)
+        peer.send(first + second)
+        for flags, data in ((socket.MSG_PEEK, b'x'), (0, b'x'), (socket.MSG_PEEK, b'y'), (0, b'y')):
+            self.assertEqual(ready([sock], [], PATIENCE), [sock])
+            self.assertEqual(sock.recv(10, flags), data)
+        for start in range(len(first)):
+            with self.assertRaises(BlockingIOError):
+                sock.recv(10)
+            self.assertEqual(ready([sock], [], 0.001), [])
+            peer.send(first[start:start + 1])
+            self.assertEqual(ready([sock], [], PATIENCE), [sock])
+        self.assertEqual([sock.recv(10, socket.MSG_PEEK), sock.recv(10)], [b'x'] * 2)
+        sock.settimeout(PATIENCE)
+        waiting = Background(sock.recv, 10)
+        for start in range(len(second)):
+            peer.send(second[start:start + 1])
+        self.assertEqual(waiting.result(), b'y')
+
+    def test_peer_of_connect(self):
+        """Datagrams of others are skipped, also when they are peeked at."""
+        sock, peer = self.connected(be_silent)
+        sock.connect(('1.2.3.4', 53))
+        peer.send(hexed(TO_NAME.replace('0035', '0036') + TO_IP))
+        self.assertEqual(sock.recv(10, socket.MSG_PEEK), b'x')
+        self.assertEqual(sock.recvfrom(10), (b'x', ('1.2.3.4', 53)))
+
+    def test_proxy_that_does_not_read(self):
+        """What was sent in part is sent to its end, although the program only waits."""
+        held = threading.Event()
+        sock, peer = self.connected(lambda peer: held.wait(), 0)
+        self.addCleanup(held.set)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        there, expected = ('1.2.3.4', 53), b''
+        with self.assertRaises(BlockingIOError):
+            while True:
+                data = os.urandom(50000)
+                sock.sendto(data, there)
+                expected += struct.pack('!HB', len(data), 10) + hexed('01 01020304 0035') + data
+        sock.settimeout(0.05)
+        with self.assertRaises(socket.timeout):
+            while True:                 # the connection may have taken some more
+                sock.sendto(data, there)
+                expected += struct.pack('!HB', len(data), 10) + hexed('01 01020304 0035') + data
+        self.assertTrue(peer.read(len(expected)) == expected)
+        sock.settimeout(PATIENCE)
+        sock.sendto(b'x', there)
+        self.assertEqual(peer.read(11), hexed(TO_IP))
+        # What is closed meanwhile does not stay open because of the rest.
+        sock.settimeout(0)
+        with self.assertRaises(BlockingIOError):
+            while True:
+                sock.sendto(data, there)
+        sock.close()
+        peer.rest()
+
+    def test_large_datagrams(self):
+        sock, peer = self.connected(be_silent)
+        self.assertEqual(sock.sendto(bytes(65507), ('1.2.3.4', 53)), 65507)
+        for data, host in ((bytes(65508), '1.2.3.4'), (bytes(65536), '1.2.3.4'),
+                           (b'', 'a.' * 124 + 'a')):
+            with self.assertRaises(OSError) as caught:
+                sock.sendto(data, (host, 53))
+            self.assertEqual(caught.exception.errno, errno.EMSGSIZE)
+        peer.send(hexed('ffff 0a 01 01020304 0035') + bytes(65535))
+        self.assertEqual(len(sock.recv(1 << 17)), 65535)
+
+    def test_the_end(self):
+        for name, last, text in (('closed', leave, ''), ('reset', Peer.reset, ''),
+                                 ('malformed', lambda peer: peer.send(b'\0\1\0\1\1'), 'HDRLEN 0'),
+                                 ('in a message', lambda peer: peer.send(b'\0'), '')):
+            with self.subTest(name):
+                sock, _ = self.connected(lambda peer: (peer.read(11), last(peer)))
+                sock.sendto(b'x', ('1.2.3.4', 53))
+                for expected in text, '':
+                    with self.assertRaisesRegex(GENERAL, 'ended the UDP association.*' + expected):
+                        sock.recv(10)
+                self.assertEqual(ready([sock], [], 0.001), [])      # no loop is kept busy
+
+        sock, _ = self.connected(lambda peer: (peer.read(11), peer.reset()))
+        with self.assertRaisesRegex(GENERAL, 'ended the UDP association'):
+            while True:
+                sock.sendto(b'x', ('1.2.3.4', 53))
+        with self.assertRaisesRegex(GENERAL, 'ended the UDP association'):
+            sock.recv(10)
+
+    def test_refusals(self):
+        class Old(socks.Handler):
+            do_UDP_IN_TCP = None
+
+        class Older(Old):
+            do_UDP_ASSOCIATE = None
+
+        def close_on_the_second(peer):
+            peer.read(3)
+            peer.send(b'\5\0')
+            if peer.read(10)[1] == 3:
+                peer.send(hexed('050700 01 00000000 0000'))
+
+        old, older, silent = self.serve(Old), self.serve(Older), self.origin(close_on_the_second)
+        denying = self.serve(rules=(socks.parse_rule('deny udp to *', 'here'),
+                                    socks.parse_rule('allow to 127.0.0.0/8', 'here')))
+        for proxy, kind, reply, text in (
+                ([self.url(old)] * 2, socks.SOCKS5Error, 7, 'needs a last proxy with UDP inside'),
+                ([self.url(older)], socks.SOCKS5Error, 7, 'Command not supported'),
+                ([f'socks5h://127.0.0.1:{silent.port}'], socks.SOCKS5Error, 7, 'not supported'),
+                ([self.url(denying)], socks.SOCKS5Error, 2, 'not allowed'),
+                ([self.url(old), self.url(denying)], socks.SOCKS5Error, 2, 'not allowed'),
+                ([self.url(old), self.url(old, 'http')], socks.SOCKS5Error, 7, 'expected SOCKS5')):
+            with self.subTest(proxy), socks.socksocket(type=socket.SOCK_DGRAM) as sock:
+                sock.set_proxy(proxy)
+                with self.assertRaisesRegex(kind, text) as caught:
+                    sock.bind(('127.0.0.1', 0))
+                self.assertEqual((caught.exception.reply, caught.exception.errno),
+                                 (reply, errno.EACCES if reply == 2 else errno.EOPNOTSUPP))
 
 
 class DefaultProxyTest(ClientCase):
@@ -5678,6 +6277,26 @@ class ResolverTest(ClientCase):
             self.assertEqual(sock.getpeername(), name)
             sock.send(b'x')
             self.assertEqual(sock.recvfrom(10), (b'E:x', name))
+
+    def test_endpoints(self):
+        """Virtual addresses as destinations; who answers is who was sent to."""
+        server, target = self.serve(), self.enter(Echo(local_host()))
+        self.wrap(self.url(server))
+        virtual = socket.gethostbyname('localhost'), target.address.port
+
+        async def talk(proxy, **options):
+            transport, protocol = await socks.create_datagram_endpoint(
+                EventQueue, proxy=proxy, **options)
+            await protocol.next()
+            transport.sendto(b'x', None if options else virtual)
+            self.assertEqual(await protocol.next(), ('received', (b'E:x', virtual)))
+            transport.close()
+            await protocol.next()
+
+        for proxy in (None, [self.url(server)] * 2, self.url(server, 'socks5')):
+            for options in {}, {'remote_addr': virtual}:
+                with self.subTest(proxy, **options):
+                    self.run_async(talk(proxy, **options))
 
     def test_own_listeners(self):
         """What a process connects to itself on loopback does not go through the proxy."""
@@ -6121,6 +6740,23 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
                 self.assertNotIn('SECRET', repr(sock.proxy))
 
 
+class EventQueue(asyncio.DatagramProtocol):
+    """A protocol that keeps what it is called with: pairs of an event and its argument."""
+
+    def __init__(self):
+        self.events = asyncio.Queue()
+        put = self.events.put_nowait
+        self.connection_made = lambda transport: put(('made', transport))
+        self.datagram_received = lambda data, sender: put(('received', (data, sender)))
+        self.error_received = lambda error: put(('error', error))
+        self.connection_lost = lambda error: put(('lost', error))
+        self.pause_writing = lambda: put(('paused', None))
+        self.resume_writing = lambda: put(('resumed', None))
+
+    async def next(self):
+        return await asyncio.wait_for(self.events.get(), PATIENCE)
+
+
 class AsyncTest(ClientCase):
     """Without blocking."""
 
@@ -6136,7 +6772,7 @@ class AsyncTest(ClientCase):
         async def silence(proxy):
             url = self.url(proxy)
             turns = asyncio.ensure_future(asyncio.sleep(0.05))      # others go on meanwhile
-            with self.assertRaises(GENERAL) as caught:
+            with self.assertRaises(socks.ProxyError) as caught:    # at any step
                 await socks.open_connection('localhost', 80, proxy=url, timeout=0.2)
             self.assertIsInstance(caught.exception.socket_err, socket.timeout)
             self.assertTrue(turns.done())
@@ -6159,36 +6795,258 @@ class AsyncTest(ClientCase):
         with self.assertRaises(socket.timeout):
             self.run_async(socks.open_connection('127.0.0.1', self.silent_port(), timeout=0.2))
 
-    def test_asyncio_and_datagrams(self):
-        server, target, answer = self.serve(), self.enter(Echo()), []
+    async def endpoint(self, server, scheme='socks5h', hops=1, **options):
+        """A transport and its protocol, an `EventQueue`."""
+        return await socks.create_datagram_endpoint(
+            EventQueue, proxy=[self.url(server, scheme)] * hops, **options)
 
-        class Protocol(asyncio.DatagramProtocol):
-            def datagram_received(self, data, sender):
-                answer[:] = data, sender
+    def test_endpoints(self):
+        """By address and by name, connected and not, in the manner of asyncio's own."""
+        server, target = self.serve(), self.enter(Echo())
+        there = tuple(target.address)
+        name = 'localhost', there[1]
 
-        async def talk():
-            sock = socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.url(server))
-            sock.bind(('127.0.0.1', 0))
-            transport, _ = await asyncio.get_event_loop().create_datagram_endpoint(
-                Protocol, sock=sock)
-            transport.sendto(b'x', tuple(target.address))
-            until = time.monotonic() + PATIENCE
-            while not answer and time.monotonic() < until:
-                await asyncio.sleep(0.01)
+        async def talk(options, sent_to):
+            transport, protocol = await self.endpoint(server, **options)
+            self.assertIsInstance(transport, asyncio.DatagramTransport)
+            self.assertEqual(await protocol.next(), ('made', transport))
+            remote = options.get('remote_addr')
+            peer = transport.get_extra_info('peername')
+            self.assertEqual(peer, remote and (remote if options.get('scheme') != 'socks5'
+                                               else there))
+            for data in b'x', bytearray(b'x'), memoryview(b'x'), b'':
+                transport.sendto(data, sent_to)
+                self.assertEqual(await protocol.next(),
+                                 ('received', (b'E:' + bytes(data), sent_to or peer)))
+            with self.assertRaises(TypeError):
+                transport.sendto('x', sent_to)
+            sockname = transport.get_extra_info('sockname')
+            self.assertEqual(sockname, transport.get_extra_info('socket').getsockname())
+            if remote:
+                with self.assertRaises(ValueError):
+                    transport.sendto(b'x', ('127.0.0.1', 1))
+            self.assertIs(transport.get_protocol(), protocol)
+            self.assertFalse(transport.is_closing())
+            if sent_to == name:         # a second host, so an answer could be from either
+                transport.sendto(b'x', there)
+                self.assertEqual(await protocol.next(), ('received', (b'E:x', there)))
             transport.close()
-            await asyncio.sleep(0)
+            transport.close()
+            self.assertTrue(transport.is_closing())
+            transport.sendto(b'too late', sent_to)
+            self.assertEqual(await protocol.next(), ('lost', None))
+            self.assertLess(transport.get_extra_info('socket').fileno(), 0)
+
+        for options, sent_to in (
+                ({}, there), ({}, name), ({'scheme': 'socks5'}, name),
+                ({'local_addr': ('127.0.0.1', 0)}, there), ({'remote_addr': there}, None),
+                ({'remote_addr': there}, there), ({'remote_addr': name}, None),
+                ({'remote_addr': name, 'scheme': 'socks5'}, None)):
+            for hops in (1, 2):
+                with self.subTest(options, sent_to=sent_to, hops=hops):
+                    self.run_async(talk(dict(options, hops=hops), sent_to))
+
+    def test_endpoints_over_ipv6(self):
+        """The family decides how senders look, whatever the proxy's."""
+        async def talk(server, echo, sender, **options):
+            transport, protocol = await self.endpoint(server, **options)
+            await protocol.next()
+            transport.sendto(b'x', tuple(echo.address))
+            self.assertEqual(await protocol.next(), ('received', (b'E:x', sender)))
+            transport.abort()
+            self.assertEqual(await protocol.next(), ('lost', None))
+
+        six, four = self.enter(Echo('::1')), self.enter(Echo())
+        for host in '127.0.0.1', '::1':
+            server = self.serve(host=host)
+            mapped = '::ffff:127.0.0.1', four.address.port, 0, 0
+            for hops in (1, 2):
+                self.run_async(talk(server, four, mapped, family=socket.AF_INET6, hops=hops))
+                self.run_async(talk(server, six, (*six.address, 0, 0), local_addr=('::', 0),
+                                    hops=hops))
+
+    def test_an_endpoint_without_a_proxy(self):
+        """It is asyncio's own, also for a bypassed host."""
+        target = self.enter(Echo())
+
+        async def talk(**options):
+            transport, protocol = await socks.create_datagram_endpoint(
+                EventQueue, remote_addr=tuple(target.address), **options)
+            self.assertEqual(await protocol.next(), ('made', transport))
+            transport.sendto(b'x')
+            self.assertEqual((await protocol.next())[1][0], b'E:x')
+            self.assertFalse(isinstance(transport, socks.Endpoint))
+            transport.close()
+            await protocol.next()
 
         self.run_async(talk())
-        self.assertEqual(answer, [b'E:x', tuple(target.address)])
+        self.run_async(talk(proxy='', allow_broadcast=True))
+        with socks.default_proxy('socks5h://127.0.0.1:1', bypass='127.0.0.1'):
+            self.run_async(talk())
 
-    def run_async(self, job):
-        loop = asyncio.new_event_loop()
-        with concurrent.futures.ThreadPoolExecutor() as executor:
-            loop.set_default_executor(executor)
-            try:
-                return loop.run_until_complete(job)
-            finally:
-                loop.close()
+    def test_an_endpoint_that_bypasses(self):
+        server, target, direct = self.serve(), self.enter(Echo()), self.enter(Echo('127.0.0.2'))
+
+        async def talk():
+            with socks.default_proxy(self.url(server), bypass='127.0.0.2'):
+                transport, protocol = await socks.create_datagram_endpoint(EventQueue)
+            await protocol.next()
+            for echo in target, direct:
+                transport.sendto(b'x', tuple(echo.address))
+                self.assertEqual(await protocol.next(), ('received', (b'E:x', echo.address)))
+            self.assertEqual(direct.senders[0][1], transport.get_extra_info('sockname')[1])
+            transport.close()
+            await protocol.next()
+
+        self.run_async(talk())
+
+    def test_an_endpoint_looks_names_up(self):
+        """Without waiting for it; the order is kept for each name, and close() waits."""
+        target, looked_up = self.enter(Echo()), self.slow_names()
+        server, there = self.serve(), tuple(target.address)
+
+        async def talk():
+            transport, protocol = await self.endpoint(server, scheme='socks5')
+            await protocol.next()
+            transport.set_write_buffer_limits(high=3, low=1)
+            self.assertEqual(transport.get_write_buffer_limits(), (1, 3))
+            for data in b'one', b'two':
+                transport.sendto(data, ('name.slow', 80))
+            self.assertEqual(await protocol.next(), ('paused', None))
+            self.assertEqual(transport.get_write_buffer_size(), 6)
+            transport.sendto(b'x', there)
+            self.assertEqual(await protocol.next(), ('received', (b'E:x', there)))
+            transport.close()
+            looked_up.set()
+            kind, error = await protocol.next()
+            self.assertEqual(kind, 'error')
+            self.assertIsInstance(error, socket.gaierror)
+            self.assertEqual(await protocol.next(), ('resumed', None))
+            self.assertEqual(await protocol.next(), ('lost', None))
+            # Without an end of the look-up.
+            looked_up.clear()
+            transport, protocol = await self.endpoint(server, scheme='socks5')
+            transport.sendto(b'x', ('name.slow', 80))
+            transport.abort()
+            self.assertEqual([await protocol.next(), await protocol.next()],
+                             [('made', transport), ('lost', None)])
+            looked_up.set()
+
+        self.run_async(talk())
+
+    def test_errors_of_an_endpoint(self):
+        server = self.serve(udp_timeout=0.2)
+
+        async def wrong(transport, protocol, data, address):
+            transport.sendto(data, address)
+            kind, error = await protocol.next()
+            self.assertEqual(kind, 'error')
+            return error
+
+        async def talk(hops):
+            transport, protocol = await self.endpoint(server, hops=hops)
+            await protocol.next()
+            error = await wrong(transport, protocol, b'x', None)
+            self.assertEqual(error.errno, errno.EDESTADDRREQ)
+            error = await wrong(transport, protocol, bytes(65536), ('127.0.0.1', 9))
+            self.assertEqual(error.errno, errno.EMSGSIZE)
+            for address in (('', 1), ('localhost', 65536), 'localhost', ('a' * 300, 1)):
+                self.assertIsInstance(await wrong(transport, protocol, b'x', address), GENERAL)
+            with self.assertRaises(ValueError):
+                transport.set_write_buffer_limits(1, 2)
+            kind, error = await protocol.next()         # after the server's time-out
+            self.assertEqual(kind, 'lost')
+            self.assertIsInstance(error, GENERAL)
+            self.assertIn('ended the UDP association', str(error))
+            self.assertTrue(transport.is_closing())
+
+        self.run_async(talk(1))
+        self.run_async(talk(2))
+
+    def test_an_endpoint_that_is_full(self):
+        """The protocol pauses, and goes on when the proxy reads; close() sends what waits."""
+        held, counted = threading.Event(), []
+
+        def last(peer):
+            held.wait()
+            counted.append(len(peer.rest()))
+
+        origin = self.origin(accept_datagrams(last))
+        self.addCleanup(held.set)
+
+        async def talk():
+            transport, protocol = await self.endpoint(origin)
+            await protocol.next()
+            transport.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            sent = 0
+            while protocol.events.empty():
+                transport.sendto(bytes(10000), ('1.2.3.4', 5))
+                sent += 1
+            self.assertEqual(await protocol.next(), ('paused', None))
+            self.assertGreater(transport.get_write_buffer_size(), 1 << 16)
+            transport.close()
+            await asyncio.sleep(0)
+            self.assertTrue(protocol.events.empty())
+            held.set()
+            self.assertEqual(await protocol.next(), ('resumed', None))
+            self.assertEqual(await protocol.next(), ('lost', None))
+            return sent
+
+        sent = self.run_async(talk())
+        self.assertEqual(eventually(lambda: counted), [sent * 10010])
+
+    def test_endpoints_that_fail(self):
+        server = self.serve()
+
+        async def fail(expected, server, **options):
+            with self.assertRaises(expected):
+                await self.endpoint(server, **options)
+
+        async def cancel(proxy):
+            task = asyncio.ensure_future(self.endpoint(proxy))
+            while not proxy.peers:
+                await asyncio.sleep(0)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+
+        class Broken(asyncio.DatagramProtocol):
+            def connection_made(self, transport):
+                raise ZeroDivisionError
+
+        silent = self.scripted([], last=be_silent)
+        self.run_async(fail(socks.ProxyError, silent, timeout=0.1))
+        self.run_async(fail(OSError, server, local_addr=('127.0.0.1', 0), family=socket.AF_INET6))
+        self.run_async(cancel(self.scripted([], last=be_silent)))
+        with self.assertRaises(ZeroDivisionError):
+            self.run_async(socks.create_datagram_endpoint(Broken, proxy=self.url(server)))
+
+    def test_asyncio_and_datagrams(self):
+        """asyncio's own endpoint; inside of TCP, it sees the end of the association, once."""
+        server, target = self.serve(udp_timeout=0.2), self.enter(Echo())
+
+        async def talk(hops):
+            sock = socks.socksocket(type=socket.SOCK_DGRAM, proxy=[self.url(server)] * hops)
+            sock.bind(('127.0.0.1', 0))
+            transport, protocol = await asyncio.get_event_loop().create_datagram_endpoint(
+                EventQueue, sock=sock)
+            self.assertEqual((await protocol.next())[0], 'made')
+            transport.sendto(b'x', tuple(target.address))
+            self.assertEqual(await protocol.next(), ('received', (b'E:x', tuple(target.address))))
+            if hops > 1:
+                for send in (False, True):
+                    if send:
+                        transport.sendto(b'x', tuple(target.address))
+                    kind, error = await protocol.next()
+                    self.assertEqual(kind, 'error')
+                    self.assertIsInstance(error, GENERAL)
+                await asyncio.sleep(0)
+                self.assertTrue(protocol.events.empty())
+            transport.close()
+            self.assertEqual(await protocol.next(), ('lost', None))
+
+        self.run_async(talk(1))
+        self.run_async(talk(2))
 
     def test_a_socket_that_does_not_block(self):
         """As asyncio and Telethon use one: connect() blocks nevertheless, and nothing after it."""
@@ -6206,6 +7064,170 @@ class AsyncTest(ClientCase):
         self.run_async(talk())
 
 
+@unittest.skipUnless(sys.platform == 'linux', 'connect() in the background is for Linux')
+class BackgroundConnectTest(ClientCase):
+    """connect() that does not block, as that of a stock socket."""
+
+    def start(self, url, family=socket.AF_INET, target=('1.2.3.4', 80)):
+        """A socket that connects."""
+        sock = self.enter(socks.socksocket(family, proxy=url))
+        sock.connect_blocks = False
+        sock.setblocking(False)
+        self.assertEqual(sock.connect_ex(target), errno.EINPROGRESS)
+        return sock
+
+    def ways(self, sock):
+        """Functions that say whether the socket is writable, in the ways of the system; epoll has
+        known its descriptor before."""
+        epoll, edge = self.enter(select.epoll()), self.enter(select.epoll())
+        epoll.register(sock, select.EPOLLIN | select.EPOLLOUT)
+        edge.register(sock, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        return [lambda seconds: bool(select.select([], [sock], [], seconds)[1]),
+                lambda seconds: bool(ready([], [sock], seconds)),
+                lambda seconds: bool(epoll.poll(seconds)), lambda seconds: bool(edge.poll(seconds))]
+
+    def test_states(self):
+        """As those of a stock socket, whatever it has been registered with before."""
+        proxy = self.origin()
+        for family in (socket.AF_INET, socket.AF_INET6) if HAS_IPV6 else (socket.AF_INET,):
+            sock = self.enter(socks.socksocket(family, proxy=self.url(proxy)))
+            sock.connect_blocks = False
+            sock.setblocking(False)
+            ways, number = self.ways(sock), sock.fileno()
+            with self.assertRaises(BlockingIOError) as caught:
+                sock.connect(('1.2.3.4', 80))
+            self.assertEqual(caught.exception.errno, errno.EINPROGRESS)
+            peer = eventually(lambda: proxy.peers and proxy.peers.pop())
+            with peer:
+                for expected, answer in (('050100', '0500'), (IP5, OK5)):
+                    self.assertEqual(peer.read(len(hexed(expected))), hexed(expected))
+                    # 40 ms is how long a system may delay what takes data out of the send buffer.
+                    self.assertEqual([way(0.06 if way is ways[0] else 0) for way in ways],
+                                     [False] * 4)
+                    with self.assertRaises(BlockingIOError) as caught:
+                        sock.connect(('1.2.3.4', 80))
+                    self.assertEqual(caught.exception.errno, errno.EALREADY)
+                    self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
+                    with self.assertRaises(BlockingIOError):
+                        sock.recv(1)
+                    with self.assertRaises(OSError) as caught:
+                        sock.getpeername()
+                    self.assertEqual(caught.exception.errno, errno.ENOTCONN)
+                    peer.send(hexed(answer))
+                self.assertEqual([way(PATIENCE) for way in ways], [True] * 4)
+                self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
+                self.assertEqual(sock.connect_ex(('1.2.3.4', 80)), errno.EISCONN)
+                self.assertEqual((sock.getpeername(), sock.get_proxy_sockname(), sock.fileno(),
+                                  sock.connect_error), (('1.2.3.4', 80), ('5.6.7.8', 81), number,
+                                                        None))
+                self.assertEqual(sock.get_proxy_peername()[1], proxy.port)
+                sock.send(b'hello')
+                self.assertEqual(peer.read(5), b'hello')
+
+    def test_failures(self):
+        refused, server = self.refused_port(), self.serve(users={'bob': 's'})
+        for url, code, kind in (
+                (self.url(server, user='bob:s@'), errno.ECONNREFUSED, socks.SOCKS5Error),
+                (self.url(server, user='bob:x@'), errno.EACCES, AUTH),
+                (f'socks5h://127.0.0.1:{refused}', errno.ECONNREFUSED,
+                 socks.ProxyConnectionError),
+                ('socks5h://nowhere.invalid', errno.EHOSTUNREACH, socks.ProxyConnectionError),
+                (self.url(self.scripted(['050100', ''], last=leave)), errno.ECONNABORTED,
+                 GENERAL)):
+            with self.subTest(url):
+                sock = self.start(url, target=('127.0.0.1', refused))
+                self.assertTrue(ready([], [sock], PATIENCE))
+                self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), code)
+                self.assertEqual(sock.connect_ex(('127.0.0.1', refused)), code)
+                self.assertIsInstance(sock.connect_error, kind)
+                with self.assertRaises(kind):
+                    sock.connect(('127.0.0.1', refused))
+        self.addCleanup(setattr, socks, 'SETUP_TIMEOUT', socks.SETUP_TIMEOUT)
+        socks.SETUP_TIMEOUT = 0.1
+        sock = self.start(self.url(self.scripted([], last=be_silent)))
+        self.assertTrue(ready([], [sock], PATIENCE))
+        self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), errno.ETIMEDOUT)
+        sock = self.enter(socks.socksocket(proxy=url))
+        sock.connect_blocks = False
+        sock.setblocking(False)
+        with self.assertRaises(GENERAL):
+            sock.connect(('a b', 80))           # known before anything is sent
+
+    def test_closed_meanwhile(self):
+        """The connection to the proxy ends, too."""
+        proxy = self.origin()
+        sock = self.start(self.url(proxy))
+        peer = eventually(lambda: proxy.peers and proxy.peers.pop())
+        with peer:
+            self.assertEqual(peer.read(3), b'\5\1\0')
+            sock.close()
+            self.assertEqual(peer.rest(), b'')
+
+    def test_data(self):
+        """4 MiB each way at once, and each direction ends for itself."""
+        origin, server = self.origin(), self.serve()
+        sock = self.start(self.url(server), target=('127.0.0.1', origin.port))
+        self.assertTrue(ready([], [sock], PATIENCE))
+        far = self.enter(eventually(lambda: origin.peers and origin.peers.pop()))
+        self.exchange(Peer(sock), far, 1 << 22)
+
+    @needs_ipv6
+    def test_another_descriptor(self):
+        """Where the program's socket cannot be connected to this process."""
+        origin, server = self.origin(echo), self.serve(host='::1')
+        with socks.socksocket(socket.AF_INET6, proxy=self.url(server)) as sock:
+            sock.connect_blocks = False
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setblocking(False)
+            sock.bind(('::1', 0))
+            self.assertEqual(sock.connect_ex(('127.0.0.1', origin.port)), errno.EINPROGRESS)
+            self.assertTrue(ready([], [sock], PATIENCE))
+            sock.settimeout(PATIENCE)
+            self.check_echo(sock)
+            self.assertEqual(server.clients[0].address.host, '::1')
+
+    def test_asyncio(self):
+        """Many at once, through two proxies, the first one inside of TLS."""
+        origin, refused = self.origin(echo), self.refused_port()
+        context = server_context()
+        chain = [self.url(self.serve(tls=context), 'socks5h+tls'), self.url(self.serve(), 'socks5')]
+
+        async def talk(port, loop):
+            with socks.socksocket(proxy=chain) as sock:
+                sock.ssl_context, sock.connect_blocks = client_context(), False
+                sock.setblocking(False)
+                await loop.sock_connect(sock, ('127.0.0.1', port))
+                await loop.sock_sendall(sock, b'hello')
+                return await loop.sock_recv(sock, 100)
+
+        async def talk_all():
+            loop = asyncio.get_event_loop()
+            return await asyncio.gather(*[talk(port, loop) for port in [origin.port] * 5 + [
+                refused]], return_exceptions=True)
+
+        *answers, error = self.run_async(talk_all())
+        self.assertEqual(answers, [b'hello'] * 5)
+        self.assertIsInstance(error, ConnectionRefusedError)
+
+    def test_asyncio_of_a_program(self):
+        """Where socket.socket is replaced, for all sockets."""
+        origin, server = self.origin(echo), self.serve()
+        self.addCleanup(setattr, socks.socksocket, 'connect_blocks', True)
+        self.addCleanup(socks.unwrap_module, socket)
+        socks.socksocket.connect_blocks = False
+
+        async def talk():
+            reader, writer = await asyncio.open_connection('127.0.0.1', origin.port)
+            writer.write(b'hello')
+            self.assertEqual(await reader.readexactly(5), b'hello')
+            writer.close()
+
+        with socks.default_proxy(self.url(server)):
+            socks.wrap_module(socket)
+            self.run_async(talk())
+        eventually(lambda: any('done' in line for line in self.lines))
+
+
 def tell_peer(peer):
     """Say where the connection comes from, and close."""
     peer.send(peer.sock.getpeername()[0].encode())
@@ -6214,13 +7236,6 @@ def tell_peer(peer):
 
 class InsideClient(ClientCase):
     """In a network namespace of our own, with 198.51.100.2, and fe80::1 on lo."""
-
-    def run_async(self, job):
-        loop = asyncio.new_event_loop()
-        with concurrent.futures.ThreadPoolExecutor() as executor:
-            loop.set_default_executor(executor)
-            loop.run_until_complete(job)
-        loop.close()
 
     def test_zone_of_a_proxy(self):
         """It is kept in every way in."""
@@ -6432,6 +7447,11 @@ class Recording(socks.Handler):
         return (yield from super().do_CONNECT(request))
 
 
+class Printing(asyncio.DatagramProtocol):
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        print(addr, data)
+
+
 def proxy() -> socks.Proxy:
     return socks.parse_proxy_url('socks5h://h')
 
@@ -6512,7 +7532,7 @@ def client() -> None:
         sock.sendall(data)
         print(count, sock.getpeername(), sock.get_proxy_sockname(), sock.get_proxy_peername())
     chain = ['socks5h://a', 'http://b']
-    with socks.create_connection(('h', 1), proxy=chain,
+    with socks.create_connection(('h', 1), proxy=chain, optimistic=True, data=b'x',
                                  ssl_context=ssl.create_default_context()) as sock:
         with sock.makefile('rb') as file, sock.dup() as other:
             print(file.readline(), other.fileno())
@@ -6522,10 +7542,12 @@ def client() -> None:
         print(address[0], waiting.getsockname())
     with socks.socksocket(socket.AF_INET, socket.SOCK_DGRAM, proxy='socks5h://h') as sock:
         sock.set_proxy(socks.HTTP, 'h', 1, username='u', password='p')
-        sock.set_proxy(chain)
+        sock.set_proxy(chain, optimistic=True)
         sock.set_proxy()
-        sock.setproxy(proxytype=socks.PROXY_TYPE_SOCKS4, addr='h')
-        sock.ssl_context = ssl.create_default_context()
+        sock.setproxy(proxytype=socks.PROXY_TYPE_SOCKS4 | socks.OPTIMISTIC, addr='h')
+        sock.ssl_context, sock.connect_blocks = ssl.create_default_context(), False
+        failure: Optional[BaseException] = sock.connect_error
+        print(failure)
         sock.settimeout(5)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         is_on: int = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -6558,9 +7580,18 @@ def client() -> None:
 
 async def talk() -> None:
     reader, writer = await socks.open_connection('h', 80, proxy='socks5h://h', timeout=5,
-                                                 ssl=True, local_addr=('127.0.0.1', 0))
+                                                 ssl=True, local_addr=('127.0.0.1', 0),
+                                                 optimistic=True, data=b'x')
     writer.write(await reader.read(5))
     await writer.drain()
+    transport: asyncio.DatagramTransport
+    transport, protocol = await socks.create_datagram_endpoint(
+        Printing, ('0.0.0.0', 0), family=socket.AF_INET, proxy='socks5h://h', timeout=5)
+    transport.sendto(b'x', ('example.org', 53))
+    printing: Printing = protocol
+    _, protocol = await socks.create_datagram_endpoint(
+        lambda: printing, remote_addr=('h', 53), proxy=[], ssl_context=None, allow_broadcast=True)
+    transport.close()
 
 
 if __name__ == '__main__':
@@ -6583,7 +7614,8 @@ class TypesTest(unittest.TestCase):
     def test_annotations(self):
         """Of all parameters and results of what programs call; those of a socket, too."""
         functions = [getattr(socks, name) for name in (
-            'create_connection', 'create_server', 'open_connection', 'set_default_proxy',
+            'create_connection', 'create_server', 'open_connection', 'create_datagram_endpoint',
+            'set_default_proxy',
             'setdefaultproxy', 'default_proxy', 'get_default_proxy', 'wrap_module',
             'unwrap_module', 'getaddrinfo', 'parse_proxy_url', 'proxy_from_environment',
             'is_bypassed', 'parse_chain', 'parse_rule', 'main')]
@@ -6678,8 +7710,9 @@ class ToolTest(Case):
         server, origin = self.serve(users={'bob': 's'}), self.origin(echo)
         url = f'socks5h://bob:s@{server.server_address}'
         near = {'NO_PROXY': '127.0.0.1'}
-        for options, environment in ((('-x', url), {}), (('-x', url, '-x', url), {}), ((), near),
-                                     ((), {'ALL_PROXY': url}), ((), {'ALL_PROXY': url, **near})):
+        for options, environment in (
+                (('-x', url), {}), (('-x', url + '?optimistic=1', '-x', url), {}), ((), near),
+                ((), {'ALL_PROXY': url}), ((), {'ALL_PROXY': url, **near})):
             there = '127.0.0.1' if 'NO_PROXY' in environment else 'localhost'
             with self.subTest(options, environment=environment):
                 environment = {'ALL_PROXY': '', 'NO_PROXY': '', **environment}
@@ -8245,6 +9278,21 @@ class TlsTest(FileCase):
             address, PATIENCE, proxy=f'socks5h+tls://{server.server_address}',
             ssl_context=context or client_context(), **options))
 
+    def test_all_at_once(self):
+        """Greeting, password, request and data in one segment, with and without TLS."""
+        origin = self.origin(echo)
+        data = b''.join(message.pack() for message in (
+            Greeting(b'\2'), Credentials(b'bob', b's'),
+            Request(1, Address('127.0.0.1', origin.port)))) + b'data'
+        for context in None, self.context():
+            server = self.serve(users={'bob': 's'}, tls=context)
+            sock = self.enter(socket.create_connection(server.server_address, PATIENCE))
+            peer = self.peer(self.enter(client_context().wrap_socket(
+                sock, server_hostname='localhost')) if context else sock)
+            peer.send(data)
+            self.assertEqual(peer.read(5), b'\5\2\1\0\5')
+            self.assertEqual(peer.read(13)[-4:], b'data')
+
     def test_another_client_ca(self):
         """After a reload it counts for all who have not made their request."""
         old, new = self.context(), self.context()
@@ -8565,24 +9613,45 @@ class TlsTest(FileCase):
     def test_no_renegotiation(self):
         self.assertTrue(self.context().options & ssl.OP_NO_RENEGOTIATION)
 
-    def test_udp_is_refused(self):
+    def test_udp_inside(self):
+        """As the client half sends datagrams, also where they could be in the clear."""
+        class Old(socks.Handler):
+            do_UDP_IN_TCP = None
+
+        target = self.enter(Echo())
+        server = self.serve(tls=self.context(), udp_over_plain=True)
+        old = self.serve(Old, tls=self.context(), udp_over_plain=True)
+        url, old = (f'socks5h+tls://{each.server_address}' for each in (server, old))
+        for proxy in url, [url, url], [old, url]:
+            with self.subTest(proxy), socks.socksocket(type=socket.SOCK_DGRAM, proxy=proxy) as sock:
+                sock.ssl_context = client_context()
+                sock.settimeout(PATIENCE)
+                for data in b'x', b'', os.urandom(60000):
+                    sock.sendto(data, target.address)
+                    self.assertTrue(sock.recvfrom(1 << 16) == (b'E:' + data, target.address))
+        with socks.socksocket(type=socket.SOCK_DGRAM, proxy=old) as sock:
+            sock.ssl_context = client_context()
+            with self.assertRaises(socks.SOCKS5Error) as caught:
+                sock.sendto(b'x', target.address)
+            self.assertEqual(caught.exception.errno, errno.EOPNOTSUPP)
+
+    def test_udp_beside_tls_is_refused(self):
         """Unless it is allowed to be in the clear."""
         target = self.enter(Echo())
         for allowed in (False, True):
             server = self.serve(tls=self.context(), udp_over_plain=allowed)
-            with socks.socksocket(type=socket.SOCK_DGRAM) as sock:
-                sock.set_proxy(f'socks5+tls://{server.server_address}')
-                sock.ssl_context = client_context()
-                sock.settimeout(PATIENCE)
+            with self.peer(server.server_address) as peer, socket.socket(
+                    type=socket.SOCK_DGRAM) as sock:
+                peer.sock = self.enter(client_context().wrap_socket(
+                    peer.sock, server_hostname='127.0.0.1'))
+                peer.ask(Greeting(b'\0'), Choice)
+                peer.send(Request(3, Address('0.0.0.0', 0)).pack())
+                reply, relay = Response.unpack(peer.read)
+                self.assertEqual(reply, 0 if allowed else Reply.COMMAND_NOT_SUPPORTED)
                 if allowed:
-                    sock.sendto(b'x', target.address)
-                    self.assertEqual(sock.recv(10), b'E:x')
-                    sock.close()        # and with it the association
-                    eventually(lambda: not server.clients)
-                else:
-                    with self.assertRaises(socks.SOCKS5Error) as caught:
-                        sock.sendto(b'x', target.address)
-                    self.assertEqual(caught.exception.reply, Reply.COMMAND_NOT_SUPPORTED)
+                    sock.settimeout(PATIENCE)
+                    sock.sendto(Datagram(target.address, b'x').pack(), relay)
+                    self.assertEqual(Datagram.unpack(sock.recv(100)).payload, b'E:x')
 
     def test_no_tls(self):
         """Plain SOCKS, at once, silence or the end of it where TLS is expected."""
@@ -9510,6 +10579,17 @@ class GssapiTest(ClientCase, FileCase, DatagramCase):
         return self.enter(socks.create_connection(
             ('127.0.0.1', port), PATIENCE, proxy=self.proxy(server, user)))
 
+    def test_optimistic(self):
+        """The first data goes along with the request, behind the authentication."""
+        self.addCleanup(socks.Flight.known.clear)
+        origin, server = self.origin(echo), self.serve(gssapi=self.BOTH)
+        url = self.proxy(server) + '?optimistic=1'
+        for _ in range(2):
+            with socks.create_connection(('127.0.0.1', origin.port), PATIENCE, proxy=[url, url],
+                                         data=b'data') as sock:
+                self.assertEqual(Peer(sock).read(4), b'data')
+        self.assertEqual(set(socks.Flight.known.values()), {0})
+
     def test_levels(self):
         """What is asked for, what may be chosen, what is agreed on; and what it looks like."""
         origin = self.origin(echo)
@@ -9659,12 +10739,14 @@ class GssapiTest(ClientCase, FileCase, DatagramCase):
         for level in self.BOTH:
             with self.subTest(level=level):
                 server = self.serve(gssapi=(level,))
-                with socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.proxy(server)) as sock:
-                    sock.settimeout(PATIENCE)
-                    for payload in b'abc', b'', b'x' * 9000:
-                        sock.sendto(payload, target.address)
-                        self.assertEqual(sock.recvfrom(65536),
-                                         (b'E:' + payload, target.address))
+                for hops in (1, 2):     # beside the connection, and inside
+                    with socks.socksocket(type=socket.SOCK_DGRAM,
+                                          proxy=[self.proxy(server)] * hops) as sock:
+                        sock.settimeout(PATIENCE)
+                        for payload in b'abc', b'', b'x' * 9000:
+                            sock.sendto(payload, target.address)
+                            self.assertEqual(sock.recvfrom(65536),
+                                             (b'E:' + payload, target.address))
 
     def test_large_datagrams(self):
         """What does not fit in with its protection is an error here, and dropped there."""
@@ -11585,11 +12667,13 @@ class ForeignTest(Case):
                 process.terminate()
                 process.communicate()
 
-    def fetch(self, *proxy, host='127.0.0.1'):
-        """A page, by our client through others' servers."""
-        with socks.create_connection((host, self.site.port), PATIENCE, proxy=[*proxy]) as sock:
-            sock.sendall(b'GET / HTTP/1.0\r\n\r\n')
-            self.assertEqual(Peer(sock).rest()[-6:], b'hello\n')
+    def fetch(self, *proxy, host='127.0.0.1', copes=True):
+        """A page, by our client through others' servers: message by message, and at once."""
+        for optimistic in (False, True, True) if copes else (False,):
+            with socks.create_connection((host, self.site.port), PATIENCE, proxy=[*proxy],
+                                         optimistic=optimistic, data=HTTP) as sock:
+                self.assertEqual(Peer(sock).rest()[-6:], b'hello\n')
+        self.assertEqual({*socks.Flight.known.values(), 0}, {0})
 
     def dante(self):
         self.account()                  # danted asks for it
@@ -11628,7 +12712,7 @@ class ForeignTest(Case):
         with self.program(port, 'microsocks', '-i', '127.0.0.1', '-p', str(port), '-u', 'bob',
                           '-P', 's'):
             microsocks = f'socks5h://bob:s@127.0.0.1:{port}'
-            self.fetch(microsocks, host='localhost')
+            self.fetch(microsocks, host='localhost', copes=False)
             with self.assertRaises(socks.SOCKS5AuthError):
                 self.fetch(f'socks5h://bob:t@127.0.0.1:{port}')
             forward = unused_port()
@@ -11637,7 +12721,14 @@ class ForeignTest(Case):
                 for scheme in ('socks4', 'socks4a', 'socks5', 'socks5h'):
                     self.fetch(f'{scheme}://127.0.0.1:{forward}', host='localhost')
                 self.fetch(microsocks, f'socks5h://127.0.0.1:{forward}',
-                           f'socks5h://127.0.0.1:{self.dante()}', host='localhost')
+                           f'socks5h://127.0.0.1:{self.dante()}', host='localhost', copes=False)
+            self.addCleanup(setattr, socks.Flight, 'PATIENCE', socks.Flight.PATIENCE)
+            self.addCleanup(socks.Flight.known.clear)
+            socks.Flight.PATIENCE = 0.2
+            for _ in range(2):
+                with socks.create_connection(('127.0.0.1', self.site.port), PATIENCE, data=HTTP,
+                                             proxy=microsocks + '?optimistic=1') as sock:
+                    self.assertEqual(Peer(sock).rest()[-6:], b'hello\n')
 
     # BIND and UDP
 

@@ -21,6 +21,7 @@ Specifications
 
 - SOCKS4 and SOCKS4a (Ying-Da Lee), SOCKS5 (RFC 1928), its user names and passwords (RFC 1929) and
   its GSSAPI method (RFC 1961)
+- SOCKS6, an individual draft that has expired (draft-olteanu-intarea-socks-6-11)
 - HTTP proxies: RFC 9110, RFC 9112, Basic authentication (RFC 7617)
 - connecting to a name with several addresses: RFC 8305; internationalized names: RFC 3490, RFC 5892
 - the PROXY protocol, versions 1 and 2 (HAProxy); ident (RFC 1413); RESOLVE and RESOLVE_PTR (Tor's
@@ -37,7 +38,9 @@ Not supported
   (--udp-over-plain); UDP inside TCP has them in the connection
 - sending SOCKS5 fragments: the server reassembles those of its clients, a client drops those of its
   proxy
-- GSSAPI by other libraries than MIT Kerberos on Linux, and in HTTP
+- GSSAPI by other libraries than MIT Kerberos on Linux, in HTTP, and in SOCKS6
+- SOCKS6: sessions, idempotence tokens, multipath TCP, ports and error messages for datagrams; TCP
+  Fast Open to targets, which might get the first data twice
 - HTTP: a cache, a filter of content, more than one forwarded request on a connection, HTTP/2, URLs
   of other schemes than http:, other passwords than Basic ones
 - connecting through a proxy without blocking by `socksocket` on other systems than Linux;
@@ -186,10 +189,11 @@ __all__ = [
     'Wait', 'Call', 'Worker', 'LookUp', 'run', 'resolve', 'dial',
     # Messages
     'reader', 'Address', 'UNSPECIFIED', 'Greeting', 'Choice', 'Credentials', 'Verdict', 'Request',
-    'Response', 'Request4', 'Response4', 'Datagram', 'GssMessage', 'HttpConnect', 'HttpStatus',
-    'HttpHead', 'HttpRequest', 'HttpAnswer', 'ProxyHeader', 'IdentQuery', 'IdentReply',
+    'Response', 'Request4', 'Response4', 'Request6', 'Verdict6', 'Response6', 'Option', 'Datagram',
+    'GssMessage', 'HttpConnect', 'HttpStatus', 'HttpHead', 'HttpRequest', 'HttpAnswer',
+    'ProxyHeader', 'IdentQuery', 'IdentReply',
     # Enumerations
-    'Method', 'Command', 'AddressType', 'Reply', 'Reply4', 'HttpCode',
+    'Method', 'Command', 'AddressType', 'OptionKind', 'Reply', 'Reply4', 'HttpCode',
     # Errors
     'ProxyError', 'ProxyConnectionError', 'ProxyConnectionTimeoutError', 'GeneralProxyError',
     'ProxyTimeoutError', 'ProtocolError', 'SOCKS5AuthError', 'SOCKS5Error', 'SOCKS4Error',
@@ -199,6 +203,7 @@ __all__ = [
     'create_datagram_endpoint', 'Proxy', 'parse_proxy_url', 'parse_chain', 'default_proxy',
     'set_default_proxy', 'get_default_proxy', 'proxy_from_environment', 'is_bypassed',
     'wrap_module', 'unwrap_module', 'TLS', 'GSSAPI', 'OPTIMISTIC', 'UDP_IN_TCP',
+    'SOCKS6',
     # The other names of PySocks, and of SocksiPy before it
     'SOCKS4', 'SOCKS5', 'HTTP', 'PROXY_TYPE_SOCKS4', 'PROXY_TYPE_SOCKS5', 'PROXY_TYPE_HTTP',
     'PROXY_TYPES', 'PRINTABLE_PROXY_TYPES', 'DEFAULT_PORTS', 'SOCKS4_ERRORS', 'SOCKS5_ERRORS',
@@ -245,7 +250,7 @@ HostsArgument = Union[str, Sequence[str]]
 # Names are str or bytes, but a Dict[str, str] is no Mapping[Union[str, bytes], object].
 UsersArgument = Mapping[Any, object]
 ServerAddress = Union[Tuple[str, int], Sequence[Tuple[str, int]]]
-AnyRequest = Union['Request', 'Request4']
+AnyRequest = Union['Request', 'Request4', 'Request6']
 Secret = Union[str, bytes, None]        # user name or password
 ProxyArgument = Union[str, Sequence[object], None]      # URL, arguments of set_proxy(), or a chain
 ProxyType = Union[int, str, Sequence[object], None]
@@ -264,6 +269,7 @@ class Method(enum.IntEnum):
 
 class Command(enum.IntEnum):
     """Commands of a request (RFC 1928 section 4)."""
+    NOOP = 0x00                         # SOCKS6 only
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
@@ -289,6 +295,14 @@ class AddressType(enum.IntEnum):
     IPV6 = 0x04
 
 
+class OptionKind(enum.IntEnum):
+    """Kinds of options of SOCKS6 that are not ignored."""
+    STACK = 1                           # of IP and TCP
+    METHODS = 2                         # the length of the first data, and the methods offered
+    METHOD = 3                          # the method chosen
+    AUTHENTICATION = 4                  # a method, and its message
+
+
 class Code(enum.IntEnum):
     """A reply code, a number, with the text that explains it."""
     text: str
@@ -311,6 +325,7 @@ class Reply(Code):
     TTL_EXPIRED = 0x06, 'TTL expired'
     COMMAND_NOT_SUPPORTED = 0x07, 'Command not supported, or protocol error'
     ADDRESS_TYPE_NOT_SUPPORTED = 0x08, 'Address type not supported'
+    TIMED_OUT = 0x09, 'Connection attempt timed out'        # SOCKS6 only
 
 
 class Reply4(Code):
@@ -395,11 +410,12 @@ class GeneralProxyError(ProxyError):
 
 
 class SOCKS5AuthError(GeneralProxyError):
-    """The SOCKS5 proxy accepts none of the methods offered, or refuses the credentials."""
+    """The SOCKS5 proxy accepts none of the methods offered, or refuses the credentials; SOCKS6 too.
+    """
 
 
 class SOCKS5Error(GeneralProxyError):
-    """The SOCKS5 proxy refused the request."""
+    """The SOCKS5 or SOCKS6 proxy refused the request."""
 
 
 class SOCKS4Error(GeneralProxyError):
@@ -527,6 +543,8 @@ MAX_USERID = 512                        # bytes; SOCKS4's strings end with NUL a
 MAX_NAME = 255                          # bytes of a host name; SOCKS5 has one byte for its length
 MAX_LINE, MAX_LINES = 8192, 100         # bytes, and lines, of the head of an HTTP proxy's answer
 MAX_HEAD, MAX_FIELDS = 1 << 16, 200     # bytes and fields of a head that is forwarded
+MAX_OPTIONS = 20480                     # bytes of the options of a SOCKS6 message
+MAX_FIRST_DATA = 1 << 14                # bytes before the authentication of SOCKS6
 
 
 class Received(io.BytesIO):
@@ -867,6 +885,225 @@ class Response4(NamedTuple):
             expect_version('SOCKS4 reply', version, 0)
         port = int.from_bytes(read(2), 'big')
         return cls(code, Address(ip_text(read(4)), port))
+
+
+# SOCKS6: draft-olteanu-intarea-socks-6-11, and the changes of its authors since then.  It has the
+# parts of an address in another order, so they are rearranged for and by those of SOCKS5.
+
+def address_to_6(packed):
+    """(ATYP, PORT, ADDR), as a number and bytes, for the bytes of Address.pack().
+
+    A name is padded with NUL to a multiple of 4 bytes with its length, which counts the padding.
+    """
+    kind, host, port = packed[0], packed[1:-2], packed[-2:]
+    if kind == AddressType.DOMAINNAME:
+        name = host[1:] + bytes(-len(host) % 4)
+        host = bytes((len(name),)) + name
+    return kind, port, host
+
+
+def address_from_6(kind, port, read):
+    """The inverse, where ADDR is read; the length of a name need not count the padding."""
+    if kind == AddressType.DOMAINNAME:
+        length = read(1)[0]
+        name = read(length + -(length + 1) % 4)[:length].rstrip(b'\0')
+        return b'%c%c%b%b' % (kind, len(name), name, port)
+    size = {AddressType.IPV4: 4, AddressType.IPV6: 16}.get(kind, 0)
+    return b'%c%b%b' % (kind, read(size), port)
+
+
+class Option(NamedTuple):
+    """An option of a SOCKS6 message; `data` is padded with zeros to a multiple of 4 bytes."""
+    kind: int
+    data: bytes
+
+    def __repr__(self) -> str:
+        return f'<Option {self.kind}, {len(self.data)} bytes>'          # it may be a password
+
+    @classmethod
+    def of(cls, message: 'Union[Credentials, Verdict]') -> 'Option':
+        """The option for a message of RFC 1929."""
+        data = bytes((Method.USERNAME_PASSWORD,)) + message.pack()
+        return cls(OptionKind.AUTHENTICATION, data + bytes(-len(data) % 4))
+
+    @staticmethod
+    def pack_all(options):
+        return b''.join(struct.pack('!HH', kind, 4 + len(data)) + data for kind, data in options)
+
+    @classmethod
+    def unpack_all(cls, read, size):
+        """Parse a message's options, which take `size` bytes."""
+        if size > MAX_OPTIONS or size % 4:
+            raise ProtocolError(f'SOCKS6 options of {size} bytes, expected a multiple of 4, at '
+                                f'most {MAX_OPTIONS}')
+        data, options, start = read(size), [], 0
+        while start < size:
+            kind, length = struct.unpack_from('!HH', data, start)
+            end = start + length
+            if length < 4 or length % 4 or end > size:
+                raise ProtocolError(f'SOCKS6 option {kind} of {length} bytes, expected a multiple '
+                                    f'of 4, from 4 to {size - start}')
+            options.append(cls(kind, data[start + 4:end]))
+            start = end
+        return tuple(options)
+
+
+def pack_message_6(code, address, options):
+    """The bytes of a request or an operation reply, which have the same form."""
+    options = Option.pack_all(options)
+    kind, port, host = address_to_6(address.pack())
+    return struct.pack('!BBH2sxB', 6, code, len(options), port, kind) + host + options
+
+
+def unpack_message_6(read):
+    """(code, `Address`, options) of such a message."""
+    code = unpack_code_6(read)
+    size, port, _, kind = struct.unpack('!H2sBB', read(6))
+    address = Address.unpack(reader(address_from_6(kind, port, read))[0])
+    return code, address, Option.unpack_all(read, size)
+
+
+def unpack_code_6(read):
+    """The code of such a message, of a reply to the authentication, or of a `Message6`."""
+    version, code = read(2)
+    expect_version('SOCKS', version, 6)
+    return code
+
+
+class Request6(NamedTuple):
+    """A SOCKS6 request; `command` may be an unknown number."""
+    command: int
+    address: Address
+    options: Tuple[Option, ...] = ()
+
+    def pack(self) -> bytes:
+        return pack_message_6(*self)
+
+    @classmethod
+    def unpack(cls, read: Read) -> 'Request6':
+        return cls(*unpack_message_6(read))
+
+    def option(self, kind: int, start: bytes = b'') -> Optional[bytes]:
+        """The data behind `start` of the option of a kind whose data begins so, or None."""
+        found = [data for each, data in self.options if each == kind and data.startswith(start)]
+        if len(found) > 1:
+            raise ProtocolError(f'{len(found)} SOCKS6 options of kind {kind}, expected one')
+        return found[0][len(start):] if found else None
+
+    def credentials(self) -> Optional[Credentials]:
+        """The user name and password in the options, or None."""
+        data = self.option(OptionKind.AUTHENTICATION, bytes((Method.USERNAME_PASSWORD,)))
+        if data is None:
+            return None
+        read, rest = reader(data)
+        with contextlib.suppress(EOFError):
+            credentials = Credentials.unpack(read)
+            if rest() in (b'', b'\0', b'\0\0', b'\0\0\0'):
+                return credentials
+        raise ProtocolError('SOCKS6 user name and password: expected to fill the option, with at '
+                            'most 3 bytes of padding')
+
+    def methods(self) -> Tuple[bytes, int]:
+        """The methods offered, and the number of bytes of first data that precede those of the
+        method, if it is not "no authentication"."""
+        data = self.option(OptionKind.METHODS)
+        if data is None:
+            return b'', 0
+        size = int.from_bytes(data[:2], 'big')
+        if not data or size > MAX_FIRST_DATA:
+            raise ProtocolError(f'SOCKS6 first data of {size} bytes, expected at most '
+                                f'{MAX_FIRST_DATA}')
+        return data[2:], size if self.command == Command.CONNECT else 0
+
+    def stack_options(self) -> Dict[Tuple[int, int], int]:
+        """The value of each stack option for the leg to the target, by its level and code."""
+        return {(data[0] & 0x3F, data[1]): data[2] for kind, data in self.options
+                if kind == OptionKind.STACK and len(data) == 4 and data[0] & 0x80}
+
+
+class Verdict6(NamedTuple):
+    """A SOCKS6 authentication reply: 0 for success, any other status for a failure."""
+    status: int
+    options: Tuple[Option, ...] = ()
+
+    def pack(self) -> bytes:
+        options = Option.pack_all(self.options)
+        return struct.pack('!BBH', 6, self.status, len(options)) + options
+
+    @classmethod
+    def unpack(cls, read: Read) -> 'Verdict6':
+        status = unpack_code_6(read)
+        return cls(status, Option.unpack_all(read, int.from_bytes(read(2), 'big')))
+
+
+class Response6(NamedTuple):
+    """A SOCKS6 operation reply; `reply` may be an unknown number."""
+    reply: int
+    address: Address = UNSPECIFIED
+    options: Tuple[Option, ...] = ()
+
+    def pack(self) -> bytes:
+        return pack_message_6(*self)
+
+    @classmethod
+    def unpack(cls, read: Read) -> 'Response6':
+        return cls(*unpack_message_6(read))
+
+
+class Message6(NamedTuple):
+    """A message of a SOCKS6 association, in its TCP connection or over UDP.
+
+    `association` is its identifier, 8 bytes.  `datagram` has the header of SOCKS5, as in
+    `StreamedDatagram`; it is empty if the message is of another kind, or malformed.
+    """
+    kind: int
+    association: bytes
+    datagram: bytes = b''
+
+    BEGUN, CONFIRMED, DATAGRAM = 1, 2, 3
+
+    def pack(self) -> bytes:
+        body = b''
+        if self.kind == self.DATAGRAM:
+            end = header_end(self.datagram, len(self.datagram))
+            kind, port, host = address_to_6(self.datagram[3:end])
+            body = b'%c\0%b%b%b' % (kind, port, host, self.datagram[end:])
+        if len(body) > 0xFFFF - 12:
+            raise ValueError(f'datagram of {len(body)} bytes, expected at most {0xFFFF - 12}')
+        return struct.pack('!BBH8s', 6, self.kind, 12 + len(body), self.association) + body
+
+    @classmethod
+    def unpack(cls, read: Read) -> 'Message6':
+        kind = unpack_code_6(read)
+        size, association = struct.unpack('!H8s', read(10))
+        if size < 12:
+            raise ProtocolError(f'SOCKS6 message of {size} bytes, expected at least 12')
+        body, datagram = read(size - 12), b''
+        if kind == cls.DATAGRAM:
+            read, rest = reader(body)
+            with contextlib.suppress(EOFError):
+                atyp, _, port = struct.unpack('!BB2s', read(4))
+                datagram = b'\0\0\0%b%b' % (address_from_6(atyp, port, read), rest())
+        is_whole = header_end(datagram, len(datagram)) <= len(datagram)
+        return cls(kind, association, datagram if is_whole else b'')
+
+
+class Form6:
+    """The form of the messages of one association, for the same use as `StreamedDatagram`."""
+
+    def __init__(self, association):
+        self.association = association
+
+    def __call__(self, datagram):
+        """The message for a datagram; a `Message6` is returned as it is."""
+        return datagram if isinstance(datagram, Message6) else Message6(
+            Message6.DATAGRAM, self.association, bytes(datagram))
+
+    def unpack(self, read):
+        """The next message; without its datagram if it is of another association."""
+        message = Message6.unpack(read)
+        is_ours = message.association == self.association
+        return message if is_ours else message._replace(datagram=b'')
 
 
 class Datagram(NamedTuple):
@@ -2757,12 +2994,12 @@ class StreamDatagrams:
     """A connection with datagrams in it, with as much of a UDP socket's interface as a relay needs.
 
     Each message in the connection is one datagram, which send() takes and recvfrom_into() returns
-    with the header that it has over UDP (RFC 1928 section 7).  A subclass may override pack() and
-    unpack(), for another form of messages.
+    with the header that it has over UDP (RFC 1928 section 7).
 
     sock         non-blocking socket or `Layer`, which it owns
     source       what recvfrom_into() returns as the sender
     surplus      bytes that were read already
+    form         the form of messages: `StreamedDatagram`, or a `Form6`
     pending      there may be more messages, even if the socket is not readable
     on_unsent    function to call when a message waits for flush(), and none did before
 
@@ -2774,9 +3011,10 @@ class StreamDatagrams:
     SIZE = 1 << 16                      # bytes to read at a time
     ROOM = 1 << 17                      # bytes of messages that may wait for the socket
 
-    def __init__(self, sock, source, surplus=b''):
+    def __init__(self, sock, source, surplus=b'', form=StreamedDatagram):
         self._sock = sock
         self.source = source
+        self.form = form
         self.on_unsent = lambda: None
         self.pending = bool(surplus)
         self._data = surplus            # bytes read
@@ -2787,14 +3025,6 @@ class StreamDatagrams:
         self._is_full = False           # the socket did not take all of the last flush()
         self.fileno, self.close, self.getsockname = sock.fileno, sock.close, sock.getsockname
 
-    def pack(self, datagram):
-        """The message for a datagram."""
-        return StreamedDatagram(datagram).pack()
-
-    def unpack(self, read):
-        """The datagram in the next message; b'' if the message is of another kind."""
-        return StreamedDatagram.unpack(read).datagram
-
     def recvfrom_into(self, buffer):
         """As of a socket; `buffer` has room for SIZE bytes and two RECORDs of a layer.
 
@@ -2804,7 +3034,7 @@ class StreamDatagrams:
         while True:
             start = self._start
             try:
-                datagram = self.unpack(self._read)
+                datagram = self.form.unpack(self._read).datagram
             except EOFError:
                 self._data, self._start = self._data[start:], 0
                 self._receive(buffer)
@@ -2836,7 +3066,7 @@ class StreamDatagrams:
     def send(self, datagram):
         """Send a datagram at the next flush(), or raise OSError if there is no room for it."""
         try:
-            message = self.pack(datagram)
+            message = self.form(datagram).pack()
         except ValueError as error:
             raise OSError(errno.EMSGSIZE, str(error)) from None
         if self._size + len(message) > self.ROOM and not self._is_full:
@@ -2872,6 +3102,36 @@ class StreamDatagrams:
             self._sending, self._size = b'', 0
         self._is_full = bool(self._size)
         return not self._is_full
+
+
+class Datagrams6:
+    """A UDP socket whose datagrams are messages of a SOCKS6 association, in its `Form6`."""
+
+    def __init__(self, sock, form):
+        self._sock = sock
+        self._form = form
+        self.fileno, self.close, self.connect = sock.fileno, sock.close, sock.connect
+
+    def recvfrom_into(self, buffer):
+        """As of a socket, without the header of SOCKS6; 0 bytes are a malformed datagram."""
+        count, source = self._sock.recvfrom_into(buffer)
+        datagram = b''
+        with contextlib.suppress(EOFError, ProtocolError):
+            datagram = self._form.unpack(reader(bytes(buffer[:count]))[0]).datagram
+        buffer[:len(datagram)] = datagram
+        return len(datagram), source
+
+    def send(self, datagram, *address):
+        try:
+            message = self._form(datagram).pack()
+        except ValueError as error:
+            raise OSError(errno.EMSGSIZE, str(error)) from None
+        if address:
+            self._sock.sendto(message, *address)
+        else:
+            self._sock.send(message)
+
+    sendto = send
 
 
 def unwrap_datagram(context, message):
@@ -3300,6 +3560,7 @@ class Settings(NamedTuple):
     gssapi_nec         negotiate the level without protection, as NEC's programs do
     ident              ask the hosts of SOCKS4 clients to confirm the userid (RFC 1413)
     http               also serve HTTP clients: CONNECT, and requests for http URLs (--no-http)
+    socks6             also serve clients of SOCKS6, an expired draft, see `Request6`
     unix_mode          permissions of new unix sockets; None: 0600, less the umask
     balancers          ip_networks whose connections begin with a PROXY header; empty: none
                        (--proxy-protocol)
@@ -3342,6 +3603,7 @@ class Settings(NamedTuple):
     gssapi_nec: bool = False
     ident: bool = False
     http: bool = True
+    socks6: bool = False
     unix_mode: Optional[int] = None
     balancers: NetworksArgument = ()
     source: HostsArgument = ()
@@ -3857,8 +4119,8 @@ def parse_rule(text: str, place: str) -> Rule:
 
 def expect_udp(chain):
     """Raise ValueError unless the last proxy of a chain can be asked for UDP."""
-    if chain[-1].kind != SOCKS5:
-        raise ValueError(f'UDP through {chain[-1]}, expected SOCKS5 as the last proxy')
+    if chain[-1].kind not in (SOCKS5, SOCKS6):
+        raise ValueError(f'UDP through {chain[-1]}, expected SOCKS5 or 6 as the last proxy')
 
 
 def split_rule(text):
@@ -6930,19 +7192,88 @@ class SharedPorts:
             port.sock.close()
 
 
+class Relay6(StreamRelay):
+    """A relay for a SOCKS6 association: its datagrams come in the client's connection, `stream`, or
+    to the UDP socket `port`, which may be None.
+
+    The first one decides, and is confirmed in the connection; those that come the other way, or
+    from another UDP address, are dropped.
+    """
+
+    def __init__(self, client, stream, port=None, release=None):
+        super().__init__(client, stream)
+        self.owner, self.connected = None, False
+        self.stream = stream
+        self.port = port and Datagrams6(port, stream.form)
+        self.release = release
+        self._watch.receive = functools.partial(self._receive, stream)
+
+    def watch_client(self, control_events):
+        super().watch_client(control_events)
+        if self.port:
+            self.loop.watch(self.port, 0, READ, self)
+
+    def ready(self, fd, events):
+        if self.port and fd == self.port.fileno():
+            self._receive(self.port)
+        else:
+            super().ready(fd, events)
+
+    def _receive(self, near):
+        """Receive datagrams that come by one of the two ways."""
+        if not self.owner:
+            self.near = near
+        if self.near is near:
+            return self.from_client()
+        with contextlib.suppress(*BLOCKED):
+            near.recvfrom_into(self.loop.buffer)
+            self.drop('not by the way of the first one')
+
+    def admit(self, source):
+        """Have the first datagram decide."""
+        if self.owner or self.near is self.port and not super().admit(source):
+            return False
+        if self.near is self.stream:
+            self.owner, self.connected = source, True
+            self._close_port()
+        self.stream.send(Message6(Message6.CONFIRMED, self.stream.form.association))
+        return True
+
+    def slow_path(self, header, payload):
+        """As for SOCKS5; but without payload, zeros stand for no target: the datagram decides only.
+        """
+        if payload or header[3:] not in (UNSPECIFIED.pack(), Address('::', 0).pack()):
+            super().slow_path(header, payload)
+
+    def _close_port(self):
+        port, self.port = self.port, None
+        if port:
+            self.loop.watch(port, READ, 0, self)
+            port.close()
+            self.release()
+
+    def close_near(self):
+        self._watch.stop()
+        self._close_port()
+        self.stream.close()
+
+
 # ----------------------------------------------------------------------------------------- client
 
 SOCKS4, SOCKS5, HTTP = 1, 2, 3          # PySocks' numbers
+SOCKS6 = 4
 # Flags that may be added: the layer that SOCKS is inside of, and how to speak, see `Flight`.
 TLS, GSSAPI, OPTIMISTIC, UDP_IN_TCP = 0x10, 0x20, 0x40, 0x80
 FLAGS = TLS | GSSAPI | OPTIMISTIC | UDP_IN_TCP
 SCHEMES = {                             # of proxy URLs: type, whether the proxy resolves names
     'socks4': (SOCKS4, False), 'socks4a': (SOCKS4, True), 'socks5': (SOCKS5, False),
-    'socks5h': (SOCKS5, True), 'socks': (SOCKS5, True), 'http': (HTTP, True),
+    'socks5h': (SOCKS5, True), 'socks': (SOCKS5, True), 'socks6': (SOCKS6, False),
+    'socks6h': (SOCKS6, True), 'http': (HTTP, True),
     'https': (HTTP | TLS, True)}
 URL_PARAMETERS = {'optimistic=0': 0, 'optimistic=1': OPTIMISTIC, 'udp=tcp': UDP_IN_TCP}
-TYPE_NAMES = {SOCKS4: 'SOCKS4', SOCKS5: 'SOCKS5', HTTP: 'HTTP'}
-SOCKS5_ERRORS = {int(code): code.text for code in Reply if code != Reply.SUCCEEDED}
+TYPE_NAMES = {SOCKS4: 'SOCKS4', SOCKS5: 'SOCKS5', HTTP: 'HTTP', SOCKS6: 'SOCKS6'}
+SOCKS6_ERRORS = {int(code): code.text for code in Reply if code != Reply.SUCCEEDED}
+SOCKS5_ERRORS = {code: text for code, text in SOCKS6_ERRORS.items() if code != Reply.TIMED_OUT}
 SOCKS4_ERRORS = {int(code): code.text for code in Reply4 if code != Reply4.GRANTED}
 DEFAULT_PORTS = {SOCKS4: 1080, SOCKS5: 1080, HTTP: 8080}
 SETUP_TIMEOUT = 60.0                    # seconds, for callers that have no timeout of their own
@@ -6962,10 +7293,10 @@ def is_port(value):
 class Proxy(NamedTuple):
     """A proxy and how to use it.  The six fields are those of PySocks' tuple, in its order.
 
-    type        SOCKS4, SOCKS5 or HTTP; plus TLS to speak it inside of TLS; SOCKS5 plus GSSAPI to
-                authenticate by GSSAPI, with all data encrypted, or only signed if the proxy
-                chooses so; plus OPTIMISTIC to send all messages at once, see `Flight`; SOCKS5 plus
-                UDP_IN_TCP to have datagrams in the TCP connection, see open_association()
+    type        SOCKS4, SOCKS5, SOCKS6 or HTTP; plus TLS to speak it inside of TLS; SOCKS5 plus
+                GSSAPI to authenticate by GSSAPI, with all data encrypted, or only signed if the
+                proxy chooses so; plus OPTIMISTIC to send all messages at once, see `Flight`; SOCKS5
+                plus UDP_IN_TCP to have datagrams in the TCP connection, see open_association()
     addr        host name, IP address, or path of a unix socket, which begins with a slash
     port        0 or None: the default port of the type
     rdns        whether the proxy resolves names
@@ -7007,7 +7338,7 @@ class Proxy(NamedTuple):
                 raise ValueError(f'{name}: expected a proxy of type SOCKS5')
         if proxy_type & GSSAPI and (password or not is_utf8(username or b'')):
             raise ValueError('GSSAPI: expected a service name in UTF-8 and no password')
-        if kind == SOCKS5:              # pack() checks the lengths (RFC 1929 section 2)
+        if kind in (SOCKS5, SOCKS6):    # pack() checks the lengths (RFC 1929 section 2)
             Credentials(username or b'', password or b'').pack()
         if kind == SOCKS4 and username and (b'\0' in username or len(username) > MAX_USERID):
             raise ValueError(f'userid: expected at most {MAX_USERID} bytes, none of them 0')
@@ -7027,8 +7358,13 @@ class Proxy(NamedTuple):
 
     @property
     def kind(self) -> int:
-        """SOCKS4, SOCKS5 or HTTP: the type without flags."""
+        """SOCKS4, SOCKS5, SOCKS6 or HTTP: the type without flags."""
         return self.type & ~FLAGS
+
+    @property
+    def is_optimistic(self) -> bool:
+        """Whether it gets all messages at once, which it always does in SOCKS6."""
+        return bool(self.type & OPTIMISTIC) or self.kind == SOCKS6
 
     @property
     def place(self):
@@ -7047,18 +7383,18 @@ class Proxy(NamedTuple):
     def sure_port(self) -> int:
         """The port, or the default one of the type."""
         is_https = self.kind == HTTP and self.type & TLS
-        return self.port or (443 if is_https else DEFAULT_PORTS[self.kind])
+        return self.port or (443 if is_https else DEFAULT_PORTS.get(self.kind, 1080))
 
 
 def parse_proxy_url(url: str) -> Proxy:
     """Parse a proxy URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT][?PARAMETERS], into a `Proxy`.
 
-    Schemes: socks5h and socks4a (the proxy resolves names), socks5 and socks4 (this host does),
-    http, and https (HTTP inside of TLS).  Suffixes: +tls for SOCKS inside of TLS; +gssapi for
-    GSSAPI, with the service as USER; +unix for a unix socket, whose path is the URL's path.
-    User and password are percent-decoded.  Parameters, with & between two: optimistic=1 has the
-    proxy get all messages at once, see `Flight`; udp=tcp has datagrams inside of the TCP connection
-    to a proxy that supports it, where they would otherwise be beside it.
+    Schemes: socks6h, socks5h and socks4a (the proxy resolves names), socks6, socks5 and socks4
+    (this host does), http, and https (HTTP inside of TLS).  Suffixes: +tls for SOCKS inside of TLS;
+    +gssapi for GSSAPI, with the service as USER; +unix for a unix socket, whose path is the URL's
+    path.  User and password are percent-decoded.  Parameters, with & between two: optimistic=1 has
+    the proxy get all messages at once, see `Flight`; udp=tcp has datagrams inside of the TCP
+    connection to a proxy that supports it, where they would otherwise be beside it.
 
     Raises ValueError for anything else; its text never contains a password.
     """
@@ -7237,6 +7573,11 @@ def request_message(proxy, command, address):
         return Request(command, address)
     if proxy.kind == SOCKS4:
         return Request4(command, address, proxy.username or b'')
+    if proxy.kind == SOCKS6:
+        credentials = Credentials(proxy.username or b'', proxy.password or b'')
+        if command != Command.CONNECT:  # ADDR is where to listen
+            address = UNSPECIFIED
+        return Request6(command, address, (Option.of(credentials),) * any(credentials))
     if command != Command.CONNECT:
         raise HTTPError('HTTP proxies support CONNECT only', reply=Reply.COMMAND_NOT_SUPPORTED)
     credentials = (proxy.username or b'') + b':' + (proxy.password or b'')
@@ -7247,7 +7588,8 @@ def read_answer(stream, kind):
     """Conversation: read the answer to request_message(); the `Address` in it."""
     if kind == HTTP:
         return (yield from read_http_answer(stream))
-    return (yield from stream.read(unpack_answer5 if kind == SOCKS5 else unpack_answer4))
+    return (yield from stream.read(
+        {SOCKS4: unpack_answer4, SOCKS5: unpack_answer5, SOCKS6: unpack_answers6}[kind]))
 
 
 def authenticate5(stream, proxy):
@@ -7283,6 +7625,30 @@ def unpack_choice_or_verdict(read):
     answer = read(2)
     read, _ = reader(answer)
     return (Verdict if answer[0] == 1 else Choice).unpack(read)
+
+
+def unpack_answers6(read):
+    """Decoder of both SOCKS6 replies to a request: BND."""
+    if Verdict6.unpack(read).status:
+        raise SOCKS5AuthError('SOCKS6 authentication failed')
+    return unpack_answer6(read)
+
+
+def unpack_answer6(read):
+    """Decoder of a SOCKS6 operation reply: BND."""
+    code, address, _ = Response6.unpack(read)
+    if code:
+        raise SOCKS5Error(f'{code:#04x}: {SOCKS6_ERRORS.get(code, "Unknown error")}',
+                          reply=Reply.TTL_EXPIRED if code == Reply.TIMED_OUT else code)
+    return address
+
+
+def unpack_peer6(expected, read):
+    """Decoder of the second reply to BIND: the peer, which must be the `Address` expected."""
+    address = unpack_answer6(read)
+    if expected.host not in (*ZEROS, address.host):
+        raise SOCKS5Error(f'only {address} came', reply=Reply.NOT_ALLOWED)
+    return address
 
 
 def unpack_answer5(read):
@@ -7376,7 +7742,7 @@ class Flight(ExactStream):
     @classmethod
     def suits(cls, chain):
         """Whether to try it with any proxy of the chain."""
-        return any(proxy.type & OPTIMISTIC for proxy in chain) and not any(
+        return any(proxy.is_optimistic for proxy in chain) and not any(
             cls.known.get(proxy.without_secrets(), 0) > time.monotonic() for proxy in chain)
 
     @classmethod
@@ -7385,9 +7751,14 @@ class Flight(ExactStream):
         """
         if len(cls.known) > 1024:
             cls.known.clear()
-        before = cls.known.pop(proxy.without_secrets(), None)
+        before = cls.known.pop(proxy.without_secrets(), cls.at_first(proxy))
         if copes or before != 0:
             cls.known[proxy.without_secrets()] = 0 if copes else deadline(cls.STEPWISE)
+
+    @staticmethod
+    def at_first(proxy):
+        """What is believed of an unknown proxy: in SOCKS6, all cope."""
+        return 0 if proxy.kind == SOCKS6 else None
 
     def start(self, hops, command, data):
         """Conversation: send the messages to the first proxies of `hops`, and the data if it fits.
@@ -7396,7 +7767,7 @@ class Flight(ExactStream):
         """
         packed, count = b'', 0
         for number, (proxy, target) in enumerate(hops, 1):
-            if count and (proxy.type & FLAGS & ~UDP_IN_TCP != OPTIMISTIC
+            if count and (not proxy.is_optimistic or proxy.type & (TLS | GSSAPI)
                           or is_resolved_here(proxy, target)):
                 break
             target = yield from as_requested(proxy, target, self.until)
@@ -7412,7 +7783,7 @@ class Flight(ExactStream):
         else:
             self.has_data = bool(data) and len(packed + data) <= self.SEGMENT
         unknown = [number for number, proxy in enumerate(self._proxies)
-                   if self.known.get(proxy.without_secrets()) != 0]
+                   if self.known.get(proxy.without_secrets(), self.at_first(proxy)) != 0]
         if unknown and (unknown != [0] or not self._is_first
                         or self.method(self._proxies[0]) != Method.USERNAME_PASSWORD):
             self.has_data = False
@@ -7764,7 +8135,7 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None, dat
                 if proxy.type & GSSAPI:
                     last = yield from open_gssapi(last, proxy, step != Command.UDP_ASSOCIATE, until)
                     plain_ends.append(last)
-                if at_once and proxy.type & OPTIMISTIC and not (flight and flight.left):
+                if at_once and proxy.is_optimistic and not (flight and flight.left):
                     flight = Flight(last, until, not index)
                     yield from flight.start(hops[index:], command, data)
                 if flight and flight.left:
@@ -7804,8 +8175,8 @@ def open_chain(chain, address, until=None, source=(), context=None, command=Comm
 
 
 def open_association(chain, source_port, until=None, source=(), context=None):
-    """Conversation: have the last proxy relay datagrams; (command, socket, BND), the rest as from
-    open_chain().
+    """Conversation: have the last proxy relay datagrams; (form, socket, BND), the last two as from
+    open_chain(), and the form of the datagrams in the connection, or None if they are beside it.
 
     A single proxy is asked for UDP_ASSOCIATE, and if it does not support that, for UDP_IN_TCP; the
     other way round if UDP may not reach it: it is on a unix socket, or its type has UDP_IN_TCP.  In
@@ -7819,7 +8190,9 @@ def open_association(chain, source_port, until=None, source=(), context=None):
     except ValueError as error:
         raise unsupported(str(error)) from None
     commands = [Command.UDP_ASSOCIATE, Command.UDP_IN_TCP]
-    if len(chain) > 1 or last.type & TLS:
+    if last.kind == SOCKS6:             # has both ways in the first one
+        del commands[1]
+    elif len(chain) > 1 or last.type & TLS:
         del commands[0]
     elif last.is_path or last.type & UDP_IN_TCP:
         commands.reverse()
@@ -7827,7 +8200,11 @@ def open_association(chain, source_port, until=None, source=(), context=None):
     for command in commands:
         try:
             sock, bnd = yield from open_chain(chain, address, until, source, context, command)
-            return command, sock, bnd
+            form = StreamedDatagram if command == Command.UDP_IN_TCP else None
+            if last.kind == SOCKS6:
+                with owned(sock), negotiating(last, address):
+                    form = yield from begin_in_connection(sock, until)
+            return form, sock, bnd
         except GeneralProxyError as error:
             is_unknown = error.reply == Reply.COMMAND_NOT_SUPPORTED
             if not (refusal or is_unknown and error.proxy == last.without_secrets()):
@@ -7839,6 +8216,19 @@ def open_association(chain, source_port, until=None, source=(), context=None):
                       ' (command 05)', refusal)
 
 
+def begin_in_connection(sock, until):
+    """Conversation: decide that the datagrams of a SOCKS6 association go in its TCP connection, by
+    one without a target; the `Form6`.
+
+    The confirmation comes now, so that whatever comes later is a datagram.
+    """
+    stream = ExactStream(sock, until)
+    form = Form6((yield from stream.read(Message6.unpack)).association)
+    yield from stream.write(form(Datagram(UNSPECIFIED, b'').pack()))
+    yield from stream.read(form.unpack)
+    return form
+
+
 def unsupported(text, cause=None):
     """The exception for datagrams that cannot go through a chain."""
     error = SOCKS5Error(text, cause, Reply.COMMAND_NOT_SUPPORTED)
@@ -7848,9 +8238,9 @@ def unsupported(text, cause=None):
 
 def associate(chain, until, source=()):
     """Conversation: a `FarAssociation` at the last proxy of a chain."""
-    command, control, bnd = yield from open_association(chain, 0, until, source)
-    if command == Command.UDP_IN_TCP:
-        return FarAssociation(StreamDatagrams(control, UNSPECIFIED))
+    form, control, bnd = yield from open_association(chain, 0, until, source)
+    if form:
+        return FarAssociation(StreamDatagrams(control, UNSPECIFIED, form=form))
     with owned(control):
         family = family_of(bnd.host)
         if not source and control.family == family and not isinstance(control, PlainEnd):
@@ -7930,6 +8320,14 @@ NO_HTTP = """\
 This port speaks SOCKS4, SOCKS4a and SOCKS5, not HTTP.
 Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy."""
 
+# Stack options of SOCKS6 that can be answered, by level and code: the options of ip(7) and ipv6(7),
+# whose values are the same; None for Happy Eyeballs, which is always done.
+STACK_OPTIONS = {
+    (1, 1): (socket.IP_TOS, getattr(socket, 'IPV6_TCLASS', None)),
+    (1, 2): (None, None),
+    (1, 3): (socket.IP_TTL, socket.IPV6_UNICAST_HOPS)}
+if sys.platform == 'linux':             # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: no fragmentation
+    STACK_OPTIONS[1, 4] = 10, 23
 METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
                 Method.GSSAPI: 'GSSAPI', Method.USERNAME_PASSWORD: 'password'}
 
@@ -8123,7 +8521,7 @@ class Session:
     peer              `Address` of the other end of the connection, maybe a load balancer's
     key               what counts as one client in limits, see client_key()
     user              name, or '-'
-    protocol          'SOCKS4', 'SOCKS5', 'HTTP'; 'TLS' or '-' before the first byte of those
+    protocol          'SOCKS4', 'SOCKS5', 'SOCKS6', 'HTTP'; 'TLS' or '-' before their first byte
     command           a `Command`, or None before the request
     target            text of the address in the request, or '-'
     target_address    `Address` that the server connected to; None if it is the same as the target;
@@ -8259,10 +8657,10 @@ class Handler(socketserver.BaseRequestHandler):
     Methods that may be overridden:
 
     do_CONNECT(request), do_BIND(request), do_UDP_ASSOCIATE(request), do_UDP_IN_TCP(request),
-    do_RESOLVE(request), do_RESOLVE_PTR(request), do_FORWARD(request)
-        do one command.  `request` is a `Request`, `Request4` or `HttpRequest`; it has `command` and
-        `address`.  A command without a method is refused as not supported (07).  FORWARD is an HTTP
-        request other than CONNECT; it connects by do_CONNECT.
+    do_RESOLVE(request), do_RESOLVE_PTR(request), do_FORWARD(request), do_NOOP(request)
+        do one command.  `request` is a `Request`, `Request4`, `Request6` or `HttpRequest`; it has
+        `command` and `address`.  A command without a method is refused as not supported (07).
+        FORWARD is an HTTP request other than CONNECT; it connects by do_CONNECT.
 
     Such a method may be an ordinary function.  It runs in a thread of its own, so it may block and
     sleep.  It returns a connected socket to join the client to; None to close the client's
@@ -8283,6 +8681,7 @@ class Handler(socketserver.BaseRequestHandler):
     # function(code, address) that makes a reply in the form of the protocol and of the step in it;
     # None before the first byte, when there is no form.
     make_reply = None
+    stack_options: Mapping[Tuple[int, int], int] = MappingProxyType({})         # of SOCKS6
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -8425,6 +8824,8 @@ class Handler(socketserver.BaseRequestHandler):
             return (yield from self.negotiate5())
         if first in HTTP_BYTES:
             return (yield from self.negotiate_http())
+        if first == 6 and self.settings.socks6:
+            return (yield from self.negotiate6())
         if first == TLS_HANDSHAKE:
             raise ProtocolError('TLS, expected SOCKS')
         raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
@@ -8490,6 +8891,85 @@ class Handler(socketserver.BaseRequestHandler):
         expected = ' or '.join(f'{method:02x}' for method in methods)
         raise Refused(f'the client offered {missing}; methods offered: {offered.hex() or "none"}, '
                       f'expected {expected}')
+
+    def negotiate6(self):
+        """Conversation: read a SOCKS6 request, and authenticate.
+
+        First data stays in the stream, as the next bytes, for the target.
+        """
+        self.client.protocol = 'SOCKS6'
+        self.make_reply = lambda *_: Verdict6(1)
+        try:
+            request = yield from self.stream.read(Request6.unpack)
+        except ProtocolError as error:
+            if error.reply != Reply.ADDRESS_TYPE_NOT_SUPPORTED or self.needs_login:
+                raise
+            yield from self.stream.write(Verdict6(0))
+            self.make_reply = Response6
+            raise
+        credentials, (methods, size), options = request.credentials(), request.methods(), ()
+        if self.is_verbose:
+            self.note('SOCKS6, methods offered: %s, options: %s', methods.hex(),
+                      ', '.join(map(str, request.options)))
+        if credentials:
+            self.make_reply = lambda *_: Verdict6(1, (Option.of(Verdict(1)),))
+            yield from self.authenticate(credentials)
+            options = (Option.of(Verdict(0)),)
+        elif self.needs_login:
+            yield from self.authenticate_by_method(methods, size)
+        yield from self.stream.write(Verdict6(0, options))
+        self.make_reply = self.operation_reply
+        self.stack_answers = []
+        self.stack_options = {key: value for key, value in request.stack_options().items()
+                              if key in STACK_OPTIONS}
+        if request[:2] in [(Command.CONNECT, (host, 53)) for host in ZEROS]:
+            raise Refused('there is no DNS server in the proxy', reply=Reply.CONNECTION_REFUSED)
+        return request
+
+    def authenticate_by_method(self, methods, size):
+        """Conversation: have a SOCKS6 client that sent no credentials do so now.
+
+        methods    those that it offers, bytes
+        size       bytes of first data that come before the credentials
+        """
+        method = Method.NO_ACCEPTABLE
+        if Method.USERNAME_PASSWORD in methods and self.server.settings.users:
+            method = Method.USERNAME_PASSWORD
+        choice = Verdict6(1, (Option(OptionKind.METHOD, bytes((method, 0, 0, 0))),) * bool(methods))
+        if method == Method.NO_ACCEPTABLE:
+            self.make_reply = lambda *_: choice
+            raise Refused('no user name and password, expected those of a user')
+        yield from self.stream.write(choice)
+        first = yield from self.stream.read(lambda read: read(size))
+        self.make_reply = lambda *_: Packed(Verdict(1).pack() + Verdict6(1).pack())
+        yield from self.authenticate((yield from self.stream.read(Credentials.unpack)))
+        self.stream.surplus = first + self.stream.surplus
+        yield from self.stream.write(Verdict(0))
+
+    def operation_reply(self, code, address):
+        """The SOCKS6 reply for a `Reply`, with the stack options that are set."""
+        code = Reply.TIMED_OUT if code == Reply.TTL_EXPIRED else code
+        return Response6(code, address, tuple(self.stack_answers))
+
+    def set_stack_options(self, target, is_name):
+        """Set the stack options of a SOCKS6 request on the target's socket, where possible.
+
+        is_name    whether the request has a name, so that its addresses were tried by RFC 8305
+        """
+        is_ipv6 = target.family == socket.AF_INET6
+        protocol = socket.IPPROTO_IPV6 if is_ipv6 else socket.IPPROTO_IP
+        for (level, code), value in self.stack_options.items():
+            option = STACK_OPTIONS[level, code][is_ipv6]
+            with contextlib.suppress(OSError):
+                if option is not None and (code < 4 or value in (1, 2)):
+                    target.setsockopt(protocol, option, value)
+                    value = target.getsockopt(protocol, option) & 0xFF
+                elif code == 2 and is_name:
+                    value = 2           # done
+                else:
+                    continue
+                self.stack_answers.append(Option(
+                    OptionKind.STACK, bytes((0x80 | level, code, value, 0))))
 
     def negotiate_gssapi(self):
         """Conversation: authenticate by GSSAPI; what follows is protected as agreed."""
@@ -8617,6 +9097,8 @@ class Handler(socketserver.BaseRequestHandler):
             raise Refused('the certificates have changed')
         if self.client.protocol == 'HTTP' and not self.settings.http:
             raise Refused('HTTP, expected SOCKS')
+        if self.client.protocol == 'SOCKS6' and not self.settings.socks6:
+            raise Refused('SOCKS6, expected SOCKS5')
         if self.client.protocol == 'SOCKS4' and self.settings.ident and not self.is_identified:
             raise Refused('ident is required')
         self.server.judge_client(self.client)
@@ -8673,10 +9155,22 @@ class Handler(socketserver.BaseRequestHandler):
             return True
         if command == Command.BIND:     # with other proxies, it would leave from here, past them
             return not settings.upstream
+        is_socks6 = self.client.protocol == 'SOCKS6'
+        if command == Command.NOOP:
+            return is_socks6
         if command in (Command.UDP_ASSOCIATE, Command.UDP_IN_TCP):      # SOCKS4 has neither
-            is_clear = command == Command.UDP_ASSOCIATE and settings.tls
+            is_clear = command == Command.UDP_ASSOCIATE and settings.tls and not is_socks6
             return not (is_socks4 or is_clear and not settings.udp_over_plain)
         return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
+
+    def do_NOOP(self, request: AnyRequest) -> Conversation:
+        """Reply only: a client may just log in, or look whether the proxy is there (SOCKS6)."""
+        if request.address not in map(Address, ZEROS, (0, 0)):
+            raise ProtocolError('an address for NOOP, expected zeros')
+        self.client.target = '-'
+        yield from self.reply(Reply.SUCCEEDED)
+        self.client.report('done')
+        yield from self.stream.linger(deadline(LINGER))
 
     def do_CONNECT(self, request: AnyRequest) -> Conversation:
         """Connect to the target, at one of its addresses or by way of other proxies."""
@@ -8698,6 +9192,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def connected(self, target, addresses, wanted):
         """Note which of the addresses of what was wanted has answered."""
+        if self.stack_options:
+            self.set_stack_options(target, plain_ip(wanted.host) is None)
         self.client.target_address = None
         if addresses[0] != wanted:
             self.client.target_address = Address.of(target.getpeername())
@@ -8813,14 +9309,31 @@ class Handler(socketserver.BaseRequestHandler):
         closed; if no other came until the timeout, the second reply is "not allowed" with the
         address of the last of them.
         """
-        until = self.stream.until = deadline(self.settings.bind_timeout)
+        wanted, until = UNSPECIFIED, deadline(self.settings.bind_timeout)
+        self.stream.until = until
+        if isinstance(request, Request6):       # its address is the one to listen at
+            wanted, request = request.address, request._replace(address=UNSPECIFIED)
         expected = [host for host, _ in (yield from self.destinations(request.address, until))]
         host, advertised = self.own_address(expected)
-        with bound(Address(host, 0)) as listener:
+        with bound(self.listening_address(wanted, host, advertised)) as listener:
             listener.listen(16)         # strangers must not fill the queue before the peer comes
             yield from self.reply(Reply.SUCCEEDED, Address(advertised, listener.getsockname()[1]))
             peer, address = yield from self.accept(listener, expected, request.address.port, until)
         return (yield from self.join(peer, address))
+
+    def listening_address(self, wanted, host, advertised):
+        """The `Address` for BIND to listen at.
+
+        In SOCKS6, a client may want a port; it gets that on its own host, where it can take it
+        itself.
+        """
+        if wanted.host not in (*ZEROS, host, advertised):
+            raise OSError(errno.EADDRNOTAVAIL, f'BIND at {printable(wanted.host)}, expected '
+                                               f'{advertised} or zeros')
+        is_here = is_loopback(self.client.address.host) or is_ours(self.client.address.host)
+        if wanted.port and not is_here:
+            raise Refused(f'BIND at port {wanted.port}, expected 0')
+        return Address(host, wanted.port)
 
     def accept(self, listener, expected, port, until):
         """Conversation: wait for the expected peer on `listener`, a bound and listening socket.
@@ -8863,9 +9376,13 @@ class Handler(socketserver.BaseRequestHandler):
         client, host = self.client, self.client.address.host
         far = yield from self.begin_association()
         with owned(*far.values()):
+            is_socks6, shared_port = isinstance(request, Request6), self.settings.udp_port
+            if is_socks6 and (shared_port or self.settings.tls and not self.settings.udp_over_plain):
+                yield from self.reply(Reply.SUCCEEDED)
+                return (yield from self.relay_6(far))
             own, advertised = self.own_address()
             is_here = is_loopback(host) or is_ours(host)        # it may take every port
-            relay_class, shared_port = UdpRelay, self.settings.udp_port
+            relay_class = UdpRelay
             if shared_port:
                 relay_class = SharedRelay
                 near, release = self.server.shared_ports.bind(Address(own, shared_port))
@@ -8874,6 +9391,8 @@ class Handler(socketserver.BaseRequestHandler):
                     own, self.settings.udp_ports, None if is_here else client_key(host))
             try:
                 yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
+                if is_socks6:
+                    return (yield from self.relay_6(far, near, release))
                 relay = relay_class(client, self.connection, near,
                                     self.announced_source(request.address), is_here, release)
                 relay.far, relay.inbound = far, self.inbound()
@@ -8897,6 +9416,20 @@ class Handler(socketserver.BaseRequestHandler):
         way = Way(settings.upstream, settings.source)
         until = self.stream.until = deadline(settings.connect_timeout)
         return {way: (yield from self.server.associate(way, until))}
+
+    def relay_6(self, far, port=None, release=None):
+        """Conversation: tell a SOCKS6 client the id of its association; the `Relay6`.
+
+        far              of begin_association()
+        port, release    the UDP socket for it, if there is one, and the function to call at its end
+        """
+        association = os.urandom(8)
+        yield from self.stream.write(Message6(Message6.BEGUN, association))
+        stream = StreamDatagrams(self.connection, self.client.address, self.stream.surplus,
+                                 Form6(association))
+        relay = Relay6(self.client, stream, port, release)
+        relay.far, relay.inbound = far, self.inbound()
+        return relay
 
     def do_UDP_IN_TCP(self, request: AnyRequest) -> Conversation:
         """Relay datagrams that are messages in the client's connection, as hev-socks5-server does;
@@ -9762,8 +10295,8 @@ class Server(socketserver.ThreadingTCPServer):
 # a proxy, such a socket behaves as a stock one in every respect.
 
 PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5, PROXY_TYPE_HTTP = SOCKS4, SOCKS5, HTTP
-PROXY_TYPES = {name: number for number, name in TYPE_NAMES.items()}
-PRINTABLE_PROXY_TYPES = TYPE_NAMES
+PRINTABLE_PROXY_TYPES = {number: TYPE_NAMES[number] for number in (SOCKS4, SOCKS5, HTTP)}
+PROXY_TYPES = {name: number for number, name in PRINTABLE_PROXY_TYPES.items()}
 NO_PROXY = (None,) * 6
 # (type, protocol) of the IPv4 and IPv6 sockets that a proxy can serve.
 TCP_KINDS = {(socket.SOCK_STREAM, proto) for proto in (0, socket.IPPROTO_TCP, 262)}     # 262: MPTCP
@@ -10348,7 +10881,7 @@ class Association:
 
 
 class StreamAssociation(Association):
-    """An association whose datagrams are messages in the TCP connection (UDP_IN_TCP).
+    """An association whose datagrams are messages of a `form` in the TCP connection (UDP_IN_TCP).
 
     Theory of operation.  The descriptor of the `socksocket` is that of the connection, so that it
     is readable when a datagram has come.  Therefore no byte is read beyond the message that is
@@ -10359,10 +10892,10 @@ class StreamAssociation(Association):
     LARGEST = 65507                     # bytes in a UDP datagram over IPv4
     MESSAGE = 3 + 0xFF + 0xFFFF         # bytes in the longest message
     in_tcp = True
-    pack, unpack = StreamDatagrams.pack, StreamDatagrams.unpack
 
-    def __init__(self, control):
+    def __init__(self, control, form):
         super().__init__(control)
+        self._form = form
         self._sockets = 1               # how many have this association, see dup()
         self._reading, self._writing = threading.Lock(), threading.Lock()
         self._begun = b''               # the part of a message that has been read
@@ -10383,7 +10916,7 @@ class StreamAssociation(Association):
         if size > self.LARGEST:
             raise OSError(errno.EMSGSIZE, f'{size} bytes, expected at most {self.LARGEST}')
         try:
-            message = self.pack(b''.join((header, data)))
+            message = self._form(b''.join((header, data))).pack()
         except ValueError as error:
             raise OSError(errno.EMSGSIZE, str(error)) from None
         until = deadline(sock.gettimeout())
@@ -10471,15 +11004,17 @@ class StreamAssociation(Association):
             return None
         read, rest = reader(self._begun + seen)
         try:
-            data, left = self.unpack(read), len(rest())
+            data, left = self._form.unpack(read).datagram, len(rest())
         except EOFError:
             self._begun += self.control.recv(len(seen), MSG_DONTWAIT)
             raise BlockingIOError(errno.EAGAIN, 'a part of a message') from None
         except ProtocolError as error:
             raise self._end(error) from None
-        if not stays:
+        if not data or not stays:
             self.control.recv(len(seen) - left, MSG_DONTWAIT)
             self._begun = b''
+        if not data:                    # an error that SOCKS6 reports, for example
+            raise BlockingIOError(errno.EAGAIN, 'no datagram')
         return data
 
     def dup(self):
@@ -11033,11 +11568,11 @@ class socksocket(_Descriptor):
         if not self.getsockname()[1]:
             super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
         port = self.getsockname()[1]
-        command, control, relay = yield from open_association(
+        form, control, relay = yield from open_association(
             self._chain(), port, self._deadline(), self._control_source(), self.ssl_context)
         with owned(control):
-            if command == Command.UDP_IN_TCP:
-                association = StreamAssociation(control)
+            if form:
+                association = StreamAssociation(control, form)
                 self._replace(control.dup(), True)
             else:
                 association = self._use_relay(control, relay, port)
@@ -11447,7 +11982,9 @@ def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = 
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
     sock._request = chain[-1], expected
-    sock._unpack_reply = unpack_answer4 if chain[-1].kind == SOCKS4 else unpack_answer5
+    sock._unpack_reply = {
+        SOCKS4: unpack_answer4, SOCKS5: unpack_answer5,
+        SOCKS6: functools.partial(unpack_peer6, expected)}[chain[-1].kind]
     sock.proxy_sockname = tuple(bnd)
     return sock
 
@@ -12634,6 +13171,9 @@ OPTIONS = [
                  'the umask)')),
         (('--no-http',), dict(
             action='store_false', dest='http', help='serve SOCKS only (default: HTTP, too)')),
+        (('--socks6',), dict(
+            action='store_true', help='serve SOCKS6, too, an individual draft that has expired '
+                                      '(draft-olteanu-intarea-socks-6-11)')),
         (('--proxy-protocol',), dict(
             metavar='NETWORK', type=parse_network, action='append', default=[], dest='balancers',
             help='expect a PROXY header from load balancers in NETWORK, 127.0.0.1/32 for those on '
@@ -12759,10 +13299,11 @@ OPTIONS = [
             help='send connections and, if the last is of SOCKS5, UDP through this proxy; '
                  'repeatable, for a chain, first hop first.  URL '
                  'is SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
-                 'socks4, http or https, with +tls, +gssapi or +unix appended if wanted; append '
-                 '?optimistic=1 to send it all messages at once, ?udp=tcp to have datagrams in the '
-                 'connection, or both with & between them.  Others on this machine can see a '
-                 'password in it, but not in SOCKS_PROXY, see below (default: SOCKS_PROXY)')),
+                 'socks4, socks6h, socks6, http or https, with +tls, +gssapi or +unix appended if '
+                 'wanted; append ?optimistic=1 to send it all messages at once, ?udp=tcp to have '
+                 'datagrams in the connection, or both with & between them.  Others on this '
+                 'machine can see a password in it, but not in SOCKS_PROXY, see below (default: '
+                 'SOCKS_PROXY)')),
         (('--proxy-file',), dict(
             metavar='FILE', help='read the URLs from FILE, one a line (default: SOCKS_PROXY)')),
         (('--connect',), dict(

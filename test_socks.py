@@ -67,9 +67,9 @@ except ImportError:                     # Windows
     pwd = resource = None
 
 import socks
-from socks import (Address, Choice, Credentials, Datagram, Greeting, GssMessage, ProtocolError,
-                   Reply, Request, Request4, Response, Response4, Settings, StreamedDatagram,
-                   Verdict)
+from socks import (Address, Choice, Credentials, Datagram, Greeting, GssMessage, Option,
+                   ProtocolError, Reply, Request, Request4, Request6, Response, Response4,
+                   Response6, Settings, StreamedDatagram, Verdict, Verdict6)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, 'socks.py')
@@ -637,6 +637,34 @@ MESSAGES = [
      '0401000101020304 61*512 00'),
     ('SOCKS4 granted', Response4(0x5a, Address('1.2.3.4', 80)), '005a005001020304'),
     ('SOCKS4 rejected', Response4(0x5b), '005b000000000000'),
+    ('SOCKS6, IPv4', Request6(1, Address('127.0.0.1', 80)), '0601 0000 0050 00 01 7f000001'),
+    ('SOCKS6, IPv6', Request6(2, Address('2001:db8::1', 443)),
+     '0602 0000 01bb 00 04 20010db8000000000000000000000001'),
+    ('SOCKS6, name that fits', Request6(3, Address('example.org', 80)),
+     '0603 0000 0050 00 03 0b 6578616d706c652e6f7267'),
+    ('SOCKS6, name with padding', Request6(1, Address('localhost', 80)),
+     '0601 0000 0050 00 03 0b 6c6f63616c686f7374 0000'),
+    ('SOCKS6, name of 253', Request6(1, Address('a' * 253, 1)),
+     '0601 0000 0001 00 03 ff 61*253 0000'),
+    ('SOCKS6, name of 255', Request6(1, Address('a' * 255, 1)), '0601 0000 0001 00 03 ff 61*255'),
+    ('SOCKS6, NOOP', Request6(0, Address('0.0.0.0', 0)), '0600 0000 0000 00 01 00000000'),
+    ('SOCKS6, credentials', Request6(1, Address('127.0.0.1', 80), (
+        Option(4, b'\2\1\3bob\6secret\0\0\0'),)),
+     '0601 0014 0050 00 01 7f000001 0004 0014 02 01 03 626f62 06 736563726574 000000'),
+    ('SOCKS6, options', Request6(1, Address('127.0.0.1', 80), (
+        Option(2, b'\1\0\2\0'), Option(1, b'\x81\1\x10\0'), Option(64512, b''))),
+     '0601 0014 0050 00 01 7f000001 0002 0008 0100 02 00 0001 0008 81 01 10 00 fc00 0004'),
+    ('SOCKS6, most options', Request6(1, Address('1.2.3.4', 1), (Option(9, b''),) * 5120),
+     '0601 5000 0001 00 01 01020304' + '0009 0004' * 5120),
+    ('SOCKS6 login', Verdict6(0), '0600 0000'),
+    ('SOCKS6 login, password', Verdict6(0, (Option(4, b'\2\1\0\0'),)),
+     '0600 0008 0004 0008 02 01 00 00'),
+    ('SOCKS6 login, method', Verdict6(1, (Option(3, b'\2\0\0\0'),)),
+     '0601 0008 0003 0008 02 000000'),
+    ('SOCKS6 reply', Response6(0, Address('10.0.0.1', 1080)), '0600 0000 0438 00 01 0a000001'),
+    ('SOCKS6 reply, timed out', Response6(9), '0609 0000 0000 00 01 00000000'),
+    ('SOCKS6 reply, IPv6 and option', Response6(0, Address('::1', 7), (Option(1, b'\x81\2\2\0'),)),
+     '0600 0008 0007 00 04 00*15 01 0001 0008 81 02 02 00'),
     ('PROXY, IPv4', socks.ProxyHeader(Address('127.0.0.1', 59416), Address('127.0.0.1', 13502)),
      '0d0a0d0a000d0a515549540a 2111000c 7f000001 7f000001 e818 34be'),
     ('PROXY, IPv6', socks.ProxyHeader(Address('::1', 1), Address('2001:db8::2', 2)),
@@ -671,6 +699,13 @@ LENIENT = [
     ('SOCKS4, zeros are no SOCKS4a', Request4(1, Address('0.0.0.0', 80)), '040100500000000000'),
     ('SOCKS4 reply with version 4', Response4(0x5a), '045a000000000000'),
     ('verdict other than 1', Verdict(255), '01ff'),
+    ('SOCKS6, length without padding', Request6(1, Address('localhost', 80)),
+     '0601 0000 0050 00 03 09 6c6f63616c686f7374 0000'),
+    ('SOCKS6, RSV not 0', Request6(1, Address('127.0.0.1', 80)), '0601 0000 0050 99 01 7f000001'),
+    ('SOCKS6, NUL in name', Request6(1, Address('a\0b', 80)), '0601 0000 0050 00 03 03 610062'),
+    ('SOCKS6, empty name', Request6(1, Address('', 80)), '0601 0000 0050 00 03 00 000000'),
+    ('SOCKS6, IPv4 as name', Request6(1, Address('1.2.3.4', 80)),
+     '0601 0000 0050 00 03 07 312e322e332e34'),
     ('PROXY 1', socks.ProxyHeader(Address('127.0.0.1', 48604), Address('127.0.0.1', 13501)),
      b'PROXY TCP4 127.0.0.1 127.0.0.1 48604 13501\r\n'.hex()),
     ('HTTP status', socks.HttpStatus(200, 'Connection established'),
@@ -711,6 +746,23 @@ MALFORMED = [
     ('datagram in TCP, HDRLEN 0', StreamedDatagram, '00010001', Reply.GENERAL_FAILURE),
     ('datagram in TCP, HDRLEN of a name', StreamedDatagram, '0001090303', Reply.GENERAL_FAILURE),
     ('SOCKS4 request, version 5', Request4, '0501', Reply.GENERAL_FAILURE),
+    ('SOCKS6, version 5', Request6, '0501', Reply.GENERAL_FAILURE),
+    ('SOCKS6, version 207', Verdict6, 'cf00', Reply.GENERAL_FAILURE),
+    ('SOCKS6 reply of SOCKS5', Response6, '0500', Reply.GENERAL_FAILURE),
+    ('SOCKS6, address type 2', Request6, '0601 0000 0050 00 02 7f000001',
+     Reply.ADDRESS_TYPE_NOT_SUPPORTED),
+    ('SOCKS6, too many options', Request6, '0601 5004 0050 00 01 7f000001', Reply.GENERAL_FAILURE),
+    ('SOCKS6, size of options', Request6, '0601 0006 0050 00 01 7f000001', Reply.GENERAL_FAILURE),
+    ('SOCKS6, option of 0', Request6, '0601 0008 0050 00 01 7f000001 0009 0000',
+     Reply.GENERAL_FAILURE),
+    ('SOCKS6, option of 3', Request6, '0601 0008 0050 00 01 7f000001 0009 0003',
+     Reply.GENERAL_FAILURE),
+    ('SOCKS6, option of 6', Request6, '0601 0008 0050 00 01 7f000001 0009 0006',
+     Reply.GENERAL_FAILURE),
+    ('SOCKS6, option beyond', Request6, '0601 0008 0050 00 01 7f000001 0009 000c',
+     Reply.GENERAL_FAILURE),
+    ('SOCKS6, second option beyond', Verdict6, '0600 0008 0009 0004 0009 0008',
+     Reply.GENERAL_FAILURE),
     ('SOCKS4 userid too long', Request4, '0401005001020304 61*513', Reply.GENERAL_FAILURE),
     ('SOCKS4a name too long', Request4, '040100500000000100 61*256', Reply.GENERAL_FAILURE),
     ('SOCKS4 reply of SOCKS5', Response4, '0500', Reply.GENERAL_FAILURE),
@@ -1471,7 +1523,104 @@ BOB = [
      '0502 / 0100 / 05010001............', True),
     ('P-12 empty user', '050102 / 010006736563726574', '0502 / 01!00', True),
 ]
+BOB_6 = '0004 0014 02 01 03 626f62 06 736563726574 000000'       # the option for bob
 USERS = {b'bob': b'secret', '用户'.encode(): '密码'.encode()}
+
+
+SIX = [
+    ('6-01', '0601 0000 {port} 00 01 7f000001 / ' + GET,
+     '0600 0000 0600 0000 .... 00 01 7f000001 / ' + PAGE, False),
+    ('6-02 early data', '0601 0000 {port} 00 01 7f000001' + GET,
+     '0600 0000 0600 0000 .... 00 01 7f000001' + PAGE, False),
+    ('6-03 name', '0601 0000 {port} 00 03 0b 6c6f63616c686f7374 0000',
+     '0600 0000 0600 0000 .... 00 01 7f000001', False),
+    ('6-04 length without padding', '0601 0000 {port} 00 03 09 6c6f63616c686f7374 0000',
+     '0600 0000 0600 0000 .... 00 01 7f000001', False),
+    ('6-05 IPv6', '0601 0000 {port} 00 04 00*15 01',
+     '0600 0000 0600 0000 .... 00 04' + '00' * 15 + '01',
+     False),
+    ('6-06 refused', '0601 0000 {refused} 00 01 7f000001',
+     '0600 0000 0605 0000 0000 00 01 00000000',
+     True),
+    ('6-07 silence', '0601 0000 {silent} 00 01 7f000001', '0600 0000 0609 0000 0000 00 01 00000000',
+     True),
+    ('6-08 no such name', '0601 0000 {port} 00 03 0f 6e6f2e737563682e696e76616c6964',
+     '0600 0000 0604 0000 0000 00 01 00000000', True),
+    ('6-09 empty name', '0601 0000 {port} 00 03 00 000000',
+     '0600 0000 0601 0000 0000 00 01 00000000',
+     True),
+    ('6-10 address type 2', '0601 0000 {port} 00 02 7f000001',
+     '0600 0000 0608 0000 0000 00 01 00000000', True),
+    ('6-11 command 4', '0604 0000 {port} 00 01 7f000001', '0600 0000 0607 0000 0000 00 01 00000000',
+     True),
+    ('6-12 NOOP', '0600 0000 0000 00 01 00000000', '0600 0000 0600 0000 0000 00 01 00000000', True),
+    ('6-13 NOOP, IPv6', '0600 0000 0000 00 04 00*16',
+     '0600 0000 0600 0000 0000 00 01 00000000', True),
+    ('6-14 NOOP with a name', '0600 0000 0000 00 03 03 612e62',
+     '0600 0000 0601 0000 0000 00 01 00000000', True),
+    ('6-15 NOOP with a port', '0600 0000 {port} 00 01 00000000',
+     '0600 0000 0601 0000 0000 00 01 00000000', True),
+    ('6-16 port 0', '0601 0000 0000 00 01 7f000001',
+     '0600 0000 0601 0000 0000 00 01 00000000', True),
+    ('6-17 unknown options', '0601 000c {port} 00 01 7f000001 0005 0004 fc00 0008 01020304' + GET,
+     '0600 0000 0600 0000 .... 00 01 7f000001' + PAGE, False),
+    ('6-18 option of 0', '0601 0004 {port} 00 01 7f000001 0009 0000', '0601 0000', True),
+    ('6-19 option of 3', '0601 0004 {port} 00 01 7f000001 0009 0003', '0601 0000', True),
+    ('6-20 option beyond', '0601 0004 {port} 00 01 7f000001 0009 0008', '0601 0000', True),
+    ('6-21 too many options', '0601 5004 {port} 00 01 7f000001', '0601 0000', True),
+    ('6-23 first data unasked', '0601 0008 {port} 00 01 7f000001 0002 0008 0012 02 00' + GET,
+     '0600 0000 0600 0000 .... 00 01 7f000001' + PAGE, False),
+    ('6-24 too much first data', '0601 0008 {port} 00 01 7f000001 0002 0008 4001 02 00',
+     '0601 0000', True),
+    ('6-25 methods without data', '0601 0004 {port} 00 01 7f000001 0002 0004', '0601 0000', True),
+    ('6-26 methods twice', '0601 0010 {port} 00 01 7f000001' + '0002 0008 0000 02 00' * 2,
+     '0601 0000', True),
+    ('6-27 credentials unasked', '0601 0014 {port} 00 01 7f000001 0004 0014 02'
+     '01 03 626f62 06 736563726574 000000',
+     '0600 0008 0004 0008 02 01 00 00 0600 0000 .... 00 01 7f000001', False),
+    ('6-28 split', '06 / 01 / 0000 / {port} / 00 / 017f0000 / 01',
+     ' /  /  /  /  /  / 0600 0000 0600 0000 .... 00 01 7f000001', False),
+    ('6-29 CONNECT to the DNS of the proxy', '0601 0000 0035 00 01 00000000',
+     '0600 0000 0605 0000 0000 00 01 00000000', True),
+]
+SIX_BOB = [
+    ('6-40', '0601 0014 {port} 00 01 7f000001 0004 0014 02'
+     '01 03 626f62 06 736563726574 000000' + GET,
+     '0600 0008 0004 0008 02 01 00 00 0600 0000 .... 00 01 7f000001' + PAGE, False),
+    ('6-41 wrong password', '0601 0014 {port} 00 01 7f000001 0004 0014 02'
+     '01 03 626f62 06 626164212121 000000' + GET, '0601 0008 0004 0008 02 01 01 00', True),
+    ('6-42 no credentials', '0601 0000 {port} 00 01 7f000001' + GET, '0601 0000', True),
+    ('6-43 other method', '0601 0008 {port} 00 01 7f000001 0004 0008 01 00 00 00',
+     '0601 0000', True),
+    ('6-44 credentials twice', '0601 0028 {port} 00 01 7f000001'
+     + '0004 0014 02 01 03 626f62 06 736563726574 000000' * 2, '0601 0000', True),
+    ('6-45 credentials cut off', '0601 0010 {port} 00 01 7f000001'
+     '0004 0010 02 01 03 626f62 06 7365637265', '0601 0000', True),
+    ('6-46 padding not zero', '0601 0014 {port} 00 01 7f000001'
+     '0004 0014 02 01 03 626f62 06 736563726574 000001', '0601 0000', True),
+    ('6-47 padding too long', '0601 0018 {port} 00 01 7f000001'
+     '0004 0018 02 01 03 626f62 06 736563726574 00000000000000', '0601 0000', True),
+    ('6-48 credentials, version 5', '0601 0014 {port} 00 01 7f000001'
+     '0004 0014 02 05 03 626f62 06 736563726574 000000', '0601 0000', True),
+    ('6-49 option without data', '0601 0004 {port} 00 01 7f000001 0004 0004', '0601 0000', True),
+    ('6-50 address type 2', '0601 0000 {port} 00 02 7f000001', '0601 0000', True),
+    ('6-51 chosen method', '0601 0008 {port} 00 01 7f000001 0002 0008 0000 02 00'
+     '/ 01 03 626f62 06 736563726574',
+     '0601 0008 0003 0008 02 000000 / 0100 0600 0000 0600 0000 .... 00 01 7f000001', False),
+    ('6-52 chosen method, first data', '0601 0008 {port} 00 01 7f000001 0002 0008 0012 02 00' + GET
+     + '/ 01 03 626f62 06 736563726574',
+     '0601 0008 0003 0008 02 000000 / 0100 0600 0000 0600 0000 .... 00 01 7f000001' + PAGE, False),
+    ('6-53 chosen method, wrong password', '0601 0008 {port} 00 01 7f000001 0002 0008 0012 02 00'
+     + GET + '/ 01 03 626f62 06 626164212121',
+     '0601 0008 0003 0008 02 000000 / 0101 0601 0000', True),
+    ('6-54 no acceptable method', '0601 0008 {port} 00 01 7f000001 0002 0008 0000 01 00',
+     '0601 0008 0003 0008 ff 000000', True),
+    ('6-55 NOOP', '0600 0014 0000 00 01 00000000 0004 0014 02 01 03 626f62 06 736563726574 000000',
+     '0600 0008 0004 0008 02 01 00 00 0600 0000 0000 00 01 00000000', True),
+    ('6-56 NOOP, chosen method', '0600 0008 0000 00 01 00000000 0002 0008 0100 02 00'
+     '/ 01 03 626f62 06 736563726574',
+     '0601 0008 0003 0008 02 000000 / 0100 0600 0000 0600 0000 0000 00 01 00000000', True),
+]
 
 
 class StreamTest(Case):
@@ -1481,6 +1630,7 @@ class StreamTest(Case):
         for stream_class, start, unpack, length in (
                 (socks.Stream, b'\4\1\0\x50\1\2\3\4', Request4.unpack, 500),
                 (socks.Stream, b'P', socks.ProxyHeader.unpack, 100),
+                (socks.Stream, hexed('0601 5000 0050 00 01 7f000001'), Request6.unpack, 2000),
                 (socks.ExactStream, b'', socks.http_line, 2000),
                 (socks.ExactStream, b'0 , 0 : ', socks.IdentReply.unpack, 900)):
             near, far = (self.enter(sock) for sock in socket.socketpair())
@@ -1547,6 +1697,12 @@ class ConversationTest(VectorCase):
 
     def test_vectors_with_users(self):
         self.check(BOB, self.serve(users=USERS))
+
+    def test_vectors_of_socks6(self):
+        self.check(SIX, self.serve(socks6=True, connect_timeout=0.3))
+
+    def test_vectors_of_socks6_with_users(self):
+        self.check(SIX_BOB, self.serve(socks6=True, users=USERS, login_delay=0.02))
 
     def test_silence_ends_the_handshake(self):
         """N-16, N-21: one deadline for all of it, however slowly the client goes on."""
@@ -2661,6 +2817,51 @@ class StreamAssociate(Associate):
         return not ready([self.sock], [], seconds)
 
 
+class Associate6(StreamAssociate):
+    """A client with a SOCKS6 association, whose datagrams travel in its connection, or over UDP."""
+
+    def __init__(self, server, by_udp=False, wrap=None, early=b''):
+        sock = socket.create_connection(server.server_address[:2], PATIENCE)
+        self.control = Peer(wrap(sock) if wrap else sock)
+        self.control.send(hexed('0603 0000 0000 00 01 00000000'))
+        self.verdict = Verdict6.unpack(self.control.read)
+        self.response = Response6.unpack(self.control.read)
+        if self.response.reply == 0:
+            start = self.control.read(12)
+            assert start.startswith(hexed('0601 000c')), start
+            self.id = start[4:]
+        self.sock = self.control.sock
+        self.is_confirmed = False
+        if by_udp:
+            self.sock = socket.socket(socks.family_of(server.server_address.host),
+                                      socket.SOCK_DGRAM)
+            self.sock.settimeout(PATIENCE)
+            self.sock.connect(self.response.address)
+
+    def message(self, data):
+        end = header_length(data)
+        host, port = data[4:end - 2], data[end - 2:end]
+        if data[3] == 3:
+            host += bytes(-len(host) % 4)
+        return struct.pack('!BBH8sBB', 6, 3, 16 + len(host) + len(data) - end, self.id, data[3],
+                           0) + port + host + data[end:]
+
+    def send(self, data):
+        self.sock.sendall(self.message(data))
+
+    def receive(self):
+        if not self.is_confirmed:
+            self.is_confirmed = True
+            assert self.control.read(12) == hexed('0602 000c') + self.id
+        read = self.control.read
+        if self.sock is not self.control.sock:
+            read = io.BytesIO(self.sock.recv(65535)).read
+        version, kind, size, which, atyp, zero, port = struct.unpack('!BBH8sBB2s', read(16))
+        assert (version, kind, which, zero) == (6, 3, self.id, 0)
+        host = read({1: 4, 4: 16}[atyp])
+        return bytes((0, 0, 0, atyp)) + host + port + read(size - 16 - len(host))
+
+
 # (name, datagrams to send, the answer or '' to each); {port} is the target's.
 DATAGRAM_VECTORS = [
     ('U-10', ['000000017f000001{port}6f6e65'], ['000000017f000001{port}453a6f6e65']),
@@ -3638,6 +3839,272 @@ class UdpInTcpTest(DatagramCase):
         self.assertEqual(peer.ask(Request4(5, Address('127.0.0.1', 1)), Response4), Response4(0x5b))
 
 
+class Socks6Test(DatagramCase):
+
+    def ask(self, server, request):
+        """A client that has sent a request, and more."""
+        peer = self.peer(server.server_address)
+        peer.send(hexed(request))
+        return peer
+
+    def answers(self, peer):
+        return Verdict6.unpack(peer.read), Response6.unpack(peer.read)
+
+    def test_off(self):
+        """Without the setting, it is a wrong first byte; with it, others are as before."""
+        server = self.serve()
+        self.assertEqual(self.ask(server, '0601 0000 0050 00 01 7f000001').rest(), b'')
+        self.assertIn(' - - - -: refused: first byte 0x06, expected 0x04 or 0x05, ',
+                      eventually(lambda: self.lines)[0])
+        server = self.serve(socks6=True)
+        self.assertEqual(self.ask(server, '07').rest(), b'')
+        # NOOP is no command of others.
+        self.assertEqual(self.ask(server, '0400 0000 00000000 00').rest(), hexed('005b 00*6'))
+        self.assertEqual(self.ask(server, '050100 05000001 00000000 0000').rest(),
+                         hexed('0500 05070001 00000000 0000'))
+
+    def test_most_options(self):
+        """5,120 in 20,480 bytes; the limits of the connection see to more of them."""
+        server, origin = self.serve(socks6=True), self.origin(echo)
+        request = Request6(1, Address('127.0.0.1', origin.port), (Option(9, b''),) * 5120)
+        peer = self.peer(server.server_address)
+        peer.send(request.pack() + b'data')
+        self.assertEqual([answer[0] for answer in self.answers(peer)], [0, 0])
+        self.assertEqual(peer.read(4), b'data')
+
+    def test_mutations(self):
+        """Options malformed in every field: an error, or a request; never more than is there."""
+        chance = random.Random(6)
+        valid = [hexed(data) for _, message, data in MESSAGES if isinstance(message, Request6)
+                 and len(message.options) < 9]
+        for _ in range(3000):
+            data = bytearray(chance.choice(valid))
+            for _ in range(chance.randrange(1, 4)):
+                place = chance.randrange(2, len(data))
+                data[place] = chance.choice((0, 1, 2, 3, 4, 8, 20, 80, 255, chance.getrandbits(8)))
+            with contextlib.suppress(EOFError, ProtocolError):
+                request = Request6.unpack(socks.reader(bytes(data))[0])
+                self.assertLess(len(request.options), len(data))
+                request.credentials(), request.methods(), request.stack_options()
+
+    def test_mutations_of_requests(self):
+        """The same to a server: it answers, or waits for more, and nothing is left."""
+        chance, origin = random.Random(60), self.origin(echo)
+        servers = [self.serve(socks6=True, **settings) for settings in (
+            {}, {'users': USERS, 'login_delay': 0})]
+        valid = [hexed(f'06{command:02x} {options} {origin.port:04x} 00 01 7f000001 {more}')
+                 for command in (0, 1, 2) for options, more in (
+                     ('0000', ''), ('0014', BOB_6), ('0010', '0002 0008 0004 02 00 0001 0008 '
+                                                     '81 03 20 00'))]
+        for _ in range(60):
+            peers = []
+            for _ in range(5):
+                data = bytearray(chance.choice(valid))
+                for _ in range(chance.randrange(4)):
+                    data[chance.randrange(1, len(data))] = chance.choice((0, 1, 2, 4, 8, 20, 255))
+                peers.append(Peer(chance.choice(servers).server_address))
+                peers[-1].send(bytes(data) + b'more')
+                peers[-1].finish()
+            for peer in peers:
+                with peer, contextlib.suppress(ConnectionError):
+                    peer.rest()
+        eventually(lambda: not any(server.clients for server in servers))
+
+    def test_first_data(self):
+        """It is the target's once, in order, and only after CONNECT has succeeded."""
+        origin, server = self.origin(), self.serve(socks6=True, users=USERS, login_delay=0.02)
+        data = bytes(range(256)) * 64           # 16 KiB: the most that may precede credentials
+        start = '0601 00{:02x} %04x 00 01 7f000001' % origin.port
+        for credentials, verdict in (('01 03 626f62 06 736563726574', 0),
+                                     ('01 03 626f62 06 626164212121', 1)):
+            peer = self.ask(server, start.format(8) + '0002 0008 4000 02 00' + data.hex()
+                            + credentials + b'and more'.hex())
+            self.assertEqual(peer.read(14), hexed('0601 0008 0003 0008 02 000000 01')
+                             + bytes((verdict,)))
+            self.assertEqual(Verdict6.unpack(peer.read), Verdict6(verdict))
+            if not verdict:
+                self.assertEqual(Response6.unpack(peer.read).reply, 0)
+                far = self.enter(eventually(lambda: origin.peers and origin.peers.pop()))
+                self.assertEqual(far.read(len(data) + 8), data + b'and more')
+        peer = self.ask(server, start.format(20) + BOB_6.replace('736563', '736564') + data.hex())
+        self.assertEqual(Verdict6.unpack(peer.read).status, 1)
+        self.assertEqual(peer.rest(), b'')
+        self.assertEqual(origin.peers, [])
+
+    def test_a_flood_during_the_login(self):
+        """What comes while a costly hash is computed waits in the system, and is kept in order."""
+        origin, surplus = self.origin(), []
+
+        class Handler(socks.Handler):
+            def do_CONNECT(self, request):
+                surplus.append(len(self.stream.surplus))
+                return (yield from super().do_CONNECT(request))
+
+        server = self.serve(Handler, socks6=True, users={
+            b'bob': socks.Hashed(socks.Hashed.make(b'secret'))})
+        peer = self.peer(server.server_address)
+        flight = hexed('0601 0014 %04x 00 01 7f000001' % origin.port + BOB_6)
+        sending = Background(lambda: peer.send(flight + bytes(1 << 20) + b'end'))
+        self.assertEqual([answer[0] for answer in self.answers(peer)], [0, 0])
+        far = eventually(lambda: origin.peers and origin.peers[0])
+        self.assertEqual(far.read((1 << 20) + 3), bytes(1 << 20) + b'end')
+        sending.result()
+        self.assertLess(surplus[0], 1 << 14)
+
+    def test_guesses(self):
+        """They are counted with those of SOCKS5, one for each request."""
+        server = self.serve(socks6=True, users=USERS, login_delay=0)
+        wrong = '0600 0014 0000 00 01 00000000' + BOB_6.replace('736563', '736564')
+        for _ in range(socks.Failures.LIMIT):
+            self.assertEqual(Verdict6.unpack(self.ask(server, wrong).read).status, 1)
+        right = self.peer(server.server_address)
+        right.send(hexed('050102 0103626f6206736563726574'))
+        self.assertEqual(right.rest(), hexed('0502 0101'))
+        self.assertEqual(Verdict6.unpack(self.ask(
+            server, '0600 0014 0000 00 01 00000000' + BOB_6).read), Verdict6(1, (
+                Option(4, b'\2\1\1\0'),)))
+
+    def test_log_and_rules(self):
+        origin = self.origin(echo)
+        server = self.serve(socks6=True, users=USERS, rules=(
+            'deny bind to *', f'allow to 127.0.0.1 {origin.port}'))
+        for command, port, reply, line in (
+                (1, origin.port, 0, f' bob SOCKS6 CONNECT 127.0.0.1:{origin.port}: done, '),
+                (1, 9, 2, ' bob SOCKS6 CONNECT 127.0.0.1:9: refused: '),
+                (2, 0, 2, ' bob SOCKS6 BIND 127.0.0.1:0: refused: '),
+                (9, 0, 7, ' bob SOCKS6 - -: refused: command 0x09 is not supported')):
+            peer = self.ask(server, f'06{command:02x} 0014 {port:04x} 00 01 7f000001' + BOB_6)
+            self.assertEqual([answer[0] for answer in self.answers(peer)], [0, reply])
+            peer.finish()
+            peer.rest()
+            self.assertIn(line, eventually(lambda: self.lines and self.lines.pop(0)))
+
+    def test_stack_options(self):
+        """Those of the target's socket are set and answered, others ignored."""
+        seen = []
+
+        class Handler(socks.Handler):
+            def join(self, target, bnd):
+                seen.append([target.getsockopt(socket.IPPROTO_IP, option)
+                             for option in (socket.IP_TOS, socket.IP_TTL)])
+                return super().join(target, bnd)
+
+        origin, server = self.origin(echo), self.serve(Handler, socks6=True)
+        options = {'c1 01 10 00': '81 01 10 00', '81 03 21 00': '81 03 21 00',
+                   '81 02 01 00': '81 02 02 00', '41 01 08 00': '', '84 02 02 00': '',
+                   '85 01 02 00': '', '81 04 02 00': '81 04 02 00'}
+        if sys.platform != 'linux':
+            del options['81 04 02 00']
+        for address, name in (('00 01 7f000001', False),
+                              ('00 03 0b 6c6f63616c686f7374 0000', True)):
+            peer = self.ask(server, '0601 %04x %04x' % (8 * len(options), origin.port) + address
+                            + ''.join('0001 0008' + option for option in options))
+            expected = {hexed(answer) for answer in options.values()
+                        if answer and (name or answer != '81 02 02 00')}
+            verdict, response = self.answers(peer)
+            self.assertEqual({data for kind, data in response.options if kind == 1}, expected)
+            self.assertEqual(seen.pop(), [16, 33])
+        wrong = ''.join(f'0001 0008 81 {code} 00 00' for code in ('03', '04', 'ff')) + '0001 0004'
+        peer = self.ask(server, '0601 001c %04x 00 01 7f000001' % origin.port + wrong)
+        verdict, response = self.answers(peer)
+        self.assertEqual((verdict, response.reply), (Verdict6(0), 0))
+        self.assertNotIn(b'\x81\3\0\0', [data for _, data in response.options])
+
+    def test_bind(self):
+        """The address is the one to listen at; the second reply names the peer."""
+        server = self.serve(socks6=True, bind_timeout=PATIENCE)
+        port = unused_port()
+        for wanted in ('0000 00 01 00000000', '0000 00 01 7f000001', '0000 00 04 00*16',
+                       '%04x 00 01 00000000' % port):
+            peer = self.ask(server, '0602 0000' + wanted)
+            verdict, first = self.answers(peer)
+            self.assertEqual((verdict, first.reply, first.address.host),
+                             (Verdict6(0), 0, '127.0.0.1'))
+            target = self.peer(first.address, ('127.0.0.2', 0) if sys.platform == 'linux' else None)
+            self.assertEqual(Response6.unpack(peer.read),
+                             Response6(0, Address(*target.sock.getsockname())))
+            target.send(b'down')
+            self.assertEqual(peer.read(4), b'down')
+        self.assertEqual(first.address.port, port)
+        for wanted, reply in (('0000 00 01 7f000009', 3), ('0000 00 03 03 612e62', 3)):
+            self.assertEqual(self.answers(self.ask(server, '0602 0000' + wanted))[1].reply, reply)
+        self.change(socks, is_loopback=lambda host: False, is_ours=lambda host: False)
+        peer = self.ask(server, '0602 0000 0009 00 01 00000000')
+        self.assertEqual(self.answers(peer)[1].reply, 2)
+
+    def test_bind_in_vain(self):
+        peer = self.ask(self.serve(socks6=True, bind_timeout=0.1), '0602 0000 0000 00 01 00000000')
+        self.assertEqual(self.answers(peer)[1].reply, 0)
+        self.assertEqual(Response6.unpack(peer.read), Response6(9))
+
+    def test_switched_off_meanwhile(self):
+        server = self.serve(socks6=True)
+        peer = self.ask(server, '0601')
+        eventually(lambda: server.clients and server.clients[0].protocol == 'SOCKS6')
+        server.reconfigure(Settings())
+        peer.send(hexed('0000 0050 00 01 7f000001'))
+        self.assertEqual(peer.rest(), hexed('0600 0000 0602 0000 0000 00 01 00000000'))
+
+    # UDP
+
+    def associate(self, *args, **options):
+        return self.enter(Associate6(*args, **options))
+
+    def test_ways(self):
+        server = self.serve(socks6=True)
+        for by_udp, largest in ((False, 65497), (True, 65487)):
+            self.check_way(self.associate(server, by_udp), largest)
+
+    def test_datagrams_inside_tls(self):
+        """They travel in the connection; there is no port beside it."""
+        server = self.serve(socks6=True, tls=server_context())
+        client = self.associate(server, wrap=lambda sock: client_context().wrap_socket(
+            sock, server_hostname='localhost'))
+        self.assertEqual(client.response.address, socks.UNSPECIFIED)
+        self.check_way(client)
+
+    def test_the_first_way_stays(self):
+        """What comes another way is dropped, as is what has another id."""
+        echo, server = self.echo(), self.serve(socks6=True)
+        client = self.associate(server, True)
+        valid = Datagram(echo.address, b'x').pack()
+        message = client.message(valid)
+        for wrong in (b'', b'\6\3', message[:-1], message[:4] + bytes(8) + message[12:],
+                      b'\5' + message[1:], b'\6\4' + message[2:], message[:15]):
+            client.sock.send(wrong)
+        self.assertTrue(client.nothing_comes(0.05))
+        client.sock.send(message + b'padding')
+        self.assertEqual(client.receive()[-3:], b'E:x')
+        client.control.send(message)            # by the connection
+        other = self.enter(socket.socket(client.sock.family, socket.SOCK_DGRAM))
+        other.sendto(message, client.response.address)
+        eventually(lambda: self.relay_in(server).dropped == 8)
+        self.assertEqual(client.ask(valid)[-3:], b'E:x')
+        self.assertEqual(echo.seen, [b'x'] * 2)
+
+    def test_the_port_is_closed(self):
+        """As soon as the first datagram has come in the connection."""
+        echo, server = self.echo(), self.serve(socks6=True)
+        client = self.associate(server)
+        self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-3:], b'E:x')
+        self.assertIsNone(self.relay_in(server).port)
+        client.control.send(hexed('0603 0000 00*8'))        # too short to be a message
+        self.assertEqual(client.control.rest(), b'')
+        self.assertIn('SOCKS6 UDP_ASSOCIATE 1 targets, 1 datagrams up, 1 down: client: malformed '
+                      'message: SOCKS6 message of 0 bytes', eventually(lambda: self.lines)[0])
+
+    def test_no_target(self):
+        """Without payload, zeros only decide the way."""
+        for by_udp in (False, True):
+            server = self.serve(socks6=True)
+            client = self.associate(server, by_udp)
+            client.send(hexed('000000 01 00000000 0000'))
+            self.assertEqual(client.control.read(12), hexed('0602 000c') + client.id)
+            client.control.finish()
+            self.assertIn(' 0 targets, 0 datagrams up, 0 down: done, 0 ',
+                          eventually(lambda: self.lines)[0])
+
+
 class ReassemblyTest(unittest.TestCase):
 
     def test_time(self):
@@ -4324,7 +4791,8 @@ def client_context():
 
 NAME = '0b6578616d706c652e6f7267'       # example.org, as a SOCKS5 name
 IP5, OK5 = '0501000101020304 0050', '0500000105060708 0051'
-OK4 = '005a005105060708'
+OK4, OK6 = '005a005105060708', '0600 0000 0051 00 01 05060708'
+IP6 = '0601 0000 0050 00 01 01020304'
 HEAD = b'CONNECT example.org:80 HTTP/1.1\r\nHost: example.org:80\r\n'.hex()
 
 
@@ -4367,6 +4835,16 @@ ACCEPTING = [
     ('SOCKS4, looked up here', 'socks4://', 'localhost', ['040100507f00000100', OK4],
      ('5.6.7.8', 81)),
     ('K-12', 'socks4a://', '1.2.3.4', ['040100500102030400', '045a005105060708'], ('5.6.7.8', 81)),
+    ('SOCKS6', 'socks6h://', 'example.org',
+     [f'0601 0000 0050 00 03 {NAME}', '0600 0000' + OK6], ('5.6.7.8', 81)),
+    ('SOCKS6, looked up here', 'socks6://', 'localhost',
+     ['0601 0000 0050 00 01 7f000001', '0600 0000' + OK6], ('5.6.7.8', 81)),
+    ('SOCKS6, password', 'socks6h://bob:secret@', '1.2.3.4',
+     ['0601 0014 0050 00 01 01020304 0004 0014 02 01 03 626f62 06 736563726574 000000',
+      '0600 0008 0004 0008 02 01 00 00' + OK6], ('5.6.7.8', 81)),
+    ('SOCKS6, options in the replies', 'socks6h://', '1.2.3.4',
+     ['0601 0000 0050 00 01 01020304', '0600 0004 fc00 0004 0600 0008 0000 00 03 03 610000'
+      '0001 0008 81 02 02 00'], ('a', 0)),
     ('HTTP', 'http://', 'example.org', [HEAD + '0d0a', crlf('HTTP/1.1 200 OK\n\n')],
      ('0.0.0.0', 0)),
     ('HTTP, 201, no phrase', 'http://', 'example.org', [HEAD + '0d0a', crlf('HTTP/1.0 201\n\n')],
@@ -4422,6 +4900,20 @@ REFUSING = [
      'Connection closed unexpectedly', errno.ECONNABORTED),
     ('SOCKS4 from SOCKS5', 'socks4://', ['040100500102030400', '0500'], socks.ProtocolError,
      'SOCKS4 reply version 0x05, expected 0x00', errno.ECONNABORTED),
+    ('SOCKS6 refused', 'socks6h://', [IP6, '0600 0000 0605 0000 0000 00 01 00000000'],
+     socks.SOCKS5Error, '0x05: Connection refused', errno.ECONNREFUSED),
+    ('SOCKS6 timed out', 'socks6h://', [IP6, '0600 0000 0609 0000 0000 00 01 00000000'],
+     socks.SOCKS5Error, '0x09: Connection attempt timed out', errno.ETIMEDOUT),
+    ('SOCKS6, unknown code', 'socks6h://', [IP6, '0600 0000 06f0 0000 0000 00 01 00000000'],
+     socks.SOCKS5Error, '0xf0: Unknown error', errno.ECONNABORTED),
+    ('SOCKS6, password wanted', 'socks6h://', [IP6, '0601 0008 0003 0008 02 000000'], AUTH,
+     'SOCKS6 authentication failed', errno.EACCES),
+    ('SOCKS6 from SOCKS5', 'socks6h://', [IP6, '05ff'], socks.ProtocolError,
+     'SOCKS version 0x05, expected 0x06', errno.ECONNABORTED),
+    ('SOCKS6 of another version', 'socks6h://', [IP6, '06'], GENERAL,
+     'Connection closed unexpectedly', errno.ECONNABORTED),
+    ('SOCKS6, option of 0', 'socks6h://', [IP6, '0600 0004 0000 0000'], socks.ProtocolError,
+     'SOCKS6 option 0 of 0 bytes, expected a multiple of 4, from 4 to 4', errno.ECONNABORTED),
     ('HTTP from SOCKS5', 'http://', [ASK_HTTP, '05ff'], GENERAL, 'Connection closed unexpectedly',
      errno.ECONNABORTED),
     ('SOCKS5 from HTTP', 'socks5h://', ['050100', crlf('HTTP/1.0 400 Bad\n\n')],
@@ -4463,6 +4955,10 @@ PROXY_URLS = [
     ('SOCKS://h', (2, 'h', None, True, None, None)),
     ('http://b%3ab:c%3ac@h:3128', None),
     ('http://bob:c%3ac%ff@h:3128', (3, 'h', 3128, True, b'bob', b'c:c\xff')),
+    ('socks6h://b:c@h', (4, 'h', None, True, b'b', b'c')),
+    ('socks6://h', (4, 'h', None, False, None, None)),
+    ('socks6h+tls://h', (socks.SOCKS6 | socks.TLS, 'h', None, True, None, None)),
+    ('socks6h+gssapi://h', 'GSSAPI'), ('socks6h://' + 'u' * 256 + '@h', 'username of 256 bytes'),
     ('https://h', (socks.HTTP | socks.TLS, 'h', None, True, None, None)),
     ('socks5h+tls://[::1]:443', (socks.SOCKS5 | socks.TLS, '::1', 443, True, None, None)),
     ('socks5h+unix:///run/a%20b', (2, '/run/a b', None, True, None, None)),
@@ -4964,8 +5460,8 @@ class ClientTest(ClientCase):
             self.exchange(near, far, 1 << 25)
 
     def test_bind(self):
-        server = self.serve()
-        for scheme in ('socks4', 'socks5'):
+        server = self.serve(socks6=True)
+        for scheme in ('socks4', 'socks5', 'socks6'):
             with self.subTest(scheme), socks.create_server(
                     ('127.0.0.1', 0), proxy=self.url(server, scheme), timeout=PATIENCE) as waiting:
                 with self.peer(waiting.getsockname()) as peer:
@@ -4979,6 +5475,49 @@ class ClientTest(ClientCase):
                         self.assertEqual(peer.read(4), b'late')
                 with self.assertRaises(OSError):
                     waiting.accept()
+
+    def test_socks6_servers(self):
+        """In TLS, in a chain with others, half-closed, by asyncio, as upstream of a server."""
+        origin = self.origin(echo)
+        server = self.serve(socks6=True, users={'bob': 's'})
+        secure = self.serve(socks6=True, users={'bob': 's'}, tls=server_context())
+        six = self.url(server, 'socks6h', 'bob:s@')
+        other = self.serve(upstream=six)
+        for chain in ([six], [self.url(server, 'socks6', 'bob:s@')],
+                      [self.url(secure, 'socks6h+tls', 'bob:s@')],
+                      [six, self.url(server, user='bob:s@'), self.url(other, 'socks4a')],
+                      [self.url(other, 'http'), six], [self.url(other)]):
+            with self.subTest(chain), socks.create_connection(
+                    ('localhost', origin.port), PATIENCE, proxy=chain,
+                    ssl_context=client_context()) as sock:
+                self.check_echo(sock, bytes(range(256)) * 999)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(sock.recv(1), b'')
+
+        async def talk():
+            reader, writer = await socks.open_connection('127.0.0.1', origin.port, proxy=six,
+                                                         data=b'data')
+            self.assertEqual(await reader.readexactly(4), b'data')
+            writer.close()
+            writer.transport.abort()
+            await asyncio.sleep(0)
+
+        self.run_async(talk())
+        with self.assertRaises(AUTH):
+            socks.create_connection(('localhost', 1), proxy=self.url(server, 'socks6h'))
+        refused = self.refused_port()
+        for proxy in six, self.url(other):      # the code of the last proxy is passed on
+            with self.assertRaises(socks.SOCKS5Error) as caught:
+                socks.create_connection(('127.0.0.1', refused), proxy=proxy)
+            self.assertEqual(caught.exception.reply, Reply.CONNECTION_REFUSED)
+
+    def test_only_the_expected_peer_of_socks6(self):
+        """A SOCKS6 proxy is not told of it, so the client compares."""
+        server = self.serve(socks6=True)
+        with socks.create_server(('127.0.0.9', 0), proxy=self.url(server, 'socks6'),
+                                 timeout=PATIENCE) as waiting, self.peer(waiting.getsockname()):
+            with self.assertRaisesRegex(socks.SOCKS5Error, 'only 127.0.0.1:.* came'):
+                waiting.accept()
 
     def test_bind_in_vain(self):
         server = self.serve(bind_timeout=0.3)
@@ -5176,6 +5715,12 @@ class OptimisticTest(ClientCase):
                 ('three', ['socks4a://{}', 'socks4a://n.abc:443', 'socks5h://n.abc:443'],
                  '040101bb00000001006e2e61626300' * 2 + '050100' + IP5 + data,
                  OK4 * 2 + '0500' + OK5, True),
+                ('SOCKS6', ['socks6h://bob:secret@{}'],
+                 '0601 0014 0050 00 01 01020304' + BOB_6 + data,
+                 '0600 0008 0004 0008 02 01 00 00' + OK6, True),
+                ('SOCKS6 and SOCKS5', ['socks6h://{}', 'socks5h://n.abc:443'],
+                 '0601 0000 01bb 00 03 07 6e2e616263 0000 050100' + IP5 + data,
+                 '0600 0000' + OK6 + '0500' + OK5, True),
                 ('HTTP behind it', ['socks4a://{}', 'http://n.abc:443'],
                  '040101bb00000001006e2e61626300' + crlf(
                      'CONNECT 1.2.3.4:80 HTTP/1.1\nHost: 1.2.3.4:80\n\n'),
@@ -5218,6 +5763,21 @@ class OptimisticTest(ClientCase):
                 with socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy=urls,
                                              data=data) as sock:
                     self.check_echo(sock)
+
+    def test_socks6(self):
+        """Its proxies always get all at once, and the data if there is any; others do not."""
+        hop = '0601 0000 0438 00 03 03 6e0000'
+        for chain, script in (
+                (['socks6h://{}'], [IP6 + b'data'.hex(), '0600 0000' + OK6]),
+                (['socks6h://{}', 'socks6h://n'], [hop + IP6 + b'data'.hex(),
+                                                   ('0600 0000' + OK6) * 2]),
+                (['socks6h://{}', 'socks4a://n'], [
+                    hop, '0600 0000' + OK6, '0401005001020304 00', OK4, b'data'.hex(), ''])):
+            proxy = self.scripted(script)
+            urls = [url.format(Address(*proxy.server_address)) for url in chain]
+            with self.subTest(chain), socks.create_connection(
+                    ('1.2.3.4', 80), PATIENCE, proxy=urls, data=b'data') as sock:
+                self.check_echo(sock)
 
     def test_in_tls(self):
         proxy = self.scripted(['050102' + self.LOGIN + IP5 + b'data'.hex(), '05020100' + OK5],
@@ -5862,6 +6422,68 @@ class DatagramsInTcpTest(DatagramClientTest):
                     sock.bind(('127.0.0.1', 0))
                 self.assertEqual((caught.exception.reply, caught.exception.errno),
                                  (reply, errno.EACCES if reply == 2 else errno.EOPNOTSUPP))
+
+
+class DatagramsOfSocks6Test(DatagramClientTest):
+    """UDP through SOCKS6 proxies, always in the connection."""
+    test_bound_to_one_of_several_addresses = test_bypass = test_announced_relays = None
+
+    def serve(self, *args, **settings):
+        return super().serve(*args, **dict(settings, socks6=True))
+
+    def proxy(self, server):
+        return self.url(server, 'socks6h')
+
+    def test_ways(self):
+        """In chains, in TLS, and from one server to another."""
+        target, server = self.enter(Echo()), self.serve(users={'bob': 's'})
+        secure = self.serve(tls=server_context())
+        six, five = self.url(server, 'socks6h', 'bob:s@'), self.url(server, user='bob:s@')
+        last = self.serve(upstream=six)
+        for chain in ([six], [six] * 3, [five, six], [six, five],
+                      [self.url(secure, 'socks6h+tls')], [self.url(secure, 'socks6+tls'), five],
+                      [self.url(last)], [self.url(last, 'socks6')]):
+            with self.subTest(chain), socks.socksocket(type=socket.SOCK_DGRAM) as sock:
+                sock.set_proxy(chain)
+                sock.ssl_context = client_context()
+                sock.settimeout(PATIENCE)
+                for data in b'abc', b'', bytes(65497):
+                    self.assertEqual(sock.sendto(data, ('127.0.0.1', target.address.port)),
+                                     len(data))
+                    if len(data) < 60000:       # with the prefix, the longest is too long
+                        self.assertEqual(sock.recvfrom(1 << 16), (b'E:' + data, target.address))
+
+    def answering(self, *script, is_confirmed=True):
+        """A socket for an association at a proxy with a script."""
+        begin = ['0603 0000 0000 00 01 00000000',
+                 '0600 0000 0600 0000 0000 00 01 00000000 0601 000c 3131313131313131',
+                 '0603 0014 3131313131313131 01 00 0000 00000000', '0602 000c 3131313131313131']
+        proxy = self.scripted(begin[:2 + 2 * is_confirmed] + list(script), last=leave)
+        sock = self.enter(socks.socksocket(type=socket.SOCK_DGRAM, proxy=self.proxy(proxy)))
+        sock.settimeout(PATIENCE)
+        return sock
+
+    def test_messages(self):
+        """Typed by hand; those of another association or kind are skipped, also by MSG_PEEK."""
+        message = '0603 0015 3131313131313131 01 00 0035 01020304'
+        wrong = ('0604 000c 3131313131313131' + message.replace('3131', '3232') + '78'
+                 + message.replace('01 00 0035', '02 00 0035') + '78 0603 000c 3131313131313131')
+        sock = self.answering(message + '78', wrong + message + '41')
+        self.assertEqual(sock.sendto(b'x', ('1.2.3.4', 53)), 1)
+        for flags in socket.MSG_PEEK, 0:
+            self.assertEqual(sock.recvfrom(10, flags), (b'A', ('1.2.3.4', 53)))
+
+    def test_malformed(self):
+        for messages, text in (('0603 000b 3131313131313131', 'message of 11 bytes'),
+                               ('05', 'ended the UDP')):
+            sock = self.answering('', messages)
+            sock.bind(('127.0.0.1', 0))
+            with self.assertRaisesRegex(GENERAL, text):
+                sock.recv(10)
+        sock = self.answering('0603 0014 3131313131313131 01 00 0000 00000000', '',
+                              is_confirmed=False)
+        with self.assertRaisesRegex(GENERAL, 'closed unexpectedly'):
+            sock.bind(('127.0.0.1', 0))
 
 
 class DefaultProxyTest(ClientCase):

@@ -9377,7 +9377,8 @@ class Handler(socketserver.BaseRequestHandler):
         far = yield from self.begin_association()
         with owned(*far.values()):
             is_socks6, shared_port = isinstance(request, Request6), self.settings.udp_port
-            if is_socks6 and (shared_port or self.settings.tls and not self.settings.udp_over_plain):
+            is_clear = not self.settings.tls or self.settings.udp_over_plain
+            if is_socks6 and (shared_port or not is_clear):
                 yield from self.reply(Reply.SUCCEEDED)
                 return (yield from self.relay_6(far))
             own, advertised = self.own_address()

@@ -95,7 +95,7 @@ clients that send nothing                     Sessions.add, Settings.handshake_t
 no descriptors left                           Server._accept, Server._room, Server.starve
 what a client may reach                       Server.authorize, authorize, Rules
 names, and each of their addresses            Handler.permitted, Handler.destinations, Resolver
-the way to a target, if several are possible  Handler.connect_by_rules, dial, race
+the way to a target, if several are possible  Handler.connect_by_rules, dial
 failures of another proxy on the way          Handler.connect_through, negotiating
 the reply to an error                         Handler.refuse, reply_for
 a client that leaves while it waits           Task.ready, Stream.wait_for, dial
@@ -103,6 +103,10 @@ half-closed, reset, slow, idle tunnels        Pipe, Tunnel.patience, Tunnel.clos
 TLS and GSSAPI, and floods in them            Layer, TlsLayer, GssContext
 HTTP requests that could be read in two ways  HttpHead, HttpRequest, HttpBody, HttpForward
 datagrams of strangers, and to names          UdpRelay.admit, Routes
+datagrams in TCP, or by one port for all      StreamDatagrams, StreamRelay, SharedPort
+datagrams by way of another proxy             FarAssociation, open_association, Association
+one round trip to connect                     Flight, optimistically
+connect() of a non-blocking `socksocket`      Attempt
 new settings (HUP), while clients are served  Server.reconfigure, Handler.check_again
 the end (TERM, INT)                           Service.stop, Server.drain, Server.server_close
 workers that end, or hang                     Supervisor, Pulse
@@ -193,7 +197,7 @@ __all__ = [
     'GssMessage', 'HttpConnect', 'HttpStatus', 'HttpHead', 'HttpRequest', 'HttpAnswer',
     'ProxyHeader', 'IdentQuery', 'IdentReply',
     # Enumerations
-    'Method', 'Command', 'AddressType', 'OptionKind', 'Reply', 'Reply4', 'HttpCode',
+    'Method', 'Command', 'AddressType', 'Reply', 'Reply4', 'HttpCode',
     # Errors
     'ProxyError', 'ProxyConnectionError', 'ProxyConnectionTimeoutError', 'GeneralProxyError',
     'ProxyTimeoutError', 'ProtocolError', 'SOCKS5AuthError', 'SOCKS5Error', 'SOCKS4Error',
@@ -293,14 +297,6 @@ class AddressType(enum.IntEnum):
     IPV4 = 0x01
     DOMAINNAME = 0x03
     IPV6 = 0x04
-
-
-class OptionKind(enum.IntEnum):
-    """Kinds of options of SOCKS6 that are not ignored."""
-    STACK = 1                           # of IP and TCP
-    METHODS = 2                         # the length of the first data, and the methods offered
-    METHOD = 3                          # the method chosen
-    AUTHENTICATION = 4                  # a method, and its message
 
 
 class Code(enum.IntEnum):
@@ -913,9 +909,15 @@ def address_from_6(kind, port, read):
 
 
 class Option(NamedTuple):
-    """An option of a SOCKS6 message; `data` is padded with zeros to a multiple of 4 bytes."""
+    """An option of a SOCKS6 message; `data` is padded with zeros to a multiple of 4 bytes.
+
+    The kinds that are not ignored: options of IP and TCP; the size of first data, and the methods
+    offered; the method chosen; a method, and its message.
+    """
     kind: int
     data: bytes
+
+    STACK, METHODS, METHOD, AUTHENTICATION = 1, 2, 3, 4
 
     def __repr__(self) -> str:
         return f'<Option {self.kind}, {len(self.data)} bytes>'          # it may be a password
@@ -924,7 +926,7 @@ class Option(NamedTuple):
     def of(cls, message: 'Union[Credentials, Verdict]') -> 'Option':
         """The option for a message of RFC 1929."""
         data = bytes((Method.USERNAME_PASSWORD,)) + message.pack()
-        return cls(OptionKind.AUTHENTICATION, data + bytes(-len(data) % 4))
+        return cls(cls.AUTHENTICATION, data + bytes(-len(data) % 4))
 
     @staticmethod
     def pack_all(options):
@@ -948,40 +950,47 @@ class Option(NamedTuple):
         return tuple(options)
 
 
-def pack_message_6(code, address, options):
-    """The bytes of a request or an operation reply, which have the same form."""
-    options = Option.pack_all(options)
-    kind, port, host = address_to_6(address.pack())
-    return struct.pack('!BBH2sxB', 6, code, len(options), port, kind) + host + options
-
-
-def unpack_message_6(read):
-    """(code, `Address`, options) of such a message."""
-    code = unpack_code_6(read)
-    size, port, _, kind = struct.unpack('!H2sBB', read(6))
-    address = Address.unpack(reader(address_from_6(kind, port, read))[0])
-    return code, address, Option.unpack_all(read, size)
-
-
 def unpack_code_6(read):
-    """The code of such a message, of a reply to the authentication, or of a `Message6`."""
+    """The first two bytes of any SOCKS6 message: a version and a code."""
     version, code = read(2)
     expect_version('SOCKS', version, 6)
     return code
 
 
-class Request6(NamedTuple):
-    """A SOCKS6 request; `command` may be an unknown number."""
-    command: int
-    address: Address
+class _Fields6(NamedTuple):
+    code: int
+    address: Address = UNSPECIFIED
     options: Tuple[Option, ...] = ()
 
+
+class Response6(_Fields6):
+    """A SOCKS6 operation reply; `reply` may be an unknown number."""
+    __slots__ = ()
+
+    @property
+    def reply(self) -> int:
+        return self.code
+
     def pack(self) -> bytes:
-        return pack_message_6(*self)
+        options = Option.pack_all(self.options)
+        kind, port, host = address_to_6(self.address.pack())
+        return struct.pack('!BBH2sxB', 6, self.code, len(options), port, kind) + host + options
 
     @classmethod
-    def unpack(cls, read: Read) -> 'Request6':
-        return cls(*unpack_message_6(read))
+    def unpack(cls, read: Read) -> 'Response6':
+        code = unpack_code_6(read)
+        size, port, _, kind = struct.unpack('!H2sBB', read(6))
+        address = Address.unpack(reader(address_from_6(kind, port, read))[0])
+        return cls(code, address, Option.unpack_all(read, size))
+
+
+class Request6(Response6):
+    """A SOCKS6 request, which has the same form; `command` may be an unknown number."""
+    __slots__ = ()
+
+    @property
+    def command(self) -> int:
+        return self.code
 
     def option(self, kind: int, start: bytes = b'') -> Optional[bytes]:
         """The data behind `start` of the option of a kind whose data begins so, or None."""
@@ -992,7 +1001,7 @@ class Request6(NamedTuple):
 
     def credentials(self) -> Optional[Credentials]:
         """The user name and password in the options, or None."""
-        data = self.option(OptionKind.AUTHENTICATION, bytes((Method.USERNAME_PASSWORD,)))
+        data = self.option(Option.AUTHENTICATION, bytes((Method.USERNAME_PASSWORD,)))
         if data is None:
             return None
         read, rest = reader(data)
@@ -1006,7 +1015,7 @@ class Request6(NamedTuple):
     def methods(self) -> Tuple[bytes, int]:
         """The methods offered, and the number of bytes of first data that precede those of the
         method, if it is not "no authentication"."""
-        data = self.option(OptionKind.METHODS)
+        data = self.option(Option.METHODS)
         if data is None:
             return b'', 0
         size = int.from_bytes(data[:2], 'big')
@@ -1014,11 +1023,6 @@ class Request6(NamedTuple):
             raise ProtocolError(f'SOCKS6 first data of {size} bytes, expected at most '
                                 f'{MAX_FIRST_DATA}')
         return data[2:], size if self.command == Command.CONNECT else 0
-
-    def stack_options(self) -> Dict[Tuple[int, int], int]:
-        """The value of each stack option for the leg to the target, by its level and code."""
-        return {(data[0] & 0x3F, data[1]): data[2] for kind, data in self.options
-                if kind == OptionKind.STACK and len(data) == 4 and data[0] & 0x80}
 
 
 class Verdict6(NamedTuple):
@@ -1034,20 +1038,6 @@ class Verdict6(NamedTuple):
     def unpack(cls, read: Read) -> 'Verdict6':
         status = unpack_code_6(read)
         return cls(status, Option.unpack_all(read, int.from_bytes(read(2), 'big')))
-
-
-class Response6(NamedTuple):
-    """A SOCKS6 operation reply; `reply` may be an unknown number."""
-    reply: int
-    address: Address = UNSPECIFIED
-    options: Tuple[Option, ...] = ()
-
-    def pack(self) -> bytes:
-        return pack_message_6(*self)
-
-    @classmethod
-    def unpack(cls, read: Read) -> 'Response6':
-        return cls(*unpack_message_6(read))
 
 
 class Message6(NamedTuple):
@@ -6959,6 +6949,72 @@ class StreamRelay(UdpRelay):
         self.near.close()
 
 
+class Relay6(StreamRelay):
+    """A relay for a SOCKS6 association: its datagrams come in the client's connection, `stream`, or
+    to the UDP socket `port`, which may be None.
+
+    The first one decides, and is confirmed in the connection; those that come the other way, or
+    from another UDP address, are dropped.
+    """
+
+    def __init__(self, client, stream, port=None, release=None):
+        super().__init__(client, stream)
+        self.owner, self.connected = None, False
+        self.stream = stream
+        self.port = port and Datagrams6(port, stream.form)
+        self.release = release
+        self._watch.receive = functools.partial(self._receive, stream)
+
+    def watch_client(self, control_events):
+        super().watch_client(control_events)
+        if self.port:
+            self.loop.watch(self.port, 0, READ, self)
+
+    def ready(self, fd, events):
+        if self.port and fd == self.port.fileno():
+            self._receive(self.port)
+        else:
+            super().ready(fd, events)
+
+    def _receive(self, near):
+        """Receive datagrams that come by one of the two ways."""
+        if not self.owner:
+            self.near = near
+        if self.near is near:
+            return self.from_client()
+        with contextlib.suppress(*BLOCKED):
+            near.recvfrom_into(self.loop.buffer)
+            self.drop('not by the way of the first one')
+
+    def admit(self, source):
+        """Have the first datagram decide."""
+        if self.owner or self.near is self.port and not super().admit(source):
+            return False
+        if self.near is self.stream:
+            self.owner, self.connected = source, True
+            self._close_port()
+        self.stream.send(Message6(Message6.CONFIRMED, self.stream.form.association))
+        return True
+
+    def slow_path(self, header, payload):
+        """As for SOCKS5; but without payload, zeros stand for no target: the datagram decides only.
+        """
+        if payload or header[3:] not in (UNSPECIFIED.pack(), Address('::', 0).pack()):
+            super().slow_path(header, payload)
+
+    def _close_port(self):
+        port, self.port = self.port, None
+        if port:
+            self.loop.watch(port, READ, 0, self)
+            port.close()
+            self.release()
+
+    def close_near(self):
+        self._watch.stop()
+        self._close_port()
+        self.stream.close()
+
+
 class SharedPort:
     """A UDP port for the associations of any number of clients; an item of the server's loop.
 
@@ -7190,72 +7246,6 @@ class SharedPorts:
         """Close all ports; the loop is closed."""
         for port in self._ports.values():
             port.sock.close()
-
-
-class Relay6(StreamRelay):
-    """A relay for a SOCKS6 association: its datagrams come in the client's connection, `stream`, or
-    to the UDP socket `port`, which may be None.
-
-    The first one decides, and is confirmed in the connection; those that come the other way, or
-    from another UDP address, are dropped.
-    """
-
-    def __init__(self, client, stream, port=None, release=None):
-        super().__init__(client, stream)
-        self.owner, self.connected = None, False
-        self.stream = stream
-        self.port = port and Datagrams6(port, stream.form)
-        self.release = release
-        self._watch.receive = functools.partial(self._receive, stream)
-
-    def watch_client(self, control_events):
-        super().watch_client(control_events)
-        if self.port:
-            self.loop.watch(self.port, 0, READ, self)
-
-    def ready(self, fd, events):
-        if self.port and fd == self.port.fileno():
-            self._receive(self.port)
-        else:
-            super().ready(fd, events)
-
-    def _receive(self, near):
-        """Receive datagrams that come by one of the two ways."""
-        if not self.owner:
-            self.near = near
-        if self.near is near:
-            return self.from_client()
-        with contextlib.suppress(*BLOCKED):
-            near.recvfrom_into(self.loop.buffer)
-            self.drop('not by the way of the first one')
-
-    def admit(self, source):
-        """Have the first datagram decide."""
-        if self.owner or self.near is self.port and not super().admit(source):
-            return False
-        if self.near is self.stream:
-            self.owner, self.connected = source, True
-            self._close_port()
-        self.stream.send(Message6(Message6.CONFIRMED, self.stream.form.association))
-        return True
-
-    def slow_path(self, header, payload):
-        """As for SOCKS5; but without payload, zeros stand for no target: the datagram decides only.
-        """
-        if payload or header[3:] not in (UNSPECIFIED.pack(), Address('::', 0).pack()):
-            super().slow_path(header, payload)
-
-    def _close_port(self):
-        port, self.port = self.port, None
-        if port:
-            self.loop.watch(port, READ, 0, self)
-            port.close()
-            self.release()
-
-    def close_near(self):
-        self._watch.stop()
-        self._close_port()
-        self.stream.close()
 
 
 # ----------------------------------------------------------------------------------------- client
@@ -8910,7 +8900,7 @@ class Handler(socketserver.BaseRequestHandler):
         credentials, (methods, size), options = request.credentials(), request.methods(), ()
         if self.is_verbose:
             self.note('SOCKS6, methods offered: %s, options: %s', methods.hex(),
-                      ', '.join(map(str, request.options)))
+                      ' '.join(str(option.kind) for option in request.options[:99]))
         if credentials:
             self.make_reply = lambda *_: Verdict6(1, (Option.of(Verdict(1)),))
             yield from self.authenticate(credentials)
@@ -8920,8 +8910,10 @@ class Handler(socketserver.BaseRequestHandler):
         yield from self.stream.write(Verdict6(0, options))
         self.make_reply = self.operation_reply
         self.stack_answers = []
-        self.stack_options = {key: value for key, value in request.stack_options().items()
-                              if key in STACK_OPTIONS}
+        stack = [data for kind, data in request.options if kind == Option.STACK]
+        self.stack_options = {      # by level and code: those for the leg to the target
+            (data[0] & 0x3F, data[1]): data[2] for data in stack if len(data) == 4
+            and data[0] & 0x80 and (data[0] & 0x3F, data[1]) in STACK_OPTIONS}
         if request[:2] in [(Command.CONNECT, (host, 53)) for host in ZEROS]:
             raise Refused('there is no DNS server in the proxy', reply=Reply.CONNECTION_REFUSED)
         return request
@@ -8935,7 +8927,7 @@ class Handler(socketserver.BaseRequestHandler):
         method = Method.NO_ACCEPTABLE
         if Method.USERNAME_PASSWORD in methods and self.server.settings.users:
             method = Method.USERNAME_PASSWORD
-        choice = Verdict6(1, (Option(OptionKind.METHOD, bytes((method, 0, 0, 0))),) * bool(methods))
+        choice = Verdict6(1, (Option(Option.METHOD, bytes((method, 0, 0, 0))),) * bool(methods))
         if method == Method.NO_ACCEPTABLE:
             self.make_reply = lambda *_: choice
             raise Refused('no user name and password, expected those of a user')
@@ -8969,7 +8961,7 @@ class Handler(socketserver.BaseRequestHandler):
                 else:
                     continue
                 self.stack_answers.append(Option(
-                    OptionKind.STACK, bytes((0x80 | level, code, value, 0))))
+                    Option.STACK, bytes((0x80 | level, code, value, 0))))
 
     def negotiate_gssapi(self):
         """Conversation: authenticate by GSSAPI; what follows is protected as agreed."""
@@ -9376,20 +9368,20 @@ class Handler(socketserver.BaseRequestHandler):
         client, host = self.client, self.client.address.host
         far = yield from self.begin_association()
         with owned(*far.values()):
-            is_socks6, shared_port = isinstance(request, Request6), self.settings.udp_port
-            is_clear = not self.settings.tls or self.settings.udp_over_plain
-            if is_socks6 and (shared_port or not is_clear):
+            relay_class, settings = UdpRelay, self.settings
+            is_socks6, shared_port = isinstance(request, Request6), settings.udp_port
+            # The shared port does not look at association ids.
+            if is_socks6 and (shared_port or settings.tls and not settings.udp_over_plain):
                 yield from self.reply(Reply.SUCCEEDED)
                 return (yield from self.relay_6(far))
             own, advertised = self.own_address()
             is_here = is_loopback(host) or is_ours(host)        # it may take every port
-            relay_class = UdpRelay
             if shared_port:
                 relay_class = SharedRelay
                 near, release = self.server.shared_ports.bind(Address(own, shared_port))
             else:
                 near, release = self.server.udp_ports.bind(
-                    own, self.settings.udp_ports, None if is_here else client_key(host))
+                    own, settings.udp_ports, None if is_here else client_key(host))
             try:
                 yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
                 if is_socks6:

@@ -39,8 +39,9 @@ Not supported
 - sending SOCKS5 fragments: the server reassembles those of its clients, a client drops those of its
   proxy
 - GSSAPI by other libraries than MIT Kerberos on Linux, in HTTP, and in SOCKS6
-- SOCKS6: sessions, idempotence tokens, multipath TCP, ports and error messages for datagrams; TCP
-  Fast Open to targets, which might get the first data twice
+- SOCKS6: sessions, idempotence tokens, multipath TCP, ports and error messages for datagrams, a
+  port of the client's choice for BIND; TCP Fast Open to targets, which might get the first data
+  twice
 - HTTP: a cache, a filter of content, more than one forwarded request on a connection, HTTP/2, URLs
   of other schemes than http:, other passwords than Basic ones
 - connecting through a proxy without blocking by `socksocket` on other systems than Linux;
@@ -76,12 +77,12 @@ A datagram; the bytes of its header are the key to its target, so it is parsed o
 
     UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> sendto, of a
     UDP socket or of an association at another proxy
-    UdpRelay.from_target -> header of the sender, payload -> UdpRelay.answer
+    UdpRelay.from_target -> header of the sender, payload -> sendto
 
 A connection through a proxy, as a client::
 
-    create_connection -> socksocket.connect -> connect to the first proxy -> negotiate_chain: have
-    each proxy connect to the next -> the socket; open_chain does the same without a `socksocket`
+    create_connection -> socksocket.connect -> open_chain: connect to the first proxy, and by
+    negotiate_chain have each proxy connect to the next -> the socket
 
 Where to look
 -------------
@@ -93,9 +94,9 @@ logins, and their limit                       Handler.authenticate, Users.verify
 who may connect, and how often                Server.admit, Settings.max_per_client
 clients that send nothing                     Sessions.add, Settings.handshake_timeout
 no descriptors left                           Server._accept, Server._room, Server.starve
-what a client may reach                       Server.authorize, authorize, Rules
-names, and each of their addresses            Handler.permitted, Handler.destinations, Resolver
-the way to a target, if several are possible  Handler.connect_by_rules, dial
+what a client may reach                       Server.authorize, Rules
+names, and each of their addresses            Server.permitted, Server.destinations, Resolver
+the way to a target, if several are possible  Server.find_ways, dial
 failures of another proxy on the way          Handler.connect_through, negotiating
 the reply to an error                         Handler.refuse, reply_for
 a client that leaves while it waits           Task.ready, Stream.wait_for, dial
@@ -103,9 +104,9 @@ half-closed, reset, slow, idle tunnels        Pipe, Tunnel.patience, Tunnel.clos
 TLS and GSSAPI, and floods in them            Layer, TlsLayer, GssContext
 HTTP requests that could be read in two ways  HttpHead, HttpRequest, HttpBody, HttpForward
 datagrams of strangers, and to names          UdpRelay.admit, Routes
-datagrams in TCP, or by one port for all      StreamDatagrams, StreamRelay, SharedPort
+datagrams in TCP, or by one port for all      StreamDatagrams, UdpRelay, SharedPort
 datagrams by way of another proxy             FarAssociation, open_association, Association
-one round trip to connect                     Flight, optimistically
+one round trip to connect                     Flight, open_chain
 connect() of a non-blocking `socksocket`      Attempt
 new settings (HUP), while clients are served  Server.reconfigure, Handler.check_again
 the end (TERM, INT)                           Service.stop, Server.drain, Server.server_close
@@ -137,6 +138,7 @@ Other threads do what would hold up the loop:
 
 import _socket
 import argparse
+import array
 import atexit
 import codecs
 import contextlib
@@ -695,15 +697,17 @@ class Address(NamedTuple):
     def unpack(cls, read: Read) -> 'Address':
         kind = read(1)[0]
         if kind == AddressType.IPV4:
-            host = socket.inet_ntop(socket.AF_INET, read(4))
+            size, family = 4, socket.AF_INET
         elif kind == AddressType.IPV6:
-            host = ip_text(read(16))
+            size, family = 16, socket.AF_INET6
         elif kind == AddressType.DOMAINNAME:
-            host = name_text(read(read(1)[0]))
+            size, family = read(1)[0], None
         else:                           # of unknown length: the rest cannot be read
             raise ProtocolError(f'address type {kind:#04x}, expected 0x01, 0x03 or 0x04',
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
-        return make(cls, (host, int.from_bytes(read(2), 'big')))
+        data = read(size + 2)
+        host, port = data[:size], int.from_bytes(data[size:], 'big')
+        return make(cls, (socket.inet_ntop(family, host) if family else name_text(host), port))
 
 
 UNSPECIFIED = Address('0.0.0.0', 0)
@@ -883,8 +887,13 @@ class Response4(NamedTuple):
         return cls(code, Address(ip_text(read(4)), port))
 
 
-# SOCKS6: draft-olteanu-intarea-socks-6-11, and the changes of its authors since then.  It has the
-# parts of an address in another order, so they are rearranged for and by those of SOCKS5.
+# SOCKS6: draft-olteanu-intarea-socks-6-11, and the changes of its authors since then.
+#
+# Theory of operation.  A client sends all at once: a request, with its credentials in an option,
+# and the first data.  Two replies follow, to the credentials (`Verdict6`) and to the request
+# (`Response6`), or only the first one if it is a refusal.  Every message begins with the version, a
+# code, and a length.  The parts of an address have another order than in SOCKS5, and a name is
+# padded, so they are rearranged for and by `Address`.
 
 def address_to_6(packed):
     """(ATYP, PORT, ADDR), as a number and bytes, for the bytes of Address.pack().
@@ -900,16 +909,23 @@ def address_to_6(packed):
 
 def address_from_6(kind, port, read):
     """The inverse, where ADDR is read; the length of a name need not count the padding."""
+    sizes = {AddressType.IPV4: 4, AddressType.IPV6: 16, AddressType.DOMAINNAME: 1}
+    host = read(sizes.get(kind, 0))
     if kind == AddressType.DOMAINNAME:
-        length = read(1)[0]
-        name = read(length + -(length + 1) % 4)[:length].rstrip(b'\0')
-        return b'%c%c%b%b' % (kind, len(name), name, port)
-    size = {AddressType.IPV4: 4, AddressType.IPV6: 16}.get(kind, 0)
-    return b'%c%b%b' % (kind, read(size), port)
+        name = read(host[0] + -(host[0] + 1) % 4)[:host[0]].rstrip(b'\0')
+        host = b'%c%b' % (len(name), name)
+    return b'%c%b%b' % (kind, host, port)
+
+
+def unpack_head_6(read):
+    """(code, length) at the beginning of a message."""
+    version, code = read(2)             # read first: another protocol's answer may be short
+    expect_version('SOCKS', version, 6)
+    return code, int.from_bytes(read(2), 'big')
 
 
 class Option(NamedTuple):
-    """An option of a SOCKS6 message; `data` is padded with zeros to a multiple of 4 bytes.
+    """An option of a message; `data` is padded with zeros to a multiple of 4 bytes.
 
     The kinds that are not ignored: options of IP and TCP; the size of first data, and the methods
     offered; the method chosen; a method, and its message.
@@ -938,95 +954,19 @@ class Option(NamedTuple):
         if size > MAX_OPTIONS or size % 4:
             raise ProtocolError(f'SOCKS6 options of {size} bytes, expected a multiple of 4, at '
                                 f'most {MAX_OPTIONS}')
-        data, options, start = read(size), [], 0
-        while start < size:
-            kind, length = struct.unpack_from('!HH', data, start)
-            end = start + length
-            if length < 4 or length % 4 or end > size:
+        options, (read, _) = [], reader(read(size))
+        while size:
+            kind, length = struct.unpack('!HH', read(4))
+            if length < 4 or length % 4 or length > size:
                 raise ProtocolError(f'SOCKS6 option {kind} of {length} bytes, expected a multiple '
-                                    f'of 4, from 4 to {size - start}')
-            options.append(cls(kind, data[start + 4:end]))
-            start = end
+                                    f'of 4, from 4 to {size}')
+            options.append(cls(kind, read(length - 4)))
+            size -= length
         return tuple(options)
 
 
-def unpack_code_6(read):
-    """The first two bytes of any SOCKS6 message: a version and a code."""
-    version, code = read(2)
-    expect_version('SOCKS', version, 6)
-    return code
-
-
-class _Fields6(NamedTuple):
-    code: int
-    address: Address = UNSPECIFIED
-    options: Tuple[Option, ...] = ()
-
-
-class Response6(_Fields6):
-    """A SOCKS6 operation reply; `reply` may be an unknown number."""
-    __slots__ = ()
-
-    @property
-    def reply(self) -> int:
-        return self.code
-
-    def pack(self) -> bytes:
-        options = Option.pack_all(self.options)
-        kind, port, host = address_to_6(self.address.pack())
-        return struct.pack('!BBH2sxB', 6, self.code, len(options), port, kind) + host + options
-
-    @classmethod
-    def unpack(cls, read: Read) -> 'Response6':
-        code = unpack_code_6(read)
-        size, port, _, kind = struct.unpack('!H2sBB', read(6))
-        address = Address.unpack(reader(address_from_6(kind, port, read))[0])
-        return cls(code, address, Option.unpack_all(read, size))
-
-
-class Request6(Response6):
-    """A SOCKS6 request, which has the same form; `command` may be an unknown number."""
-    __slots__ = ()
-
-    @property
-    def command(self) -> int:
-        return self.code
-
-    def option(self, kind: int, start: bytes = b'') -> Optional[bytes]:
-        """The data behind `start` of the option of a kind whose data begins so, or None."""
-        found = [data for each, data in self.options if each == kind and data.startswith(start)]
-        if len(found) > 1:
-            raise ProtocolError(f'{len(found)} SOCKS6 options of kind {kind}, expected one')
-        return found[0][len(start):] if found else None
-
-    def credentials(self) -> Optional[Credentials]:
-        """The user name and password in the options, or None."""
-        data = self.option(Option.AUTHENTICATION, bytes((Method.USERNAME_PASSWORD,)))
-        if data is None:
-            return None
-        read, rest = reader(data)
-        with contextlib.suppress(EOFError):
-            credentials = Credentials.unpack(read)
-            if rest() in (b'', b'\0', b'\0\0', b'\0\0\0'):
-                return credentials
-        raise ProtocolError('SOCKS6 user name and password: expected to fill the option, with at '
-                            'most 3 bytes of padding')
-
-    def methods(self) -> Tuple[bytes, int]:
-        """The methods offered, and the number of bytes of first data that precede those of the
-        method, if it is not "no authentication"."""
-        data = self.option(Option.METHODS)
-        if data is None:
-            return b'', 0
-        size = int.from_bytes(data[:2], 'big')
-        if not data or size > MAX_FIRST_DATA:
-            raise ProtocolError(f'SOCKS6 first data of {size} bytes, expected at most '
-                                f'{MAX_FIRST_DATA}')
-        return data[2:], size if self.command == Command.CONNECT else 0
-
-
 class Verdict6(NamedTuple):
-    """A SOCKS6 authentication reply: 0 for success, any other status for a failure."""
+    """An authentication reply: 0 for success, any other status for a failure."""
     status: int
     options: Tuple[Option, ...] = ()
 
@@ -1036,12 +976,75 @@ class Verdict6(NamedTuple):
 
     @classmethod
     def unpack(cls, read: Read) -> 'Verdict6':
-        status = unpack_code_6(read)
-        return cls(status, Option.unpack_all(read, int.from_bytes(read(2), 'big')))
+        status, size = unpack_head_6(read)
+        return cls(status, Option.unpack_all(read, size))
+
+
+class _Fields6(NamedTuple):
+    code: int
+    address: Address = UNSPECIFIED
+    options: Tuple[Option, ...] = ()
+
+
+class Response6(_Fields6):
+    """An operation reply; `reply` may be an unknown number."""
+    reply = _Fields6.code
+
+    def pack(self) -> bytes:
+        options = Option.pack_all(self.options)
+        kind, port, host = address_to_6(self.address.pack())
+        return struct.pack('!BBH2sxB', 6, self.code, len(options), port, kind) + host + options
+
+    @classmethod
+    def unpack(cls, read: Read) -> 'Response6':
+        code, size = unpack_head_6(read)
+        port, _, kind = struct.unpack('!2sBB', read(4))
+        address = Address.unpack(reader(address_from_6(kind, port, read))[0])
+        return cls(code, address, Option.unpack_all(read, size))
+
+
+class Request6(Response6):
+    """A request, which has the same form; `command` may be an unknown number."""
+    command = _Fields6.code
+
+    def option(self, kind: int, start: bytes = b'') -> Optional[Option]:
+        """The option of a kind whose data begins with `start`, or None."""
+        found = [each for each in self.options
+                 if each.kind == kind and each.data.startswith(start)]
+        if len(found) > 1:
+            raise ProtocolError(f'{len(found)} SOCKS6 options of kind {kind}, expected one')
+        return found[0] if found else None
+
+    def credentials(self) -> Optional[Credentials]:
+        """The user name and password in the options, or None."""
+        found = self.option(Option.AUTHENTICATION, bytes((Method.USERNAME_PASSWORD,)))
+        if not found:
+            return None
+        with contextlib.suppress(EOFError):
+            credentials = Credentials.unpack(reader(found.data[1:])[0])
+            if Option.of(credentials) == found:
+                return credentials
+        raise ProtocolError('SOCKS6 user name and password: expected to fill the option, with at '
+                            'most 3 bytes of padding')
+
+    def methods(self) -> Tuple[bytes, int]:
+        """The methods offered, and the number of bytes of first data that precede those of the
+        method, if it is not "no authentication"."""
+        _, data = self.option(Option.METHODS) or (None, b'\0\0')
+        size = int.from_bytes(data[:2], 'big')
+        if not data or size > MAX_FIRST_DATA:
+            raise ProtocolError(f'SOCKS6 first data of {size} bytes, expected at most '
+                                f'{MAX_FIRST_DATA}')
+        return data[2:], size if self.command == Command.CONNECT else 0
+
+    def stack_options(self) -> Dict[int, int]:
+        """{code: value} of the options of IP for the way from the proxy to the target."""
+        return {data[1]: data[2] for kind, data in self.options
+                if kind == Option.STACK and len(data) == 4 and data[0] & 0xBF == 0x81}
 
 
 class Message6(NamedTuple):
-    """A message of a SOCKS6 association, in its TCP connection or over UDP.
+    """A message of an association, in its TCP connection or over UDP.
 
     `association` is its identifier, 8 bytes.  `datagram` has the header of SOCKS5, as in
     `StreamedDatagram`; it is empty if the message is of another kind, or malformed.
@@ -1064,11 +1067,10 @@ class Message6(NamedTuple):
 
     @classmethod
     def unpack(cls, read: Read) -> 'Message6':
-        kind = unpack_code_6(read)
-        size, association = struct.unpack('!H8s', read(10))
+        kind, size = unpack_head_6(read)
         if size < 12:
             raise ProtocolError(f'SOCKS6 message of {size} bytes, expected at least 12')
-        body, datagram = read(size - 12), b''
+        association, body, datagram = read(8), read(size - 12), b''
         if kind == cls.DATAGRAM:
             read, rest = reader(body)
             with contextlib.suppress(EOFError):
@@ -1078,22 +1080,26 @@ class Message6(NamedTuple):
         return cls(kind, association, datagram if is_whole else b'')
 
 
-class Form6:
+class Form6(NamedTuple):
     """The form of the messages of one association, for the same use as `StreamedDatagram`."""
-
-    def __init__(self, association):
-        self.association = association
+    association: bytes
 
     def __call__(self, datagram):
-        """The message for a datagram; a `Message6` is returned as it is."""
-        return datagram if isinstance(datagram, Message6) else Message6(
-            Message6.DATAGRAM, self.association, bytes(datagram))
+        """The message for a datagram; for an empty one, the confirmation of the first one."""
+        kind = Message6.DATAGRAM if datagram else Message6.CONFIRMED
+        return Message6(kind, self.association, bytes(datagram))
 
     def unpack(self, read):
         """The next message; without its datagram if it is of another association."""
         message = Message6.unpack(read)
         is_ours = message.association == self.association
         return message if is_ours else message._replace(datagram=b'')
+
+    def datagram_in(self, data):
+        """The datagram of a message that came over UDP; b'' if it has none, or is malformed."""
+        with contextlib.suppress(EOFError, ProtocolError):
+            return self.unpack(reader(data)[0]).datagram
+        return b''
 
 
 class Datagram(NamedTuple):
@@ -2145,10 +2151,10 @@ class Stream:
         # because unpack() raises an error when a length in the message is beyond its limit.
         while True:
             if self.surplus:
-                read, rest = reader(self.surplus)
+                received = Received(self.surplus)       # as reader() does
                 try:
-                    message = unpack(read)
-                    self.surplus = rest()
+                    message = unpack(received.read_exact)
+                    self.surplus = received.read()
                     return message
                 except EOFError:        # incomplete: parse it again with what comes next
                     pass
@@ -2251,16 +2257,26 @@ class ExactStream(Stream):
         # need one for each field of a message, and one for each byte of a line.
         while True:
             seen = yield from self.look()
-            read, rest = reader(self.surplus + seen)
-            try:                        # parse first, then consume exactly that much
-                message, left = unpack(read), len(rest())
-            except EOFError:
-                # Consume these, or the socket would stay readable although nothing new has come.
-                self.surplus += self.sock.recv(len(seen))
-            else:
-                self.sock.recv(len(seen) - left)
-                self.surplus = b''
-                return message
+            with contextlib.suppress(EOFError):
+                return self.take(unpack, seen)
+
+    def take(self, unpack, seen, stays=False):
+        """The message that unpack(read) returns for the next bytes, `seen` in the socket; its bytes
+        are consumed, unless it `stays`.
+
+        Raises EOFError if it is incomplete.
+        """
+        read, rest = reader(self.surplus + seen)
+        try:                            # parse first, then consume exactly that much
+            message, left = unpack(read), len(rest())
+        except EOFError:
+            # Consume these, or the socket would stay readable although nothing new has come.
+            self.surplus += self.sock.recv(len(seen))
+            raise
+        if not stays:
+            self.sock.recv(len(seen) - left)
+            self.surplus = b''
+        return message
 
 
 class Layer:
@@ -2773,10 +2789,19 @@ class GssContext:
     def seal(self, data):
         """The message that protects `data` at the agreed level.  Raises OSError if it is too long.
         """
-        token = self.wrap(data, self.level == self.CONFIDENTIALITY)
+        token = self.wrap(bytes(data), self.level == self.CONFIDENTIALITY)
         if len(token) > GssMessage.LARGEST:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         return GssMessage(GssMessage.DATA, token).pack()
+
+    def unseal(self, message):
+        """The data of a datagram that seal() made; b'' if it is malformed, or a replay."""
+        read, rest = reader(message)
+        with contextlib.suppress(OSError, EOFError):    # anyone can send such a datagram
+            token = GssMessage.unpack_token(GssMessage.DATA, read)
+            if not rest():
+                return self.open(token, self.DUPLICATE | self.OLD)
+        return b''
 
     def open(self, token, forbidden):
         """The data of a token.  Raises OSError if it is not protected at the agreed level, or its
@@ -2952,188 +2977,49 @@ class GssLayer(Layer):
         return count
 
     def _seal(self, data):
-        self._cipher += b''.join(self.context.seal(bytes(data[start:start + self._largest]))
+        self._cipher += b''.join(self.context.seal(data[start:start + self._largest])
                                  for start in range(0, len(data), self._largest))
         return len(data)
 
 
-class GssDatagrams:
-    """A UDP socket whose datagrams are GSSAPI messages, one each (RFC 1961 section 5)."""
+class WrappedDatagrams:
+    """A UDP socket whose datagrams are wrapped in messages, one each: of GSSAPI, or of SOCKS6.
 
-    def __init__(self, sock, context):
-        self._sock = sock
-        self.context = context
+    wrap      function(datagram): the message for it
+    unwrap    function(message): the datagram in it; b'' if none is, as anyone may have sent it
+    """
+
+    def __init__(self, sock, wrap, unwrap):
+        self._sock, self._wrap, self._unwrap = sock, wrap, unwrap
         self.fileno, self.close, self.connect = sock.fileno, sock.close, sock.connect
         self.getsockname = sock.getsockname
 
     def recvfrom_into(self, buffer):
-        """As of a socket; a datagram that does not belong to the context becomes an empty one."""
-        message, source = self._sock.recvfrom(0xFFFF)
-        data = unwrap_datagram(self.context, message)
-        buffer[:len(data)] = data
-        return len(data), source
-
-    def send(self, data):
-        self._sock.send(self.context.seal(bytes(data)))
-
-    def sendto(self, data, address):
-        self._sock.sendto(self.context.seal(bytes(data)), address)
-
-
-class StreamDatagrams:
-    """A connection with datagrams in it, with as much of a UDP socket's interface as a relay needs.
-
-    Each message in the connection is one datagram, which send() takes and recvfrom_into() returns
-    with the header that it has over UDP (RFC 1928 section 7).
-
-    sock         non-blocking socket or `Layer`, which it owns
-    source       what recvfrom_into() returns as the sender
-    surplus      bytes that were read already
-    form         the form of messages: `StreamedDatagram`, or a `Form6`
-    pending      there may be more messages, even if the socket is not readable
-    on_unsent    function to call when a message waits for flush(), and none did before
-
-    Theory of operation.  The messages of several send() go out together, by flush().  A message is
-    never split by a lack of room: send() raises an error for one that would make more than ROOM
-    bytes wait, so that a peer that does not read cannot fill the memory.  After an error of the
-    socket all that waits is dropped; recvfrom_into() tells of the error.
-    """
-    SIZE = 1 << 16                      # bytes to read at a time
-    ROOM = 1 << 17                      # bytes of messages that may wait for the socket
-
-    def __init__(self, sock, source, surplus=b'', form=StreamedDatagram):
-        self._sock = sock
-        self.source = source
-        self.form = form
-        self.on_unsent = lambda: None
-        self.pending = bool(surplus)
-        self._data = surplus            # bytes read
-        self._start = 0                 # where the next message begins in them
-        self._messages = []             # what waits for the socket: messages,
-        self._sending = b''             # and, before them, bytes of which the socket took a part
-        self._size = 0                  # bytes of both
-        self._is_full = False           # the socket did not take all of the last flush()
-        self.fileno, self.close, self.getsockname = sock.fileno, sock.close, sock.getsockname
-
-    def recvfrom_into(self, buffer):
-        """As of a socket; `buffer` has room for SIZE bytes and two RECORDs of a layer.
-
-        Raises EOFError when no more messages will come: the text says why, or it is empty after a
-        regular end.
-        """
-        while True:
-            start = self._start
-            try:
-                datagram = self.form.unpack(self._read).datagram
-            except EOFError:
-                self._data, self._start = self._data[start:], 0
-                self._receive(buffer)
-            except ProtocolError as error:
-                raise EOFError(f'malformed message: {error}') from None
-            else:
-                buffer[:len(datagram)] = datagram
-                self.pending = self._start < len(self._data)
-                return len(datagram), self.source
-
-    def _read(self, n):
-        start, self._start = self._start, self._start + n
-        if self._start > len(self._data):
-            raise EOFError
-        return self._data[start:self._start]
-
-    def _receive(self, buffer):
-        self.pending = False
-        try:
-            count = self._sock.recv_into(buffer, self.SIZE)
-        except BLOCKED:
-            raise
-        except OSError as error:
-            raise EOFError(printable_line(reason(error))) from None
-        if not count:
-            raise EOFError('the end of a message is missing' if self._data else '')
-        self._data += bytes(buffer[:count])
-
-    def send(self, datagram):
-        """Send a datagram at the next flush(), or raise OSError if there is no room for it."""
-        try:
-            message = self.form(datagram).pack()
-        except ValueError as error:
-            raise OSError(errno.EMSGSIZE, str(error)) from None
-        if self._size + len(message) > self.ROOM and not self._is_full:
-            self.flush()
-        if self._size + len(message) > self.ROOM:
-            raise OSError(errno.ENOBUFS, 'the connection does not take more')
-        self._messages.append(message)
-        self._size += len(message)
-        if self._size == len(message):
-            self.on_unsent()
-
-    def sendto(self, datagram, _):
-        """As send(): the connection has one peer only."""
-        self.send(datagram)
-
-    def connect(self, _):
-        """As of a socket; the connection has its peer already."""
-
-    def flush(self):
-        """Send what waits; return whether the socket has taken all."""
-        try:
-            while self._size:
-                if not self._sending:   # a layer must get the same bytes again if it is full
-                    self._sending = memoryview(b''.join(self._messages))
-                    self._messages.clear()
-                sent = self._sock.send(self._sending)
-                self._sending = self._sending[sent:] or b''     # an empty view keeps its memory
-                self._size -= sent
-        except BLOCKED:
-            pass
-        except OSError:
-            self._messages.clear()
-            self._sending, self._size = b'', 0
-        self._is_full = bool(self._size)
-        return not self._is_full
-
-
-class Datagrams6:
-    """A UDP socket whose datagrams are messages of a SOCKS6 association, in its `Form6`."""
-
-    def __init__(self, sock, form):
-        self._sock = sock
-        self._form = form
-        self.fileno, self.close, self.connect = sock.fileno, sock.close, sock.connect
-
-    def recvfrom_into(self, buffer):
-        """As of a socket, without the header of SOCKS6; 0 bytes are a malformed datagram."""
-        count, source = self._sock.recvfrom_into(buffer)
-        datagram = b''
-        with contextlib.suppress(EOFError, ProtocolError):
-            datagram = self._form.unpack(reader(bytes(buffer[:count]))[0]).datagram
+        length, source = self._sock.recvfrom_into(buffer)
+        datagram = self._unwrap(bytes(buffer[:length]))
         buffer[:len(datagram)] = datagram
         return len(datagram), source
 
-    def send(self, datagram, *address):
-        try:
-            message = self._form(datagram).pack()
-        except ValueError as error:
-            raise OSError(errno.EMSGSIZE, str(error)) from None
-        if address:
-            self._sock.sendto(message, *address)
-        else:
-            self._sock.send(message)
+    def send(self, datagram):
+        self._sock.send(self._wrap(datagram))
 
-    sendto = send
+    def sendto(self, datagram, address):
+        self._sock.sendto(self._wrap(datagram), address)
 
 
-def unwrap_datagram(context, message):
-    """The data of a protected datagram; b'' if it is malformed, or a replay."""
-    read, rest = reader(message)
+def protected(sock, control):
+    """The UDP socket `sock`, with its datagrams protected as its TCP connection `control` is by
+    GSSAPI, if it is (RFC 1961 section 5)."""
+    context = getattr(control, 'context', None)
+    return WrappedDatagrams(sock, context.seal, context.unseal) if context else sock
+
+
+def message_of(form, datagram):
+    """The bytes of the message for a datagram.  Raises OSError if it is too long for one."""
     try:
-        token = GssMessage.unpack_token(GssMessage.DATA, read)
-        if not rest():
-            return context.open(token, context.DUPLICATE | context.OLD)
-    except (OSError, EOFError):         # anyone can send such a datagram
-        pass
-    return b''
+        return form(datagram).pack()
+    except ValueError as error:
+        raise OSError(errno.EMSGSIZE, str(error)) from None
 
 
 def interleave(addresses):
@@ -3389,37 +3275,8 @@ def bound_udp(address, overlaps=False):
     return sock
 
 
-class FreePorts:
-    """A set of ports, initially all from `lowest` to `highest`.
-
-    take() removes a random one, in constant time.  It works like an array that is shuffled (Fisher
-    and Yates), but stores changed places only, so that memory grows with the ports taken.
-    """
-
-    def __init__(self, lowest, highest):
-        self.lowest = lowest
-        self.size = self.count = highest - lowest + 1
-        self._changed = {}              # place: port; elsewhere the port is lowest + place
-
-    def take(self):
-        """Remove and return a random port; a random one is harder to guess for others."""
-        place = int.from_bytes(os.urandom(4), 'big') % self.count
-        self.count -= 1
-        last = self._changed.pop(self.count, self.lowest + self.count)
-        if place == self.count:
-            return last
-        port = self._changed.get(place, self.lowest + place)
-        self._changed[place] = last
-        return port
-
-    def put(self, port):
-        """Add a port that was taken."""
-        self._changed[self.count] = port
-        self.count += 1
-
-
 class UdpPorts:
-    """Binds UDP sockets to random ports of a range.
+    """Binds UDP sockets to random ports of a range, which are harder to guess for others.
 
     It tries no port that it has given out, so that it finds a free one quickly in a range that is
     nearly used up.  One client gets half of a range at most.
@@ -3427,7 +3284,7 @@ class UdpPorts:
     ATTEMPTS = 64                       # ports tried for one socket; other programs may have them
 
     def __init__(self):
-        self._ranges = {}               # (host, ports): (`FreePorts`, Counter of owners)
+        self._ranges = {}               # by (host, ports): (array of free ports, Counter of owners)
         self._lock = threading.Lock()   # the threads of all loops use it
 
     def bind(self, host, ports, owner):
@@ -3438,49 +3295,46 @@ class UdpPorts:
         """
         if not ports[1]:
             return bound_udp(Address(host, 0)), lambda: None
-        key = host, ports
+        lowest, highest = ports
         with self._lock:
-            free, owners = self._ranges.setdefault(key, (FreePorts(*ports), Counter()))
-            try:
-                if owner is not None and owners[owner] >= max(1, free.size // 2):
-                    raise OSError(errno.EADDRINUSE, 'this client has half of the UDP ports')
-                sock, port = self._bind(host, free)
-                owners[owner] += 1
-            finally:
-                self._tidy(key)
-        return sock, functools.partial(self._give_back, key, port, owner)
+            if (host, ports) not in self._ranges:       # settings may change any number of times
+                self._ranges = {key: value for key, value in self._ranges.items() if value[1]}
+                self._ranges[host, ports] = array.array('H', range(lowest, highest + 1)), Counter()
+            free, owners = self._ranges[host, ports]
+            if owner is not None and owners[owner] >= max(1, (highest - lowest + 1) // 2):
+                raise OSError(errno.EADDRINUSE, 'this client has half of the UDP ports')
+            sock, port = self._bind(host, ports, free)
+            owners[owner] += 1
+        return sock, functools.partial(self._give_back, free, port, owners, owner)
 
-    def _bind(self, host, free):
+    @staticmethod
+    def _take(free):
+        """Remove and return a random port, in constant time."""
+        place = int.from_bytes(os.urandom(4), 'big') % len(free)
+        free[place], free[-1] = free[-1], free[place]
+        return free.pop()
+
+    def _bind(self, host, ports, free):
         """Return a socket and its port, which is taken from `free`."""
         tried = []                      # ports to put back into `free`
         try:
-            while free.count and len(tried) < self.ATTEMPTS:
-                tried.append(free.take())
+            while free and len(tried) < self.ATTEMPTS:
+                tried.append(self._take(free))
                 try:
                     return bound_udp(Address(host, tried[-1])), tried.pop()
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE:
                         raise
         finally:
-            for port in tried:
-                free.put(port)
-        raise OSError(errno.EADDRINUSE,
-                      f'no UDP port from {free.lowest} to {free.lowest + free.size - 1} is free')
+            free.extend(tried)
+        raise OSError(errno.EADDRINUSE, 'no UDP port from %d to %d is free' % ports)
 
-    def _give_back(self, key, port, owner):
+    def _give_back(self, free, port, owners, owner):
         with self._lock:
-            free, owners = self._ranges[key]
-            free.put(port)
+            free.append(port)
             owners[owner] -= 1
             if not owners[owner]:
                 del owners[owner]
-            self._tidy(key)
-
-    def _tidy(self, key):
-        """Forget a range of which no port is taken: settings may change any number of times."""
-        free, _ = self._ranges[key]
-        if free.count == free.size:
-            del self._ranges[key]
 
 
 def tcp_pair(near=None, window=None):
@@ -3766,34 +3620,6 @@ def is_ours(host):
         return True
 
 
-def authorize(client, command, target, listeners, rule=None):
-    """Raise Refused if `client` may not reach `target`, whatever the rules say.
-
-    client, target    `Address`es of IP addresses
-    listeners         `Address`es on which the proxy listens
-    rule              the `Rule` that allows the request, or None
-
-    A client with a loopback address may reach anything.  Other clients never reach the proxy
-    itself.  They reach LOCAL_NETWORKS, or BIND for any peer (a target of zeros), only by a rule on
-    such a network.
-    """
-    if target.host in ZEROS and command != Command.BIND:        # systems take zeros for loopback
-        raise Refused(f'{target.host} is not a host address', reply=Reply.GENERAL_FAILURE)
-    if is_loopback(client.host):
-        return
-    if is_local(target.host) and not (rule and rule.opens(target.host)):
-        raise Refused(f'{target.host} is local to the proxy')
-    # A client that reaches the proxy through itself appears as one on this host.  The second test,
-    # which asks the system, is only for listeners with the same port.
-    if any(target.port == port for _, port in listeners):
-        hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
-        for host, port in listeners:
-            if port == target.port and (
-                    host.partition('%')[0] in hosts
-                    or host in ZEROS and any(map(is_ours, hosts))):
-                raise Refused(f'{target} is the proxy itself')
-
-
 class Names(tuple):
     """Host names in lower case; one with a dot before it stands for the name and all below it."""
     _known = None
@@ -4019,23 +3845,17 @@ class Rules(tuple):
 
     def ways(self, client, target, name=None):
         """The `Way`s to an IP address, asked for by `name` or not, in the order in which to try
-        them; None stands for that of the settings.
+        them; None stands for that of the settings.  To a name, as far as rules on names decide; if
+        there is none, those to its addresses count.
 
         The rule that decides has the first one, the further rules that allow the same have the
         others, up to the first without a way.
         """
-        return self._ways(self._matching(client, target, name))
-
-    def ways_of_name(self, client, target):
-        """The same for a name, as far as rules on names decide; empty: its addresses do."""
-        return self._ways(itertools.takewhile(
-            lambda rule: rule.is_for_all_hosts or rule.names.has(target.host),
-            self._matching_name(client, target)))
-
-    @staticmethod
-    def _ways(rules):
-        """Those of rules that match, up to one that denies."""
-        ways = []
+        ways, rules = [], self._matching(client, target, name)
+        if ip_bytes(target.host) is None:
+            rules = itertools.takewhile(
+                lambda rule: rule.is_for_all_hosts or rule.names.has(target.host),
+                self._matching_name(client, target))
         for rule in rules:
             if not rule.allow:
                 break
@@ -5513,35 +5333,12 @@ class Relay:
     """
     __slots__ = ('client', 'loop', 'due', 'last_active')
 
-    def __init__(self, client):
-        self.client = client
-        self.due = None
-
     def attach(self, loop):
         """Become an item of `loop`."""
         self.loop = loop
         self.last_active = loop.now
         loop.items[self] = True
         self.expire()
-
-    def expire(self):
-        """Close the relay if it is idle, else set the timer for when it may be.
-
-        Reads do not set the timer, which would cost more than to look again when it expires.
-        """
-        patience = self.client and self.patience        # no client: closed earlier in this round
-        if patience and self.last_active + patience <= time.monotonic():
-            if not self.is_active():
-                return self.close(self.idle_outcome)
-            patience = self.patience            # which may be another one now
-        if patience:
-            self.loop.timers.set(self, self.last_active + patience)
-
-    idle_outcome = 'idle'
-
-    def is_active(self):
-        """Whether there is activity that `last_active` does not show."""
-        return False
 
     def detach(self):
         """Be an item of no loop."""
@@ -5708,17 +5505,16 @@ class Pipe:
         """The source has ended: shut the sink down for writing.  The twin goes on (half-close)."""
         self.done = True
         tunnel, twin = self.tunnel, self.twin
-        if tunnel.fault:                # a reset that came while there was a load: no proper end
-            return tunnel.close(tunnel.fault)
-        if not twin.done:                       # else the tunnel closes both sockets
-            tunnel.last_active = tunnel.loop.now
-            try:
-                self.sink.shutdown(socket.SHUT_WR)
-            except OSError:                     # closed by its peer, which the twin notices
-                pass
-            patience = tunnel.patience          # may be shorter now
-            if patience:
-                tunnel.loop.timers.set(tunnel, tunnel.last_active + patience)
+        if twin.done or tunnel.fault:   # the fault: a reset that came while there was a load
+            return tunnel.close(tunnel.fault or 'done')
+        tunnel.last_active = tunnel.loop.now
+        try:
+            self.sink.shutdown(socket.SHUT_WR)
+        except OSError:                 # closed by its peer, which the twin notices
+            pass
+        patience = tunnel.patience      # may be shorter now
+        if patience:
+            tunnel.loop.timers.set(tunnel, tunnel.last_active + patience)
         tunnel.watch()
 
     def sink_failed(self, error):
@@ -5929,10 +5725,6 @@ class Tunnel(Relay):
                 return min(limit or self.UNPROBED, self.UNPROBED)
         return limit
 
-    @property
-    def is_half_closed(self):
-        return (self.up.done or self.down.done) and not self.sink_failure
-
     def probe(self):
         """Have the system look for dead peers: nothing else would tell of one now.
 
@@ -5944,21 +5736,27 @@ class Tunnel(Relay):
                 for option, value in PROBES:
                     sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
-    @property
-    def idle_outcome(self):
-        return self.sink_failure or 'idle'
+    def expire(self):
+        """Close the tunnel if it is idle, else set the timer for when it may be.
 
-    def is_active(self):
-        """Whether the system still sends data to a side, of what the tunnel has given it before.
-
-        A slow receiver may take minutes for what is in the system's buffers.
+        Reads do not set the timer, which would cost more than to look again when it expires.
         """
-        if self.is_half_closed and not self.is_probed:
-            self.probe()
-        if not self.sink_failure:
-            self.last_active = max(self.last_active, time.monotonic() - min(
-                seconds_since_sent(self.up.source), seconds_since_sent(self.down.source)))
-        return not self.patience or self.last_active + self.patience > time.monotonic()
+        if not self.client:             # closed earlier in this round
+            return
+        patience, now = self.patience, time.monotonic()
+        if patience and self.last_active + patience <= now:
+            if not self.sink_failure:
+                if (self.up.done or self.down.done) and not self.is_probed:
+                    self.probe()
+                # The system may still send, of what the tunnel has given it before: a slow receiver
+                # may take minutes for what is in its buffers.
+                self.last_active = max(self.last_active, now - min(
+                    seconds_since_sent(self.up.source), seconds_since_sent(self.down.source)))
+            patience = self.patience            # which may be another one now
+            if patience and self.last_active + patience <= now:
+                return self.close(self.sink_failure or 'idle')
+        if patience:
+            self.loop.timers.set(self, self.last_active + patience)
 
     def fault_of(self, sock, error):
         """The outcome, a text, for an error of one of the two sockets."""
@@ -6115,16 +5913,16 @@ class Target:
     """The destination of all datagrams with the same header.
 
     route    (socket to send from, `Address` of the target)
-    far      function of an IP address that returns the socket to reach it from
+    way      the `Way` to it
     until    time until which the route needs no review; infinity for an IP address
     found    time when the name was looked up
     spare    `Address` of the other family to try as long as nothing has come back, or None
     """
-    __slots__ = ('route', 'far', 'until', 'found', 'spare')
+    __slots__ = ('route', 'way', 'until', 'found', 'spare')
 
-    def __init__(self, route, far, until=float('inf'), found=0.0, spare=None):
+    def __init__(self, route, way, until=float('inf'), found=0.0, spare=None):
         self.route = route
-        self.far = far
+        self.way = way
         self.until = until
         self.found = found
         self.spare = spare
@@ -6184,8 +5982,7 @@ class Routes:
         if len(host) > self.LONGEST_IDNA and not is_plain(host):
             return self.relay.drop('a long name that is not ASCII')
         try:
-            address = canonical(datagram.address)
-            client.server.judge_name(client, address)
+            address = client.server.permitted(client, datagram.address)
         except ProxyError as error:
             return self.relay.drop(error)
         if ip_bytes(address.host) is not None and not any(
@@ -6207,13 +6004,6 @@ class Routes:
         self._size += size
         return True
 
-    def _unqueue(self, header):
-        """Remove and return the payloads that wait for a header."""
-        payloads = self._queues.pop(header, ())
-        self._count -= len(payloads)
-        self._size -= sum(len(header) + len(payload) for payload in payloads)
-        return payloads
-
     def _refresh(self, header, target, payload):
         """Do what `until` of the target asks for: a new look-up, or a try of the spare address."""
         now = self.relay.loop.now
@@ -6229,7 +6019,7 @@ class Routes:
     def _try_spare(self, target, payload):
         """Send the payload to the spare address."""
         with contextlib.suppress(OSError):      # there may be no route for that family
-            route = target.far(target.spare.host), target.spare
+            route = self.relay.far_socket(target.way, target.spare.host), target.spare
             self._start_trial(route, target)
             self.relay.send(route, payload)
 
@@ -6266,7 +6056,10 @@ class Routes:
                 return
         except OSError as error:
             failure = error
-        payloads = [datagram.payload] if datagram else self._unqueue(header)
+        payloads = [datagram.payload] if datagram else self._queues.pop(header, ())
+        if not datagram:
+            self._count -= len(payloads)
+            self._size -= sum(len(header) + len(payload) for payload in payloads)
         if failure:
             if isinstance(failure, Refused) or header not in self.known:
                 self._fail(header, failure, payloads)
@@ -6302,69 +6095,45 @@ class Routes:
         keeps its address if that is among those found.
         """
         client, server = self.relay.client, self.relay.client.server
-        wanted = canonical(address)
-        name = wanted.host if ip_bytes(wanted.host) is None else None
-        ways = server.ways(client, wanted)
-        if ways and ways[0].passes_names:       # what it may be asked for, as for CONNECT
-            server.judge_unresolved(client, wanted)
-            addresses = [absolute(address)]
-        else:
-            addresses = [wanted]
-            if name:
-                addresses = yield from resolve(address, deadline(self.PATIENCE))
-            addresses = self._allowed(header, usable(addresses, server.settings), name)
-            if not ways:                # the first address decides, as for CONNECT
-                each = [server.ways(client, address, name) for address in addresses]
-                ways = each[0]
-                addresses = [one for one, its in zip(addresses, each) if its == ways]
-        known = self.known.get(header)
-        if known and known.route[1] == addresses[0]:
-            return known
+        until, known = deadline(self.PATIENCE), self.known.get(header)
+        ways, found = yield from server.find_ways(client, address, until)
         for way in ways:
             try:
-                far = functools.partial(self.relay.far_socket, way)
-                if way.chain:
-                    far = yield from self._far(way, header)
-                return far and self._learn(header, far, name, addresses)
+                if way.passes_names and not found:      # what it may be asked for, as for CONNECT
+                    addresses = [server.unresolved(client, address)]
+                else:
+                    addresses = self._candidates(known, found or (
+                        yield from server.destinations(client, address, until)))
+                if known and known.route[1] == addresses[0]:
+                    return known
+                if way.chain and way not in self.relay.far and not (
+                        yield from self._open(way, header)):
+                    return None
+                return self._learn(header, way, address, addresses)
             except OSError as error:
                 if way is ways[-1] or not server.is_unreached(error, way):
                     raise
 
-    def _allowed(self, header, addresses, name):
-        """The first allowed address of each family; that of a known target comes first.
-
-        Raises OSError if none is allowed.
-        """
-        client, known, allowed = self.relay.client, self.known.get(header), {}
-        error = OSError(errno.EHOSTUNREACH, 'no address was found')
+    @staticmethod
+    def _candidates(known, addresses):
+        """The first address of each family; that of the `Target` so far, if there is one, comes
+        first, because name servers vary the order."""
+        firsts = {}
         if known and known.route[1] in addresses:
-            addresses = [known.route[1], *addresses]    # name servers vary the order
+            addresses = [known.route[1], *addresses]
         for address in addresses:
-            family = family_of(address.host)
-            try:
-                if family not in allowed:
-                    client.server.authorize(client, address, name)
-                    allowed[family] = address
-            except OSError as caught:
-                error = caught
-        if not allowed:
-            raise error
-        return list(allowed.values())
+            firsts.setdefault(family_of(address.host), address)
+        return list(firsts.values())
 
-    def _far(self, way, header):
-        """Conversation: a function that returns the association for a `Way`; None if another
-        conversation opens it, and sees to the header."""
+    def _open(self, way, header):
+        """Conversation: open the association for a `Way`.  The result is False if another
+        conversation does that, and then looks up the header.
+
+        Raises OSError, at once for some time after a failure.
+        """
         if way in self._openings:
             self._openings[way].append(header)
-            return None
-        if way not in self.relay.far:
-            yield from self._open(way)
-        association = self.relay.far[way]
-        return lambda _: association
-
-    def _open(self, way):
-        """Conversation: open the association for a `Way`.  Raises OSError, at once for some time
-        after a failure."""
+            return False
         relay = self.relay
         pause_end, error = self._pauses.get(way, (0, None))
         if relay.loop.now < pause_end:
@@ -6381,26 +6150,32 @@ class Routes:
             self._look_up(header)
         if way not in relay.far:
             raise error
+        return True
 
-    def _learn(self, header, far, name, addresses):
+    def _learn(self, header, way, wanted, addresses):
         """Remember a new `Target` for a header: at the first of one or two addresses that has a
         route, with the other one as a spare.  Raises OSError if none has."""
+        relay = self.relay
         while True:
             address, *addresses = addresses
             try:
-                route = far(address.host), address
+                route = relay.far_socket(way, address.host), address
                 break
             except OSError:
                 if not addresses:
                     raise
-        is_name = ip_bytes(address.host) is None
-        self.relay.note_target(None if is_name else name, address, header not in self.known)
-        target = Target(route, far)
+        name, is_name = canonical(wanted).host, ip_bytes(address.host) is None
+        was_found = not is_name and name != address.host        # by a look-up
+        relay.targets += header not in self.known
+        relay.client.target = f'{relay.targets} targets'
+        log.debug('%s: datagrams to %s%s', relay.client.address,
+                  f'{name}, ' if was_found else '', address)
+        target = Target(route, way)
         self.known.remember(header, target)
         if is_name:
             route[0].has_names = True
-        elif name:
-            target.found = self.relay.loop.now
+        if was_found:
+            target.found = relay.loop.now
             target.until = target.found + (self.TRIAL if addresses else self.REFRESH)
         if addresses:
             target.spare, = addresses
@@ -6475,18 +6250,22 @@ class UdpRelay(Relay):
     """
     SILENCE = 20.0                      # seconds
     ONE_WAY = 4
-    HEADER = 22                         # bytes of the longest header of an answer, with IPv6
+    HEADER = 262                        # bytes of the longest header of an answer, with a name
 
-    def __init__(self, client, control, near, hint, is_here=True, release=None):
-        super().__init__(client)
+    def __init__(self, client, control, near, hint=UNSPECIFIED, is_here=True, release=None):
+        self.client, self.due = client, None
+        self.host = client.address.host
         self.control = control
-        self.near = self.protected(near)
+        self.near = protected(near, control)
+        self.shared_port = near if isinstance(near, SharedPort) else None
         self.hint = hint
         self.is_here = is_here
         self.release = release
+        self.receivers = {}             # functions to call when a socket is ready, by descriptor
         self.owner = None               # the client's UDP address, as recvfrom() returns it
         self.reply_to = None            # the owner, or the last one while there is none
         self.connected = False          # `near` is connected to the owner
+        self.is_filtered = False        # all datagrams that can be read from it are the owner's
         self.is_settled = False         # the owner stays when it is silent
         self.far = {}                   # sockets for targets, see far_socket() and use()
         self.inbound = ()               # local addresses that the client has connected to
@@ -6496,6 +6275,9 @@ class UdpRelay(Relay):
         self.targets = 0                # how many have been used
         self.sent = self.answers = self.dropped = 0             # datagrams
         self.up = self.down = 0         # bytes of payload
+        if near is control:             # no one else can send there: the client is the owner
+            self.owner = self.reply_to = near.source
+            self.connected = self.is_settled = True
 
     @property
     def patience(self):
@@ -6506,45 +6288,57 @@ class UdpRelay(Relay):
         """Bytes of payload from the client, and from targets."""
         return self.up, self.down
 
-    def protected(self, near):
-        """The socket `near`, wrapped in `GssDatagrams` if the control connection uses GSSAPI (RFC
-        1961 section 5)."""
-        if isinstance(self.control, GssLayer):
-            return GssDatagrams(near, self.control.context)
-        return near
-
     def start(self, loop, control_events=0):
         """Begin in `loop`, which already watches the control connection for `control_events`."""
         self.last_heard = loop.now      # time of the client's last datagram
         self.attach(loop)
         self.client.server.sessions.associations += 1
-        self.watch_client(control_events)
+        self.watch_association(self.near, self.control, self.from_client, self.client_ended,
+                               control_events)
+        if self.shared_port:
+            self.shared_port.join(self)
         for way, association in self.far.items():
-            association.start(self, way)
+            self.use(way, association)
 
-    def watch_client(self, control_events):
-        """Watch the sockets for the client."""
-        self.loop.watch(self.control, control_events, READ, self)
-        self.loop.watch(self.near, 0, READ, self)
+    def watch_association(self, datagrams, control, receive, ended, control_events=0):
+        """Have receive() called for datagrams, and ended(why) when their TCP connection has ended,
+        regularly if `why` is ''."""
+        if datagrams is control:
+            datagrams.start(self, receive, ended, control_events)
+        else:
+            self.watch(control, functools.partial(self.read_control, control, ended),
+                       control_events)
+            if datagrams.fileno() >= 0:         # a SharedPort receives by itself
+                self.watch(datagrams, receive)
+
+    def watch(self, sock, receive, before=0, wanted=READ):
+        """Have receive() called when `sock` is ready, as Loop.watch()."""
+        self.receivers[sock.fileno()] = receive
+        self.loop.watch(sock, before, wanted, self)
 
     def ready(self, fd, _):
-        if fd == self.near.fileno():
-            self.from_client()
-        elif fd == self.control.fileno():
-            self.read_control()
-        else:
-            self.from_target(next(sock for sock in self.far.values() if sock.fileno() == fd))
+        self.receivers[fd]()
 
-    def read_control(self):
-        """Ignore data on the TCP connection; end the relay with it (RFC 1928 section 6)."""
+    def read_control(self, control, ended):
+        """Ignore data on the TCP connection of an association (RFC 1928 section 6)."""
         try:
-            if self.control.recv(4096):
+            if control.recv(4096):
                 return
+            why = ''
         except BLOCKED:
             return
         except OSError as error:
-            return self.close(f'client: {reason(error)}')
-        self.close('done')
+            why = printable_line(reason(error))
+        ended(why)
+
+    def client_ended(self, why):
+        self.close(f'client: {why}' if why else 'done')
+
+    def close_socket(self, sock):
+        """Close a socket, which the loop watches or not."""
+        if self.receivers.pop(sock.fileno(), None):
+            self.loop.watch(sock, READ, 0, self)
+        sock.close()
 
     def expire(self):
         """Close the relay if it is idle; forget an owner that is silent; else set the timer."""
@@ -6571,13 +6365,20 @@ class UdpRelay(Relay):
         local.
         """
         loop, known, reassembly = self.loop, self.routes.known, self.reassembly
-        receive, buffer, now = self.near.recvfrom_into, loop.buffer, loop.now
+        near, is_filtered, source = self.near, self.is_filtered, self.owner
+        receive = near.recv_into if is_filtered else near.recvfrom_into
+        buffer, now = loop.buffer, loop.now
         monotonic = time.monotonic
         end_of_turn = monotonic() + loop.time_slice
         while monotonic() < end_of_turn:
             try:
-                count, source = receive(buffer)
+                if is_filtered:         # saves the making of the address
+                    count = receive(buffer)
+                else:
+                    count, source = receive(buffer)
             except BLOCKED:
+                # What came before connect() has been read: the rest is from the owner.
+                self.is_filtered = self.connected and isinstance(near, _orig_socket)
                 return
             except OSError:             # an ICMP error for an earlier send
                 continue
@@ -6602,7 +6403,7 @@ class UdpRelay(Relay):
 
     def admit(self, source):
         """Whether a valid datagram from another address than the owner's makes it the owner."""
-        if Address.of(source).host != self.client.address.host or not source[1]:
+        if Address.of(source).host != self.host or not source[1]:
             return False                # nothing can be sent to port 0, which stands for no hint
         announced = source[1] == self.hint.port
         if self.owner:
@@ -6627,27 +6428,23 @@ class UdpRelay(Relay):
             self.close_one(next(iter(self.far)))
 
     def close_one(self, key):
-        """Close the socket for targets that is `far[key]`."""
-        sock = self.far.pop(key)
-        if isinstance(sock, FarAssociation):
-            sock.stop()
-        else:
-            self.loop.watch(sock, READ, 0, self)
-        sock.close()
-        return sock
+        """Close the socket for targets, or the `FarAssociation`, that is `far[key]`."""
+        far = self.far.pop(key)
+        for sock in getattr(far, 'sockets', [far]):
+            self.close_socket(sock)
+        return far
 
     def forget_owner(self):
         """Let the client's next port be the owner; answers go to the last one until then."""
         if self.connected:              # not every system can undo that, so take a new socket
             address = local_address(self.near)
-            self.loop.watch(self.near, READ, 0, self)
-            self.near.close()
+            self.close_socket(self.near)
             try:
-                self.near = self.protected(bound_udp(address))
+                self.near = protected(bound_udp(address), self.control)
             except OSError as error:
                 return self.close(reason(error))
-            self.loop.watch(self.near, 0, READ, self)
-            self.connected = False
+            self.watch(self.near, self.from_client)
+            self.connected = self.is_filtered = False
         self.owner = None
         self.expire()
 
@@ -6659,34 +6456,32 @@ class UdpRelay(Relay):
             self.routes.forward(b'\0\0\0' + header[3:], datagram)       # without FRAG
 
     def far_socket(self, way, host):
-        """The socket for targets of the family of the IP address `host` that are reached by a `Way`
-        without proxies; OSError if none can be bound."""
+        """The socket for targets that are reached by a `Way`, of the family of the IP address
+        `host`; the `FarAssociation` if the way has proxies.  OSError if there is none."""
         source = self.inbound if way.is_inbound else way.source
-        key = source, family_of(host)
+        key = way if way.chain else (source, family_of(host))
         if key not in self.far:
+            if way.chain:
+                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
             sock = self.far[key] = bound_udp(
                 source_of(key[1], source or self.client.server.settings.source))
-            self.loop.watch(sock, 0, READ, self)
+            self.watch(sock, functools.partial(self.from_target, sock))
         return self.far[key]
 
     def use(self, way, association):
         """Reach the targets of a `Way` by a `FarAssociation`."""
+        log.debug('%s: datagrams through %s', self.client.address,
+                  ', then '.join(map(str, way.chain)))
         self.far[way] = association
-        association.start(self, way)
+        self.watch_association(association.datagrams, association.control,
+                               functools.partial(self.from_target, association),
+                               functools.partial(self.far_ended, way))
 
     def far_ended(self, way, why):
         """The association at another proxy has ended; it is opened again for a later datagram."""
         log.debug('%s: the association at %s has ended: %s', self.client.address, way.chain[-1],
                   why or 'closed')
         self.routes.forget_far(self.close_one(way))
-
-    def note_target(self, name, address, is_new):
-        """Count and log a target: `address`, found for `name` unless that is None."""
-        self.targets += is_new
-        self.client.target = f'{self.targets} targets'
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug('%s: datagrams to %s%s', self.client.address, f'{name}, ' if name else '',
-                      address)
 
     def send(self, route, payload):
         """Send a payload to a target; whether the system has taken it."""
@@ -6724,26 +6519,23 @@ class UdpRelay(Relay):
             self.last_active = now
             start = room - len(header)
             buffer[start:room] = header
-            self.answer(buffer[start:room + count], count)
-
-    def answer(self, datagram, count):
-        """Send a datagram to the client, header included; `count` is the length of its payload."""
-        try:
-            if self.connected:
-                self.near.send(datagram)
-            else:
-                self.near.sendto(datagram, self.reply_to)
-            self.answers += 1
-            self.down += count
-        except OSError as error:        # too large with its header, or the client's port is closed
-            self.drop(reason(error))
+            datagram = buffer[start:room + count]
+            try:
+                if self.connected:
+                    self.near.send(datagram)
+                else:
+                    self.near.sendto(datagram, self.reply_to)
+                self.answers += 1
+                self.down += count
+            except OSError as error:    # too large with its header, or the client's port is closed
+                self.drop(reason(error))
 
     def close_near(self):
         """Close the sockets for the client."""
+        if self.shared_port:
+            self.shared_port.leave(self)
         for sock in self.control, self.near:
-            if sock.fileno() >= 0:      # forget_owner() may have failed to replace `near`
-                self.loop.watch(sock, READ, 0, self)
-                sock.close()
+            self.close_socket(sock)
         if self.release:
             self.release()
 
@@ -6770,125 +6562,178 @@ class UdpRelay(Relay):
             client.end(outcome, self.up, self.down)
 
 
-class ControlWatch:
-    """Watches the TCP connection of an association, for a relay, as an item of its loop.
+class StreamDatagrams:
+    """A connection with datagrams in it, with as much of a UDP socket's interface as a relay needs.
 
-    What comes there is ignored (RFC 1928 section 6).
+    Each message in the connection is one datagram, which send() takes and recvfrom_into() returns
+    with the header that it has over UDP (RFC 1928 section 7).
 
-    relay    the `UdpRelay`
-    sock     the connection
-    ended    function of a text, called at the end: why, or '' for a regular end
+    sock       non-blocking socket or `Layer`, which it owns
+    source     what recvfrom_into() returns as the sender
+    surplus    bytes that were read already
+    form       the form of messages: `StreamedDatagram`, or a `Form6`
+
+    Theory of operation.  The messages of several send() go out together, at the end of a round of
+    the loop.  A message is never split by a lack of room: send() raises an error for one that would
+    make more than `_room` bytes wait, so that a peer that does not read cannot fill the memory.
+    These bytes count in the loop like what pipes hold, and are as few as there if that is much.
+    After an error of the socket all that waits is dropped; recvfrom_into() tells of the error.
     """
-    due = None
+    SIZE = 1 << 16                      # bytes to read at a time
+    ROOM = 1 << 17                      # bytes: `_room`, unless memory is short
 
-    def __init__(self, relay, sock, ended):
-        self.relay = relay
-        self.sock = sock
-        self.ended = ended
-        self._events = 0                # events that the loop watches the connection for
+    def __init__(self, sock, source, surplus=b'', form=StreamedDatagram):
+        self._sock = sock
+        self.source = source
+        self.form = form
+        self._relay = None
+        self._events = 0                # that the socket is watched for
+        self._data = surplus            # bytes read
+        self._start = 0                 # where the next message begins in them
+        self._has_more = bool(surplus)  # there may be a whole message in them
+        self._is_due = False            # _receive_rest() is in the loop's inbox
+        self._messages = []             # what waits for the socket: messages,
+        self._sending = b''             # and, before them, bytes of which the socket took a part
+        self._size = 0                  # bytes of both
+        self._room = self.ROOM          # bytes that may wait; a single message may have more
+        self._held = 0                  # bytes that count in the loop
+        self._is_full = False           # the socket did not take all of the last flush()
+        self.fileno, self.getsockname = sock.fileno, sock.getsockname
 
-    @property
-    def client(self):
-        return self.relay.client
+    def start(self, relay, receive, ended, events):
+        """Begin to receive and to send, in the loop of a `UdpRelay`.
 
-    def start(self, events=0):
-        """Begin; the loop watches the connection for `events` already."""
-        self._events = events
-        self._watch(READ)
-
-    def _watch(self, wanted):
-        self.relay.loop.watch(self.sock, self._events, wanted, self)
-        self._events = wanted
-
-    def ready(self, *_):
-        try:
-            if self.sock.recv(4096):
-                return
-            why = ''
-        except BLOCKED:
-            return
-        except OSError as error:
-            why = printable_line(reason(error))
-        self.ended(why)
-
-    def stop(self):
-        """Stop watching the connection."""
-        self._watch(0)
-
-    def close(self, outcome):
-        """After a bug: the relay cannot go on."""
-        self.relay.close(outcome)
-
-
-class StreamWatch(ControlWatch):
-    """The same for a connection with the datagrams in it, `sock`, a `StreamDatagrams`.
-
-    receive    function that receives datagrams for a time slice
-    """
-
-    def __init__(self, relay, datagrams, receive, ended):
-        super().__init__(relay, datagrams, ended)
-        self.receive = receive
-        self._is_due = False            # _receive() is in the loop's inbox
-        datagrams.on_unsent = lambda: relay.loop.call(self, self.flush)
-
-    def start(self, events=0):
-        super().start(events)
+        receive    function that receives datagrams for a time slice
+        ended      function of a text, called when no more will come: why, or '' for a regular end
+        events     those that the loop watches the socket for already
+        """
+        self._relay, self._receive, self._ended = relay, receive, ended
+        self._watch(events, READ)
         self._receive_later()
 
-    def _receive_later(self):
-        if self.sock.pending and not self._is_due:
-            self._is_due = True
-            self.relay.loop.call(self, self._receive)
+    def _watch(self, before, wanted):
+        self._relay.watch(self, self._ready, before, wanted)
+        self._events = wanted
 
-    def ready(self, _, events):
-        if events & ~READ:
+    def _ready(self):
+        if self._events & WRITE:
             self.flush()
-        if events & ~WRITE:
-            self._receive()
+        self._receive_rest()
 
-    def _receive(self):
+    def _receive_rest(self):
         self._is_due = False
-        if self._events:                # else it was stopped meanwhile
+        if self._relay:                 # else it was closed meanwhile
             try:
-                self.receive()
+                self._receive()
                 self._receive_later()
             except EOFError as end:
-                self.ended(str(end))
+                self._ended(str(end))
+
+    def _receive_later(self):
+        """Receive in the next round, if there may be more even if the socket is not readable."""
+        if self._has_more and self._relay and not self._is_due:
+            self._is_due = True
+            self._relay.loop.call(self._relay, self._receive_rest)
+
+    def _count(self, held):
+        self._relay.loop.held += held - self._held
+        self._held = held
+
+    def close(self):
+        if self._relay:
+            self._count(0)
+        self._relay = None
+        self._sock.close()
+
+    def recvfrom_into(self, buffer):
+        """As of a socket; `buffer` has room for SIZE bytes and two RECORDs of a layer.
+
+        Raises EOFError when no more messages will come: the text says why, or it is empty after a
+        regular end.
+        """
+        while True:
+            start = self._start
+            try:
+                datagram = self.form.unpack(self._read).datagram
+            except EOFError:
+                self._data, self._start = self._data[start:], 0
+                self._read_more(buffer)
+            except ProtocolError as error:
+                raise EOFError(f'malformed message: {error}') from None
+            else:
+                buffer[:len(datagram)] = datagram
+                self._has_more = self._start < len(self._data)
+                return len(datagram), self.source
+
+    def _read(self, n):
+        start, self._start = self._start, self._start + n
+        if self._start > len(self._data):
+            raise EOFError
+        return self._data[start:self._start]
+
+    def _read_more(self, buffer):
+        self._has_more = False
+        try:
+            count = self._sock.recv_into(buffer, self.SIZE)
+        except BLOCKED:
+            raise
+        except OSError as error:
+            raise EOFError(printable_line(reason(error))) from None
+        if not count:
+            raise EOFError('the end of a message is missing' if self._data else '')
+        self._data += bytes(buffer[:count])
+
+    def send(self, datagram):
+        """Send a datagram at the next flush(), or raise OSError if there is no room for it."""
+        message = message_of(self.form, datagram)
+        if self._size + len(message) > self._room and not self._is_full:
+            self.flush()
+        if self._size and self._size + len(message) > self._room:
+            raise OSError(errno.ENOBUFS, 'the connection does not take more')
+        self._messages.append(message)
+        self._size += len(message)
+        if self._size == len(message):
+            self._relay.loop.call(self._relay, self.flush)
 
     def flush(self):
-        """Send what waits, at the end of a round, or when there is room for it."""
-        if self._events:
-            self._watch(READ if self.sock.flush() else READ | WRITE)
+        """Send what waits."""
+        if not self._relay:             # closed meanwhile
+            return
+        try:
+            while self._size:
+                if not self._sending:   # a layer must get the same bytes again if it is full
+                    self._sending = memoryview(b''.join(self._messages))
+                    self._messages.clear()
+                sent = self._sock.send(self._sending)
+                self._sending = self._sending[sent:] or b''     # an empty view keeps its memory
+                self._size -= sent
+        except BLOCKED:
+            pass
+        except OSError:
+            self._messages.clear()
+            self._sending, self._size = b'', 0
+        self._is_full = bool(self._size)
+        if not (self._is_full and self._held):
+            is_short = self._relay.loop.held >= Pipe.HELD
+            self._room = Pipe.SMALLEST if is_short else self.ROOM
+        self._count(self._room if self._is_full else 0)
+        self._watch(self._events, READ | WRITE if self._is_full else READ)
 
 
 class FarAssociation:
     """An association at another proxy, with as much of the interface of a UDP socket for targets as
     a relay needs.
 
-    datagrams    UDP socket that is connected to the proxy's, or the like of it, as
+    datagrams    UDP socket that is connected to the proxy's, or the like of it
+    control      TCP connection of the association; by default the datagrams are in it, in a
                  `StreamDatagrams`
-    control      TCP connection of the association; None if the datagrams are in it
     """
 
     def __init__(self, datagrams, control=None):
         self.datagrams = datagrams
-        self.control = control
+        self.control = control or datagrams
+        self.sockets = {self.datagrams, self.control}
         self.has_names = False          # the proxy has been asked for targets by name
-        self.fileno = datagrams.fileno
-
-    def start(self, relay, way):
-        """Serve a `UdpRelay`, which has it for a `Way`."""
-        log.debug('%s: datagrams through %s', relay.client.address,
-                  ', then '.join(map(str, way.chain)))
-        ended = functools.partial(relay.far_ended, way)
-        if self.control:
-            self._watch = ControlWatch(relay, self.control, ended)
-            relay.loop.watch(self.datagrams, 0, READ, relay)
-        else:
-            self._watch = StreamWatch(
-                relay, self.datagrams, functools.partial(relay.from_target, self), ended)
-        self._watch.start()
 
     def sendto(self, payload, address):
         """As of a socket; `address` may have a name."""
@@ -6914,42 +6759,12 @@ class FarAssociation:
         """The canonical `Address` in a header, without its first three bytes."""
         return canonical(Address.unpack(reader(header)[0]))
 
-    def stop(self):
-        """Stop serving the relay."""
-        self._watch.stop()
-        if self.control:
-            self._watch.relay.loop.watch(self.datagrams, READ, 0, self._watch.relay)
-
     def close(self):
-        for sock in (self.datagrams, self.control):
-            if sock:
-                sock.close()
+        for sock in self.sockets:
+            sock.close()
 
 
-class StreamRelay(UdpRelay):
-    """A `UdpRelay` whose datagrams travel in the client's connection, `near`, a `StreamDatagrams`.
-
-    No one else can send there, so the client is the owner from the beginning.
-    """
-
-    def __init__(self, client, near):
-        super().__init__(client, near, near, UNSPECIFIED)
-        self.owner = self.reply_to = near.source
-        self.connected = self.is_settled = True
-        self._watch = StreamWatch(self, near, self.from_client, self._ended)
-
-    def watch_client(self, control_events):
-        self._watch.start(control_events)
-
-    def _ended(self, why):
-        self.close(f'client: {why}' if why else 'done')
-
-    def close_near(self):
-        self._watch.stop()
-        self.near.close()
-
-
-class Relay6(StreamRelay):
+class Relay6(UdpRelay):
     """A relay for a SOCKS6 association: its datagrams come in the client's connection, `stream`, or
     to the UDP socket `port`, which may be None.
 
@@ -6958,30 +6773,24 @@ class Relay6(StreamRelay):
     """
 
     def __init__(self, client, stream, port=None, release=None):
-        super().__init__(client, stream)
+        super().__init__(client, stream, stream, release=release)
         self.owner, self.connected = None, False
         self.stream = stream
-        self.port = port and Datagrams6(port, stream.form)
-        self.release = release
-        self._watch.receive = functools.partial(self._receive, stream)
+        self.port = port and WrappedDatagrams(
+            port, functools.partial(message_of, stream.form), stream.form.datagram_in)
 
-    def watch_client(self, control_events):
-        super().watch_client(control_events)
+    def start(self, loop, control_events=0):
+        super().start(loop, control_events)
         if self.port:
-            self.loop.watch(self.port, 0, READ, self)
+            self.watch(self.port, functools.partial(self.from_client, self.port))
 
-    def ready(self, fd, events):
-        if self.port and fd == self.port.fileno():
-            self._receive(self.port)
-        else:
-            super().ready(fd, events)
-
-    def _receive(self, near):
-        """Receive datagrams that come by one of the two ways."""
+    def from_client(self, near=None):
+        """Relay the datagrams that come to the UDP socket `near`, or by default in the stream."""
+        near = near or self.stream
         if not self.owner:
             self.near = near
         if self.near is near:
-            return self.from_client()
+            return super().from_client()
         with contextlib.suppress(*BLOCKED):
             near.recvfrom_into(self.loop.buffer)
             self.drop('not by the way of the first one')
@@ -6993,7 +6802,7 @@ class Relay6(StreamRelay):
         if self.near is self.stream:
             self.owner, self.connected = source, True
             self._close_port()
-        self.stream.send(Message6(Message6.CONFIRMED, self.stream.form.association))
+        self.stream.send(b'')           # the confirmation
         return True
 
     def slow_path(self, header, payload):
@@ -7005,23 +6814,21 @@ class Relay6(StreamRelay):
     def _close_port(self):
         port, self.port = self.port, None
         if port:
-            self.loop.watch(port, READ, 0, self)
-            port.close()
+            self.close_socket(port)
             self.release()
 
     def close_near(self):
-        self._watch.stop()
         self._close_port()
-        self.stream.close()
+        self.close_socket(self.stream)
 
 
 class SharedPort:
     """A UDP port for the associations of any number of clients; an item of the server's loop.
 
     sock    the UDP socket
-    uses    number of associations, and one more if the port stays open without any
+    uses    number of associations
 
-    It is `near` of `SharedRelay`s: it receives datagrams, and has the right relay read each one.
+    It is `near` of `UdpRelay`s: it receives datagrams, and has the right relay read each one.
     From an address that a client has sent from before, a datagram is for that client's relay.  From
     a new address, it is for one of the relays of clients with that IP address:
 
@@ -7065,7 +6872,7 @@ class SharedPort:
         self.sock.close()
 
     def join(self, relay):
-        """Receive for a `SharedRelay`, until leave()."""
+        """Receive for a `UdpRelay`, until leave()."""
         self._relays.setdefault(relay.host, []).append(relay)
 
     def leave(self, relay):
@@ -7154,11 +6961,6 @@ class SharedPort:
             raise BlockingIOError
         return found
 
-    def recvfrom(self, _):
-        """The same, as (bytes, source)."""
-        length, source = self.recvfrom_into(self.loop.buffer)
-        return bytes(self.loop.buffer[:length]), source
-
     def connect(self, _):
         """Raises OSError: the socket is not for one client only."""
         raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
@@ -7167,43 +6969,24 @@ class SharedPort:
         """Nothing to do: other relays use the socket, too."""
 
 
-class SharedRelay(UdpRelay):
-    """A `UdpRelay` whose client sends to a `SharedPort`, `near`."""
-
-    def __init__(self, client, control, near, *args):
-        super().__init__(client, control, near, *args)
-        self._port = near               # `near` may be protected
-        self.host = client.address.host
-
-    def watch_client(self, control_events):
-        self.loop.watch(self.control, control_events, READ, self)
-        self._port.join(self)
-
-    def close_near(self):
-        self._port.leave(self)
-        super().close_near()
-
-
 class SharedPorts:
     """The `SharedPort`s of a server, by the address that each is bound to; `loop` is the server's.
     """
+    client = None                       # it is an item of the loop, for _tidy()
 
     def __init__(self, loop):
         self._loop = loop
         self._ports = {}                # `SharedPort` by `Address`
-        self._held = {}                 # result of bind() by `Address`, see hold()
+        self._held = set()              # see hold()
         self._lock = threading.Lock()   # reconfigure() may run in another thread than the loop
 
     def bind(self, address):
         """Return the `SharedPort` at an `Address`, and a function to call at the end of its use, in
         the thread of the loop.  Raises OSError."""
         with self._lock:
-            if address not in self._ports:
-                self._ports[address] = port = self._open(address)
-                self._loop.call(port, port.start)
-            port = self._ports[address]
+            port = self._ports.get(address) or self._open(address)
             port.uses += 1
-        return port, functools.partial(self._release, address, port)
+        return port, functools.partial(self._tidy, port)
 
     def _open(self, address):
         others = [port.sock for port in self._ports.values()]
@@ -7213,14 +6996,19 @@ class SharedPorts:
         finally:
             let_overlap(others, False)
         let_overlap([sock], False)
-        return SharedPort(sock, self._loop)
+        self._ports[address] = port = SharedPort(sock, self._loop)
+        self._loop.call(port, port.start)
+        return port
 
-    def _release(self, address, port):
+    def _tidy(self, left=None):
+        """End a use of the port `left`, if given; close the ports that are neither used nor held.
+        """
         with self._lock:
-            port.uses -= 1
-            if not port.uses:
-                del self._ports[address]
-                port.stop()
+            if left:
+                left.uses -= 1
+            for address, port in list(self._ports.items()):
+                if not (port.uses or address in self._held):
+                    self._ports.pop(address).stop()
 
     def hold(self, addresses):
         """Keep the ports at a set of `Address`es open, with or without associations, and no others
@@ -7228,21 +7016,18 @@ class SharedPorts:
 
         Raises OSError if one of them is in use; nothing changes then.
         """
-        added = {}
-        try:
-            for address in addresses - self._held.keys():
-                added[address] = self.bind(address)
-        except OSError as error:
-            self._let_go(added)
-            raise OSError(error.errno, f'--udp-port: {error.strerror}') from None
-        self._let_go({key: self._held.pop(key) for key in self._held.keys() - addresses})
-        self._held.update(added)
+        with self._lock:
+            before, self._held = self._held, addresses
+            try:
+                for address in addresses - self._ports.keys():
+                    self._open(address)
+            except OSError as error:
+                self._held = before
+                raise OSError(error.errno, f'--udp-port: {error.strerror}') from None
+            finally:
+                self._loop.call(self, self._tidy)
 
-    def _let_go(self, held):
-        for port, release in held.values():
-            self._loop.call(port, release)
-
-    def close(self):
+    def close(self, _=None):
         """Close all ports; the loop is closed."""
         for port in self._ports.values():
             port.sock.close()
@@ -7352,6 +7137,11 @@ class Proxy(NamedTuple):
         return self.type & ~FLAGS
 
     @property
+    def credentials(self) -> Credentials:
+        """User name and password, empty for None."""
+        return Credentials(self.username or b'', self.password or b'')
+
+    @property
     def is_optimistic(self) -> bool:
         """Whether it gets all messages at once, which it always does in SOCKS6."""
         return bool(self.type & OPTIMISTIC) or self.kind == SOCKS6
@@ -7430,24 +7220,25 @@ def parse_proxy_url(url: str) -> Proxy:
     return Proxy.checked(kind, addr, port, rdns, username, password)
 
 
-def parse_chain(proxy: ProxyArgument) -> List[Proxy]:
+def parse_chain(proxy: ProxyArgument, flags: int = 0) -> List[Proxy]:
     """Parse a `proxy` argument into a chain: a list of `Proxy`, the nearest one first.
 
-    The argument is a URL, a tuple of set_proxy()'s arguments, a list of these, or None.  Raises
-    ValueError or GeneralProxyError if it is none of them.
+    The argument is a URL, a tuple of set_proxy()'s arguments, a list of these, or None.  `flags`
+    are added to all types.  Raises ValueError or GeneralProxyError if it is none of them.
     """
     if not proxy:
         return []
-    if isinstance(proxy, str):
-        return [parse_proxy_url(proxy)]
     if isinstance(proxy, list):
-        chain = [each for item in proxy for each in parse_chain(item)]
+        chain = [each for item in proxy for each in parse_chain(item, flags)]
         if any(each.is_path for each in chain[1:]):     # a proxy connects to host and port only
             raise ValueError('proxy chain: a unix socket can only be the first proxy')
         return chain
-    if proxy[0] is None or isinstance(proxy[0], (str, list)):   # see proxy_tuple()
-        return parse_chain(proxy[0])
-    return [Proxy.checked(*proxy)]
+    if isinstance(proxy, str):
+        proxy = parse_proxy_url(proxy)
+    elif proxy[0] is None or isinstance(proxy[0], (str, list)):     # see proxy_tuple()
+        return parse_chain(proxy[0], flags)
+    proxy = Proxy.checked(*proxy)
+    return [proxy._replace(type=proxy.type | flags)]
 
 
 def is_bypassed(host: str, patterns: str, port: Optional[int] = None) -> bool:
@@ -7522,8 +7313,7 @@ def negotiating(proxy, target):
 
 
 def system_errno(error):
-    """The errno of an OSError, None for errors of the resolver and of OpenSSL, whose numbers have
-    another meaning."""
+    """The errno of an OSError; None for the resolver's and OpenSSL's, which mean something else."""
     return None if isinstance(error, socket.gaierror) or hasattr(error, 'library') else error.errno
 
 
@@ -7541,8 +7331,7 @@ def request_from(stream, proxy, command, address):
 
 
 def as_requested(proxy, address, until):
-    """Conversation: `address` as the proxy is asked for it: one of its IP addresses, unless the
-    proxy resolves names."""
+    """Conversation: `address`, or one of its IP addresses if the proxy does not resolve names."""
     if not is_resolved_here(proxy, address):
         return address
     found = yield from resolve(address, until)
@@ -7564,22 +7353,20 @@ def request_message(proxy, command, address):
     if proxy.kind == SOCKS4:
         return Request4(command, address, proxy.username or b'')
     if proxy.kind == SOCKS6:
-        credentials = Credentials(proxy.username or b'', proxy.password or b'')
         if command != Command.CONNECT:  # ADDR is where to listen
             address = UNSPECIFIED
-        return Request6(command, address, (Option.of(credentials),) * any(credentials))
+        options = (Option.of(proxy.credentials),) * any(proxy.credentials)
+        return Request6(command, address, options)
     if command != Command.CONNECT:
         raise HTTPError('HTTP proxies support CONNECT only', reply=Reply.COMMAND_NOT_SUPPORTED)
-    credentials = (proxy.username or b'') + b':' + (proxy.password or b'')
-    return HttpConnect(address, credentials.strip(b':') and credentials)
+    return HttpConnect(address, b':'.join(proxy.credentials) if any(proxy.credentials) else b'')
 
 
 def read_answer(stream, kind):
     """Conversation: read the answer to request_message(); the `Address` in it."""
     if kind == HTTP:
         return (yield from read_http_answer(stream))
-    return (yield from stream.read(
-        {SOCKS4: unpack_answer4, SOCKS5: unpack_answer5, SOCKS6: unpack_answers6}[kind]))
+    return (yield from stream.read(ANSWERS[kind]))
 
 
 def authenticate5(stream, proxy):
@@ -7588,8 +7375,7 @@ def authenticate5(stream, proxy):
     One message at a time, each in one send(), without pipelining: some proxies, and the mocks of
     test suites, expect a message to be all that one recv() returns.
     """
-    credentials = Credentials(proxy.username or b'', proxy.password or b'')
-    offered = b'\0\2' if any(credentials) else b'\0'
+    offered = b'\0\2' if any(proxy.credentials) else b'\0'
     yield from stream.write(Greeting(offered))
     method = (yield from stream.read(Choice.unpack)).method
     if method == Method.NO_ACCEPTABLE:
@@ -7600,7 +7386,7 @@ def authenticate5(stream, proxy):
                                   'username/password authentication')
         raise ProtocolError(f'the proxy chose method {method:#04x}, which was not offered')
     if method == Method.USERNAME_PASSWORD:
-        yield from stream.write(credentials)
+        yield from stream.write(proxy.credentials)
         check_verdict((yield from stream.read(Verdict.unpack)))
 
 
@@ -7658,6 +7444,10 @@ def unpack_answer4(read):
     if code != Reply4.GRANTED:
         raise SOCKS4Error(f'{code:#04x}: {SOCKS4_ERRORS.get(code, "Unknown error")}')
     return address
+
+
+# Decoders of the answer to a request; all return BND.
+ANSWERS = {SOCKS4: unpack_answer4, SOCKS5: unpack_answer5, SOCKS6: unpack_answers6}
 
 
 def read_http_answer(stream):
@@ -7730,74 +7520,71 @@ class Flight(ExactStream):
         self._has_ended = False         # this side's direction
 
     @classmethod
+    def state(cls, proxy):
+        """What is `known` of a proxy, None for nothing; in SOCKS6, all cope."""
+        return cls.known.get(proxy.without_secrets(), 0 if proxy.kind == SOCKS6 else None)
+
+    @classmethod
     def suits(cls, chain):
         """Whether to try it with any proxy of the chain."""
         return any(proxy.is_optimistic for proxy in chain) and not any(
-            cls.known.get(proxy.without_secrets(), 0) > time.monotonic() for proxy in chain)
+            (cls.state(proxy) or 0) > time.monotonic() for proxy in chain)
 
     @classmethod
     def note(cls, proxy, copes):
-        """Remember whether a proxy has coped; one failure of a proxy that did before means little.
-        """
+        """Remember whether a proxy has coped; one failure of one that did before means little."""
         if len(cls.known) > 1024:
             cls.known.clear()
-        before = cls.known.pop(proxy.without_secrets(), cls.at_first(proxy))
+        before = cls.state(proxy)
+        cls.known.pop(proxy.without_secrets(), None)
         if copes or before != 0:
             cls.known[proxy.without_secrets()] = 0 if copes else deadline(cls.STEPWISE)
-
-    @staticmethod
-    def at_first(proxy):
-        """What is believed of an unknown proxy: in SOCKS6, all cope."""
-        return 0 if proxy.kind == SOCKS6 else None
 
     def start(self, hops, command, data):
         """Conversation: send the messages to the first proxies of `hops`, and the data if it fits.
 
         hops    list of (proxy, target)
         """
-        packed, count = b'', 0
-        for number, (proxy, target) in enumerate(hops, 1):
-            if count and (not proxy.is_optimistic or proxy.type & (TLS | GSSAPI)
+        packed = []
+        for proxy, target in hops:
+            if packed and (not proxy.is_optimistic or proxy.type & (TLS | GSSAPI)
                           or is_resolved_here(proxy, target)):
                 break
             target = yield from as_requested(proxy, target, self.until)
-            messages = self.messages(
-                proxy, command if number == len(hops) else Command.CONNECT, target)
-            more = b''.join(message.pack() for message in messages)
-            if count and len(packed + more) > self.SEGMENT:
+            is_last = len(self._proxies) == len(hops) - 1
+            more = self.messages(proxy, command if is_last else Command.CONNECT, target)
+            if packed and len(b''.join(packed + more)) > self.SEGMENT:
                 break
-            packed, count, self.left = packed + more, count + len(messages), number
+            packed += more
             self._proxies.append(proxy)
             if proxy.kind == HTTP:
                 break
         else:
-            self.has_data = bool(data) and len(packed + data) <= self.SEGMENT
-        unknown = [number for number, proxy in enumerate(self._proxies)
-                   if self.known.get(proxy.without_secrets(), self.at_first(proxy)) != 0]
+            self.has_data = bool(data) and len(b''.join(packed) + data) <= self.SEGMENT
+        self.left = len(self._proxies)
+        unknown = [number for number, proxy in enumerate(self._proxies) if self.state(proxy) != 0]
         if unknown and (unknown != [0] or not self._is_first
                         or self.method(self._proxies[0]) != Method.USERNAME_PASSWORD):
             self.has_data = False
-        self._is_single = count + self.has_data == 1
+        packed += [data] * self.has_data
+        self._is_single = len(packed) == 1
         self._may_repeat = bool(unknown) and not self._is_single
         with contextlib.suppress(ConnectionError):      # reading tells more: there may be an answer
-            yield from self.write(Packed(packed + data * self.has_data))
+            yield from self.write(Packed(b''.join(packed)))
 
     @staticmethod
     def method(proxy):
         """The only method to offer; None if the proxy does not ask for one, or has done so."""
         if proxy.kind != SOCKS5 or proxy.type & GSSAPI:
             return None
-        return (Method.USERNAME_PASSWORD if proxy.username or proxy.password
-                else Method.NO_AUTHENTICATION)
+        return Method.USERNAME_PASSWORD if any(proxy.credentials) else Method.NO_AUTHENTICATION
 
     def messages(self, proxy, command, address):
-        """All messages to one proxy."""
+        """A list of all messages to one proxy, packed."""
         method, messages = self.method(proxy), [request_message(proxy, command, address)]
-        if method == Method.USERNAME_PASSWORD:
-            messages.insert(0, Credentials(proxy.username or b'', proxy.password or b''))
         if method is not None:
-            messages.insert(0, Greeting(bytes((method,))))
-        return messages
+            messages[:0] = [Greeting(bytes((method,)))] + [proxy.credentials] * bool(method)
+        return [message.pack() for message in messages]
 
     def answers(self, proxy):
         """Conversation: read the answers of the next proxy; the `Address` in the last one, BND."""
@@ -7826,16 +7613,14 @@ class Flight(ExactStream):
 
     def _log_in(self, method):
         """Conversation: read the answers to the greeting and to the password."""
-        answer = None
-        if method == Method.USERNAME_PASSWORD:
-            answer = yield from self.read(unpack_choice_or_verdict)
-        elif method is not None:
-            answer = yield from self.read(Choice.unpack)
+        if method is None:
+            return
+        answer = yield from self.read(unpack_choice_or_verdict if method else Choice.unpack)
         if isinstance(answer, Choice):
             if answer.method != method:
                 raise NotAnswered('it has chosen another method')
             answer = method and (yield from self.read(Verdict.unpack))
-        if answer:
+        if method:
             check_verdict(answer)
 
     def read(self, unpack):
@@ -7856,17 +7641,6 @@ class Flight(ExactStream):
         finally:
             self.until = until
         return (yield from self.read(unpack))
-
-
-def optimistically(chain, attempt):
-    """Conversation: the result of attempt(True), which uses `Flight`s; or of attempt(False), if
-    these do not suit a proxy of the chain."""
-    if Flight.suits(chain):
-        try:
-            return (yield from attempt(True))
-        except NotAnswered as error:
-            log.debug('%s; connecting again, one message at a time', error)
-    return (yield from attempt(False))
 
 
 # Theory of operation.  A program gets a socket with a descriptor, which it may poll, duplicate or
@@ -7921,10 +7695,9 @@ def certificate_places():
 
 @functools.lru_cache(4)
 def usual_context(*_):
-    """The ssl.SSLContext for proxies whose caller gave none.
+    """The ssl.SSLContext for proxies whose caller gave none, by certificate_places().
 
-    Cached, because loading the trusted certificates is slow; by the values of the environment
-    variables that say where these are.
+    Cached, because loading the trusted certificates is slow.
     """
     import ssl
     return ssl.create_default_context()
@@ -8085,20 +7858,17 @@ def destination(pair, chain):
     host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
     bare = without_brackets(host)
     address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
-    for proxy, (host, port) in zip(chain, targets(chain, address)):
+    for proxy, (host, port) in hops_of(chain, address):
         if proxy.kind == SOCKS4 and ':' in host:
             raise SOCKS4Error(f'{host}: SOCKS4 has no IPv6 addresses')
         canonical(Address(host, port))
-        try:
-            Address(host, port).pack()
-        except ValueError as error:
-            raise GeneralProxyError(f'{printable(host)}: {error}') from None
     return address
 
 
-def targets(chain, address):
-    """What each proxy of the chain is asked for: the next proxy, and the last one for `address`."""
-    return [Address(proxy.addr, proxy.sure_port) for proxy in chain[1:]] + [address]
+def hops_of(chain, address):
+    """A list of (proxy, what it is asked for): the next proxy, and the last one for `address`."""
+    following = [Address(proxy.addr, proxy.sure_port) for proxy in chain[1:]]
+    return list(zip(chain, [*following, address]))
 
 
 def negotiate_chain(sock, chain, command, address, until=None, context=None, data=b'',
@@ -8114,7 +7884,7 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None, dat
     at_once     whether to use a `Flight` where a proxy is OPTIMISTIC; may raise NotAnswered then
     """
     last, plain_ends, flight = sock, [], None
-    hops = list(zip(chain, targets(chain, address)))
+    hops = hops_of(chain, address)
     try:
         for index, (proxy, target) in enumerate(hops):
             step = command if target is address else Command.CONNECT
@@ -8144,24 +7914,30 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None, dat
 
 
 def open_chain(chain, address, until=None, source=(), context=None, command=Command.CONNECT,
-               data=b''):
+               data=b'', connect=None):
     """Conversation: connect to the first proxy and negotiate_chain(); its socket, and BND.
 
-    For BIND and UDP_ASSOCIATE, BND is an address that can be reached from here.
+    For BIND and UDP_ASSOCIATE, BND is an address that can be reached from here.  `connect` is what
+    to use instead of connect_to_proxy(); it is called again if the proxy does not cope with a
+    `Flight`.
     """
-    def attempt(at_once):
-        sock = yield from connect_to_proxy(chain[0], until, source)
-        with owned(sock):
-            last, bnd = yield from negotiate_chain(sock, chain, command, address, until, context,
-                                                   data, at_once)
-            if command in (Command.BIND, Command.UDP_ASSOCIATE):
+    connect = connect or functools.partial(connect_to_proxy, chain[0], until, source)
+    at_once = Flight.suits(chain)
+    while True:
+        sock = yield from connect()
+        try:
+            with owned(sock):
+                last, bnd = yield from negotiate_chain(sock, chain, command, address, until,
+                                                       context, data, at_once)
                 with owned(last):
-                    bnd = yield from usable_bnd(bnd, chain, sock, until)
-        if last is not sock:
-            sock.close()
-        return last, bnd
-
-    return optimistically(chain, attempt)
+                    if command in (Command.BIND, Command.UDP_ASSOCIATE):
+                        bnd = yield from usable_bnd(bnd, chain, sock, until)
+            if last is not sock:
+                sock.close()
+            return last, bnd
+        except NotAnswered as error:
+            log.debug('%s; connecting again, one message at a time', error)
+            at_once = False
 
 
 def open_association(chain, source_port, until=None, source=(), context=None):
@@ -8213,9 +7989,12 @@ def begin_in_connection(sock, until):
     The confirmation comes now, so that whatever comes later is a datagram.
     """
     stream = ExactStream(sock, until)
-    form = Form6((yield from stream.read(Message6.unpack)).association)
+    begun = yield from stream.read(Message6.unpack)
+    form = Form6(begun.association)
     yield from stream.write(form(Datagram(UNSPECIFIED, b'').pack()))
-    yield from stream.read(form.unpack)
+    confirmed = yield from stream.read(Message6.unpack)
+    if begun.kind != Message6.BEGUN or confirmed != form(b''):
+        raise ProtocolError('SOCKS6 association: expected messages of the types 1 and 2')
     return form
 
 
@@ -8238,8 +8017,7 @@ def associate(chain, until, source=()):
         sock = bound_udp(source_of(family, source))
         with owned(sock):
             sock.connect(bnd.sockaddr)
-    context = getattr(control, 'context', None)
-    return FarAssociation(GssDatagrams(sock, context) if context else sock, control)
+    return FarAssociation(protected(sock, control), control)
 
 
 def usable_bnd(bnd, chain, sock, until):
@@ -8310,14 +8088,15 @@ NO_HTTP = """\
 This port speaks SOCKS4, SOCKS4a and SOCKS5, not HTTP.
 Set it in your program as a SOCKS proxy (socks5h://...), not as an HTTP proxy."""
 
-# Stack options of SOCKS6 that can be answered, by level and code: the options of ip(7) and ipv6(7),
-# whose values are the same; None for Happy Eyeballs, which is always done.
+# Stack options of SOCKS6, of level IP, that are set on the socket of a target: by code, the values
+# and the options of ip(7) and ipv6(7), where they are the same.  Happy Eyeballs is always done.
+HAPPY_EYEBALLS = 2
 STACK_OPTIONS = {
-    (1, 1): (socket.IP_TOS, getattr(socket, 'IPV6_TCLASS', None)),
-    (1, 2): (None, None),
-    (1, 3): (socket.IP_TTL, socket.IPV6_UNICAST_HOPS)}
+    1: (range(256), socket.IP_TOS, getattr(socket, 'IPV6_TCLASS', None)),
+    3: (range(1, 256), socket.IP_TTL, socket.IPV6_UNICAST_HOPS)}
 if sys.platform == 'linux':             # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: no fragmentation
-    STACK_OPTIONS[1, 4] = 10, 23
+    STACK_OPTIONS[4] = (1, 2), 10, 23
+DNS_IN_PROXY = [Address(host, 53) for host in ZEROS]        # for CONNECT of SOCKS6
 METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
                 Method.GSSAPI: 'GSSAPI', Method.USERNAME_PASSWORD: 'password'}
 
@@ -8326,11 +8105,11 @@ METHOD_NAMES = {Method.NO_AUTHENTICATION: 'access without authentication',
 # takes a value, and returns it as `Settings` documents the field, or raises ValueError.
 
 def as_networks(value):
-    return tuple(parse_network(str(item)) for item in several(value))
+    return Networks(parse_network(str(item)) for item in several(value))
 
 
 def as_rules(value):
-    return None if value is None else tuple(
+    return None if value is None else Rules(
         item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
         for number, item in enumerate(several(value), 1))
 
@@ -8348,13 +8127,13 @@ def as_hosts(value):
 def as_users(value):
     if not isinstance(value, Mapping):
         raise ValueError('expected a mapping from names to passwords')
-    users = {encoded(name): encoded(password) for name, password in value.items()}
+    users = Users(value)
     for name, password in users.items():
         if not isinstance(name, bytes) or not isinstance(password, (bytes, Hashed)):
             raise ValueError('expected names and passwords as text or bytes')
         if len(name) > 255 or isinstance(password, bytes) and len(password) > 255:
             raise ValueError(f'{printable(name_text(name))}: expected at most 255 bytes each')
-    return MappingProxyType(users)
+    return users
 
 
 def as_chain(value):
@@ -8443,8 +8222,12 @@ CONVERSIONS.update(
     max_per_client=lambda value: None if value is None else as_number(int, value))
 
 
-def converted(settings):
-    """The `Settings` with every field checked and converted; ValueError names a wrong field."""
+def prepared(settings):
+    """The `Settings` for a server: every field is checked and converted.
+
+    Raises ValueError for a wrong field, OSError if `source` is not an address of this host, or if
+    GSSAPI has no keys.
+    """
     if not isinstance(settings, Settings):
         raise TypeError(f'settings: expected Settings(users=...), not a {type(settings).__name__}')
     values = {}
@@ -8453,17 +8236,7 @@ def converted(settings):
             values[name] = convert(getattr(settings, name))
         except (ValueError, TypeError, AttributeError, GeneralProxyError) as error:
             raise ValueError(f'Settings.{name}: {error}') from None
-    return settings._replace(**values)
-
-
-def prepared(settings):
-    """The `Settings` for a server: converted, with networks and rules in a form that is quick to
-    search.
-
-    Raises ValueError for a wrong field, OSError if `source` is not an address of this host, or if
-    GSSAPI has no keys.
-    """
-    settings = converted(settings)
+    settings = settings._replace(**values)
     for host in settings.source:
         if not is_ours(host):
             raise OSError(errno.EADDRNOTAVAIL,
@@ -8477,10 +8250,7 @@ def prepared(settings):
             pass
     if any(proxy.type & TLS for proxy in settings.upstream):
         usual_context(*certificate_places())    # loaded now: it takes too long for a loop
-    return settings._replace(
-        users=Users(settings.users), clients=Networks(settings.clients),
-        trusted=Networks(settings.trusted), balancers=Networks(settings.balancers),
-        rules=None if settings.rules is None else Rules(settings.rules))
+    return settings
 
 
 class LogLine(NamedTuple):
@@ -8557,7 +8327,7 @@ class Session:
         """The `LogLine` as of now."""
         return make(LogLine, (
             self.address, self.user, self.protocol,
-            self.command._name_ if self.command else '-',       # .name takes two calls more
+            '-' if self.command is None else self.command._name_,    # .name takes two calls more
             self.target, outcome, up, down, time.monotonic() - self.started,
             self.target if self.target_address is None else str(self.target_address)))
 
@@ -8617,6 +8387,7 @@ def ask_ident(client, local, source):
 
 
 CO_GENERATOR = 0x20                     # inspect.CO_GENERATOR; importing inspect takes long
+ALWAYS_OFFERED = Command.CONNECT, Command.FORWARD
 COMMAND_METHODS = {command: 'do_' + command.name for command in Command}
 
 
@@ -8671,7 +8442,7 @@ class Handler(socketserver.BaseRequestHandler):
     # function(code, address) that makes a reply in the form of the protocol and of the step in it;
     # None before the first byte, when there is no form.
     make_reply = None
-    stack_options: Mapping[Tuple[int, int], int] = MappingProxyType({})         # of SOCKS6
+    stack_options: Mapping[int, int] = MappingProxyType({})     # of SOCKS6: value by code
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -8683,9 +8454,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.server = server
         self.settings = settings = server.settings
         if isinstance(client_address, tuple):
-            address = Address.of(client_address)
-            if ':' in address.host:     # it may be an IPv4 client of a socket for both families
-                address = Address(plain_ip(address.host), address.port)
+            address = make(Address, client_address[:2])
+            if ':' in address.host:     # maybe an IPv4 client of a socket for both families
+                address = Address(plain_ip(Address.of(client_address).host), address.port)
         else:
             address = UnixAddress(request.getsockname())
         self.client = client = Session(server, address)
@@ -8888,15 +8659,8 @@ class Handler(socketserver.BaseRequestHandler):
         First data stays in the stream, as the next bytes, for the target.
         """
         self.client.protocol = 'SOCKS6'
-        self.make_reply = lambda *_: Verdict6(1)
-        try:
-            request = yield from self.stream.read(Request6.unpack)
-        except ProtocolError as error:
-            if error.reply != Reply.ADDRESS_TYPE_NOT_SUPPORTED or self.needs_login:
-                raise
-            yield from self.stream.write(Verdict6(0))
-            self.make_reply = Response6
-            raise
+        self.make_reply = self.refusal6
+        request = yield from self.stream.read(Request6.unpack)
         credentials, (methods, size), options = request.credentials(), request.methods(), ()
         if self.is_verbose:
             self.note('SOCKS6, methods offered: %s, options: %s', methods.hex(),
@@ -8909,14 +8673,23 @@ class Handler(socketserver.BaseRequestHandler):
             yield from self.authenticate_by_method(methods, size)
         yield from self.stream.write(Verdict6(0, options))
         self.make_reply = self.operation_reply
-        self.stack_answers = []
-        stack = [data for kind, data in request.options if kind == Option.STACK]
-        self.stack_options = {      # by level and code: those for the leg to the target
-            (data[0] & 0x3F, data[1]): data[2] for data in stack if len(data) == 4
-            and data[0] & 0x80 and (data[0] & 0x3F, data[1]) in STACK_OPTIONS}
-        if request[:2] in [(Command.CONNECT, (host, 53)) for host in ZEROS]:
-            raise Refused('there is no DNS server in the proxy', reply=Reply.CONNECTION_REFUSED)
+        self.stack_options, self.stack_answers = request.stack_options(), {}
+        if request.command == Command.CONNECT and request.address in DNS_IN_PROXY:
+            raise Refused(f'CONNECT to {request.address}: there is no DNS server in the proxy',
+                          reply=Reply.CONNECTION_REFUSED)
+        if request.command == Command.BIND:     # ADDR is where to listen, not the peer
+            places = {*ZEROS, *self.own_address()}
+            if request.address not in {Address(place, 0) for place in places}:
+                raise Refused(f'BIND at {printable(str(request.address))}, expected zeros')
+            request = request._replace(address=UNSPECIFIED)
         return request
+
+    def refusal6(self, code, _):
+        """The answer to a SOCKS6 request that cannot be parsed.  Its credentials are not known, so
+        a wrong type of address is told only where none are needed."""
+        if code == Reply.ADDRESS_TYPE_NOT_SUPPORTED and not self.needs_login:
+            return Packed(Verdict6(0).pack() + Response6(code).pack())
+        return Verdict6(1)
 
     def authenticate_by_method(self, methods, size):
         """Conversation: have a SOCKS6 client that sent no credentials do so now.
@@ -8932,36 +8705,34 @@ class Handler(socketserver.BaseRequestHandler):
             self.make_reply = lambda *_: choice
             raise Refused('no user name and password, expected those of a user')
         yield from self.stream.write(choice)
-        first = yield from self.stream.read(lambda read: read(size))
         self.make_reply = lambda *_: Packed(Verdict(1).pack() + Verdict6(1).pack())
-        yield from self.authenticate((yield from self.stream.read(Credentials.unpack)))
+        first, credentials = yield from self.stream.read(
+            lambda read: (read(size), Credentials.unpack(read)))
+        yield from self.authenticate(credentials)
         self.stream.surplus = first + self.stream.surplus
         yield from self.stream.write(Verdict(0))
 
     def operation_reply(self, code, address):
         """The SOCKS6 reply for a `Reply`, with the stack options that are set."""
         code = Reply.TIMED_OUT if code == Reply.TTL_EXPIRED else code
-        return Response6(code, address, tuple(self.stack_answers))
+        return Response6(code, address, tuple(
+            Option(Option.STACK, bytes((0x81, *item, 0))) for item in self.stack_answers.items()))
 
     def set_stack_options(self, target, is_name):
         """Set the stack options of a SOCKS6 request on the target's socket, where possible.
 
         is_name    whether the request has a name, so that its addresses were tried by RFC 8305
         """
+        if is_name and HAPPY_EYEBALLS in self.stack_options:
+            self.stack_answers[HAPPY_EYEBALLS] = 2      # done
         is_ipv6 = target.family == socket.AF_INET6
-        protocol = socket.IPPROTO_IPV6 if is_ipv6 else socket.IPPROTO_IP
-        for (level, code), value in self.stack_options.items():
-            option = STACK_OPTIONS[level, code][is_ipv6]
-            with contextlib.suppress(OSError):
-                if option is not None and (code < 4 or value in (1, 2)):
-                    target.setsockopt(protocol, option, value)
-                    value = target.getsockopt(protocol, option) & 0xFF
-                elif code == 2 and is_name:
-                    value = 2           # done
-                else:
-                    continue
-                self.stack_answers.append(Option(
-                    Option.STACK, bytes((0x80 | level, code, value, 0))))
+        level = socket.IPPROTO_IPV6 if is_ipv6 else socket.IPPROTO_IP
+        for code, (values, *options) in STACK_OPTIONS.items():
+            option, value = options[is_ipv6], self.stack_options.get(code)
+            if value in values and option is not None:
+                with contextlib.suppress(OSError):
+                    target.setsockopt(level, option, value)
+                    self.stack_answers[code] = target.getsockopt(level, option) & 0xFF
 
     def negotiate_gssapi(self):
         """Conversation: authenticate by GSSAPI; what follows is protected as agreed."""
@@ -9087,10 +8858,9 @@ class Handler(socketserver.BaseRequestHandler):
         tls = self.settings.tls
         if tls and not (self.tls and has_same_authorities(self.tls, tls)):
             raise Refused('the certificates have changed')
-        if self.client.protocol == 'HTTP' and not self.settings.http:
-            raise Refused('HTTP, expected SOCKS')
-        if self.client.protocol == 'SOCKS6' and not self.settings.socks6:
-            raise Refused('SOCKS6, expected SOCKS5')
+        served = {'HTTP': self.settings.http, 'SOCKS6': self.settings.socks6}
+        if not served.get(self.client.protocol, True):
+            raise Refused(f'{self.client.protocol}, expected SOCKS5')
         if self.client.protocol == 'SOCKS4' and self.settings.ident and not self.is_identified:
             raise Refused('ident is required')
         self.server.judge_client(self.client)
@@ -9143,85 +8913,61 @@ class Handler(socketserver.BaseRequestHandler):
     def offered(self, command, is_socks4):
         """Whether the protocol has the command, and the settings allow it at all."""
         settings = self.settings
-        if command in (Command.CONNECT, Command.FORWARD):
+        if command in ALWAYS_OFFERED:
             return True
         if command == Command.BIND:     # with other proxies, it would leave from here, past them
             return not settings.upstream
-        is_socks6 = self.client.protocol == 'SOCKS6'
-        if command == Command.NOOP:
-            return is_socks6
+        if self.client.protocol == 'SOCKS6':
+            return command in (Command.NOOP, Command.UDP_ASSOCIATE)
         if command in (Command.UDP_ASSOCIATE, Command.UDP_IN_TCP):      # SOCKS4 has neither
-            is_clear = command == Command.UDP_ASSOCIATE and settings.tls and not is_socks6
+            is_clear = command == Command.UDP_ASSOCIATE and settings.tls
             return not (is_socks4 or is_clear and not settings.udp_over_plain)
-        return settings.tor_extensions and not (is_socks4 and command == Command.RESOLVE_PTR)
+        return settings.tor_extensions and (
+            command == Command.RESOLVE or command == Command.RESOLVE_PTR and not is_socks4)
 
     def do_NOOP(self, request: AnyRequest) -> Conversation:
         """Reply only: a client may just log in, or look whether the proxy is there (SOCKS6)."""
         if request.address not in map(Address, ZEROS, (0, 0)):
             raise ProtocolError('an address for NOOP, expected zeros')
         self.client.target = '-'
-        yield from self.reply(Reply.SUCCEEDED)
-        self.client.report('done')
-        yield from self.stream.linger(deadline(LINGER))
+        yield from self.reply_with(UNSPECIFIED, 'done')
 
     def do_CONNECT(self, request: AnyRequest) -> Conversation:
         """Connect to the target, at one of its addresses or by way of other proxies."""
         if not request.address.port:
             raise ProtocolError('port 0, expected 1 to 65535')
-        rules, settings = self.settings.rules, self.settings
-        timeout = settings.connect_timeout
+        wanted, timeout = request.address, self.settings.connect_timeout
         until = self.stream.until = time.monotonic() + timeout if timeout else None
-        if rules and rules.have_ways:
-            return (yield from self.connect_by_rules(rules, request.address, until))
-        if settings.upstream:
-            return (yield from self.connect_through(
-                settings.upstream, request.address, until, settings.source))
-        addresses = yield from self.destinations(request.address, until)
-        target = yield from dial(addresses, until, settings.source,
-                                 self.note if self.is_verbose else None)
-        self.connected(target, addresses, request.address)
-        return (yield from self.join(target, Address.of(target.getsockname())))
-
-    def connected(self, target, addresses, wanted):
-        """Note which of the addresses of what was wanted has answered."""
-        if self.stack_options:
-            self.set_stack_options(target, plain_ip(wanted.host) is None)
-        self.client.target_address = None
-        if addresses[0] != wanted:
-            self.client.target_address = Address.of(target.getpeername())
-        if self.is_verbose:
-            self.note('connected to %s', self.client.target_address or addresses[0])
-
-    def connect_by_rules(self, rules, address, until):
-        """CONNECT by the ways that rules choose; the next one if one cannot be reached."""
-        wanted, addresses, error = self.permitted(address), None, None
-        ways = self.server.ways(self.client, wanted)
-        if not ways:                    # the first address decides, for all that go the same way
-            found = yield from self.destinations(address, until)
-            each = [self.server.ways(self.client, found_one, wanted.host) for found_one in found]
-            ways = each[0]
-            addresses = [one for one, its in zip(found, each) if its == ways]
+        ways, addresses = self.server.usual_ways, None
+        if self.server.has_ways:
+            ways, addresses = yield from self.server.find_ways(self.client, wanted, until)
         for left, way in zip(range(len(ways), 0, -1), ways):
             limit = until and time.monotonic() + (until - time.monotonic()) / left
+            source = self.inbound() if way.is_inbound else way.source or self.settings.source
             try:
-                return (yield from self.connect_by_way(way, address, limit, addresses))
-            except OSError as caught:
-                if left == 1 or not self.server.is_unreached(caught, way):
+                if way.chain and way.passes_names and not addresses:
+                    found = [self.server.unresolved(self.client, wanted)]
+                else:
+                    found = addresses or (
+                        yield from self.server.destinations(self.client, wanted, limit))
+                if way.chain:
+                    return (yield from self.connect_through(
+                        way.chain, wanted, found, limit, source))
+                target = yield from dial(found, limit, source,
+                                         self.note if self.is_verbose else None)
+                if self.stack_options:
+                    self.set_stack_options(target, plain_ip(wanted.host) is None)
+                self.client.target_address = None       # the same as what was wanted
+                if found[0] != wanted:
+                    self.client.target_address = Address.of(target.getpeername())
+                if self.is_verbose:
+                    self.note('connected to %s', self.client.target_address or found[0])
+                return (yield from self.join(target, Address.of(target.getsockname())))
+            except OSError as error:
+                if left == 1 or not self.server.is_unreached(error, way):
                     raise
-                error = caught
-            if self.is_verbose:
-                self.note('the next way, because: %s', reason(error))
-
-    def connect_by_way(self, way, address, until, addresses):
-        """CONNECT by one way; `addresses`, if not None, are those of a name."""
-        source = self.inbound() if way.is_inbound else way.source or self.settings.source
-        if way.chain:
-            return (yield from self.connect_through(way.chain, address, until, source, addresses))
-        if addresses is None:
-            addresses = yield from self.destinations(address, until)
-        target = yield from dial(addresses, until, source, self.note if self.is_verbose else None)
-        self.connected(target, addresses, address)
-        return (yield from self.join(target, Address.of(target.getsockname())))
+                if self.is_verbose:
+                    self.note('the next way, because: %s', reason(error))
 
     def inbound(self):
         """The local addresses that the client has connected to, as for dial()."""
@@ -9260,19 +9006,12 @@ class Handler(socketserver.BaseRequestHandler):
             target.close()
             raise
 
-    def connect_through(self, chain, address, until, source, addresses=None):
-        """Conversation: CONNECT through other proxies, from the local addresses `source`.
-
-        If the last one looks names up, it is asked for the name.  Otherwise it is asked for the
-        addresses that the client may reach, one after the other, until it can reach one;
-        `addresses` are these, if they are known.
-        """
-        if addresses is None and chain[-1].rdns:
-            addresses = [self.unresolved(address)]
-        elif addresses is None:
-            addresses = (yield from self.destinations(address, until))[:UPSTREAM_ATTEMPTS]
+    def connect_through(self, chain, address, addresses, until, source):
+        """Conversation: CONNECT to an `Address` through other proxies, from the local addresses
+        `source`.  The last one is asked for each of `addresses`, until it can reach one."""
         if self.is_verbose:
             self.note('through %s', ', then '.join(map(str, chain)))
+        addresses = addresses[:UPSTREAM_ATTEMPTS]
         for wanted in addresses:
             try:
                 target, bnd = yield from open_chain(
@@ -9289,11 +9028,6 @@ class Handler(socketserver.BaseRequestHandler):
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
 
-    def unresolved(self, address):
-        """The address to ask the last proxy for if it looks names up; raises Refused."""
-        self.server.judge_unresolved(self.client, self.permitted(address))
-        return absolute(address)
-
     def do_BIND(self, request: AnyRequest) -> Conversation:
         """Accept one connection for the client, from the peer that it named (RFC 1928 section 4).
 
@@ -9301,31 +9035,15 @@ class Handler(socketserver.BaseRequestHandler):
         closed; if no other came until the timeout, the second reply is "not allowed" with the
         address of the last of them.
         """
-        wanted, until = UNSPECIFIED, deadline(self.settings.bind_timeout)
-        self.stream.until = until
-        if isinstance(request, Request6):       # its address is the one to listen at
-            wanted, request = request.address, request._replace(address=UNSPECIFIED)
-        expected = [host for host, _ in (yield from self.destinations(request.address, until))]
+        until = self.stream.until = deadline(self.settings.bind_timeout)
+        peers = yield from self.server.destinations(self.client, request.address, until)
+        expected = [host for host, _ in peers]
         host, advertised = self.own_address(expected)
-        with bound(self.listening_address(wanted, host, advertised)) as listener:
+        with bound(Address(host, 0)) as listener:
             listener.listen(16)         # strangers must not fill the queue before the peer comes
             yield from self.reply(Reply.SUCCEEDED, Address(advertised, listener.getsockname()[1]))
             peer, address = yield from self.accept(listener, expected, request.address.port, until)
         return (yield from self.join(peer, address))
-
-    def listening_address(self, wanted, host, advertised):
-        """The `Address` for BIND to listen at.
-
-        In SOCKS6, a client may want a port; it gets that on its own host, where it can take it
-        itself.
-        """
-        if wanted.host not in (*ZEROS, host, advertised):
-            raise OSError(errno.EADDRNOTAVAIL, f'BIND at {printable(wanted.host)}, expected '
-                                               f'{advertised} or zeros')
-        is_here = is_loopback(self.client.address.host) or is_ours(self.client.address.host)
-        if wanted.port and not is_here:
-            raise Refused(f'BIND at port {wanted.port}, expected 0')
-        return Address(host, wanted.port)
 
     def accept(self, listener, expected, port, until):
         """Conversation: wait for the expected peer on `listener`, a bound and listening socket.
@@ -9365,78 +9083,75 @@ class Handler(socketserver.BaseRequestHandler):
     def do_UDP_ASSOCIATE(self, request: AnyRequest) -> Conversation:
         """Relay datagrams (RFC 1928 section 7).  The request's address may be the one that the
         client will send from."""
-        client, host = self.client, self.client.address.host
-        far = yield from self.begin_association()
-        with owned(*far.values()):
-            relay_class, settings = UdpRelay, self.settings
-            is_socks6, shared_port = isinstance(request, Request6), settings.udp_port
-            # The shared port does not look at association ids.
-            if is_socks6 and (shared_port or settings.tls and not settings.udp_over_plain):
-                yield from self.reply(Reply.SUCCEEDED)
-                return (yield from self.relay_6(far))
-            own, advertised = self.own_address()
-            is_here = is_loopback(host) or is_ours(host)        # it may take every port
-            if shared_port:
-                relay_class = SharedRelay
-                near, release = self.server.shared_ports.bind(Address(own, shared_port))
-            else:
-                near, release = self.server.udp_ports.bind(
-                    own, settings.udp_ports, None if is_here else client_key(host))
-            try:
-                yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
-                if is_socks6:
-                    return (yield from self.relay_6(far, near, release))
-                relay = relay_class(client, self.connection, near,
-                                    self.announced_source(request.address), is_here, release)
-                relay.far, relay.inbound = far, self.inbound()
-                return relay
-            except BaseException:
-                near.close()
-                release()
-                raise
+        return (yield from self.associate(self.relay_by_udp(request)))
 
-    def begin_association(self):
-        """Conversation: raise an OSError unless the client may have an association.
+    def do_UDP_IN_TCP(self, request: AnyRequest) -> Conversation:
+        """Relay datagrams that are messages in the client's connection, as hev-socks5-server does;
+        so they are inside of its TLS or GSSAPI.  The reply repeats the request's address."""
+        self.client.command = NamedCommand(Command.UDP_ASSOCIATE, Command.UDP_IN_TCP.name)
+        return (yield from self.associate(self.relay_in_tcp(request)))
 
-        If all datagrams go by way of other proxies, the result is {`Way`: `FarAssociation`}, so
-        that the client gets to know if they refuse it; else it is empty.
+    def associate(self, begin):
+        """Conversation: the relay that the conversation `begin` results in, if the client may have
+        an association; raises an OSError if not.
+
+        If all datagrams go by way of other proxies, the association there is opened first, so that
+        the client gets to know if they refuse it.
         """
-        self.client.target = '-'
+        self.client.target, far = '-', {}
         self.server.judge_association(self.client)
-        rules, settings = self.settings.rules, self.settings
-        if not settings.upstream or rules and rules.have_ways:
-            return {}
-        way = Way(settings.upstream, settings.source)
-        until = self.stream.until = deadline(settings.connect_timeout)
-        return {way: (yield from self.server.associate(way, until))}
+        way, = self.server.usual_ways
+        if way.chain and not self.server.has_ways:
+            until = self.stream.until = deadline(self.settings.connect_timeout)
+            far[way] = yield from self.server.associate(way, until)
+        with owned(*far.values()):
+            relay = yield from begin
+            relay.far, relay.inbound = far, self.inbound()
+            return relay
 
-    def relay_6(self, far, port=None, release=None):
+    def relay_in_tcp(self, request):
+        """Conversation: the relay for do_UDP_IN_TCP()."""
+        is_name = ip_bytes(request.address.host) is None
+        yield from self.reply(Reply.SUCCEEDED, UNSPECIFIED if is_name else request.address)
+        stream = StreamDatagrams(self.connection, self.client.address, self.stream.surplus)
+        return UdpRelay(self.client, stream, stream)
+
+    def relay_by_udp(self, request):
+        """Conversation: the relay for do_UDP_ASSOCIATE()."""
+        host, settings = self.client.address.host, self.settings
+        is_socks6 = isinstance(request, Request6)
+        # The shared port does not look at association ids.
+        if is_socks6 and (settings.udp_port or settings.tls and not settings.udp_over_plain):
+            yield from self.reply(Reply.SUCCEEDED)
+            return (yield from self.relay_6())
+        own, advertised = self.own_address()
+        is_here = is_loopback(host) or is_ours(host)            # it may take every port
+        if settings.udp_port:
+            near, release = self.server.shared_ports.bind(Address(own, settings.udp_port))
+        else:
+            near, release = self.server.udp_ports.bind(
+                own, settings.udp_ports, None if is_here else client_key(host))
+        try:
+            yield from self.reply(Reply.SUCCEEDED, Address(advertised, near.getsockname()[1]))
+            if is_socks6:
+                return (yield from self.relay_6(near, release))
+            return UdpRelay(self.client, self.connection, near,
+                            self.announced_source(request.address), is_here, release)
+        except BaseException:
+            near.close()
+            release()
+            raise
+
+    def relay_6(self, port=None, release=None):
         """Conversation: tell a SOCKS6 client the id of its association; the `Relay6`.
 
-        far              of begin_association()
         port, release    the UDP socket for it, if there is one, and the function to call at its end
         """
         association = os.urandom(8)
         yield from self.stream.write(Message6(Message6.BEGUN, association))
         stream = StreamDatagrams(self.connection, self.client.address, self.stream.surplus,
                                  Form6(association))
-        relay = Relay6(self.client, stream, port, release)
-        relay.far, relay.inbound = far, self.inbound()
-        return relay
-
-    def do_UDP_IN_TCP(self, request: AnyRequest) -> Conversation:
-        """Relay datagrams that are messages in the client's connection, as hev-socks5-server does;
-        so they are inside of its TLS or GSSAPI.  The reply repeats the request's address."""
-        client = self.client
-        client.command = NamedCommand(Command.UDP_ASSOCIATE, Command.UDP_IN_TCP.name)
-        far = yield from self.begin_association()
-        with owned(*far.values()):
-            is_name = ip_bytes(request.address.host) is None
-            yield from self.reply(Reply.SUCCEEDED, UNSPECIFIED if is_name else request.address)
-            relay = StreamRelay(client, StreamDatagrams(self.connection, client.address,
-                                                        self.stream.surplus))
-            relay.far, relay.inbound = far, self.inbound()
-            return relay
+        return Relay6(self.client, stream, port, release)
 
     def announced_source(self, address):
         """Where the client will send from, of the `Address` in its request, or UNSPECIFIED.
@@ -9451,11 +9166,12 @@ class Handler(socketserver.BaseRequestHandler):
         """Look up a name (Tor's socks-extensions); IPv4 first, because some clients read no other.
         """
         until = self.stream.until = deadline(self.settings.connect_timeout)
-        addresses = yield from self.destinations(request.address, until, self.server.judge)
+        addresses = yield from self.server.destinations(
+            self.client, request.address, until, self.server.judge)
         address = min(addresses, key=lambda address: ':' in address.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
-        yield from self.reply_with(Address(address.host, 0))
+        yield from self.reply_with(Address(address.host, 0), f'done, {address.host}')
 
     def do_RESOLVE_PTR(self, request: AnyRequest) -> Conversation:
         """Look up the name of an IP address (Tor's socks-extensions)."""
@@ -9467,12 +9183,13 @@ class Handler(socketserver.BaseRequestHandler):
         until = self.stream.until = deadline(self.settings.connect_timeout)
         name, _ = yield Call(functools.partial(
             stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
-        yield from self.reply_with(canonical(Address(name, 0)))
+        address = canonical(Address(name, 0))
+        yield from self.reply_with(address, f'done, {address.host}')
 
-    def reply_with(self, address):
-        """Conversation: send the reply to a look-up, and end the connection."""
+    def reply_with(self, address, outcome):
+        """Conversation: send the reply Succeeded, and end the connection."""
         yield from self.reply(Reply.SUCCEEDED, address)
-        self.client.report(f'done, {address.host}')
+        self.client.report(outcome)
         yield from self.stream.linger(deadline(LINGER))
 
     def own_address(self, peers=ZEROS):
@@ -9493,46 +9210,6 @@ class Handler(socketserver.BaseRequestHandler):
             if family_of(advertised) == family_of(host) and not is_loopback(host):
                 return (advertised if is_ours(advertised) else host), advertised
         return host, host.partition('%')[0]
-
-    def permitted(self, address):
-        """The canonical form of an `Address`; raises Refused if rules forbid its name."""
-        address = canonical(address)
-        if self.server.settings.rules is not None:
-            self.server.judge_name(self.client, address)
-        return address
-
-    def destinations(self, address, until, judge=None):
-        """Conversation: look an `Address` up; the result is a list of the `Address`es of it that
-        the client may reach, at least one.
-
-        judge    function(client, address, name) that raises Refused for one that the client may
-                 not reach; by default the server's authorize()
-
-        Raises socket.gaierror, or Refused if none is allowed.
-        """
-        allowed, refusal, wanted = [], None, self.permitted(address)
-        name = wanted.host if ip_bytes(wanted.host) is None else None
-        judge, found = judge or self.server.authorize, [wanted]
-        if name:
-            found = yield from resolve(address, until)
-        if self.settings.family or self.settings.prefer:
-            found = usable(found, self.settings)
-        if name and self.is_verbose:
-            self.note('%s is %s', name, ', '.join(address.host for address in found))
-        # Each address is judged, not the name alone: its owner may point it at the proxy's network
-        # (DNS rebinding).  Connections go to exactly the addresses that are returned.
-        for candidate in found:
-            try:
-                judge(self.client, candidate, name)
-            except Refused as error:
-                refusal = error
-                if self.is_verbose:
-                    self.note('not allowed: %s', reason(error))
-            else:
-                allowed.append(candidate)
-        if not allowed:
-            raise refusal
-        return allowed
 
 
 def command_methods(handler_class):
@@ -9716,17 +9393,18 @@ class Sessions:
     def negotiated(self, client):
         """A client has sent its request, or leaves; returns its task, or None if it was not
         negotiating."""
-        tasks = self._tasks.get(client.key, {})
+        key, keys = client.key, self._keys
+        tasks = self._tasks.get(key, {})
         task = tasks.pop(client, None)
         if task:
             self.negotiating -= 1
-            del self._keys[len(tasks) + 1][client.key]
+            del keys[len(tasks) + 1][key]
             if tasks:
-                self._keys[len(tasks)][client.key] = True
+                keys[len(tasks)][key] = True
             else:
-                del self._tasks[client.key]
-            while len(self._keys) > 1 and not self._keys[-1]:
-                self._keys.pop()
+                del self._tasks[key]
+            while len(keys) > 1 and not keys[-1]:
+                keys.pop()
         return task
 
     def count(self, client, limit):
@@ -9787,16 +9465,6 @@ class BulkLoops:
         for loop, thread in self._threads.items():
             loop.stop()
             thread.join()
-
-
-class Listening(LoopItem):
-    """A server's listeners, as an item of its loop; `due` ends a pause, or a drain.
-
-    server_close() closes them.
-    """
-
-    def __init__(self, server):
-        self.ready, self.expire = server._accept, server._expire        # see `Loop`
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -9860,7 +9528,6 @@ class Server(socketserver.ThreadingTCPServer):
     heavy_loops = min(4, processors())
     _accepting = _draining = False
     _loop_thread = None                 # the number of the thread in serve_forever()
-    _starved = _warned = float('-inf')  # times of the last warnings, see starve() and _warn()
 
     def __init__(self, server_address: ServerAddress = ('127.0.0.1', 1080),
                  settings: Optional[Settings] = None, handler_class: Type[Handler] = Handler,
@@ -9876,6 +9543,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.socket_files = []          # (path, os.stat_result) of those to remove at the end
         self.failures = Failures()
         self.sessions = Sessions()
+        self._warned = {}               # time of the last warning, by text
         self._has_conversations = isinstance(handler_class, type) and issubclass(
             handler_class, Handler)
         # An overridden log_session() gets every line, even if the level of the log drops them.
@@ -9884,7 +9552,8 @@ class Server(socketserver.ThreadingTCPServer):
         # Held in serve_forever().  Reentrant, for shutdown() in a signal handler of that thread.
         self._serving = threading.RLock()
         self._bulk_loops = BulkLoops(self.heavy_loops)
-        self._item = Listening(self)
+        self._item = LoopItem()         # for the listeners; `due` ends a pause, or a drain
+        self._item.ready, self._item.expire = self._accept, self._expire
         self._costly_pool = BlockingPool(COSTLY_CALLS)
         self.loop = Loop(self._pool, self._bulk_loops.take, self.resolver, self._costly_pool)
         self.shared_ports = SharedPorts(self.loop)
@@ -9899,7 +9568,8 @@ class Server(socketserver.ThreadingTCPServer):
     def _configure(self, settings):
         """Use `settings`, as prepared() returns them."""
         self.settings = settings
-        self._usual_way = Way(settings.upstream, settings.source)
+        self.usual_ways = [Way(settings.upstream, settings.source)]
+        self.has_ways = bool(settings.rules and settings.rules.have_ways)
         self.places = clients_possible()        # number of clients that descriptors are left for
         self.max_clients = settings.max_clients or self.places
         # The default for one host, and for clients without a request, is half of the places, so
@@ -10046,7 +9716,8 @@ class Server(socketserver.ThreadingTCPServer):
         listener, family, kind, protocol = self._listening[fd]
         room = self._room()
         if room <= 0:
-            self._warn()
+            self._warn('%s clients are served, more have to wait (--max-clients)',
+                       self.max_clients)
         for _ in range(min(ACCEPT_BATCH, room)):
             try:
                 # As accept() does, which asks the listener for its family each time.
@@ -10071,18 +9742,15 @@ class Server(socketserver.ThreadingTCPServer):
             self._pause()
 
     def starve(self, error: OSError) -> None:
-        """Warn, once a minute at most, that descriptors or memory are used up."""
-        now = time.monotonic()
-        if now >= self._starved + WARNING_PAUSE:
-            self._starved = now
-            log.warning('cannot accept clients, or cannot serve them: %s', reason(error))
+        """Warn that descriptors or memory are used up."""
+        self._warn('cannot accept clients, or cannot serve them: %s', reason(error))
 
-    def _warn(self):
-        """Warn, once a minute at most, that clients have to wait."""
-        if self.loop.now - self._warned >= WARNING_PAUSE:
-            self._warned = self.loop.now
-            log.warning('%d clients are served, more have to wait (--max-clients)',
-                        self.max_clients)
+    def _warn(self, text, argument):
+        """Log a warning, once a minute at most."""
+        now = time.monotonic()
+        if now >= self._warned.get(text, float('-inf')) + WARNING_PAUSE:
+            self._warned[text] = now
+            log.warning(text, argument)
 
     def _room(self):
         """The number of clients that can be accepted now.
@@ -10156,14 +9824,29 @@ class Server(socketserver.ThreadingTCPServer):
         target    an `Address` with an IP address; called for each one of a name
         name      the name that the client asked for, or None
 
-        What is local to the proxy is refused to clients on other hosts, unless a rule on a network
-        inside the local one allows it.
+        A client with a loopback address may reach anything that the rules allow.  Other clients
+        never reach the proxy itself.  They reach LOCAL_NETWORKS, or BIND for any peer (a target of
+        zeros), only by a rule on such a network.
         """
         rule = None if self.settings.rules is None else self.judge(client, target, name)
+        if target.host in ZEROS and client.command != Command.BIND:     # taken for loopback
+            raise Refused(f'{target.host} is not a host address', reply=Reply.GENERAL_FAILURE)
+        if is_loopback(client.address.host):
+            return
+        if is_local(target.host) and not (rule and rule.opens(target.host)):
+            raise Refused(f'{target.host} is local to the proxy')
         listeners = self.addresses
         if self._udp_addresses and client.command == Command.UDP_ASSOCIATE:
             listeners = listeners + self._udp_addresses
-        authorize(client.address, client.command, target, listeners, rule)
+        # A client that reaches the proxy through itself appears as one on this host.  The second
+        # test, which asks the system, is only for listeners with the same port.
+        if any(target.port == port for _, port in listeners):
+            hosts = list(map(ip_text, with_embedded(ip_bytes(target.host))))
+            for host, port in listeners:
+                if port == target.port and (
+                        host.partition('%')[0] in hosts
+                        or host in ZEROS and any(map(is_ours, hosts))):
+                    raise Refused(f'{target} is the proxy itself')
 
     def judge(self, client: Session, target: Address, name: Optional[str] = None) -> Optional[Rule]:
         """The `Rule` that allows a target, as in authorize(), or None if there are no rules; raises
@@ -10176,27 +9859,64 @@ class Server(socketserver.ThreadingTCPServer):
             raise Refused(f'{rule.place} chooses a way, which is for connections and UDP only')
         return rule
 
-    def judge_unresolved(self, client: Session, target: Address) -> None:
-        """Raise Refused unless the last proxy may be asked for `target`, in canonical form.
+    def permitted(self, client: Session, address: Address) -> Address:
+        """The canonical form of an `Address`; raises Refused if no rule can allow it by its name.
+
+        It comes before the look-up, so that a forbidden name does not reach a name server.
+        """
+        address, settings = canonical(address), self.settings
+        if settings.rules is not None and ip_bytes(address.host) is None:
+            is_final = bool(settings.upstream) and settings.upstream[-1].rdns
+            allowing(settings.rules.first_for_name(client, address, is_final), address)
+        return address
+
+    def unresolved(self, client: Session, address: Address) -> Address:
+        """The `Address` to ask the last proxy for if that one looks names up; raises Refused.
 
         A name of that proxy's own host, such as localhost, must be allowed as the loopback
         addresses that it stands for there.
         """
-        if ip_bytes(target.host) is not None:
+        host, port = target = self.permitted(client, address)
+        if ip_bytes(host) is not None:
             self.authorize(client, target)
-        elif LOOPBACK_NAME.match(target.host):
-            for host in ('127.0.0.1', '::1'):
-                self.authorize(client, Address(host, target.port), target.host)
+        elif LOOPBACK_NAME.match(host):
+            for each in ('127.0.0.1', '::1'):
+                self.authorize(client, Address(each, port), host)
+        return absolute(address)
 
-    def judge_name(self, client: Session, target: Address) -> None:
-        """Raise Refused if no rule can allow `target`, an `Address`, by its name.
+    def destinations(self, client: Session, address: Address, until: Optional[float],
+                     judge: Optional[Callable] = None) -> Conversation:
+        """Conversation: look an `Address` up; the result is a list of the `Address`es of it that
+        the client may reach, at least one.
 
-        It comes before the look-up, so that a forbidden name does not reach a name server.
+        judge    function(client, address, name) that raises Refused for one that the client may
+                 not reach; by default authorize()
+
+        Raises socket.gaierror, or Refused if none is allowed.
         """
-        settings = self.settings
-        if settings.rules is not None and ip_bytes(target.host) is None:
-            is_final = bool(settings.upstream) and settings.upstream[-1].rdns
-            allowing(settings.rules.first_for_name(client, target, is_final), target)
+        allowed, refusal, wanted = [], None, self.permitted(client, address)
+        name = wanted.host if ip_bytes(wanted.host) is None else None
+        judge, found, settings = judge or self.authorize, [wanted], self.settings
+        if name:
+            found = yield from resolve(address, until)
+        if settings.family or settings.prefer:
+            found = usable(found, settings)
+        if name and log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: %s is %s', client.address, name, ', '.join(host for host, _ in found))
+        # Each address is judged, not the name alone: its owner may point it at the proxy's network
+        # (DNS rebinding).  Connections go to exactly the addresses that are returned.
+        for candidate in found:
+            try:
+                judge(client, candidate, name)
+            except Refused as error:
+                refusal = error
+                if log.isEnabledFor(logging.DEBUG):
+                    log.debug('%s: not allowed: %s', client.address, reason(error))
+            else:
+                allowed.append(candidate)
+        if not allowed:
+            raise refusal
+        return allowed
 
     def judge_association(self, client: Session) -> None:
         """Raise Refused if no rule can allow a datagram of `client`, OSError if there are not
@@ -10216,14 +9936,27 @@ class Server(socketserver.ThreadingTCPServer):
 
         Empty for a name: the ways to its addresses count.
         """
-        rules, usual = self.settings.rules, self._usual_way
-        if not (rules and rules.have_ways):
-            return [usual]
-        if ip_bytes(target.host) is None:
-            ways = rules.ways_of_name(client, target)
-        else:                           # none: authorize() says why not
-            ways = rules.ways(client, target, name) or [usual]
+        if not self.has_ways:
+            return self.usual_ways
+        usual, = self.usual_ways
+        ways = self.settings.rules.ways(client, target, name)
+        if not ways and ip_bytes(target.host) is not None:
+            ways = [usual]              # authorize() says why not
         return [way or usual for way in ways]
+
+    def find_ways(self, client: Session, address: Address,
+                  until: Optional[float]) -> Conversation:
+        """Conversation: the `Way`s to an `Address`, and, if these depend on it, its destinations().
+
+        The first destination decides; the result has those with the same ways.  Else it has None.
+        """
+        wanted = self.permitted(client, address)
+        ways = self.ways(client, wanted)
+        if ways:
+            return ways, None
+        found = yield from self.destinations(client, address, until)
+        each = [self.ways(client, one, wanted.host) for one in found]
+        return each[0], [one for one, ways in zip(found, each) if ways == each[0]]
 
     @staticmethod
     def is_unreached(error: OSError, way: Way) -> bool:
@@ -10243,7 +9976,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Log the line of a client, at its end."""
         # Like log.info(), without a search for the caller.  Session.report() looks at the level.
         if not self.logs_sessions or log.isEnabledFor(logging.INFO):
-            log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None,
+            log.handle(log.makeRecord(log.name, logging.INFO, 'socks.py', 0, line, (), None,
                                       'log_session'))
 
     def session_ended(self, client: Session, up: int, down: int) -> None:
@@ -10322,11 +10055,6 @@ if ContextVar is None:                  # Python 3.6: one value per thread, not 
 _scope = ContextVar('socks_default_proxy', default=None)       # what _default() returns, or None
 
 
-def made_optimistic(chain):
-    """The chain with OPTIMISTIC for all proxies."""
-    return [proxy._replace(type=proxy.type | OPTIMISTIC) for proxy in chain]
-
-
 def proxy_tuple(proxy_type, addr=None, port=None, rdns=True, username=None, password=None):
     """The 6-tuple that set_proxy() keeps, as PySocks' programs read it.
 
@@ -10379,8 +10107,7 @@ def default_proxy(proxy: ProxyArgument, bypass: str = '') -> Iterator[None]:
     proxy   URL, list of URLs for a chain, tuple of set_proxy()'s arguments, or None for no proxy
     bypass  as in set_default_proxy()
     """
-    default = proxy_tuple(*proxy) if isinstance(proxy, tuple) else proxy_tuple(proxy)
-    token = _scope.set((default, bypass))
+    token = _scope.set((proxy_tuple(parse_chain(proxy)), bypass))
     try:
         yield
     finally:
@@ -10544,8 +10271,7 @@ def screen_host(host):
         return host, None
     try:
         address = canonical(Address(text, 0))
-        address.pack()
-    except (ProtocolError, ValueError) as error:
+    except ProtocolError as error:
         raise socket.gaierror(socket.EAI_NONAME, f'{printable(text)}: {error}') from None
     # canonical() turns the old forms of IPv4 addresses (127.1) into the usual one.
     return (address.host, None) if ip_bytes(address.host) else (None, text)
@@ -10629,8 +10355,8 @@ def gethostbyaddr(ip_address):
     """socket.gethostbyaddr(), but only addresses that getaddrinfo() gave have names."""
     text = host_text(ip_address)
     if not ip_bytes(text):
-        stand_in, name = screen_host(ip_address)
-        return (gethostbyaddr.stock(stand_in) if name is None
+        host, name = screen_host(ip_address)
+        return (gethostbyaddr.stock(host) if name is None
                 else (name, [], [virtual_addresses.of(name)]))
     name = name_of(text)
     if name == '':
@@ -10671,12 +10397,15 @@ def check_own_name(sockaddr):
                                            f'address or the name of this host')
 
 
-def matches_bypass(dest_pair, bypass):
-    """Whether the patterns `bypass` match the host of (host, port, ...), or the name for which
-    getaddrinfo() found it."""
-    host = host_text(restore_name(dest_pair)[0])
+def is_exempt(dest_pair, bypass, is_default=True):
+    """Whether (host, port, ...) is reached without the proxy: the patterns `bypass` match its host,
+    or the name for which getaddrinfo() found it; or, for a default proxy, listens_here()."""
+    if not isinstance(dest_pair, (tuple, list)) or len(dest_pair) < 2:
+        return False
+    host = host_text(restore_name(dest_pair)[0]) if bypass else ''
     return any(is_bypassed(known, bypass, dest_pair[1])
-               for known in (host, virtual_addresses.origin(host)) if known)
+               for known in (host, virtual_addresses.origin(host)) if known) or (
+        is_default and listens_here(dest_pair))
 
 
 def listens_here(dest_pair):
@@ -10717,8 +10446,7 @@ def set_self_blocking(function: Function) -> Function:
 
 
 def relayed(method: Function) -> Function:
-    """Decorator of a method for sockets whose datagrams go through a relay; others get the stock
-    method."""
+    """Decorator of a method for datagrams that go through a relay; else the stock one is called."""
     stock = getattr(_orig_socket, method.__name__, None)
 
     @functools.wraps(method)
@@ -10789,6 +10517,7 @@ class Association:
     then it is not connected, and the source of a datagram tells which way it came.
     """
     in_tcp = False                      # whether the socket's descriptor is that of `control`
+    is_shut_down = False                # the program has called shutdown()
 
     def __init__(self, control, relay=None):
         self.control = control
@@ -10796,21 +10525,29 @@ class Association:
         self._context = getattr(control, 'context', None)   # `GssContext` for datagrams, or None
         self._peeked = None, b''        # the message that MSG_PEEK has left, and its content
         self._has_ended = False         # _end() was called
+        self._sockets = set()           # ids of those that have this association
 
     def watched(self, sock):
         """The sockets that become readable with a datagram, or the end of the association."""
-        return [sock, self.control]
+        return [sock] if self.in_tcp else [sock, self.control]
 
     def check(self):
         """Raise GeneralProxyError if the proxy has ended the association."""
-        try:
-            ended = not self.control.recv(4096)
-        except BLOCKED:
-            return
-        except OSError:
-            ended = True
-        if ended:
+        if not self.in_tcp:
+            with contextlib.suppress(*BLOCKED), self._failing():
+                self._has_ended = not self.control.recv(4096)
+        if self._has_ended:
             raise self._end()
+
+    @contextlib.contextmanager
+    def _failing(self):
+        """Context manager: an error, of the connection or in a message, ends the association."""
+        try:
+            yield
+        except BLOCKED:
+            raise
+        except OSError as error:
+            raise self._end(error) from None
 
     def _end(self, error=None):
         """The exception to raise from now on."""
@@ -10859,18 +10596,20 @@ class Association:
         stays   whether it was only peeked at: the library would call it a replay the next time
         """
         data = (self._peeked[1] if message == self._peeked[0]
-                else unwrap_datagram(self._context, message))
+                else self._context.unseal(message))
         self._peeked = (message, data) if stays else (None, b'')
         return data
 
-    def dup(self):
-        """The same for a duplicate of the socket."""
-        other = Association(self.control.dup(), self.relay)
-        other._context = self._context
-        return other
+    def join(self, sock):
+        """Serve `sock`: the first one, or a duplicate of it."""
+        self._sockets.add(id(sock))
+        return self
 
-    def close(self):
-        self.control.close()
+    def leave(self, sock):
+        """Called by each of the sockets when it is closed; the last one ends the association."""
+        self._sockets.discard(id(sock))
+        if not self._sockets:
+            self.control.close()
 
 
 class StreamAssociation(Association):
@@ -10889,29 +10628,15 @@ class StreamAssociation(Association):
     def __init__(self, control, form):
         super().__init__(control)
         self._form = form
-        self._sockets = 1               # how many have this association, see dup()
+        self._stream = ExactStream(control, None)
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        self._begun = b''               # the part of a message that has been read
         self._unsent = b''              # the rest of a message that was sent in part
-
-    def watched(self, sock):
-        return [sock]
-
-    def check(self):
-        if self._has_ended:
-            raise self._end()
-
-    def connect(self, sock):
-        """Nothing: all datagrams come through the connection."""
 
     def send(self, sock, address, data, flags):
         header, size = udp_header(address), memoryview(data).nbytes
         if size > self.LARGEST:
             raise OSError(errno.EMSGSIZE, f'{size} bytes, expected at most {self.LARGEST}')
-        try:
-            message = self._form(b''.join((header, data))).pack()
-        except ValueError as error:
-            raise OSError(errno.EMSGSIZE, str(error)) from None
+        message = message_of(self._form, b''.join((header, data)))
         until = deadline(sock.gettimeout())
         while True:
             try:
@@ -10927,15 +10652,12 @@ class StreamAssociation(Association):
         """Send all of a message, or raise BlockingIOError."""
         with self._writing:
             self._flush()
-            self._unsent = message[self._send(message):]
+            with self._failing():
+                self._unsent = message[self.control.send(message, MSG_DONTWAIT):]
             if self._unsent:
                 loop, sock = background_loop(), self.control.dup()
                 rest = Task(NoSession(), sock, self._send_rest(sock))
                 loop.call(rest, rest.start, loop)
-
-    def _flush(self):
-        while self._unsent:
-            self._unsent = self._unsent[self._send(self._unsent):]
 
     def _send_rest(self, sock):
         """Conversation: send the rest of a message; `sock` is a duplicate to wait for."""
@@ -10945,82 +10667,36 @@ class StreamAssociation(Association):
                 with self._writing, contextlib.suppress(*BLOCKED):
                     self._flush()
 
-    def _send(self, data):
-        try:
-            return self.control.send(data, MSG_DONTWAIT)
-        except BLOCKED:
-            raise
-        except OSError as error:
-            raise self._end(error) from None
-
-    def _peek(self):
-        """Bytes that the connection has received; b'' if the program has called shutdown()."""
-        try:
-            data = self.control.recv(self.MESSAGE, socket.MSG_PEEK | MSG_DONTWAIT)
-        except BLOCKED:
-            raise
-        except OSError as error:
-            raise self._end(error) from None
-        if not data and (self._has_ended or not self._is_shut_down()):
-            raise self._end()
-        return data
-
-    def _is_shut_down(self):
-        """Whether the program has called shutdown(): nothing can be sent then."""
-        try:
-            self.control.send(b'', MSG_DONTWAIT)
-            return False
-        except OSError:
-            return True
+    def _flush(self):
+        with self._failing():
+            while self._unsent:
+                self._unsent = self._unsent[self.control.send(self._unsent, MSG_DONTWAIT):]
 
     def receive(self, sock, flags):
         try:
-            with self._reading:
-                data = self._next(flags & socket.MSG_PEEK)
+            with self._reading, self._failing():
+                seen = self.control.recv(self.MESSAGE, socket.MSG_PEEK | MSG_DONTWAIT)
+                data = seen and self._stream.take(self._form.unpack, seen,
+                                                  flags & socket.MSG_PEEK).datagram
+            if not seen and (self._has_ended or not self.is_shut_down):
+                raise self._end()
+        except EOFError:
+            raise BlockingIOError(errno.EAGAIN, 'a part of a message') from None
         except GeneralProxyError:
             # The end of a connection stays readable, and would keep an event loop busy.
             sock._replace(_orig_socket(socket.AF_INET, socket.SOCK_DGRAM), True)
             self.control.close()
             raise
-        if data is None:
+        if not seen:
             return b'', None
-        datagram = Datagram.unpack(data)
+        datagram = Datagram.unpack(data)        # there is none in an error of SOCKS6, for example
         return datagram.payload, datagram.address
 
-    def _next(self, stays):
-        """The next datagram with its header; None if the program has called shutdown().
-
-        stays   whether it is only peeked at
-        """
-        seen = self._peek()
-        if not seen:
-            return None
-        read, rest = reader(self._begun + seen)
-        try:
-            data, left = self._form.unpack(read).datagram, len(rest())
-        except EOFError:
-            self._begun += self.control.recv(len(seen), MSG_DONTWAIT)
-            raise BlockingIOError(errno.EAGAIN, 'a part of a message') from None
-        except ProtocolError as error:
-            raise self._end(error) from None
-        if not data or not stays:
-            self.control.recv(len(seen) - left, MSG_DONTWAIT)
-            self._begun = b''
-        if not data:                    # an error that SOCKS6 reports, for example
-            raise BlockingIOError(errno.EAGAIN, 'no datagram')
-        return data
-
-    def dup(self):
-        self._sockets += 1
-        return self
-
-    def close(self):
-        self._sockets -= 1
-        if self._sockets <= 0:
-            if self._unsent:            # ends _send_rest()
-                with contextlib.suppress(OSError):
-                    self.control.shutdown(socket.SHUT_RDWR)
-            self.control.close()
+    def leave(self, sock):
+        if self._unsent and self._sockets == {id(sock)}:        # ends _send_rest()
+            with contextlib.suppress(OSError):
+                self.control.shutdown(socket.SHUT_RDWR)
+        super().leave(sock)
 
 
 class Attempt:
@@ -11062,7 +10738,8 @@ class Attempt:
                 yield from conversation
                 sock = self._sock()
                 if sock:
-                    sock._take_state(inner)
+                    sock.proxy_sockname, sock._proxy_address = (
+                        inner.proxy_sockname, inner._proxy_address)
                 self.is_done = True
                 while self._filling:
                     try:
@@ -11147,7 +10824,8 @@ class socksocket(_Descriptor):
 
     def __init__(self, family: int = STOCK[0], type: int = STOCK[1], proto: int = STOCK[2],
                  fileno: Optional[int] = None, *, proxy: ProxyArgument = None) -> None:
-        default, bypass = _default(self.__class__) if proxy is None else (proxy_tuple(proxy), '')
+        default, bypass = _default(self.__class__) if proxy is None else (
+            proxy_tuple(parse_chain(proxy)), '')
         super().__init__(family, type, proto, fileno)
         kind = self.type & 0xF, self.proto      # Python 3.6 has flags in `type`
         if self.family in (socket.AF_INET, socket.AF_INET6):
@@ -11155,6 +10833,7 @@ class socksocket(_Descriptor):
             self._is_proxiable = self._is_datagram or kind in TCP_KINDS
         if self._is_datagram:
             self._associating = threading.Lock()
+            self._receivers = {}        # by port: the host given to sendto(), None for several
         self._is_local = self.family not in WIDE_FAMILIES
         self.proxy, self._is_default, self._bypass = default or NO_PROXY, proxy is None, bypass
         if fileno is not None and self._twin():         # ssl does so, and then detaches that one
@@ -11162,10 +10841,9 @@ class socksocket(_Descriptor):
         if self.proxy[0]:
             _proxied[self.fileno()] = self
 
-    # (host, port) of the destination, and of the proxy's side of the connection if it says so
     proxy_peername: Optional[Tuple[Any, ...]] = None
     proxy_sockname: Optional[Tuple[Any, ...]] = None
-    ssl_context: Optional['ssl.SSLContext'] = None      # for proxies inside of TLS; None: the usual
+    ssl_context: Optional['ssl.SSLContext'] = None
     _is_datagram = False                # whether it is UDP over IPv4 or IPv6
     _is_proxiable = False               # whether it is TCP or UDP, over IPv4 or IPv6
     _is_local = True                    # whether its family reaches no other network
@@ -11174,9 +10852,8 @@ class socksocket(_Descriptor):
     _bypass = ''                        # patterns of hosts to reach without the proxy
     _association = None                 # `Association` for datagrams
     _gives_names_back = False           # whether a sender can be a name, see _sender()
-    _receivers = None                   # by port: the host given to sendto(), None for several
     _parsed = None, []                  # cache: a value of `proxy`, and its chain
-    _options = None                     # arguments of setsockopt(), for _renew()
+    _options: Dict[Any, Any] = {}       # arguments of setsockopt(), for _renew()
     _local = None                       # address given to bind(), for _renew()
     _proxy_address = None               # of the first proxy, as the system has it
     _attempt = None                     # `Attempt` that connect() has begun, until it is done
@@ -11189,7 +10866,8 @@ class socksocket(_Descriptor):
     def _copy_state(self, other):
         """Copy what another socket for the same connection knows about it."""
         for name in ('proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername',
-                     'proxy_sockname', '_proxy_address', '_association', '_attempt'):
+                     'proxy_sockname', '_proxy_address', '_association', '_attempt', '_options',
+                     '_local'):
             setattr(self, name, getattr(other, name))
 
     def set_proxy(self, proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
@@ -11208,7 +10886,7 @@ class socksocket(_Descriptor):
         """
         self.proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
         if optimistic:
-            self.proxy = proxy_tuple(made_optimistic(self._proxies()))
+            self.proxy = proxy_tuple(parse_chain(self.proxy, OPTIMISTIC))
         self._is_default, self._bypass = False, ''
         _proxied[self.fileno()] = self
 
@@ -11223,7 +10901,8 @@ class socksocket(_Descriptor):
 
         Raises OSError if this is a kind of socket that no proxy carries: it must not send past it.
         """
-        if self._is_local or not self.proxy[0] or dest_pair and self._is_bypassed(dest_pair):
+        if self._is_local or not self.proxy[0] or is_exempt(
+                dest_pair, self._bypass, self._is_default and not self._is_datagram):
             return []
         if not self._is_proxiable:
             raise OSError(errno.EOPNOTSUPP, 'only TCP and UDP go through a proxy, not sockets of '
@@ -11236,16 +10915,6 @@ class socksocket(_Descriptor):
             self._parsed = self.proxy, parse_chain(tuple(self.proxy))
         return self._parsed[1]
 
-    def _is_bypassed(self, dest_pair):
-        """Whether `dest_pair` is exempt from the proxy.
-
-        A listener of this process is exempt from a default proxy, not from one set for this socket.
-        """
-        if not isinstance(dest_pair, (tuple, list)) or len(dest_pair) < 2:
-            return False
-        return bool(self._bypass) and matches_bypass(dest_pair, self._bypass) or (
-            self._is_default and not self._is_datagram and listens_here(dest_pair))
-
     def _sockaddr(self, address):
         """`address` for a system call: a virtual address is replaced by a real one of its name."""
         pair = restore_name(address)
@@ -11253,15 +10922,22 @@ class socksocket(_Descriptor):
             return address
         return _orig_getaddrinfo(*pair[:2], self.family, self.type & 15)[0][4]
 
-    def _connect_sockaddr(self, dest_pair):
-        """_sockaddr() for connect(); this socket changes its family if the name has no address of
-        it."""
+    def _go_directly(self, dest_pair):
+        """Prepare to connect without the proxy; the address for the system's connect()."""
+        self._goes_directly = True
+        if self._association:
+            if self._association.in_tcp:
+                self._replace(_orig_socket(self.family, socket.SOCK_DGRAM))
+            self._association.leave(self)
+            self._association = self.proxy_peername = None
+        self._bind_source(dest_pair)
         pair = restore_name(dest_pair)
         if pair is dest_pair or self._is_datagram:
             return self._sockaddr(dest_pair)
+        # Take an address of another family, if the name has none of this socket's.
         family, *_, sockaddr = min(look_up(*pair[:2]), key=lambda info: info[0] != self.family)
         if family != self.family:
-            self._renew(_orig_socket(family, socket.SOCK_STREAM))
+            self._renew(family)
         return sockaddr
 
     def setsockopt(self, *args: Any) -> None:
@@ -11270,8 +10946,7 @@ class socksocket(_Descriptor):
         if not self._ignores(args[0]):
             super().setsockopt(*args)
         if self._is_proxiable and not self.proxy_peername:
-            self._options = self._options or {}
-            self._options[args[:2]] = args
+            self._options = {**self._options, args[:2]: args}
 
     @overload
     def getsockopt(self, level: int, optname: int) -> int: ...
@@ -11284,8 +10959,8 @@ class socksocket(_Descriptor):
         if args and self._ignores(args[0]):
             return b'' if len(args) > 2 else 0
         if args == (socket.SOL_SOCKET, socket.SO_ERROR) and self._attempt:
-            super().getsockopt(*args)   # takes the error of `near`
-            return self._attempt.code
+            error = super().getsockopt(*args)   # takes that of `near`, which has another one
+            return self._attempt.code or error
         if args == (socket.SOL_SOCKET, socket.SO_TYPE) and self._is_proxiable:
             # SSLSocket asks for this and then takes the descriptor, which must be connected by now,
             # unless wrap_module() came before ssl: then SSLSocket is a socksocket itself.
@@ -11344,9 +11019,7 @@ class socksocket(_Descriptor):
         """connect(), with the first `data` for a destination behind a proxy."""
         chain = self._chain(dest_pair)
         if not chain:
-            self._leave_proxy()
-            self._bind_source(dest_pair)
-            return super().connect(self._connect_sockaddr(dest_pair))
+            return super().connect(self._go_directly(dest_pair))
         if self._is_datagram:
             return self._connect_datagrams(dest_pair, chain)
         if self._attempt:
@@ -11357,7 +11030,7 @@ class socksocket(_Descriptor):
             self._start_connect(dest_pair, chain, data)
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
         try:
-            self._connect_through(dest_pair, chain, data=data)
+            run(self._connecting(dest_pair, chain, self._deadline(), data))
         except BaseException as error:
             self.close()
             if catch_errors and isinstance(error, ProxyError) and error.socket_err:
@@ -11366,28 +11039,21 @@ class socksocket(_Descriptor):
 
     def connect_ex(self, dest_pair: Any) -> int:
         """connect(), but return an errno, 0 for success; resolver errors are still raised."""
-        if self._attempt and self._attempt.error:
+        if self.connect_error:
             return self._attempt.code
         try:
-            goes_directly = not self._chain(dest_pair)
-            if goes_directly:
-                self._leave_proxy()
-                self._bind_source(dest_pair)
-                dest_pair = self._connect_sockaddr(dest_pair)
-            else:
-                socksocket.connect(self, dest_pair)     # a subclass's may call connect_ex()
+            socksocket.connect(self, dest_pair)         # a subclass's may call connect_ex()
+            return 0
         except OSError as error:
             cause = getattr(error, 'socket_err', error)
-            if isinstance(cause, socket.timeout):
+            if isinstance(cause, socket.timeout) and not cause.errno:
                 return errno.EAGAIN     # as in stock
             if isinstance(cause, socket.gaierror) or not system_errno(error):
                 raise
             return error.errno
-        return super().connect_ex(dest_pair) if goes_directly else 0
 
     def _connect_datagrams(self, dest_pair, chain):
-        """connect() of UDP: send to `dest_pair`, and receive from it only; from any host if it is
-        ('0.0.0.0', 0)."""
+        """connect() of UDP: receive from `dest_pair` only; from all if it is ('0.0.0.0', 0)."""
         real = restore_name(dest_pair)
         destination(real, chain)        # raises before anything is sent
         self._ensure_relay(dest_pair)
@@ -11397,26 +11063,18 @@ class socksocket(_Descriptor):
         is_any = address.host in ('0.0.0.0', '::') and not address.port
         self.proxy_peername = None if is_any else tuple(address)
 
-    def _connect_through(self, dest_pair, chain, sockaddr=None, data=b''):
-        """connect() through the chain.
-
-        sockaddr    of the first proxy; None to try all its addresses
-        data        the first bytes for the destination
-        """
-        run(self._connecting(dest_pair, chain, self._deadline(), sockaddr, data))
-
     def _start_connect(self, dest_pair, chain, data):
         """Begin to connect through the chain in the background, see `Attempt`."""
-        inner = socksocket(self.family, self.type, self.proto, proxy=chain)
+        destination(restore_name(dest_pair), chain)     # raises before anything is sent
+        inner = socksocket(self.family, self.type, self.proto, proxy=[])
         with owned(inner):
-            inner.ssl_context, inner._options, inner._local = (
-                self.ssl_context, dict(self._options or {}), self._local)
+            inner._copy_state(self)
             # A relay sends what it has: Nagle's algorithm would only delay that, tcp(7).
             nodelay = socket.IPPROTO_TCP, socket.TCP_NODELAY
-            inner._options.setdefault(nodelay, (*nodelay, 1))
-            inner._renew(_orig_socket(self.family, socket.SOCK_STREAM))
+            inner._options = {nodelay: (*nodelay, 1), **self._options}
+            inner._renew(self.family)
             inner.setblocking(False)
-            connecting = inner._connecting(dest_pair, chain, deadline(SETUP_TIMEOUT), None, data)
+            connecting = inner._connecting(dest_pair, chain, deadline(SETUP_TIMEOUT), data)
             try:
                 with self._stock_copy() as near:
                     self._attempt = Attempt(self, near, inner, connecting)
@@ -11427,50 +11085,38 @@ class socksocket(_Descriptor):
         self.proxy_peername = tuple(dest_pair)
         _proxied[self.fileno()] = self
 
-    def _take_state(self, inner):
-        """Note what the proxy has told `inner`, which is connected in the background."""
-        self.proxy_sockname, self._proxy_address = inner.proxy_sockname, inner._proxy_address
-
     @property
     def connect_error(self) -> Optional[BaseException]:
         return self._attempt and self._attempt.error
 
-    def _connecting(self, dest_pair, chain, until, sockaddr=None, data=b''):
-        """The conversation of _connect_through()."""
-        destination(restore_name(dest_pair), chain)     # raises before anything is sent
+    def _connecting(self, dest_pair, chain, until, data):
+        """Conversation: connect through the chain; `data` is the first for the destination."""
+        address = destination(restore_name(dest_pair), chain)   # raises before anything is sent
+        with contextlib.ExitStack() as stack:
+            def connect():
+                if self._proxy_address:         # the proxy does not cope with a `Flight`
+                    self._renew(self.family)
+                with connecting(chain[0]):
+                    yield from self._connect_to_first(chain[0], until)
+                return stack.enter_context(self._stock_copy())
 
-        def attempt(at_once):
-            with connecting(chain[0]):
-                yield from self._connect_to_first(chain[0], sockaddr, until)
-            try:
-                yield from self._negotiate(dest_pair, chain, until, data, at_once)
-            except NotAnswered:
-                self._renew(_orig_socket(self.family, socket.SOCK_STREAM))
-                raise
+            self._go_on(dest_pair, *(yield from open_chain(
+                chain, address, until, (), self.ssl_context, data=data, connect=connect)))
 
-        return optimistically(chain, attempt)
-
-    def _negotiate(self, dest_pair, chain, until, data=b'', at_once=False):
-        """Conversation: the part of connect() after this socket is connected to the first proxy."""
-        with self._stock_copy() as sock:
-            address = destination(restore_name(dest_pair), chain)
-            last, bnd = yield from negotiate_chain(sock, chain, Command.CONNECT, address, until,
-                                                   self.ssl_context, data, at_once)
-            # Within the block: at its end the old descriptor would get this socket's timeout, and
-            # the layer's duplicate of it must stay non-blocking.
-            if last is not sock:
-                self._replace(last)
+    def _go_on(self, dest_pair, sock, bnd):
+        """Go on with the result of negotiate_chain() for a stock copy, within its block: at the end
+        of that, the old descriptor would get this socket's timeout, and a layer's duplicate of it
+        must stay non-blocking."""
+        if isinstance(sock, PlainEnd):
+            self._replace(sock)
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
         _proxied[self.fileno()] = self
 
-    def _connect_to_first(self, proxy, sockaddr, until):
-        """Conversation: connect to the first proxy, at `sockaddr`, or else at its addresses one
-        after the other.
+    def _connect_to_first(self, proxy, until):
+        """Conversation: connect to the first proxy, at its addresses one after the other.
 
         Those of this socket's family come first, as another family needs another descriptor.
         """
-        if sockaddr:
-            return (yield from self._connect_at(self.family, sockaddr, until))
         if proxy.is_path:
             return (yield from self._connect_at(socket.AF_UNIX, proxy.addr, until))
         found = yield Call(functools.partial(look_up, proxy.addr, proxy.sure_port), until)
@@ -11486,29 +11132,28 @@ class socksocket(_Descriptor):
                 if left == 1 or self.fileno() < 0:      # closed by another thread
                     raise
                 log.debug('%s at %s: %s', proxy, Address.with_zone(sockaddr), error)
-                self._renew(_orig_socket(self.family, socket.SOCK_STREAM))
+                self._renew(self.family)
 
     def _connect_at(self, family, sockaddr, until):
-        """Conversation: connect to one address of the first proxy, after a change of family if
-        necessary."""
+        """Conversation: connect to one address of the first proxy, which may change the family."""
         if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
             sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
         elif family != self.family:
-            self._renew(_orig_socket(family, socket.SOCK_STREAM))
+            self._renew(family)
         self._bind_source(sockaddr)
         with self._stock_copy() as sock:
             yield from await_connect(sock, sockaddr, until)
         self._proxy_address = sockaddr
 
-    def _renew(self, sock):
-        """Take over the descriptor of `sock`, a new socket, and apply options and bind() to it."""
-        self._replace(sock)
-        for option in (self._options or {}).values():
+    def _renew(self, family):
+        """Take over the descriptor of a new TCP socket, and apply options and bind() to it."""
+        self._replace(_orig_socket(family, socket.SOCK_STREAM))
+        for option in self._options.values():
             with contextlib.suppress(OSError):  # an option may be unknown to the other family
                 super().setsockopt(*option)
-        host = self._local and self._local[0]
-        if host not in (None, '', *ZEROS) and self.family in IP_FAMILIES:
-            super().bind(self._local)
+        if self._local and self.family in IP_FAMILIES:
+            is_any = self._local[0] in ZEROS    # of another family, perhaps
+            super().bind(('', self._local[1]) if is_any else self._local)
 
     # Datagrams.  The relay is requested by bind(), connect() or the first datagram.
 
@@ -11569,7 +11214,7 @@ class socksocket(_Descriptor):
                 self._replace(control.dup(), True)
             else:
                 association = self._use_relay(control, relay, port)
-        self._association, self.proxy_sockname = association, tuple(UNSPECIFIED)
+        self._association, self.proxy_sockname = association.join(self), tuple(UNSPECIFIED)
 
     def _use_relay(self, control, relay, port):
         """The `Association` for a relay, after a change of family if necessary."""
@@ -11613,13 +11258,15 @@ class socksocket(_Descriptor):
                     if waits:           # only a part of a message has come
                         continue
                     raise
-                is_relayed = isinstance(sender, Address)
-                if not is_relayed or self._is_from_peer(sender):
-                    sender = self._sender(sender) if is_relayed else sender
+                if not isinstance(sender, Address):     # it came directly
                     return payload[:size], sender, len(payload) > size
+                if self._is_from_peer(sender):
+                    return payload[:size], self._sender(sender), len(payload) > size
             if flags & socket.MSG_PEEK:     # remove it, or it would be peeked at forever
                 with contextlib.suppress(EOFError, ProtocolError):
                     association.receive(self, flags & ~socket.MSG_PEEK)
+            if until and time.monotonic() >= until:     # a flood must not hold this up
+                raise socket.timeout('timed out')
 
     def _is_from_peer(self, address):
         """Whether a datagram from `address` is from the peer of connect(), if there is one.
@@ -11637,8 +11284,7 @@ class socksocket(_Descriptor):
         `_gives_names_back`.
         """
         host, port = address
-        receiver = (self.proxy_peername[0] if self.proxy_peername
-                    else (self._receivers or {}).get(port))
+        receiver = self.proxy_peername[0] if self.proxy_peername else self._receivers.get(port)
         if receiver and self._gives_names_back and not plain_ip(receiver):
             return receiver, port
         if receiver and virtual_addresses.number(receiver) is not None:
@@ -11649,7 +11295,6 @@ class socksocket(_Descriptor):
 
     def _note_receiver(self, dest_pair):
         """Remember the host by its port, for _sender()."""
-        self._receivers = self._receivers or {}
         host, port = host_text(dest_pair[0]), dest_pair[1]
         if self._receivers.setdefault(port, host) != host:
             self._receivers[port] = None
@@ -11665,8 +11310,8 @@ class socksocket(_Descriptor):
         return '::ffff:' + host if is_ipv4 else host, address.port, 0, 0
 
     def _target(self, dest_pair, until=None):
-        """Conversation: the `Address` for datagrams to `dest_pair`; its name is looked up unless
-        the proxy does that."""
+        """Conversation: the `Address` for datagrams to `dest_pair`, resolved if the proxy does not.
+        """
         if dest_pair is None:
             raise OSError(errno.EDESTADDRREQ, 'Destination address required')
         chain = self._chain(dest_pair)
@@ -11694,21 +11339,37 @@ class socksocket(_Descriptor):
         """
         if len(args) > 1:
             flags, dest_pair = args[1] if len(args) > 2 else 0, args[-1]
-            if self._is_datagram and self._ensure_relay(dest_pair):
-                return self._transmit(args[0], flags, dest_pair)
-            if self._must_connect(dest_pair):
-                return self._connect_and_send(args[0], flags, dest_pair)
+            sent = self._send_through([args[0]], flags, dest_pair)
+            if sent is not None:
+                return sent
             args = (*args[:-1], self._sockaddr(dest_pair))
         return super().sendto(*args)
 
-    def _must_connect(self, dest_pair):
-        """Whether sending to `dest_pair` needs a connection through the proxy first."""
-        return bool(self.proxy[0] and not self._is_datagram and not self.proxy_peername
-                    and self._chain(dest_pair) and not self._is_connected())
+    def sendmsg(self, *args: Any) -> int:
+        flags, address = args[2] if len(args) > 2 else 0, args[3] if len(args) > 3 else None
+        if args and (address or self._is_datagram):
+            sent = self._send_through(args[0], flags, address)
+            if sent is not None:
+                return sent
+        return super().sendmsg(*args[:3], *map(self._sockaddr, args[3:]))
 
-    def _connect_and_send(self, data, flags, dest_pair):
-        early = bytes(data) if memoryview(data).nbytes <= Flight.SEGMENT else b''
-        self._connect(dest_pair, early)
+    def _send_through(self, buffers, flags, dest_pair):
+        """Send to `dest_pair`, or the peer if that is None, through a proxy; the number of bytes
+        sent, or None if what is sent there does not go through one."""
+        if self._is_datagram:
+            if not self._ensure_relay(dest_pair):
+                return None
+            return self._transmit(b''.join(buffers), flags, dest_pair or self.proxy_peername)
+        if (not self.proxy[0] or self.proxy_peername or not self._chain(dest_pair)
+                or self._is_connected()):
+            return None
+        data = b''.join(buffers)
+        early = data if len(data) <= Flight.SEGMENT else b''
+        try:
+            self._connect(dest_pair, early)
+        except BlockingIOError:         # the data goes along in the background
+            if not early:
+                raise
         return len(early) or self.send(data, flags & ~MSG_FASTOPEN)
 
     @relayed
@@ -11718,14 +11379,6 @@ class socksocket(_Descriptor):
     @relayed
     def sendall(self, bytes: Any, flags: int = 0) -> None:
         self._transmit(bytes, flags, self.proxy_peername)
-
-    def sendmsg(self, *args: Any) -> int:
-        flags, address = args[2] if len(args) > 2 else 0, args[3] if len(args) > 3 else None
-        if self._is_datagram and self._ensure_relay(address):
-            return self._transmit(b''.join(args[0]), flags, address or self.proxy_peername)
-        if address and self._must_connect(address):
-            return self._connect_and_send(b''.join(args[0]), flags, address)
-        return super().sendmsg(*args[:3], *map(self._sockaddr, args[3:]))
 
     @relayed
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
@@ -11763,26 +11416,22 @@ class socksocket(_Descriptor):
             stream.readinto(view)
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
-    def _leave_proxy(self):
-        """End the association, if there is one: the destination of connect() is exempt."""
-        self._goes_directly = True
-        if self._association:
-            if self._association.in_tcp:
-                self._replace(_orig_socket(self.family, socket.SOCK_DGRAM))
-            self._association.close()
-            self._association = self.proxy_peername = None
+    def shutdown(self, how: int) -> None:
+        if self._association:           # before another thread wakes up
+            self._association.is_shut_down = True
+        super().shutdown(how)
 
     def dup(self) -> 'socksocket':
         """As in stock; both sockets use the relay, if there is one."""
         other = super().dup()
         other._copy_state(self)
         if self._association:
-            other._association = self._association.dup()
+            self._association.join(other)
         return other
 
     def close(self) -> None:
         if self._association:
-            self._association.close()
+            self._association.leave(self)
         if self._attempt and not self._attempt.is_done and self.fileno() >= 0:
             # By a reset, so that the background loop ends it.
             super().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -11825,7 +11474,11 @@ class socksocket(_Descriptor):
         return self._association and self._association.control
 
     def _negotiate_SOCKS5(self, *dest_addr):
-        run(self._negotiate(dest_addr, self._proxies(), self._deadline()))
+        chain = self._proxies()
+        with self._stock_copy() as sock:
+            self._go_on(dest_addr, *run(negotiate_chain(
+                sock, chain, Command.CONNECT, destination(restore_name(dest_addr), chain),
+                self._deadline(), self.ssl_context)))
 
     _negotiate_SOCKS4 = _negotiate_HTTP = _negotiate_SOCKS5
 
@@ -11848,7 +11501,8 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
                       data: bytes = b'') -> 'socksocket':
     """Return a socksocket that is connected to `dest_pair`, (host, port), through a proxy.
 
-    timeout           seconds for each address that is tried, and for the socket afterwards
+    timeout           seconds for the connection, without a proxy for each address that is tried;
+                      and for the socket afterwards
     source_address    (host, port) to connect from
     proxy_type, ...   as in socksocket.set_proxy()
     socket_options    tuples of arguments for setsockopt(), applied before connecting
@@ -11865,35 +11519,35 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
     if proxy is None and (proxy_type is not None or proxy_addr is not None):
         proxy = proxy_tuple(proxy_type or 0, proxy_addr, proxy_port, proxy_rdns, proxy_username,
                           proxy_password)
-    host = name_text(dest_pair[0]) if isinstance(dest_pair[0], bytes) else dest_pair[0]
-    dest_pair = (without_brackets(host), *dest_pair[1:])
+    dest_pair = (without_brackets(host_text(dest_pair[0])), *dest_pair[1:])
     chain = effective_chain(proxy, dest_pair, optimistic)
+    if chain:                           # connecting changes the family if it has to
+        found = [(family_of(source_address[0] if source_address else ''), None)]
+    else:
+        found = look_up(*restore_name(dest_pair)[:2])
     error = OSError('getaddrinfo() returned no address')
-    for family, kind, proto, _, sockaddr in first_addresses(chain, dest_pair):
-        sock = socksocket(family, kind, proto, proxy=chain)
+    for family, *_, sockaddr in found:
+        sock = socksocket(family, socket.SOCK_STREAM, proxy=chain)
         sock.ssl_context = ssl_context
         try:
-            for option in socket_options or ():
-                sock.setsockopt(*option)
-            if isinstance(timeout, (int, float)):       # urllib3 passes an object for "default"
-                sock.settimeout(timeout)
-            if source_address:
-                sock.bind(source_address)
-            if chain:
-                sock._connect_through(dest_pair, chain, sockaddr, bytes(data))
-            else:
-                sock.connect(sockaddr)
-        except BaseException as caught:
-            sock.close()
-            # A proxy that has answered would say the same at its other addresses.
-            if isinstance(caught, GeneralProxyError) or not isinstance(caught, OSError):
-                raise
+            with owned(sock):
+                for option in socket_options or ():
+                    sock.setsockopt(*option)
+                if isinstance(timeout, (int, float)):   # urllib3 passes an object for "default"
+                    sock.settimeout(timeout)
+                if source_address:
+                    sock.bind(source_address)
+                if chain:
+                    run(sock._connecting(dest_pair, chain, sock._deadline(), bytes(data)))
+                else:
+                    sock.connect(sockaddr)
+        except OSError as caught:
             error = caught
-        else:
-            if data and not chain:
-                with owned(sock):
-                    sock.sendall(data)
-            return sock
+            continue
+        if data and not chain:
+            with owned(sock):
+                sock.sendall(data)
+        return sock
     try:
         raise error
     finally:
@@ -11903,21 +11557,11 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
 def effective_chain(proxy, dest_pair=None, optimistic=False):
     """The chain for an argument `proxy`; for None, that of the default proxy, which is empty if
     `dest_pair` is exempt from it."""
-    chain, bypass = (proxy, '') if proxy is not None else _default()
-    if proxy is None and dest_pair and (matches_bypass(dest_pair, bypass)
-                                        or listens_here(dest_pair)):
-        return []
-    return made_optimistic(parse_chain(chain)) if optimistic else parse_chain(chain)
-
-
-def first_addresses(chain, dest_pair):
-    """The result of getaddrinfo() for the first proxy, or without one, for the destination."""
-    if not chain:
-        return look_up(*restore_name(dest_pair)[:2])
-    if chain[0].is_path:                # of any family: connecting replaces the descriptor
-        return [(socket.AF_INET, socket.SOCK_STREAM, 0, '', None)]
-    with connecting(chain[0]):
-        return look_up(chain[0].addr, chain[0].sure_port)
+    if proxy is None:
+        proxy, bypass = _default()
+        if is_exempt(dest_pair, bypass):
+            return []
+    return parse_chain(proxy, OPTIMISTIC * optimistic)
 
 
 class _ServerSocket(socksocket):
@@ -11975,9 +11619,8 @@ def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = 
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
     sock.settimeout(timeout)
     sock._request = chain[-1], expected
-    sock._unpack_reply = {
-        SOCKS4: unpack_answer4, SOCKS5: unpack_answer5,
-        SOCKS6: functools.partial(unpack_peer6, expected)}[chain[-1].kind]
+    sock._unpack_reply = {**ANSWERS, SOCKS6: functools.partial(unpack_peer6, expected)}[
+        chain[-1].kind]
     sock.proxy_sockname = tuple(bnd)
     return sock
 
@@ -12002,7 +11645,7 @@ def wrap_proactor(proactor_class):
     @functools.wraps(stock_connect)
     def connect(self, conn, address):
         if not chain_of(conn, address):
-            address = conn._connect_sockaddr(address) if isinstance(conn, socksocket) else address
+            address = conn._go_directly(address) if isinstance(conn, socksocket) else address
             return stock_connect(self, conn, address)
         connected = self._loop.create_future()
         conn.connect(address)
@@ -12098,9 +11741,7 @@ async def create_datagram_endpoint(
                 remote_addr = tuple(await drive(sock._target(remote_addr, until)))
             sock.connect(remote_addr)
         protocol = protocol_factory()
-        transport = endpoint_class()(loop, sock, protocol)
-        transport.start()
-    return transport, protocol
+        return endpoint_class()(loop, sock, protocol), protocol
 
 
 @functools.lru_cache(1)
@@ -12130,14 +11771,11 @@ class Endpoint:
         self._size = 0                  # bytes of all that wait
         self._is_paused = self._is_closing = self._is_lost = False
         self.set_write_buffer_limits()
-
-    def start(self):
-        """Begin to call the protocol's methods."""
         try:
-            for sock in self._sock._association.watched(self._sock):
-                self._loop.add_reader(sock, self._read)
-                self._watched.append(sock)
-            self._protocol.connection_made(self)
+            for each in sock._association.watched(sock):
+                loop.add_reader(each, self._read)
+                self._watched.append(each)
+            protocol.connection_made(self)
         except BaseException as error:
             self._unwatch()
             if isinstance(error, NotImplementedError):      # Windows' usual loop
@@ -12992,6 +12630,30 @@ class JsonFormatter(logging.Formatter):
         return '\n'.join(json.dumps(dict(about, **entry)) for entry in entries)
 
 
+class LineRecord:
+    """What a `LogWriter` and the formatters use of a logging.LogRecord, for a `LogLine`.
+
+    Making a LogRecord takes as long as all the rest of a line.
+    """
+    __slots__ = ('msg', 'created', 'msecs')
+    levelname, exc_info = 'INFO', None
+
+    def __init__(self, line):
+        self.msg = line
+        self.created = now = time.time()
+        self.msecs = int(now % 1 * 1000)
+
+
+class LoggingServer(Server):
+    """The server of the program, whose lines need not go through `logging`.
+
+    writer    the `LogWriter` for them
+    """
+
+    def log_session(self, line: LogLine) -> None:
+        self.writer.handle(LineRecord(line))
+
+
 # ----------------------------------------------------------------------------------- command line
 
 EPILOG = """\
@@ -13271,7 +12933,8 @@ OPTIONS = [
         (('--udp-port',), dict(
             metavar='PORT', type=used_port, default=DEFAULTS.udp_port,
             help='port that all clients send datagrams to; those with the same IP address are '
-                 'told apart as in the README (default: a port for each association)'))]),
+                 'told apart by the port that they send from, the one announced in their request '
+                 'or that of their first datagram (default: a port for each association)'))]),
     ('timeouts, in seconds, 0 for none', [
         ((f'--{name}-timeout',), dict(
             metavar='SECONDS', type=time_span, default=getattr(DEFAULTS, f'{name}_timeout'),
@@ -13289,7 +12952,7 @@ OPTIONS = [
     ('through other proxies', [
         (('-x', '--proxy'), dict(
             metavar='URL', type=parse_proxy_url, action='append', default=[], dest='upstream',
-            help='send connections and, if the last is of SOCKS5, UDP through this proxy; '
+            help='send connections and, if the last is of SOCKS5 or 6, UDP through this proxy; '
                  'repeatable, for a chain, first hop first.  URL '
                  'is SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
                  'socks4, socks6h, socks6, http or https, with +tls, +gssapi or +unix appended if '
@@ -13709,7 +13372,11 @@ def serve(args):
             return check(settings, addresses_of(args))
         # Before any child is started: they take the variables of systemd out of the environment.
         notifier = Notifier(os.environ)
-        server = Server(addresses_of(args), settings, listeners=activated_sockets(os.environ))
+        writer = logging.getLogger().handlers[0]
+        server_class = Server if args.quiet or not isinstance(writer, LogWriter) else LoggingServer
+        server = server_class(addresses_of(args), settings,
+                              listeners=activated_sockets(os.environ))
+        server.writer = writer
     except (FileError, OSError) as error:
         faults = error.args if args.check and isinstance(error, FileError) else [reason(error)]
         for fault in faults:

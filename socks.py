@@ -11416,10 +11416,10 @@ class socksocket(_Descriptor):
             stream.readinto(view)
         return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
 
-    def shutdown(self, how: int) -> None:
+    def shutdown(self, *args: int) -> None:
         if self._association:           # before another thread wakes up
             self._association.is_shut_down = True
-        super().shutdown(how)
+        super().shutdown(*args)
 
     def dup(self) -> 'socksocket':
         """As in stock; both sockets use the relay, if there is one."""

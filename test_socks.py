@@ -7869,12 +7869,13 @@ class BackgroundConnectTest(ClientCase):
 
     def test_failures(self):
         refused, server = self.refused_port(), self.serve(users={'bob': 's'})
+        self.scripted_names(lambda name: [])
         for url, code, kind in (
                 (self.url(server, user='bob:s@'), errno.ECONNREFUSED, socks.SOCKS5Error),
                 (self.url(server, user='bob:x@'), errno.EACCES, AUTH),
                 (f'socks5h://127.0.0.1:{refused}', errno.ECONNREFUSED,
                  socks.ProxyConnectionError),
-                ('socks5h://nowhere.invalid', errno.EHOSTUNREACH, socks.ProxyConnectionError),
+                ('socks5h://nowhere.test', errno.EHOSTUNREACH, socks.ProxyConnectionError),
                 (self.url(self.scripted(['050100', ''], last=leave)), errno.ECONNABORTED,
                  GENERAL)):
             with self.subTest(url):

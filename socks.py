@@ -2450,8 +2450,10 @@ class TlsLayer(Layer):
             done = True
         except self._ssl.SSLWantReadError:
             pass
-        except Exception as error:      # on Python 3.6 also ssl.CertificateError, a ValueError
+        except Exception as error:
             failure = error
+            if isinstance(error, ValueError):   # ssl.CertificateError, up to Python 3.6
+                failure = self._ssl.SSLError(self._ssl.SSL_ERROR_SSL, str(error))
             self._forget_error()
         if self._tls.server_side and thread_time() - started > self.QUICK:
             self.costly.add(self._context)
@@ -4218,7 +4220,9 @@ def read_users(path: str) -> Dict[bytes, Union[bytes, Hashed]]:
 
 def warn_if_readable(path):
     """Log a warning if users other than the owner can read a file that holds secrets."""
-    if os.name == 'posix' and os.stat(path).st_mode & 0o077:
+    found = os.stat(path)
+    # The group of another user's file is what lets this one read it, such as systemd's credentials.
+    if os.name == 'posix' and found.st_mode & (0o077 if found.st_uid == os.geteuid() else 0o007):
         log.warning('%s: other users can read this file, expected mode 600', path)
 
 
@@ -7108,9 +7112,10 @@ class Proxy(NamedTuple):
         if isinstance(rdns, (str, bytes)):      # the user name, in a call that forgets rdns
             raise ValueError('rdns: expected True or False')
         username, password = encoded(username) or None, encoded(password) or None
-        for flag, name in (GSSAPI, 'GSSAPI'), (UDP_IN_TCP, 'udp=tcp'):
-            if proxy_type & flag and kind != SOCKS5:
-                raise ValueError(f'{name}: expected a proxy of type SOCKS5')
+        if proxy_type & GSSAPI and kind != SOCKS5:
+            raise ValueError('GSSAPI: expected a proxy of type SOCKS5')
+        if proxy_type & UDP_IN_TCP and kind not in (SOCKS5, SOCKS6):
+            raise ValueError('udp=tcp: expected a proxy of type SOCKS5 or SOCKS6')
         if proxy_type & GSSAPI and (password or not is_utf8(username or b'')):
             raise ValueError('GSSAPI: expected a service name in UTF-8 and no password')
         if kind in (SOCKS5, SOCKS6):    # pack() checks the lengths (RFC 1929 section 2)
@@ -8488,6 +8493,9 @@ class Handler(socketserver.BaseRequestHandler):
                 yield from self.refuse(error)
             else:
                 self.client_left(error, request)
+        except Exception:               # the loop logs it, with a traceback
+            self.client.report('failed: this is a bug')
+            raise
         finally:
             if relay is None:           # else the relay does this at its end
                 self.server.session_ended(self.client, 0, 0)
@@ -8901,7 +8909,7 @@ class Handler(socketserver.BaseRequestHandler):
             result.setblocking(False)
             address = UNSPECIFIED
             if result.family in IP_FAMILIES:
-                address = local_address(result)
+                address = Address.of(result.getsockname())
             return (yield from self.join(result, address))
         elif hasattr(result, 'send'):           # a conversation, of super() for example
             return (yield from result)
@@ -11527,9 +11535,9 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
         found = look_up(*restore_name(dest_pair)[:2])
     error = OSError('getaddrinfo() returned no address')
     for family, *_, sockaddr in found:
-        sock = socksocket(family, socket.SOCK_STREAM, proxy=chain)
-        sock.ssl_context = ssl_context
         try:
+            sock = socksocket(family, socket.SOCK_STREAM, proxy=chain)
+            sock.ssl_context = ssl_context
             with owned(sock):
                 for option in socket_options or ():
                     sock.setsockopt(*option)
@@ -13069,7 +13077,7 @@ def warnings_about(settings):
             if user not in names:
                 yield f'{rule.place}: user {user} does not exist'
     for rule, further in zip(rules, rules[1:]):
-        if not any(rule[1:7]):          # no condition
+        if not any(rule[1:8]):          # no condition, and no way that others may stand in for
             yield f'{further.place}: never reached, {rule.place} matches everything'
             break
 
@@ -13221,7 +13229,7 @@ def program_runner(arguments, chain):
     if not chain or not program:
         raise ValueError('--run: expected a proxy, -x URL or ALL_PROXY, and a program')
     if not is_module and not os.path.exists(program):
-        raise ValueError(f'--run: there is no {program}')
+        raise ValueError(f'--run: there is no Python script {program}')
     wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
     sys.argv = [program, *rest]         # and sys.path[0], as the interpreter sets them
     if is_module:

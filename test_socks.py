@@ -589,7 +589,7 @@ class Case(unittest.TestCase):
     def write(self, name, text):
         """The path of a file with this text."""
         path = self.place(name)
-        with open(path, 'w') as file:
+        with open(path, 'w', encoding='utf-8') as file:
             file.write(text)
         os.chmod(path, 0o600)
         return path
@@ -4649,7 +4649,8 @@ class LifecycleTest(Case):
             peer.connect('127.0.0.1', 1)
         with Peer(server.server_address) as peer:
             self.assertEqual(peer.connect('127.0.0.1', origin.port).reply, 0)
-        self.assertRegex(self.lines[0], r'^127.0.0.1:\d+: this is a bug$')
+        self.assertRegex(self.lines[0], r' CONNECT 127.0.0.1:1: failed: this is a bug, 0 bytes')
+        self.assertRegex(self.lines[1], r'^127.0.0.1:\d+: this is a bug$')
         self.bugs.records.clear()
         eventually(lambda: not server.clients)
 
@@ -9559,6 +9560,14 @@ class AccessTest(FileCase):
         with self.assertLogs('socks', 'WARNING') as logged:
             socks.read_users(path)
         self.assertIn('other users can read this file', logged.output[0])
+        os.chmod(path, 0o440)
+        if not os.geteuid():            # a credential of systemd is another user's
+            os.chown(path, 65534, 65534)
+            with self.assertLogs('socks', 'WARNING') as logged:
+                socks.log.warning('the only one')
+                socks.read_users(path)
+            self.assertEqual(len(logged.output), 1)
+            os.chown(path, 0, 0)
         os.chmod(path, 0o600)
         self.write('users', '\ufeffbob:x\n')           # as Windows' Notepad begins it
         self.assertEqual(socks.read_users(path), {b'bob': b'x'})
@@ -10062,6 +10071,14 @@ class TlsTest(FileCase):
         sock.settimeout(PATIENCE)
         sock.connect(server.server_address)
         return self.enter(UpdatingClient(sock))
+
+    def test_wrong_name_of_the_proxy(self):
+        self.scripted_names(lambda name: ['127.0.0.1'])
+        server, origin = self.serve(tls=self.context()), self.origin()
+        url = f'socks5h+tls://wrong.test:{server.server_address[1]}'
+        with self.assertRaises(socks.ProxyError):
+            socks.create_connection(('localhost', origin.port), PATIENCE, proxy=url,
+                                    ssl_context=client_context())
 
     def test_another_client_ca(self):
         """After a reload it counts for all who have not made their request."""
@@ -11641,6 +11658,7 @@ class GssapiOptionsTest(unittest.TestCase):
         self.assertEqual(str(proxy), 'SOCKS5+GSSAPI proxy proxy:1080')
         self.assertEqual(str(socks.parse_proxy_url('socks5+tls+gssapi://p')),
                          'SOCKS5+TLS+GSSAPI proxy p:1080')
+        self.assertEqual(socks.parse_proxy_url('socks6h://p?udp=tcp').kind, socks.SOCKS6)
         for url in 'socks4+gssapi://p', 'http+gssapi://p':
             with self.assertRaisesRegex(ValueError, 'GSSAPI: expected a proxy of type SOCKS5'):
                 socks.parse_proxy_url(url)
@@ -12532,6 +12550,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
         self.write('rules', 'allow user alice to *')
         status, out, err = in_process('--check', '--rules', rules, '--ident')
         self.assertEqual((status, out, err), (0, '0 users, 1 rule: ok\n', ''))
+        self.write('rules', 'allow to * via socks5h://192.0.2.1\nallow to *')     # the next way
+        status, out, err = in_process('--check', '--rules', rules)
+        self.assertEqual((status, out, err), (0, '0 users, 2 rules: ok\n', ''))
 
     def test_hash_password_on_a_terminal(self):
         """It is asked for twice; Ctrl-C is no error."""
@@ -12700,7 +12721,7 @@ WRONG_USAGE = [
     (['--connect', 'host'], r"--connect: 'host': expected HOST:PORT"),
     (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected one of them'),
     (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected one of them'),
-    (['-x', 'http://i', '--run', '/nowhere/x.py'], r'--run: there is no /nowhere/x.py'),
+    (['-x', 'http://i', '--run', '/nowhere/x'], r'--run: there is no Python script /nowhere/x'),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
     (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL or ALL_PROXY, and a program'),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),

@@ -50,7 +50,7 @@ Not supported
 Sections
 --------
 
-Each section uses only those before it.
+Each section uses only those before it, but rules parse the proxies they name.
 
 words           numbers of the protocols: methods, commands, address types, replies
 errors          exceptions, and the reply for each
@@ -89,9 +89,9 @@ Where to look
 
 protocol of a client, by its first byte       Handler.negotiate
 messages in pieces, or several at once        Stream.read
-data that a client sends too early            Handler.join, Stream.wait_for
-logins, and their limit                       Handler.authenticate, Users.verify, Failures
-who may connect, and how often                Server.admit, Settings.max_per_client
+data that a client sends too early            Handler.join, Tunnel.start
+who needs a login, and its limit              Handler.needs_login, Handler.authenticate, Failures
+from where, and how often                     Server.admit, Settings.max_per_client
 clients that send nothing                     Sessions.add, Settings.handshake_timeout
 no descriptors left                           Server._accept, Server._room, Server.starve
 what a client may reach                       Server.authorize, Rules
@@ -99,6 +99,7 @@ names, and each of their addresses            Server.permitted, Server.destinati
 the way to a target, if several are possible  Server.find_ways, dial
 failures of another proxy on the way          Handler.connect_through, negotiating
 the reply to an error                         Handler.refuse, reply_for
+the bound address (BND) in a reply            Handler.join, Handler.own_address
 a client that leaves while it waits           Task.ready, Stream.wait_for, dial
 half-closed, reset, slow, idle tunnels        Pipe, Tunnel.patience, Tunnel.close
 TLS and GSSAPI, and floods in them            Layer, TlsLayer, GssContext
@@ -108,7 +109,8 @@ datagrams in TCP, or by one port for all      StreamDatagrams, UdpRelay, SharedP
 datagrams by way of another proxy             FarAssociation, open_association, Association
 one round trip to connect                     Flight, open_chain
 connect() of a non-blocking `socksocket`      Attempt
-new settings (HUP), while clients are served  Server.reconfigure, Handler.check_again
+new settings (HUP)                            Service.reload, Server.reconfigure
+new settings while a client negotiates        Handler.check_again
 the end (TERM, INT)                           Service.stop, Server.drain, Server.server_close
 workers that end, or hang                     Supervisor, Pulse
 the log, and a full disk                      Session.report, LogLine, LogWriter
@@ -1828,7 +1830,10 @@ def local_address(sock):
 # any number of them.  All times named `until` are those of time.monotonic().
 
 class Wait(NamedTuple):
-    """Wait until a socket is ready; the result is the ready ones, or none after `until`."""
+    """Wait until a socket is ready; the result is the ready ones, or none after `until`.
+
+    No socket may be in both lists.
+    """
     reading: Sequence = ()
     writing: Sequence = ()
     until: Optional[float] = None
@@ -3069,7 +3074,8 @@ def start_connect(address, source):
                 sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind(source_of(family, source).sockaddr)
         error = sock.connect_ex(address)
-        if error in UNDER_WAY:          # to the same host it is done by now: no need to wait
+        # On Linux, one to the same host is done by now: no need to wait.
+        if error in UNDER_WAY and sys.platform == 'linux':
             error = sock.connect_ex(address)
         is_connected = error in CONNECTED
         if not is_connected and error not in UNDER_WAY:
@@ -3204,6 +3210,8 @@ def listening_at(path, mode=None):
 
     A socket file without a listening server is replaced.  Raises OSError with the path in its text.
     """
+    if not hasattr(socket, 'AF_UNIX'):
+        raise OSError(errno.EAFNOSUPPORT, f'{path}: this system has no unix sockets')
     sock = _orig_socket(socket.AF_UNIX)
     umask = os.umask(0o177)             # before chmod(), no other account may connect either
     try:
@@ -3234,11 +3242,13 @@ def account_of(sock):
 
     Its name, its number if it has no name, or '-' where the system does not tell.
     """
+    if sys.platform != 'linux':         # OpenBSD has another structure
+        return '-'
     try:
         import pwd
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         _, user_id, _ = struct.unpack('iII', peer)      # pid, uid, gid
-    except (ImportError, AttributeError):       # not Linux
+    except ImportError:
         return '-'
     try:
         return printable(pwd.getpwuid(user_id).pw_name)
@@ -3673,6 +3683,7 @@ class Rule(NamedTuple):
     via        `Way` of what is allowed; None: as the settings say
     place      where the rule is written, for messages
 
+    The order of the fields matters: warnings_about() relies on it.
     """
     allow: bool
     commands: Tuple = ()
@@ -3847,8 +3858,8 @@ class Rules(tuple):
 
     def ways(self, client, target, name=None):
         """The `Way`s to an IP address, asked for by `name` or not, in the order in which to try
-        them; None stands for that of the settings.  To a name, as far as rules on names decide; if
-        there is none, those to its addresses count.
+        them; None stands for that of the settings.  For a name, only rules that match by name are
+        used; if the list is empty, the name must be looked up, and its addresses decide.
 
         The rule that decides has the first one, the further rules that allow the same have the
         others, up to the first without a way.
@@ -4130,11 +4141,13 @@ class Hashed:
         self._salt, self.digest = bytes.fromhex(salt), bytes.fromhex(digest)
         numbers = self._parameters
         # The bounds keep a wrong line of a file from taking gigabytes or hours.
-        if not (self._method == 'pbkdf2' and len(numbers) == 1 and numbers[0] > 0
+        if not (self._method == 'pbkdf2' and len(numbers) == 1 and 0 < numbers[0] <= 1 << 24
                 or self._method == 'scrypt' and hasattr(hashlib, 'scrypt')
                 and len(numbers) == 3 and min(numbers) > 0
                 and numbers[0] > 1 and not numbers[0] & numbers[0] - 1
-                and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64):
+                and numbers[0] * numbers[1] <= 1 << 20 and numbers[2] <= 64
+                and numbers[1] * numbers[2] <= 1 << 19      # and what OpenSSL accepts
+                and numbers[0].bit_length() <= 16 * numbers[1]):
             raise ValueError(self._method)
         self._verified = None
 
@@ -4157,9 +4170,9 @@ class Hashed:
         import hashlib
         if self._method == 'scrypt':
             n, r, p = self._parameters
-            # It takes 128 * n * r bytes; OpenSSL's own limit is 32 MiB.
+            # OpenSSL's own limit of memory is 32 MiB; the parameters are bounded above.
             return hashlib.scrypt(password, salt=self._salt, n=n, r=r, p=p, dklen=32,
-                                  maxmem=256 * n * r)
+                                  maxmem=1 << 29)
         return hashlib.pbkdf2_hmac('sha256', password, self._salt, *self._parameters)
 
     def _fast_hash(self, password):
@@ -4471,6 +4484,9 @@ class Loop:
 
         Both are combinations of READ, WRITE and ERRORS; 0 means not watched.  A socket must not
         stay registered for no events, since a poll would still report a hang-up, again and again.
+
+        The caller keeps `before`, and calls this with `wanted` 0 before it closes the socket: after
+        that, the entry of its descriptor would be there for the next owner of the number.
         """
         fd = sock.fileno()
         if not wanted:
@@ -4525,7 +4541,7 @@ class Loop:
         """Close all items and the poller; no thread may be in run()."""
         self.closed = True
         # Items in the inbox may be on their way from another loop, and not in `items` yet.
-        for item in [*(item for item, _, _ in self._inbox), *self.items]:
+        for item in [*(item for item, _, _ in list(self._inbox)), *self.items]:
             self.attempt(item, item.close, 'server closed')
         self._poller.close()
         self.waker.close()
@@ -4609,6 +4625,8 @@ class Task:
                 self._watch_own(ERRORS)
 
     def expire(self):
+        if not self._conversation:      # ended earlier in this round
+            return
         if self._call:
             self._step(self._conversation.throw, socket.timeout('timed out'))
         else:
@@ -4776,14 +4794,14 @@ class BlockingPool:
     size        number of threads at most; they are started when needed
     patience    seconds after which a thread without a job ends
 
-    An owner is any hashable value, such as the key of a client.  It may have three times as many
-    threads as are free, not counting an eighth of all, which is kept for owners without a thread.
+    An owner is any hashable value, such as the key of a client.  It may have 3 * (F - N / 8)
+    threads, of N of which F are free: the last eighth is kept for owners without a thread.
     So one owner alone gets most of the threads, several get equal shares in the long run, and the
     first job of a new owner finds a thread.
 
     Many threads that compete for the interpreter lock hold up the loops.  So an owner has PLACES
-    for jobs that begin.  A job that takes longer than STAY ticks, or one while the process is idle,
-    leaves its place: it waits for the network, which costs nothing.
+    for jobs that may use the processor.  A job that takes longer than STAY ticks, or one while the
+    process is idle, is taken to wait for the network, and leaves its place.
 
     Theory of operation.  A job is first in `waiting` of its owner's `Share`, then, as soon as the
     owner may have one more thread, in `_ready`, where any free thread takes it.  It is counted in
@@ -5106,7 +5124,7 @@ class Resolver:
         self._lock = threading.Lock()
         self._answers = {}              # `Answer` by key of its `Query`, the latest one last
         self._queries = {}              # `Query` by key
-        self._late = {}                 # times late in succession, by (owner, family)
+        self._late = {}                 # how many answers in a row were late, by (owner, family)
         self._busy = {}                 # look-ups under way, by (owner, family)
 
     def ask(self, owner, task, awaited):
@@ -5881,9 +5899,10 @@ class Reassembly:
 
 
 class Latest(dict):
-    """A dictionary of the latest items: at most `limit`, and at most ROOM bytes of keys.
+    """A dictionary of the latest items: at most `limit`, and at most ROOM bytes of headers.
 
-    Keys are chosen by clients and may be 262 bytes long each, so their size is limited too.
+    Headers, as keys, are chosen by clients and may be 262 bytes long each, so their size is limited
+    too.  Addresses as keys count as 2 bytes.
     """
     ROOM = 1 << 16
 
@@ -7072,7 +7091,7 @@ def is_port(value):
 class Proxy(NamedTuple):
     """A proxy and how to use it.  The six fields are those of PySocks' tuple, in its order.
 
-    type        SOCKS4, SOCKS5, SOCKS6 or HTTP; plus TLS to speak it inside of TLS; SOCKS5 plus
+    type        SOCKS4, SOCKS5, SOCKS6 or HTTP; plus TLS to speak it inside TLS; SOCKS5 plus
                 GSSAPI to authenticate by GSSAPI, with all data encrypted, or only signed if the
                 proxy chooses so; plus OPTIMISTIC to send all messages at once, see `Flight`; SOCKS5
                 plus UDP_IN_TCP to have datagrams in the TCP connection, see open_association()
@@ -7103,6 +7122,8 @@ class Proxy(NamedTuple):
             raise GeneralProxyError(f'Invalid proxy type: {what}')
         addr = addr.decode() if isinstance(addr, bytes) else addr
         is_path = isinstance(addr, str) and addr.startswith('/')
+        if is_path and not hasattr(socket, 'AF_UNIX'):
+            raise ValueError('proxy address: this system has no unix sockets')
         if isinstance(addr, str) and not is_path and set(addr) & set('/@'):
             raise ValueError('proxy address: expected a name or an IP address, not a URL')
         if not isinstance(addr, str) or not addr or not is_path and min(addr) <= ' ':
@@ -7175,7 +7196,7 @@ def parse_proxy_url(url: str) -> Proxy:
     """Parse a proxy URL, SCHEME://[USER[:PASSWORD]@]HOST[:PORT][?PARAMETERS], into a `Proxy`.
 
     Schemes: socks6h, socks5h and socks4a (the proxy resolves names), socks6, socks5 and socks4
-    (this host does), http, and https (HTTP inside of TLS).  Suffixes: +tls for SOCKS inside of TLS;
+    (this host does), http, and https (HTTP inside TLS).  Suffixes: +tls for SOCKS inside TLS;
     +gssapi for GSSAPI, with the service as USER; +unix for a unix socket, whose path is the URL's
     path.  User and password are percent-decoded.  Parameters, with & between two: optimistic=1 has
     the proxy get all messages at once, see `Flight`; udp=tcp has datagrams inside of the TCP
@@ -7240,6 +7261,8 @@ def parse_chain(proxy: ProxyArgument, flags: int = 0) -> List[Proxy]:
         return chain
     if isinstance(proxy, str):
         proxy = parse_proxy_url(proxy)
+    elif not isinstance(proxy, tuple) or len(proxy) > 6:
+        raise ValueError(f'proxy: expected a URL, a tuple or a list, not {type(proxy).__name__}')
     elif proxy[0] is None or isinstance(proxy[0], (str, list)):     # see proxy_tuple()
         return parse_chain(proxy[0], flags)
     proxy = Proxy.checked(*proxy)
@@ -7269,7 +7292,7 @@ def matches(pattern, host, port):
     """Whether one pattern of is_bypassed() matches a canonical host and a port."""
     rest, colon, number = pattern.rpartition(':')
     # With more colons and no brackets, it is an IPv6 address without a port.
-    if colon and number.isdigit() and (':' not in rest or rest.endswith(']')):
+    if colon and number.isdecimal() and (':' not in rest or rest.endswith(']')):
         if int(number) != port:
             return False
         pattern = rest
@@ -7499,12 +7522,14 @@ class Flight(ExactStream):
     the connection or choose another method.  Then NotAnswered is raised, to begin again in the
     ordinary way, and the proxy is asked in that way for STEPWISE seconds.
 
-    A second connection must not deliver data twice.  After silence or an end, it can be made only
-    if no data went along, or if the proxy has not answered the password yet, which it does before
-    it reads the request.  (An end must be a regular one, of the first proxy: a reset may overtake
-    an answer.  A silent proxy is made to end by the end of this side's direction.)  So data goes
-    along only to proxies that have coped before in this process, where silence means that they are
-    still connecting, and to a first proxy with a password.
+    A second connection must not deliver data twice:
+
+    - Data goes along to a first proxy with a password, and to proxies that have coped before in
+      this process; if these are silent, they are still connecting.
+    - After silence or an end, a second connection is made if no data went along, or if the proxy
+      has not answered the password, which it does before it reads the request.
+    - An end counts only if it is a regular one, of the first proxy: a reset may overtake an answer.
+      To a silent proxy, this side's direction is ended, so that it ends, too.
 
     left        number of proxies whose answers are still to come
     has_data    whether the first data went along
@@ -7649,7 +7674,7 @@ class Flight(ExactStream):
 
 
 # Theory of operation.  A program gets a socket with a descriptor, which it may poll, duplicate or
-# wrap in TLS, even where the proxy is inside of TLS or GSSAPI.  So a layer is not that socket: a
+# wrap in TLS, even where the proxy is inside TLS or GSSAPI.  So a layer is not that socket: a
 # TCP connection within this host is made, one end of which, `PlainEnd`, is the program's.  A
 # `Tunnel` joins the other end to the layer, in a background loop that all of them share.
 
@@ -7821,8 +7846,11 @@ def await_connect(sock, address, until):
         if error:
             raise OSError(error, os.strerror(error)) from None
         # Linux reports a success once more.  This takes it, so that a program's own connect() later
-        # raises EISCONN, as on other systems.
-        sock.connect_ex(address)
+        # raises EISCONN, as on other systems.  A unix socket is still not connected if the queue of
+        # its peer is full, although it is writable.
+        error = sock.connect_ex(address)
+        if error in UNDER_WAY:
+            raise OSError(error, os.strerror(error)) from None
 
 
 def connect_by_name(host, port, until=None, source=()):
@@ -7884,7 +7912,7 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None, dat
     `sock` is connected to the first proxy.  The socket returned is `sock`, or a `PlainEnd` if there
     is a layer in between.  Each layer works on a duplicate of the socket below it.
 
-    context     ssl.SSLContext for proxies inside of TLS, None for the usual one
+    context     ssl.SSLContext for proxies inside TLS, None for the usual one
     data        the first bytes for the target
     at_once     whether to use a `Flight` where a proxy is OPTIMISTIC; may raise NotAnswered then
     """
@@ -7951,7 +7979,7 @@ def open_association(chain, source_port, until=None, source=(), context=None):
 
     A single proxy is asked for UDP_ASSOCIATE, and if it does not support that, for UDP_IN_TCP; the
     other way round if UDP may not reach it: it is on a unix socket, or its type has UDP_IN_TCP.  In
-    a chain, or inside of TLS, which does not cover datagrams beside it, UDP_IN_TCP is the only way.
+    a chain, or inside TLS, which does not cover datagrams beside it, UDP_IN_TCP is the only way.
 
     source_port     of the UDP socket.  Its host is not sent: behind a NAT, the proxy sees another.
     """
@@ -8033,7 +8061,7 @@ def usable_bnd(bnd, chain, sock, until):
     `sock` is connected to the first proxy.
     """
     last = chain[-1]
-    if sock.family == socket.AF_UNIX and len(chain) == 1:
+    if sock.family not in IP_FAMILIES and len(chain) == 1:
         proxy = Address('127.0.0.1', 0)
     else:
         proxy = Address.with_zone(sock.getpeername()) if len(chain) == 1 else Address(last.addr, 0)
@@ -8247,19 +8275,23 @@ def prepared(settings):
             raise OSError(errno.EADDRNOTAVAIL,
                           f'cannot connect from {host}: not an address of this host')
     if settings.udp_port and settings.udp_ports[1]:
-        raise ValueError('--udp-port, --udp-ports: expected one of them')
+        raise ValueError('--udp-port, --udp-ports: expected only one of them')
     if settings.udp_port and not hasattr(socket, 'SO_REUSEPORT'):
         raise ValueError('--udp-port: not possible on this system, which has no SO_REUSEPORT')
     if settings.gssapi:
         with gss_library().keys():
             pass
-    if any(proxy.type & TLS for proxy in settings.upstream):
+    chains = [settings.upstream, *(rule.via.chain for rule in settings.rules or () if rule.via)]
+    if any(proxy.type & TLS for chain in chains for proxy in chain):
         usual_context(*certificate_places())    # loaded now: it takes too long for a loop
     return settings
 
 
 class LogLine(NamedTuple):
-    """What is logged about one client at its end."""
+    """What is logged about one client at its end.
+
+    The order of the fields matters: __str__(), Session.line() and `Table` rely on it.
+    """
     client: Address
     user: str
     protocol: str
@@ -8444,8 +8476,8 @@ class Handler(socketserver.BaseRequestHandler):
     is_identified = False               # by ident
     tls = None                          # ssl.SSLContext of the connection
     login = None                        # (user name, password) that were right, see `Users`
-    # function(code, address) that makes a reply in the form of the protocol and of the step in it;
-    # None before the first byte, when there is no form.
+    # function(code, address) that makes the reply that a refusal has at this point of the
+    # negotiation; None as long as the protocol is not known.
     make_reply = None
     stack_options: Mapping[int, int] = MappingProxyType({})     # of SOCKS6: value by code
 
@@ -8477,7 +8509,8 @@ class Handler(socketserver.BaseRequestHandler):
     def conversation(self) -> Conversation:
         """Conversation: serve the client.  The result is a relay to go on with, or None."""
         # Until there is a request, an OSError that is no ProxyError comes from the client's socket;
-        # from then on, from the way to the target.
+        # from then on, from the way to the target.  So a later step on the client's socket raises
+        # EOFError or ClientReset, as `Stream` does.
         relay = request = None
         try:
             yield from self.prepare()
@@ -8584,7 +8617,7 @@ class Handler(socketserver.BaseRequestHandler):
     def negotiate(self):
         """Conversation: go through the negotiation of the protocol that the first byte tells.
 
-        The result is a `Request`, `Request4` or `HttpRequest`.
+        The result is a `Request`, `Request4`, `Request6` or `HttpRequest`.
         """
         first = yield from self.stream.peek()
         if first == 4:
@@ -9025,7 +9058,7 @@ class Handler(socketserver.BaseRequestHandler):
                 target, bnd = yield from open_chain(
                     chain, destination(wanted, chain), until, source)
                 break
-            except (SOCKS5Error, SOCKS4Error):
+            except (SOCKS5Error, SOCKS4Error, HTTPError):
                 if wanted is addresses[-1]:
                     raise
         if ip_bytes(wanted.host) is not None:
@@ -9365,8 +9398,9 @@ class Sessions:
     Theory of operation.  `negotiating` is limited.  To make room for one more client, the oldest is
     closed of the key that has most of them, so that one host cannot push out the others.  To find
     that key at once, keys are kept by how many clients they have: `_keys[n]` holds, in the order in
-    which they got there, the keys with n clients; its last item is never empty unless it is the
-    only one.  add() and negotiated() move a key by one place.
+    which they got there, the keys with n clients.  Empty items at the end of `_keys` are removed,
+    so the last one has the keys with the most clients.  add() and negotiated() move a key by one
+    place.
 
     add() and negotiated() are called in the thread of the server's loop only, the rest in those of
     all loops.
@@ -9956,7 +9990,8 @@ class Server(socketserver.ThreadingTCPServer):
                   until: Optional[float]) -> Conversation:
         """Conversation: the `Way`s to an `Address`, and, if these depend on it, its destinations().
 
-        The first destination decides; the result has those with the same ways.  Else it has None.
+        The result is (list of ways, None) if the name or IP address asked for decides; else (ways
+        of the first destination, list of the destinations that have the same ways).
         """
         wanted = self.permitted(client, address)
         ways = self.ways(client, wanted)
@@ -10814,7 +10849,7 @@ class socksocket(_Descriptor):
     - proxy                 6-tuple, see set_proxy()
     - proxy_peername        (host, port) given to connect(), None without a proxy
     - proxy_sockname        (host, port) that the proxy says it connects from
-    - ssl_context           for proxies inside of TLS; None for the usual one
+    - ssl_context           for proxies inside TLS; None for the usual one
     - connect_blocks        whether connect() blocks in any case; also a class variable
     - connect_error         the exception why a connect() in the background has failed, or None
 
@@ -11112,9 +11147,11 @@ class socksocket(_Descriptor):
                 chain, address, until, (), self.ssl_context, data=data, connect=connect)))
 
     def _go_on(self, dest_pair, sock, bnd):
-        """Go on with the result of negotiate_chain() for a stock copy, within its block: at the end
-        of that, the old descriptor would get this socket's timeout, and a layer's duplicate of it
-        must stay non-blocking."""
+        """Go on with the result of negotiate_chain() for a stock copy of this socket.
+
+        Call this inside of `with self._stock_copy()`: its end sets the timeout of the descriptor,
+        which would make a layer's duplicate of it blocking.
+        """
         if isinstance(sock, PlainEnd):
             self._replace(sock)
         self.proxy_sockname, self.proxy_peername = tuple(bnd), tuple(dest_pair)
@@ -11516,7 +11553,7 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
     socket_options    tuples of arguments for setsockopt(), applied before connecting
     proxy             instead of proxy_type, ...: a URL, or a list of URLs for a chain; empty for
                       no proxy
-    ssl_context       ssl.SSLContext for proxies inside of TLS
+    ssl_context       ssl.SSLContext for proxies inside TLS
     optimistic        whether to send all messages to a proxy at once, to save round trips; as with
                       `?optimistic=1` in the URL, see `Flight`
     data              the first bytes to send; if optimistic, they go along if possible
@@ -12725,7 +12762,7 @@ def number_of(kind, end, expected, pattern=''):
 port_number = number_of(int, 65536, 'a port, 0 to 65535', '[0-9]{1,5}$')
 used_port = number_of(int, 65536, 'a port, 1 to 65535', '0*[1-9][0-9]{0,4}$')
 whole_number = number_of(int, float('inf'), 'a whole number, 0 or more', '[0-9]+$')
-time_span = number_of(float, float('inf'), 'seconds, 0 or more')
+time_span = number_of(float, float('inf'), 'seconds, 0 or more', '[0-9.]+$')
 
 
 def port_range(text):
@@ -12896,13 +12933,14 @@ OPTIONS = [
         (('--max-per-client',), dict(
             metavar='N', type=whole_number, default=DEFAULTS.max_per_client,
             help='serve at most N connections at once from one IPv4 address or IPv6 /64, 0 for no '
-                 'limit (default: no limit for this host; for others half of --max-clients, at '
-                 'least 64, but no more than three quarters)')),
+                 'limit; with -w, in each process (default: no limit for this host; for others '
+                 'half of --max-clients, at least 64, but no more than three quarters)')),
         (('--max-handshakes',), dict(
             metavar='N', type=whole_number, default=DEFAULTS.max_handshakes,
             help='serve at most N clients at once that have not sent their request; for one more, '
-                 'the oldest from the address with most of them is dropped (default: half of '
-                 '--max-clients, at least 64, but no more than three quarters)'))]),
+                 'the oldest from the address with most of them is dropped; with -w, N in each '
+                 'process (default: half of --max-clients, at least 64, but no more than three '
+                 'quarters)'))]),
     ('what they may do', [
         (('--rules',), dict(
             metavar='FILE', dest='rules_file',
@@ -12961,12 +12999,13 @@ OPTIONS = [
         (('-x', '--proxy'), dict(
             metavar='URL', type=parse_proxy_url, action='append', default=[], dest='upstream',
             help='send connections and, if the last is of SOCKS5 or 6, UDP through this proxy; '
-                 'repeatable, for a chain, first hop first.  URL '
-                 'is SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
-                 'socks4, socks6h, socks6, http or https, with +tls, +gssapi or +unix appended if '
-                 'wanted; append ?optimistic=1 to send it all messages at once, ?udp=tcp to have '
-                 'datagrams in the connection, or both with & between them.  Others on this '
-                 'machine can see a password in it, but not in SOCKS_PROXY, see below (default: '
+                 'repeatable, for a chain, first hop first.  URL is '
+                 'SCHEME://[USER:PASSWORD@]HOST[:PORT]; SCHEME is socks5h, socks5, socks4a, '
+                 'socks4, socks6h, socks6, http (port 8080) or https (443, the others 1080), with '
+                 '+tls, +gssapi or +unix appended if wanted; append ?optimistic=1 to send it all '
+                 'messages at once, ?udp=tcp to have datagrams in the connection, or both with & '
+                 'between them.  Others on this machine can see a password in it, but not in '
+                 'SOCKS_PROXY, see below (default: '
                  'SOCKS_PROXY)')),
         (('--proxy-file',), dict(
             metavar='FILE', help='read the URLs from FILE, one a line (default: SOCKS_PROXY)')),
@@ -13121,7 +13160,7 @@ def chain_from(args, environ):
     Raises ValueError, or FileError if the file is wrong.
     """
     if args.upstream and args.proxy_file:
-        raise ValueError('-x, --proxy-file: expected one of them')
+        raise ValueError('-x, --proxy-file: expected only one of them')
     urls = [('SOCKS_PROXY', url) for url in environ.get('SOCKS_PROXY', '').split()]
     if args.proxy_file:
         urls = [(place, line.decode('utf-8', 'replace'))
@@ -13193,6 +13232,8 @@ def resolve_through(chain, host, until, source):
 
 def copy_stdio(sock):
     """Copy stdin to the socket in a thread, and the socket to stdout, each up to its end."""
+    for fd in (0, 1) if hasattr(os, 'set_blocking') else ():    # as whoever shares them left them
+        os.set_blocking(fd, True)
     with sock, open(1, 'wb', 0) as out:
         sock.settimeout(None)
         upward = threading.Thread(target=copy_stdin, args=(sock,), daemon=True)
@@ -13208,7 +13249,7 @@ def copy_stdio(sock):
 
 def copy_stdin(sock):
     """Copy stdin to the socket, and end its sending direction."""
-    with contextlib.suppress(OSError):  # an error of the socket; the other thread raises it
+    with contextlib.suppress(OSError):  # of the socket: the other thread raises it
         for data in iter(functools.partial(os.read, 0, 1 << 18), b''):
             sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
@@ -13320,12 +13361,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.hash_password:
         return print_hash()
     if len(tasks) + args.check > 1:
-        parser.error('--check, --connect, --resolve, --run: expected one of them')
+        parser.error('--check, --connect, --resolve, --run: expected only one of them')
     try:
         if args.run is None:
             return client_command(args) if tasks else serve(args)
+        socksocket.default_source = tuple(args.source)      # first: it is passed on to processes
         program = program_runner(args.run, chain_from(args, os.environ) or environment_hops())
-        socksocket.default_source = tuple(args.source)
     except (ValueError, GeneralProxyError) as error:
         parser.error(str(error))
     program()                           # its own errors are not wrong usage

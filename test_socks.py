@@ -2436,6 +2436,7 @@ class RelayTest(Case):
         self.assertEqual(target.recv(1), b'x')
         loop.stop()
         thread.result()
+        task.expire()                   # nor does a timer
         loop.close()
 
 
@@ -5454,6 +5455,21 @@ class ClientTest(ClientCase):
                         self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
 
     @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')
+    @unittest.skipUnless(sys.platform == 'linux', 'other systems refuse it, or wait')
+    def test_full_queue_of_a_unix_socket(self):
+        """The proxy is not reached, although the socket is writable."""
+        path = self.place('socket')
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(0)
+            with self.assertRaises(BlockingIOError):
+                while True:
+                    sock = self.enter(socket.socket(socket.AF_UNIX))
+                    sock.setblocking(False)
+                    sock.connect(path)
+            with self.assertRaises(socks.ProxyConnectionError):
+                socks.create_connection(('1.2.3.4', 80), PATIENCE, proxy='socks5h+unix://' + path)
+
     def test_unix_socket(self):
         path = self.place('a socket')
         with socket.socket(socket.AF_UNIX) as listener:
@@ -8557,11 +8573,30 @@ class ToolTest(Case):
         self.assertIs(function, socks.create_connection)
         self.assertEqual(proxy, socks.parse_proxy_url('socks5h://h'))
 
+    @unittest.skipUnless(hasattr(os, 'set_blocking'), 'Windows')
+    def test_connect_with_a_descriptor_that_does_not_block(self):
+        """As another program may have left stdin."""
+        server, origin = self.serve(), self.origin()
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        with subprocess.Popen(socks_py('-x', f'socks5h://{server.server_address}', '--connect',
+                                       f'127.0.0.1:{origin.port}'), stdin=reading) as process:
+            os.close(reading)
+            peer = origin.take()
+            time.sleep(0.05)            # it has read in vain by now, or will not
+            os.write(writing, b'hello')
+            self.assertEqual(peer.read(5), b'hello')
+            os.close(writing)
+            self.assertEqual(peer.rest(), b'')
+            peer.finish()
+            self.assertEqual(process.wait(PATIENCE), 0)
+
     def test_run_with_children(self):
         """Processes of multiprocessing go the same way, and errors come back from them."""
         server, site = self.serve(), self.origin(serve_page, local_host())
-        done = self.tool('-x', f'socks5h://{server.server_address}', '--run',
-                         self.write('parent.py', PARENT), str(site.port), str(self.refused_port()),
+        done = self.tool('-x', f'socks5h://{server.server_address}', '--source', '127.0.0.1',
+                         '--run', self.write('parent.py', PARENT), str(site.port),
+                         str(self.refused_port()),
                          command=(sys.executable, SCRIPT))
         methods = multiprocessing.get_all_start_methods()
         self.assertEqual(done, (0, ''.join(f'{method} hello SOCKS5Error socks\n'
@@ -8602,6 +8637,7 @@ from socket import socket as name_at_import
 def work(site, refused):
     import socks
     assert name_at_import is socks.socksocket
+    assert socks.socksocket.default_source == ('127.0.0.1',)
     with urllib.request.urlopen(f'http://localhost:{site}/') as page:
         answer = page.read().decode().strip()
     try:
@@ -9545,7 +9581,10 @@ class AccessTest(FileCase):
         for text in ('bob', 'bob:', ':x', 'bob:scrypt:1000-8-1:00:' + '00' * 32,
                      'bob:pbkdf2:0:00:' + '00' * 32, 'bob:pbkdf2:1:00:00',
                      'bob:a\nbob:b', 'b' * 256 + ':x', 'bob:scrypt:1:2', 'bob:x\nbob\neve',
-                     'bob:scrypt:1-2:00:00', 'bob:pbkdf2:x:00:00', 'bob:pbkdf2:1:0:00'):
+                     'bob:scrypt:1-2:00:00', 'bob:pbkdf2:x:00:00', 'bob:pbkdf2:1:0:00',
+                     'bob:pbkdf2:9000000000:00:' + '00' * 32,       # as costly, or refused later
+                     'bob:scrypt:1048576-1-1:00:' + '00' * 32,
+                     'bob:scrypt:2-16384-64:00:' + '00' * 32):
             path = self.write('users', 'ann:x\n' + text)
             with self.subTest(text), self.assertRaisesRegex(socks.FileError, r'users:[23]: expect'):
                 socks.read_users(path)
@@ -11739,8 +11778,8 @@ class UpstreamTest(Case):
         self.names(lambda name, _: hosts if name == 'a.test' else
                    ['127.0.0.%d' % number for number in range(9, 0, -1)])
         last, origin = self.serve(), self.origin(echo)
-        for scheme in 'socks5', 'socks4':
-            url = f'{scheme}://{last.server_address}'
+        for kind in socks.HTTP, socks.SOCKS5, socks.SOCKS4:
+            url = (kind, *last.server_address, False)
             self.assertEqual(self.through(url, 'a.test', origin.port), 0)
         self.assertNotEqual(self.through(url, 'b.test', origin.port), 0)
         self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test',
@@ -12700,8 +12739,8 @@ WRONG_USAGE = [
     (['--udp-port', '0'], r"--udp-port: '0': expected a port, 1 to 65535"),
     (['--udp-port', '65536'], r"--udp-port: '65536': expected a port, 1 to 65535"),
     (['--udp-port', '5', '-w', '2'], r'--udp-port: expected one worker process; with -w'),
-    (['--udp-port', '5', '--udp-ports', '6-7'], r'--udp-port, --udp-ports: expected one of them'),
-    (['--udp-port', '5', '--udp-ports', '6', '--check'], r'--udp-port, --udp-ports: expected one'),
+    (['--udp-port', '5', '--udp-ports', '6-7'], r'--udp-port, --udp-ports: expected only one'),
+    (['--udp-port', '5', '--udp-ports', '6', '--check'], r'--udp-ports: expected only one'),
     (['--idle-timeout', '-1'], r"--idle-timeout: '-1': expected seconds, 0 or more"),
     (['--connect-timeout', 'nan'], r"--connect-timeout: 'nan': expected seconds"),
     (['--max-clients', '1.5'], r"--max-clients: '1.5': expected a whole number"),
@@ -12719,8 +12758,8 @@ WRONG_USAGE = [
     (['-x', 'bob:x@h:1'], r'proxy URL: scheme missing, expected socks5h://HOST:PORT for example$'),
     (['-x', 'ftp://h'], r"-x/--proxy: proxy URL: scheme 'ftp', expected one of socks4,"),
     (['--connect', 'host'], r"--connect: 'host': expected HOST:PORT"),
-    (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected one of them'),
-    (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected one of them'),
+    (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected only one'),
+    (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected only one of them'),
     (['-x', 'http://i', '--run', '/nowhere/x'], r'--run: there is no Python script /nowhere/x'),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
     (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL or ALL_PROXY, and a program'),
@@ -12830,7 +12869,7 @@ class CommandLineTest(Case):
     def test_wrong_chains(self):
         for arguments, environment, status, text in (
                 ((), {'SOCKS_PROXY': 'ftp://h'}, 2, 'SOCKS_PROXY: proxy URL: scheme'),
-                (('-x', 'http://h', '--proxy-file', 'f'), {}, 2, '-x, --proxy-file: expected one'),
+                (('-x', 'http://h', '--proxy-file', 'f'), {}, 2, '--proxy-file: expected only one'),
                 (('--proxy-file', '/nowhere'), {}, 1, '/nowhere: No such file'),
                 (('--proxy-file', '/dev/null'), {}, 1, '/dev/null: there are no proxies')):
             with self.subTest(arguments):

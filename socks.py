@@ -8629,7 +8629,7 @@ class Handler(socketserver.BaseRequestHandler):
         if first == 6 and self.settings.socks6:
             return (yield from self.negotiate6())
         if first == TLS_HANDSHAKE:
-            raise ProtocolError('TLS, expected SOCKS')
+            raise ProtocolError('TLS, which needs --tls-cert, expected SOCKS or HTTP')
         raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
 
     def negotiate4(self):
@@ -13264,6 +13264,7 @@ def program_runner(arguments, chain):
 
     Raises ValueError if one is missing.
     """
+    import importlib.util
     import runpy
     is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
@@ -13271,12 +13272,14 @@ def program_runner(arguments, chain):
         raise ValueError('--run: expected a proxy, -x URL or ALL_PROXY, and a program')
     if not is_module and not os.path.exists(program):
         raise ValueError(f'--run: there is no Python script {program}')
+    # As the interpreter sets it; the search for a module uses it.
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(program))
+    if is_module and not importlib.util.find_spec(program.partition('.')[0]):
+        raise ValueError(f'--run: there is no module {program}')
     wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
-    sys.argv = [program, *rest]         # and sys.path[0], as the interpreter sets them
+    sys.argv = [program, *rest]
     if is_module:
-        sys.path[0] = os.getcwd()
         return functools.partial(runpy.run_module, program, run_name='__main__', alter_sys=True)
-    sys.path[0] = os.path.dirname(os.path.abspath(program))
     return functools.partial(runpy.run_path, program, run_name='__main__')
 
 

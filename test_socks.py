@@ -12761,6 +12761,7 @@ WRONG_USAGE = [
     (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected only one'),
     (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected only one of them'),
     (['-x', 'http://i', '--run', '/nowhere/x'], r'--run: there is no Python script /nowhere/x'),
+    (['-x', 'http://i', '--run', '-m', 'no.where'], r'--run: there is no module no.where'),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
     (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL or ALL_PROXY, and a program'),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),

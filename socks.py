@@ -423,7 +423,8 @@ class SOCKS4Error(GeneralProxyError):
 
 
 class HTTPError(GeneralProxyError):
-    """The HTTP proxy refused the request."""
+    """The HTTP proxy refused the request; `status` is the code of its answer, or None."""
+    status: Optional[int] = None
 
 
 class ProtocolError(GeneralProxyError):
@@ -3134,6 +3135,12 @@ def dial(addresses, until=None, source=(), note=None):
     waiting, racing, errors = deque(addresses), {}, []
     if len(addresses) > 1:
         waiting = deque(interleave(addresses)[:ATTEMPTS])
+
+    def failed(address, error):
+        errors.append(error)
+        if note:
+            note('%s: %s', address, reason(error))
+
     try:
         while waiting or racing:
             if waiting:
@@ -3143,9 +3150,7 @@ def dial(addresses, until=None, source=(), note=None):
                 try:
                     sock, connected = start_connect(address, source)
                 except OSError as error:
-                    if note:
-                        note('%s: %s', address, reason(error))
-                    errors.append(error)
+                    failed(address, error)
                     continue
                 if connected:
                     return sock
@@ -3158,9 +3163,7 @@ def dial(addresses, until=None, source=(), note=None):
                 if not error:
                     return sock
                 sock.close()
-                errors.append(OSError(error, os.strerror(error)))
-                if note:
-                    note('%s: %s', address, os.strerror(error))
+                failed(address, OSError(error, os.strerror(error)))
     except socket.timeout as error:
         errors.append(error)
     finally:                            # also when the client has left
@@ -7060,7 +7063,7 @@ class SharedPorts:
 
 SOCKS4, SOCKS5, HTTP = 1, 2, 3          # PySocks' numbers
 SOCKS6 = 4
-# Flags that may be added: the layer that SOCKS is inside of, and how to speak, see `Flight`.
+# Flags that may be added: the layer that SOCKS is inside, and how to speak, see `Flight`.
 TLS, GSSAPI, OPTIMISTIC, UDP_IN_TCP = 0x10, 0x20, 0x40, 0x80
 FLAGS = TLS | GSSAPI | OPTIMISTIC | UDP_IN_TCP
 SCHEMES = {                             # of proxy URLs: type, whether the proxy resolves names
@@ -7199,7 +7202,7 @@ def parse_proxy_url(url: str) -> Proxy:
     (this host does), http, and https (HTTP inside TLS).  Suffixes: +tls for SOCKS inside TLS;
     +gssapi for GSSAPI, with the service as USER; +unix for a unix socket, whose path is the URL's
     path.  User and password are percent-decoded.  Parameters, with & between two: optimistic=1 has
-    the proxy get all messages at once, see `Flight`; udp=tcp has datagrams inside of the TCP
+    the proxy get all messages at once, see `Flight`; udp=tcp has datagrams inside the TCP
     connection to a proxy that supports it, where they would otherwise be beside it.
 
     Raises ValueError for anything else; its text never contains a password.
@@ -7335,6 +7338,8 @@ def negotiating(proxy, target):
             ProxyTimeoutError if is_timeout(cause) else GeneralProxyError)
         wrapped = kind('Socket error', cause, reply_for(cause))
         wrapped.proxy, wrapped.target = proxy.without_secrets(), target
+        if isinstance(cause, HTTPError):
+            wrapped.status = cause.status
         wrapped.errno = (errno.EACCES if isinstance(cause, SOCKS5AuthError) else system_errno(cause)
                          or REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED))
         raise wrapped from cause
@@ -7490,7 +7495,9 @@ def read_http_answer(stream):
             if not 200 <= code < 300 and code not in INTERIM:
                 note = ('; the proxy may not support tunnels (CONNECT)'
                         if code in (400, 403, 405) else '')
-                raise HTTPError(f'{code}: {printable_line(phrase)}{note}')
+                error = HTTPError(f'{code}: {printable_line(phrase)}{note}')
+                error.status = code
+                raise error
         elif not (yield from stream.read(http_line)):   # the empty line ends the head
             if code not in INTERIM:
                 return UNSPECIFIED
@@ -7793,7 +7800,7 @@ def initiate_gssapi(stream, proxy, in_sequence):
     (RFC 1961 sections 3 and 4); the context.
 
     With run(), the timeout is not observed while the library talks to a KDC.  The same is true of
-    name look-ups: both block inside of a C library.
+    name look-ups: both block inside a C library.
     """
     service = name_text(proxy.username or b'rcmd')
     host = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
@@ -7962,15 +7969,16 @@ def open_chain(chain, address, until=None, source=(), context=None, command=Comm
             with owned(sock):
                 last, bnd = yield from negotiate_chain(sock, chain, command, address, until,
                                                        context, data, at_once)
-                with owned(last):
-                    if command in (Command.BIND, Command.UDP_ASSOCIATE):
-                        bnd = yield from usable_bnd(bnd, chain, sock, until)
-            if last is not sock:
-                sock.close()
-            return last, bnd
+            break
         except NotAnswered as error:
             log.debug('%s; connecting again, one message at a time', error)
             at_once = False
+    with owned(sock, last):
+        if command in (Command.BIND, Command.UDP_ASSOCIATE):
+            bnd = yield from usable_bnd(bnd, chain, sock, until)
+    if last is not sock:
+        sock.close()
+    return last, bnd
 
 
 def open_association(chain, source_port, until=None, source=(), context=None):
@@ -8011,8 +8019,8 @@ def open_association(chain, source_port, until=None, source=(), context=None):
             refusal = refusal or error
     if len(commands) > 1:
         raise refusal
-    raise unsupported('UDP through TLS or several proxies needs a last proxy with UDP inside of TCP'
-                      ' (command 05)', refusal)
+    raise unsupported('UDP through TLS or several proxies needs a last proxy with UDP inside TCP '
+                      '(command 05)', refusal)
 
 
 def begin_in_connection(sock, until):
@@ -9058,8 +9066,9 @@ class Handler(socketserver.BaseRequestHandler):
                 target, bnd = yield from open_chain(
                     chain, destination(wanted, chain), until, source)
                 break
-            except (SOCKS5Error, SOCKS4Error, HTTPError):
-                if wanted is addresses[-1]:
+            except (SOCKS5Error, SOCKS4Error, HTTPError) as error:
+                # A wrong password stays wrong, and is counted by the other proxy.
+                if wanted is addresses[-1] or getattr(error, 'status', None) == 407:
                     raise
         if ip_bytes(wanted.host) is not None:
             self.client.target_address = None if wanted == address else wanted
@@ -9128,7 +9137,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def do_UDP_IN_TCP(self, request: AnyRequest) -> Conversation:
         """Relay datagrams that are messages in the client's connection, as hev-socks5-server does;
-        so they are inside of its TLS or GSSAPI.  The reply repeats the request's address."""
+        so they are inside its TLS or GSSAPI.  The reply repeats the request's address."""
         self.client.command = NamedCommand(Command.UDP_ASSOCIATE, Command.UDP_IN_TCP.name)
         return (yield from self.associate(self.relay_in_tcp(request)))
 
@@ -10828,7 +10837,7 @@ class socksocket(_Descriptor):
     Proxies carry TCP and UDP over IPv4 and IPv6.  Sockets that reach no other network are always
     stock ones; those of all other kinds raise OSError if they have a proxy.
 
-    UDP begins with bind(), connect() or the first datagram.  If datagrams are inside of TCP, see
+    UDP begins with bind(), connect() or the first datagram.  If datagrams are inside TCP, see
     open_association(), the descriptor is that of the connection from then on, so a selector must
     get it afterwards; and hosts that are exempt from the proxy cannot be sent to.
 
@@ -10985,7 +10994,7 @@ class socksocket(_Descriptor):
 
     def setsockopt(self, *args: Any) -> None:
         """As in stock, but options of TCP, UDP and IP are ignored if the proxy is on a unix socket,
-        or datagrams are inside of TCP."""
+        or datagrams are inside TCP."""
         if not self._ignores(args[0]):
             super().setsockopt(*args)
         if self._is_proxiable and not self.proxy_peername:
@@ -11149,7 +11158,7 @@ class socksocket(_Descriptor):
     def _go_on(self, dest_pair, sock, bnd):
         """Go on with the result of negotiate_chain() for a stock copy of this socket.
 
-        Call this inside of `with self._stock_copy()`: its end sets the timeout of the descriptor,
+        Call this inside `with self._stock_copy()`: its end sets the timeout of the descriptor,
         which would make a layer's duplicate of it blocking.
         """
         if isinstance(sock, PlainEnd):

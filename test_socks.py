@@ -1865,7 +1865,6 @@ class ConversationTest(VectorCase):
                     return near
                 if host == 'direct.test':
                     return socket.create_connection(('127.0.0.1', port))
-                time.sleep(0.01)        # it does not hold up the loop
                 return super().do_CONNECT(request)
 
             do_BIND = None
@@ -2297,7 +2296,6 @@ class RelayTest(Case):
         with self.assertRaises(ConnectionError):
             while True:
                 near.send(b'x' * 10000)
-                time.sleep(0.001)
 
     @unittest.skipUnless(socks.ERRORS, 'only epoll tells of it')
     def test_reset_while_a_slow_side_reads(self):
@@ -8580,10 +8578,12 @@ class ToolTest(Case):
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         with subprocess.Popen(socks_py('-x', f'socks5h://{server.server_address}', '--connect',
-                                       f'127.0.0.1:{origin.port}'), stdin=reading) as process:
+                                       f'127.0.0.1:{origin.port}'),
+                              stdin=reading, stdout=subprocess.PIPE) as process:
             os.close(reading)
             peer = origin.take()
-            time.sleep(0.05)            # it has read in vain by now, or will not
+            peer.send(b'x')
+            self.assertEqual(process.stdout.read(1), b'x')      # the thread for stdin has begun
             os.write(writing, b'hello')
             self.assertEqual(peer.read(5), b'hello')
             os.close(writing)
@@ -11782,6 +11782,10 @@ class UpstreamTest(Case):
             url = (kind, *last.server_address, False)
             self.assertEqual(self.through(url, 'a.test', origin.port), 0)
         self.assertNotEqual(self.through(url, 'b.test', origin.port), 0)
+        scripted = self.enter(Scripted(
+            ['', crlf('HTTP/1.1 407 Proxy Authentication Required\n\n')], last=leave))
+        self.through((socks.HTTP, '127.0.0.1', scripted.port, False), 'a.test', origin.port)
+        self.assertEqual(len(scripted.accepted), 1)     # a wrong password stays wrong
         self.assertEqual(self.through(f'socks5://{last.server_address}', 'a.test',
                                       self.refused_port()), Reply.CONNECTION_REFUSED)
 

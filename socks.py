@@ -1677,6 +1677,7 @@ RESET = struct.pack('ii', 1, 0)         # SO_LINGER on, 0 seconds: close() sends
 LOOPBACK6 = bytes(15) + b'\1'
 RECEIVE_BUFFER = 1 << 22                # bytes; a burst of datagrams beyond it is lost
 SO_RCVBUFFORCE = 33                     # socket(7): beyond the system's limit, for root
+UDP_SEGMENT = 103                       # udp(7): the size of datagrams in what one call sends
 IP_FAMILIES = socket.AF_INET, socket.AF_INET6
 V4_MAPPED = b'\0' * 10 + b'\xff\xff'
 # Not an error of a client or target: this process has used up descriptors or memory.
@@ -5992,7 +5993,7 @@ class Routes:
         """Send the payload of `datagram` now, or when its target is resolved."""
         target = self.known.get(header)
         if target:
-            self.relay.send(target.route, datagram.payload)
+            self.relay.up.send(target.route, datagram.payload)
             if self.relay.loop.now >= target.until:
                 self._refresh(header, target, datagram.payload)
         elif header in self._queues:
@@ -6047,7 +6048,7 @@ class Routes:
         with contextlib.suppress(OSError):      # there may be no route for that family
             route = self.relay.far_socket(target.way, target.spare.host), target.spare
             self._start_trial(route, target)
-            self.relay.send(route, payload)
+            self.relay.up.send(route, payload)
 
     def _start_trial(self, route, target):
         """Have the first answer from the route's address make it the address of the target."""
@@ -6091,7 +6092,7 @@ class Routes:
                 self._fail(header, failure, payloads)
             return
         for payload in payloads:
-            if not self.relay.send(target.route, payload) and target.spare:
+            if not self.relay.up.send(target.route, payload) and target.spare:
                 self._try_spare(target, payload)
         # A client that sends once and waits, as for DNS, would never get to a review.
         if target.spare and payloads and len(self.relay.errands) < 2 * self.LOOKUPS:
@@ -6251,6 +6252,111 @@ class Routes:
         return header
 
 
+@functools.lru_cache()
+def can_segment():
+    """Whether the system takes several datagrams at once (UDP_SEGMENT, new in Linux 4.18)."""
+    if sys.platform != 'linux':
+        return False
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        receiver, sender = (stack.enter_context(bound_udp(Address('127.0.0.1', 0)))
+                            for _ in range(2))
+        # Only a trial tells: other systems ignore what they do not know, and send one datagram.
+        sender.sendmsg([b'12'], segments_of(1), 0, receiver.getsockname())
+        return receiver.recv(2) == b'1'
+    return False
+
+
+def segments_of(size):
+    """Ancillary data for sendmsg(): the system is to send datagrams of `size` bytes each."""
+    return [(socket.SOL_UDP, UDP_SEGMENT, size.to_bytes(2, sys.byteorder))]
+
+
+class Burst:
+    """Sends the datagrams of one direction of a `UdpRelay`, and counts them.
+
+    count     datagrams that the system has taken
+    bytes     bytes of payload in these
+    drop      function of the reason, called for each datagram that it has not taken
+
+    Datagrams of one size that follow each other to one destination go out by one system call, where
+    the system can do that.  It handles them as one for most of the way: with 8 at a time, Linux
+    takes 1.0 instead of 3.7 microseconds for each.  The last one may be smaller.
+
+    A burst is a context manager that sends what waits at its end, so that no datagram waits for
+    longer than the turn of a socket.  If the system does not take them at once, because their size
+    is beyond the MTU of the route for example, they are sent one by one, and so are others of that
+    size or more from then on.
+    """
+    MOST = 8                            # datagrams; more save little, and delay the first of them
+    LARGEST = 65507                     # bytes in all, as in one datagram over IPv4
+    UNFIT = {errno.EINVAL, errno.EIO, errno.EMSGSIZE}
+
+    def __init__(self, drop):
+        self.count = self.bytes = 0
+        self._drop = drop
+        self._largest = self.LARGEST if can_segment() else 0    # bytes of one that can be joined
+        self._waiting = []              # datagrams
+        self._route = None              # (socket, address) of these, see send()
+        self._size = 0                  # bytes of each
+        self._header = 0                # bytes in each that are not payload
+        self._room = 0                  # number of datagrams that may join them
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        if self._waiting:
+            self.flush()
+
+    def add(self, route, datagram, header=0):
+        """Send a datagram, now or at the next flush(); see send() for the arguments."""
+        size = len(datagram)
+        if route is not self._route or not 0 < size <= self._size or header != self._header:
+            self.flush()
+            self._route, self._size, self._header = route, size, header
+            can_join = 0 < size <= self._largest and isinstance(route[0], _orig_socket)
+            self._room = min(self.MOST, self.LARGEST // size) if can_join else 1
+        self._waiting.append(datagram)
+        self._room -= 1
+        if not self._room or size < self._size:
+            self.flush()
+
+    def flush(self):
+        """Send what waits."""
+        waiting, self._waiting = self._waiting, []
+        route, self._route = self._route, None
+        if len(waiting) > 1:
+            sock, address = route
+            try:
+                total = sock.sendmsg(waiting, segments_of(self._size), 0, address)
+                self.count += len(waiting)
+                self.bytes += total - len(waiting) * self._header
+                return
+            except OSError as error:
+                if error.errno in self.UNFIT:
+                    self._largest = self._size - 1
+        for datagram in waiting:
+            self.send(route, datagram, self._header)
+
+    def send(self, route, datagram, header=0):
+        """Send a datagram at once; whether the system has taken it.
+
+        route     (socket, address); the address is None if the socket is connected
+        header    number of bytes in the datagram that are not payload
+        """
+        sock, address = route
+        try:
+            if address:
+                sock.sendto(datagram, address)
+            else:
+                sock.send(datagram)
+        except OSError as error:        # too large with its header, or the client's port is closed
+            return self._drop(reason(error))
+        self.count += 1
+        self.bytes += len(datagram) - header
+        return True
+
+
 class UdpRelay(Relay):
     """Relays the datagrams of one client to any targets, and back (RFC 1928 section 7).
 
@@ -6276,7 +6382,6 @@ class UdpRelay(Relay):
     """
     SILENCE = 20.0                      # seconds
     ONE_WAY = 4
-    HEADER = 262                        # bytes of the longest header of an answer, with a name
 
     def __init__(self, client, control, near, hint=UNSPECIFIED, is_here=True, release=None):
         self.client, self.due = client, None
@@ -6299,8 +6404,8 @@ class UdpRelay(Relay):
         self.errands = set()            # `Errand`s that have not ended
         self.reassembly = Reassembly()
         self.targets = 0                # how many have been used
-        self.sent = self.answers = self.dropped = 0             # datagrams
-        self.up = self.down = 0         # bytes of payload
+        self.up, self.down = Burst(self.drop), Burst(self.drop)
+        self.dropped = 0                # datagrams
         if near is control:             # no one else can send there: the client is the owner
             self.owner = self.reply_to = near.source
             self.connected = self.is_settled = True
@@ -6312,7 +6417,7 @@ class UdpRelay(Relay):
     @property
     def traffic(self):
         """Bytes of payload from the client, and from targets."""
-        return self.up, self.down
+        return self.up.bytes, self.down.bytes
 
     def start(self, loop, control_events=0):
         """Begin in `loop`, which already watches the control connection for `control_events`."""
@@ -6394,38 +6499,33 @@ class UdpRelay(Relay):
         near, is_filtered, source = self.near, self.is_filtered, self.owner
         receive = near.recv_into if is_filtered else near.recvfrom_into
         buffer, now = loop.buffer, loop.now
-        monotonic = time.monotonic
+        add, monotonic = self.up.add, time.monotonic
         end_of_turn = monotonic() + loop.time_slice
-        while monotonic() < end_of_turn:
-            try:
-                if is_filtered:         # saves the making of the address
-                    count = receive(buffer)
+        with self.up:
+            while monotonic() < end_of_turn:
+                try:
+                    if is_filtered:     # saves the making of the address
+                        count = receive(buffer)
+                    else:
+                        count, source = receive(buffer)
+                except BLOCKED:
+                    # What came before connect() has been read: the rest is from the owner.
+                    self.is_filtered = self.connected and isinstance(near, _orig_socket)
+                    return
+                except OSError:         # an ICMP error for an earlier send
+                    continue
+                # The common case, IPv4, without a call.
+                end = 10 if count >= 10 and buffer[3] == 1 else header_end(buffer, count)
+                if end > count or source != self.owner and not self.admit(source):
+                    self.drop('malformed, or not from the client:', source)
+                    continue
+                self.last_heard = now
+                header, payload = bytes(buffer[:end]), bytes(buffer[end:count])
+                target = known.get(header)
+                if target and now < target.until and not reassembly.position:
+                    add(target.route, payload)
                 else:
-                    count, source = receive(buffer)
-            except BLOCKED:
-                # What came before connect() has been read: the rest is from the owner.
-                self.is_filtered = self.connected and isinstance(near, _orig_socket)
-                return
-            except OSError:             # an ICMP error for an earlier send
-                continue
-            # The common case, IPv4, without a call.
-            end = 10 if count >= 10 and buffer[3] == 1 else header_end(buffer, count)
-            if end > count or source != self.owner and not self.admit(source):
-                self.drop('malformed, or not from the client:', source)
-                continue
-            self.last_heard = now
-            header = bytes(buffer[:end])
-            target = known.get(header)
-            if not target or now >= target.until or reassembly.position:
-                self.slow_path(header, bytes(buffer[end:count]))
-                continue
-            sock, address = target.route
-            try:                        # as in send(), without the call
-                sock.sendto(buffer[end:count], address)
-                self.sent += 1
-                self.up += count - end
-            except OSError as error:
-                self.drop(reason(error))
+                    self.slow_path(header, payload)
 
     def admit(self, source):
         """Whether a valid datagram from another address than the owner's makes it the owner."""
@@ -6476,6 +6576,7 @@ class UdpRelay(Relay):
 
     def slow_path(self, header, payload):
         """Handle a datagram that is a fragment, or whose target is unknown or due for review."""
+        self.up.flush()                 # what came before it
         datagram = self.reassembly.add(
             Datagram(Address.unpack(reader(header[3:])[0]), payload, header[2]), self.loop.now)
         if datagram:
@@ -6509,52 +6610,29 @@ class UdpRelay(Relay):
                   why or 'closed')
         self.routes.forget_far(self.close_one(way))
 
-    def send(self, route, payload):
-        """Send a payload to a target; whether the system has taken it."""
-        sock, address = route
-        try:
-            sock.sendto(payload, address)
-        except OSError as error:
-            return self.drop(reason(error))
-        self.sent += 1
-        self.up += len(payload)
-        return True
-
     # To the client
 
     def from_target(self, sock):
-        """Relay the datagrams of targets to the client, for the time slice of `sock`.
-
-        A payload is received behind room for its header, so that it need not be copied.
-        """
-        loop, headers, room = self.loop, self.routes.headers, self.HEADER
-        buffer, now, monotonic = loop.buffer, loop.now, time.monotonic
-        payload = buffer[room:]
+        """Relay the datagrams of targets to the client, for the time slice of `sock`."""
+        loop, headers = self.loop, self.routes.headers
+        buffer, now = loop.buffer, loop.now
+        route = self.near, None if self.connected else self.reply_to
+        add, monotonic = self.down.add, time.monotonic
         end_of_turn = monotonic() + loop.time_slice
-        while monotonic() < end_of_turn:
-            try:
-                count, source = sock.recvfrom_into(payload)
-            except BLOCKED:
-                return
-            except OSError:             # an ICMP error for an earlier send
-                continue
-            header = headers.get(source[:2]) or self.routes.header_for(source[:2], sock)
-            if not header:
-                self.drop('the client has sent nothing to', source)
-                continue
-            self.last_active = now
-            start = room - len(header)
-            buffer[start:room] = header
-            datagram = buffer[start:room + count]
-            try:
-                if self.connected:
-                    self.near.send(datagram)
-                else:
-                    self.near.sendto(datagram, self.reply_to)
-                self.answers += 1
-                self.down += count
-            except OSError as error:    # too large with its header, or the client's port is closed
-                self.drop(reason(error))
+        with self.down:
+            while monotonic() < end_of_turn:
+                try:
+                    count, source = sock.recvfrom_into(buffer)
+                except BLOCKED:
+                    return
+                except OSError:         # an ICMP error for an earlier send
+                    continue
+                header = headers.get(source[:2]) or self.routes.header_for(source[:2], sock)
+                if not header:
+                    self.drop('the client has sent nothing to', source)
+                    continue
+                self.last_active = now
+                add(route, header + buffer[:count], len(header))
 
     def close_near(self):
         """Close the sockets for the client."""
@@ -6581,11 +6659,11 @@ class UdpRelay(Relay):
             self.close_far()
             self.close_near()
             client.server.sessions.associations -= 1
-            client.target = (f'{self.targets} targets, {self.sent} datagrams up, '
-                             f'{self.answers} down')
+            client.target = (f'{self.targets} targets, {self.up.count} datagrams up, '
+                             f'{self.down.count} down')
             if self.dropped:
                 outcome = f'{outcome}, {self.dropped} datagrams dropped'
-            client.end(outcome, self.up, self.down)
+            client.end(outcome, *self.traffic)
 
 
 class StreamDatagrams:

@@ -2946,6 +2946,50 @@ class DatagramCase(Case):
     def echo(self, *args):
         return self.enter(Echo(*args))
 
+    @contextlib.contextmanager
+    def busy(self, relay):
+        """Keep the loop of a relay from what comes meanwhile, all of which it then finds at once.
+        """
+        is_busy, event = threading.Event(), threading.Event()
+        relay.loop.call(relay, lambda: is_busy.set() or event.wait(PATIENCE))
+        self.assertTrue(is_busy.wait(PATIENCE))
+        try:
+            yield
+        finally:
+            event.set()
+
+    def check_bursts(self, client, relay, sizes, hosts=('127.0.0.1',)):
+        """Send datagrams of these sizes to a target at each of the hosts, and their payloads back,
+        all at once each time: nothing is lost, changed or out of order."""
+        payloads = [random_bytes(random.Random(place), size) for place, size in enumerate(sizes)]
+        targets = [self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in hosts]
+        for target, host in zip(targets, hosts):
+            target.bind((host, 0))
+            target.settimeout(PATIENCE)
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            client.send(Datagram(Address(*target.getsockname()), b'').pack())
+        sources = [target.recvfrom(1)[1] for target in targets]
+
+        def counts():
+            return [relay.up.count, relay.up.bytes, relay.down.count, relay.down.bytes]
+
+        with self.busy(relay):
+            before = counts()
+            for place, payload in enumerate(payloads):
+                address = Address(*targets[place % len(hosts)].getsockname())
+                client.send(Datagram(address, payload).pack())
+        for place, payload in enumerate(payloads):
+            self.assertEqual(targets[place % len(hosts)].recv(65535), payload)
+        with self.busy(relay):
+            for place, payload in enumerate(payloads):
+                targets[place % len(hosts)].sendto(payload, sources[place % len(hosts)])
+        for place, payload in enumerate(payloads):
+            self.assertEqual(Datagram.unpack(client.receive()), Datagram(
+                Address(*targets[place % len(hosts)].getsockname()), payload))
+        eventually(lambda: counts() == [number + more for number, more in zip(
+            before, [len(sizes), sum(sizes)] * 2)])
+        self.assertEqual(relay.dropped, 0)
+
     def check_way(self, client, largest=65497):
         """What holds on each way of datagrams: whole ones are answered, names, both families and
         all sizes; in order; the malformed ones are dropped."""
@@ -3033,13 +3077,11 @@ class UdpTest(DatagramCase):
         server, echo = self.serve(), self.echo()
         client, stranger = self.associate(server), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.enter(stranger).bind(('127.0.0.2', 0))
-        relay, is_busy, event = self.relay_in(server), threading.Event(), threading.Event()
-        server.loop.call(relay, lambda: is_busy.set() or event.wait(PATIENCE))
-        self.assertTrue(is_busy.wait(PATIENCE))
-        client.send(Datagram(echo.address, b'owner').pack())
-        for _ in range(200):
-            client.send(Datagram(echo.address, b'stranger').pack(), stranger)
-        event.set()
+        relay = self.relay_in(server)
+        with self.busy(relay):
+            client.send(Datagram(echo.address, b'owner').pack())
+            for _ in range(200):
+                client.send(Datagram(echo.address, b'stranger').pack(), stranger)
         self.assertEqual(client.receive()[-7:], b'E:owner')
         eventually(lambda: relay.dropped == 200)
         self.assertEqual(echo.seen, [b'owner'])
@@ -3089,7 +3131,7 @@ class UdpTest(DatagramCase):
                 self.assertEqual(client.ask(data)[-3:], b'E:x')
                 client.send(data, first)
                 self.assertEqual(client.ask(data)[-3:], b'E:x')
-                self.assertEqual(relay.sent, 3)
+                self.assertEqual(relay.up.count, 3)
                 eventually(lambda: not relay.owner)
                 self.assertEqual(client.ask(data)[-3:], b'E:x')         # the same one again
 
@@ -3154,6 +3196,43 @@ class UdpTest(DatagramCase):
         echo.prefix = b'1'                      # too large for the header
         client.send(Datagram(echo.address, bytes(65497)).pack())
         self.assertTrue(client.nothing_comes())
+
+    def test_bursts(self):
+        """With and without sending several at once: of one size and of many, to several targets."""
+        random_sizes = random.Random(1).choices((0, 1, 64, 1200, 1201), k=50)
+        for most in socks.Burst.MOST, 1:
+            self.change(socks.Burst, MOST=most)
+            server = self.serve()
+            client = self.associate(server)
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            relay = self.relay_in(server)
+            for sizes, hosts in (([512] * 30, ['127.0.0.1']),
+                                 ([1200] * 7 + [300] + [1200] * 7 + [0, 0, 1, 1, 2], ['127.0.0.2']),
+                                 ([20000] * 4 + [30000, 30000, 10], ['127.0.0.1']),
+                                 ([100] * 20, ['127.0.0.1', '127.0.0.2']),
+                                 (random_sizes, ['127.0.0.1']),
+                                 (random_sizes, ['127.0.0.1', '127.0.0.2', '127.0.0.3'])):
+                with self.subTest(sizes=sizes, hosts=hosts, most=most):
+                    self.check_bursts(client, relay, sizes, hosts)
+            server.server_close()
+
+    @unittest.skipUnless(socks.can_segment(), 'the system has no UDP_SEGMENT')
+    def test_a_burst_is_sent_at_once(self):
+        """A target that takes joined datagrams gets them in one piece."""
+        UDP_GRO = 104
+        server, target = self.serve(), self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        target.bind(('127.0.0.1', 0))
+        target.settimeout(PATIENCE)
+        target.setsockopt(socket.SOL_UDP, UDP_GRO, 1)
+        client = self.associate(server)
+        datagrams = [Datagram(Address(*target.getsockname()), b'%d' % number).pack()
+                     for number in range(10)]
+        client.send(datagrams[0])
+        self.assertEqual(target.recv(100), b'0')
+        with self.busy(self.relay_in(server)):
+            for datagram in datagrams:
+                client.send(datagram)
+        self.assertEqual([target.recv(100) for _ in range(2)], [b'01234567', b'89'])
 
     def test_anybody_may_answer(self):
         """From an address that the client did not send to; not so with udp_strict."""
@@ -3226,7 +3305,7 @@ class UdpTest(DatagramCase):
             eventually(lambda: relay.targets == answered)
             self.assertEqual((routes._count, routes._size, routes._queues), (0, 0, {}))
             eventually(lambda: not relay.errands)
-            self.assertEqual(relay.sent, answered)
+            self.assertEqual(relay.up.count, answered)
 
     def test_waiting_bytes(self):
         """They are bounded as well."""
@@ -3641,7 +3720,7 @@ class SharedPortTest(DatagramCase):
         self.assertTrue(self.asks(alice, echo, b'yes'))
         bob = self.associate(server, Address('0.0.0.0', 0), Credentials(b'bob', b'secret'))
         self.assertTrue(self.asks(bob, echo, b'yes'))
-        self.assertEqual({item.client.user: item.sent for item in list(server.loop.items)
+        self.assertEqual({item.client.user: item.up.count for item in list(server.loop.items)
                           if isinstance(item, socks.UdpRelay)}, {'alice': 1, 'bob': 1})
         port = Address('0.0.0.0', alice.sock.getsockname()[1])
         self.associate(server, port, Credentials(b'bob', b'secret'))
@@ -3860,11 +3939,11 @@ class UdpInTcpTest(DatagramCase):
         relay.near._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         payload = bytes(60000)
         while not relay.dropped:
-            answers = relay.answers + relay.dropped
+            answers = relay.down.count + relay.dropped
             client.send(Datagram(echo.address, payload).pack())
-            eventually(lambda: relay.answers + relay.dropped > answers)
+            eventually(lambda: relay.down.count + relay.dropped > answers)
         self.assertLessEqual(relay.near._size, relay.near.ROOM)
-        for _ in range(relay.answers):
+        for _ in range(relay.down.count):
             self.assertEqual(Datagram.unpack(client.receive()), Datagram(echo.address, payload))
         self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-1:], b'x')
         client.control.finish()
@@ -3887,9 +3966,9 @@ class UdpInTcpTest(DatagramCase):
             self.assertTrue(ready([target], [], PATIENCE))
             source = target.recvfrom(10)[1]
             while not relay.dropped:
-                number = relay.answers + relay.dropped
+                number = relay.down.count + relay.dropped
                 target.sendto(bytes(8000), source)
-                eventually(lambda: relay.answers + relay.dropped > number)
+                eventually(lambda: relay.down.count + relay.dropped > number)
         self.assertLess(sum(relay.near._size for relay in relays), 2 * relay.near.ROOM)
         for client in clients:
             client.control.reset()
@@ -4654,7 +4733,7 @@ class LifecycleTest(Case):
         eventually(lambda: not server.clients)
 
 
-class Inside(Case):
+class Inside(DatagramCase):
     """In a network namespace of our own: 198.51.100.1 is ours, and some routes fail."""
 
     def test_unreachable(self):
@@ -4703,6 +4782,18 @@ class Inside(Case):
             self.assertEqual(client.ask(Datagram(ours.address, b'yes').pack())[-5:], b'E:yes')
             self.assertEqual(other.ask(Datagram(ours.address, b'yes').pack())[-5:], b'E:yes')
             self.assertEqual(ours.seen, [b'yes', b'yes'])
+
+    def test_bursts_beyond_the_mtu(self):
+        """Larger datagrams are sent one by one, in fragments; smaller ones are still joined."""
+        server = self.serve()
+        client = self.enter(Associate(server))
+        for mtu in 1500, 65536:
+            command = 'ip', 'link', 'set', 'lo', 'mtu', str(mtu)
+            self.assertEqual(run(*command).returncode, 0)
+            self.check_bursts(client, self.relay_in(server), [3000] * 5 + [1000] * 5 + [1400] * 3)
+        if socks.can_segment():
+            relay = self.relay_in(server)
+            self.assertEqual((relay.up._largest, relay.down._largest), (2999, 3009))
 
     def test_bind_for_a_peer_elsewhere(self):
         """A client on this host: the peer connects to the address that it would see."""

@@ -75,9 +75,9 @@ A connection to the server, served by a `Handler`::
 
 A datagram; the bytes of its header are the key to its target, so it is parsed only once::
 
-    UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> sendto, of a
-    UDP socket or of an association at another proxy
-    UdpRelay.from_target -> header of the sender, payload -> sendto
+    UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> Burst: sendto,
+    of a UDP socket or of an association at another proxy
+    UdpRelay.from_target -> header of the sender, payload -> Burst
 
 A connection through a proxy, as a client::
 
@@ -105,6 +105,7 @@ half-closed, reset, slow, idle tunnels        Pipe, Tunnel.patience, Tunnel.clos
 TLS and GSSAPI, and floods in them            Layer, TlsLayer, GssContext
 HTTP requests that could be read in two ways  HttpHead, HttpRequest, HttpBody, HttpForward
 datagrams of strangers, and to names          UdpRelay.admit, Routes
+many datagrams by one system call             Burst
 datagrams in TCP, or by one port for all      StreamDatagrams, UdpRelay, SharedPort
 datagrams by way of another proxy             FarAssociation, open_association, Association
 one round trip to connect                     Flight, open_chain
@@ -6236,8 +6237,10 @@ class Routes:
     def header_for(self, source, sock):
         """The header for answers from the address `source`, whose first one has come to `sock`.
 
-        None if they must not be passed on (Settings.udp_strict).
+        None if they cannot be passed on yet, or must not be (Settings.udp_strict).
         """
+        if not self.relay.reply_to:     # the client has sent nothing at all
+            return None
         if source not in self.headers and self.relay.client.server.settings.udp_strict:
             # Where another proxy looks names up, the addresses of targets are not known.
             if not getattr(sock, 'has_names', False):
@@ -6254,68 +6257,67 @@ class Routes:
 
 @functools.lru_cache()
 def can_segment():
-    """Whether the system takes several datagrams at once (UDP_SEGMENT, new in Linux 4.18)."""
+    """Whether the system can split what sendmsg() takes into datagrams (UDP_SEGMENT, Linux 4.18).
+
+    Raises OSError if no descriptor is left.
+    """
     if sys.platform != 'linux':
         return False
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-        receiver, sender = (stack.enter_context(bound_udp(Address('127.0.0.1', 0)))
-                            for _ in range(2))
-        # Only a trial tells: other systems ignore what they do not know, and send one datagram.
-        sender.sendmsg([b'12'], segments_of(1), 0, receiver.getsockname())
-        return receiver.recv(2) == b'1'
-    return False
-
-
-def segments_of(size):
-    """Ancillary data for sendmsg(): the system is to send datagrams of `size` bytes each."""
-    return [(socket.SOL_UDP, UDP_SEGMENT, size.to_bytes(2, sys.byteorder))]
+    with _orig_socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.getsockopt(socket.SOL_UDP, UDP_SEGMENT)
+        except OSError:
+            return False
+    return True
 
 
 class Burst:
     """Sends the datagrams of one direction of a `UdpRelay`, and counts them.
 
-    count     datagrams that the system has taken
+    drop      function of the reason, called for each datagram that the system has not taken
+    count     the datagrams that it has taken
     bytes     bytes of payload in these
-    drop      function of the reason, called for each datagram that it has not taken
 
     Datagrams of one size that follow each other to one destination go out by one system call, where
     the system can do that.  It handles them as one for most of the way: with 8 at a time, Linux
     takes 1.0 instead of 3.7 microseconds for each.  The last one may be smaller.
 
-    A burst is a context manager that sends what waits at its end, so that no datagram waits for
-    longer than the turn of a socket.  If the system does not take them at once, because their size
-    is beyond the MTU of the route for example, they are sent one by one, and so are others of that
-    size or more from then on.
+    add() may keep datagrams for the next ones, so flush() is called at the end of each turn of a
+    socket.  If the system does not take datagrams together, they are sent one by one.  Where that
+    works, their size is the cause, such as one beyond the MTU of the route, and those of that size
+    or more are sent one by one from then on.
     """
     MOST = 8                            # datagrams; more save little, and delay the first of them
     LARGEST = 65507                     # bytes in all, as in one datagram over IPv4
-    UNFIT = {errno.EINVAL, errno.EIO, errno.EMSGSIZE}
+    UNFIT = {errno.EINVAL, errno.EIO, errno.EMSGSIZE}   # how Linux refuses only what is joined
+
+    __slots__ = ('count', 'bytes', '_drop', '_largest', '_waiting', '_route', '_size', '_header',
+                 '_room')
 
     def __init__(self, drop):
         self.count = self.bytes = 0
         self._drop = drop
-        self._largest = self.LARGEST if can_segment() else 0    # bytes of one that can be joined
+        self._largest = 0               # bytes of one that can be joined to others
+        with contextlib.suppress(OSError):
+            self._largest = self.LARGEST if can_segment() else 0
         self._waiting = []              # datagrams
         self._route = None              # (socket, address) of these, see send()
         self._size = 0                  # bytes of each
         self._header = 0                # bytes in each that are not payload
         self._room = 0                  # number of datagrams that may join them
 
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *_):
-        if self._waiting:
-            self.flush()
-
     def add(self, route, datagram, header=0):
         """Send a datagram, now or at the next flush(); see send() for the arguments."""
         size = len(datagram)
+        # Headers of one route differ if they are of IPv4 and IPv6, or have names.
         if route is not self._route or not 0 < size <= self._size or header != self._header:
-            self.flush()
+            if self._waiting:
+                self.flush()
+            if not 0 < size <= self._largest or not isinstance(route[0], _orig_socket):
+                self.send(route, datagram, header)
+                return
             self._route, self._size, self._header = route, size, header
-            can_join = 0 < size <= self._largest and isinstance(route[0], _orig_socket)
-            self._room = min(self.MOST, self.LARGEST // size) if can_join else 1
+            self._room = min(self.MOST, self.LARGEST // size)
         self._waiting.append(datagram)
         self._room -= 1
         if not self._room or size < self._size:
@@ -6324,19 +6326,20 @@ class Burst:
     def flush(self):
         """Send what waits."""
         waiting, self._waiting = self._waiting, []
-        route, self._route = self._route, None
+        route, self._route, is_unfit = self._route, None, False
         if len(waiting) > 1:
             sock, address = route
+            segments = [(socket.SOL_UDP, UDP_SEGMENT, struct.pack('=H', self._size))]
             try:
-                total = sock.sendmsg(waiting, segments_of(self._size), 0, address)
+                total = sock.sendmsg(waiting, segments, 0, address)
                 self.count += len(waiting)
                 self.bytes += total - len(waiting) * self._header
                 return
             except OSError as error:
-                if error.errno in self.UNFIT:
-                    self._largest = self._size - 1
+                is_unfit = error.errno in self.UNFIT
         for datagram in waiting:
-            self.send(route, datagram, self._header)
+            if self.send(route, datagram, self._header) and is_unfit:
+                self._largest = self._size - 1
 
     def send(self, route, datagram, header=0):
         """Send a datagram at once; whether the system has taken it.
@@ -6351,7 +6354,8 @@ class Burst:
             else:
                 sock.send(datagram)
         except OSError as error:        # too large with its header, or the client's port is closed
-            return self._drop(reason(error))
+            self._drop(reason(error))
+            return False
         self.count += 1
         self.bytes += len(datagram) - header
         return True
@@ -6501,13 +6505,10 @@ class UdpRelay(Relay):
         buffer, now = loop.buffer, loop.now
         add, monotonic = self.up.add, time.monotonic
         end_of_turn = monotonic() + loop.time_slice
-        with self.up:
+        try:
             while monotonic() < end_of_turn:
-                try:
-                    if is_filtered:     # saves the making of the address
-                        count = receive(buffer)
-                    else:
-                        count, source = receive(buffer)
+                try:                    # recv_into() saves the making of the address
+                    count, source = (receive(buffer), source) if is_filtered else receive(buffer)
                 except BLOCKED:
                     # What came before connect() has been read: the rest is from the owner.
                     self.is_filtered = self.connected and isinstance(near, _orig_socket)
@@ -6526,6 +6527,8 @@ class UdpRelay(Relay):
                     add(target.route, payload)
                 else:
                     self.slow_path(header, payload)
+        finally:
+            self.up.flush()
 
     def admit(self, source):
         """Whether a valid datagram from another address than the owner's makes it the owner."""
@@ -6548,6 +6551,7 @@ class UdpRelay(Relay):
 
     def close_far(self):
         """Close the sockets for targets, and forget the routes that use them, and what waits."""
+        self.up.flush()                 # what came before
         self.routes.forget()
         self.routes.drop_queues()
         while self.far:
@@ -6619,7 +6623,7 @@ class UdpRelay(Relay):
         route = self.near, None if self.connected else self.reply_to
         add, monotonic = self.down.add, time.monotonic
         end_of_turn = monotonic() + loop.time_slice
-        with self.down:
+        try:
             while monotonic() < end_of_turn:
                 try:
                     count, source = sock.recvfrom_into(buffer)
@@ -6633,6 +6637,8 @@ class UdpRelay(Relay):
                     continue
                 self.last_active = now
                 add(route, header + buffer[:count], len(header))
+        finally:
+            self.down.flush()
 
     def close_near(self):
         """Close the sockets for the client."""
@@ -6878,7 +6884,8 @@ class Relay6(UdpRelay):
 
     def __init__(self, client, stream, port=None, release=None):
         super().__init__(client, stream, stream, release=release)
-        self.owner, self.connected = None, False
+        self.owner = self.reply_to = None
+        self.connected = False
         self.stream = stream
         self.port = port and WrappedDatagrams(
             port, functools.partial(message_of, stream.form), stream.form.datagram_in)
@@ -6904,7 +6911,8 @@ class Relay6(UdpRelay):
         if self.owner or self.near is self.port and not super().admit(source):
             return False
         if self.near is self.stream:
-            self.owner, self.connected = source, True
+            self.owner = self.reply_to = source
+            self.connected = True
             self._close_port()
         self.stream.send(b'')           # the confirmation
         return True

@@ -2787,6 +2787,31 @@ class Echo:
         self.sock.close()
 
 
+class JoiningTarget:
+    """A UDP target that takes datagrams as they were sent: joined (Linux)."""
+    UDP_GRO = 104                       # udp(7)
+
+    def __init__(self):
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.bind(('127.0.0.1', 0))
+        self.sock.settimeout(PATIENCE)
+        self.sock.setsockopt(socket.SOL_UDP, self.UDP_GRO, 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.sock.close()
+
+    def datagram(self, payload):
+        """One for it, with its header."""
+        return Datagram(Address(*self.sock.getsockname()), payload).pack()
+
+    def receive(self):
+        """The payloads that were sent together."""
+        return self.sock.recv(65535)
+
+
 class Associate:
     """A client with a UDP association."""
 
@@ -3135,6 +3160,22 @@ class UdpTest(DatagramCase):
                 eventually(lambda: not relay.owner)
                 self.assertEqual(client.ask(data)[-3:], b'E:x')         # the same one again
 
+    def test_announced_port_takes_over(self):
+        """What another program has sent before is still relayed, not its answers."""
+        server, echo = self.serve(), self.echo('127.0.0.1', b'')
+        client = self.associate(server, 'own')
+        other = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        other.bind(('127.0.0.1', 0))
+        client.send(Datagram(echo.address, b'0').pack(), other)
+        eventually(lambda: echo.seen)
+        with self.busy(self.relay_in(server)):
+            for number in range(10):
+                client.send(Datagram(echo.address, b'%d' % number).pack(),
+                            other if number < 5 else None)
+        answers = [Datagram.unpack(client.receive()).payload for _ in range(5)]
+        self.assertEqual(answers, [b'%d' % number for number in range(5, 10)])
+        self.assertEqual(echo.seen[1:], [b'%d' % number for number in range(10)])
+
     def test_targets_alone(self):
         """They keep an association for longer than a silence, not for ever."""
         client = self.associate(self.serve(udp_timeout=0.2))
@@ -3219,20 +3260,47 @@ class UdpTest(DatagramCase):
     @unittest.skipUnless(socks.can_segment(), 'the system has no UDP_SEGMENT')
     def test_a_burst_is_sent_at_once(self):
         """A target that takes joined datagrams gets them in one piece."""
-        UDP_GRO = 104
-        server, target = self.serve(), self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        target.bind(('127.0.0.1', 0))
-        target.settimeout(PATIENCE)
-        target.setsockopt(socket.SOL_UDP, UDP_GRO, 1)
+        server, target = self.serve(), self.enter(JoiningTarget())
         client = self.associate(server)
-        datagrams = [Datagram(Address(*target.getsockname()), b'%d' % number).pack()
-                     for number in range(10)]
-        client.send(datagrams[0])
-        self.assertEqual(target.recv(100), b'0')
-        with self.busy(self.relay_in(server)):
-            for datagram in datagrams:
-                client.send(datagram)
-        self.assertEqual([target.recv(100) for _ in range(2)], [b'01234567', b'89'])
+        client.send(target.datagram(b'0'))
+        self.assertEqual(target.receive(), b'0')
+        relay = self.relay_in(server)
+        with self.busy(relay):
+            for number in range(10):
+                client.send(target.datagram(b'%d' % number))
+        self.assertEqual([target.receive() for _ in range(2)], [b'01234567', b'89'])
+        with self.busy(relay):          # as many as fit into one datagram
+            for _ in range(4):
+                client.send(target.datagram(bytes(20000)))
+        self.assertEqual([len(target.receive()) for _ in range(2)], [60000, 20000])
+        for number in range(2):         # a fragment and a header with RSV come after the others
+            with self.busy(relay):
+                for payload in b'1', b'2', b'3':
+                    client.send(target.datagram(payload))
+                client.send((b'\0\1\0', b'\0\0\x01')[number] + target.datagram(b'4')[3:])
+                client.send(b'\0\0\x82' + target.datagram(b'5')[3:])
+            self.assertEqual([target.receive() for _ in range(2)],
+                             [b'123', (b'4', b'45')[number]])
+
+    @unittest.skipUnless(socks.can_segment(), 'the system has no UDP_SEGMENT')
+    def test_errors_of_bursts(self):
+        """Only a size that the system does not take ends the joining of datagrams."""
+        server, target = self.serve(), self.enter(JoiningTarget())
+        client = self.associate(server)
+        client.send(target.datagram(b'0'))
+        self.assertEqual(target.receive(), b'0')
+        closed = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        closed.bind(('127.0.0.1', 0))
+        closed.connect(('127.0.0.1', 9))        # not a port of ours: it takes nothing
+        relay = self.relay_in(server)
+        for address in (Address(*closed.getsockname()), Address('255.255.255.255', 9),
+                        Address('127.0.0.1', 0)):
+            with self.busy(relay):
+                for _ in range(8):
+                    client.send(Datagram(address, b'x').pack())
+                for number in range(8):
+                    client.send(target.datagram(b'%d' % number))
+            self.assertEqual(target.receive(), b'01234567')
 
     def test_anybody_may_answer(self):
         """From an address that the client did not send to; not so with udp_strict."""
@@ -11982,6 +12050,28 @@ class UdpUpstreamTest(DatagramCase, FileCase):
                     self.check_way(associate(server))
                     self.assertEqual(last.asked.pop(), command)
             self.assertEqual(last.asked, [])
+
+    def test_proxy_that_sends_first(self):
+        """Datagrams from there, before one of the client's, are dropped: it has no address yet."""
+        def proxy(peer):
+            peer.read(3)
+            peer.send(b'\5\0')
+            peer.read(10)
+            peer.send(Response(0, Address('127.0.0.1', 0)).pack() + 3 * early)
+            while True:
+                peer.send(peer.read(1))         # datagrams come back
+
+        early = StreamAssociate.message(Datagram(Address('127.0.0.1', 9), b'early').pack())
+        upstream = f'socks5://127.0.0.1:{self.origin(proxy).port}?udp=tcp'
+        for associate, settings in ((Associate, {}), (Associate, {'udp_port': unused_port()}),
+                                    (Associate6, {'socks6': True})):
+            with self.subTest(associate, settings=settings):
+                server = self.serve(upstream=upstream, **settings)
+                client = self.enter(associate(server))
+                relay = self.relay_in(server)
+                eventually(lambda: relay.dropped == 3)
+                data = Datagram(Address('127.0.0.1', 9), b'x').pack()
+                self.assertEqual(client.ask(data), data)
 
     def test_several_proxies(self):
         """Chains ask the last one for UDP in TCP; servers in a row do as each is told."""

@@ -2987,12 +2987,13 @@ class DatagramCase(Case):
         """Send datagrams of these sizes to a target at each of the hosts, and their payloads back,
         all at once each time: nothing is lost, changed or out of order."""
         payloads = [random_bytes(random.Random(place), size) for place, size in enumerate(sizes)]
-        targets = [self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in hosts]
+        targets = [self.enter(socket.socket(socks.family_of(host), socket.SOCK_DGRAM))
+                   for host in hosts]
         for target, host in zip(targets, hosts):
             target.bind((host, 0))
             target.settimeout(PATIENCE)
             target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-            client.send(Datagram(Address(*target.getsockname()), b'').pack())
+            client.send(Datagram(Address.of(target.getsockname()), b'').pack())
         sources = [target.recvfrom(1)[1] for target in targets]
 
         def counts():
@@ -3001,7 +3002,7 @@ class DatagramCase(Case):
         with self.busy(relay):
             before = counts()
             for place, payload in enumerate(payloads):
-                address = Address(*targets[place % len(hosts)].getsockname())
+                address = Address.of(targets[place % len(hosts)].getsockname())
                 client.send(Datagram(address, payload).pack())
         for place, payload in enumerate(payloads):
             self.assertEqual(targets[place % len(hosts)].recv(65535), payload)
@@ -3010,7 +3011,7 @@ class DatagramCase(Case):
                 targets[place % len(hosts)].sendto(payload, sources[place % len(hosts)])
         for place, payload in enumerate(payloads):
             self.assertEqual(Datagram.unpack(client.receive()), Datagram(
-                Address(*targets[place % len(hosts)].getsockname()), payload))
+                Address.of(targets[place % len(hosts)].getsockname()), payload))
         eventually(lambda: counts() == [number + more for number, more in zip(
             before, [len(sizes), sum(sizes)] * 2)])
         self.assertEqual(relay.dropped, 0)
@@ -3252,7 +3253,9 @@ class UdpTest(DatagramCase):
                                  ([20000] * 4 + [30000, 30000, 10], ['127.0.0.1']),
                                  ([100] * 20, ['127.0.0.1', '127.0.0.2']),
                                  (random_sizes, ['127.0.0.1']),
-                                 (random_sizes, ['127.0.0.1', '127.0.0.2', '127.0.0.3'])):
+                                 (random_sizes, ['127.0.0.1', '127.0.0.2', '127.0.0.3']),
+                                 # The same sizes with headers of 22 and 10 bytes.
+                                 ([100, 112] * 10, [possible('::1'), '127.0.0.1'])):
                 with self.subTest(sizes=sizes, hosts=hosts, most=most):
                     self.check_bursts(client, relay, sizes, hosts)
             server.server_close()

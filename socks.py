@@ -6309,7 +6309,7 @@ class Burst:
     def add(self, route, datagram, header=0):
         """Send a datagram, now or at the next flush(); see send() for the arguments."""
         size = len(datagram)
-        # Headers of one route differ if they are of IPv4 and IPv6, or have names.
+        # Answers by way of another proxy have various headers: of both families, with names.
         if route is not self._route or not 0 < size <= self._size or header != self._header:
             if self._waiting:
                 self.flush()

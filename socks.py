@@ -530,6 +530,11 @@ def reason(error: BaseException) -> str:
     return getattr(error, 'strerror', None) or str(error)
 
 
+def counted(number: int, noun: str) -> str:
+    """The number with the noun, in the plural unless it is 1."""
+    return f'{number} {noun}{"s" * (number != 1)}'
+
+
 # ------------------------------------------------------------------------------------ wire format
 #
 # Each message is a tuple with pack() -> bytes and unpack(read) -> message.  read(n) returns exactly
@@ -556,7 +561,7 @@ class Received(io.BytesIO):
     def read_exact(self, n):
         data = self.read(n)
         if len(data) < n:
-            raise EOFError(f'{n} bytes expected, {len(data)} left')
+            raise EOFError(f'{counted(n, "byte")} expected, {len(data)} left')
         return data
 
 
@@ -2444,7 +2449,7 @@ class TlsLayer(Layer):
                 self._incoming.write(self._fresh)
                 self._fresh = b''
             if self._ended:
-                raise EOFError('Connection closed unexpectedly')
+                raise EOFError('Connection closed in the TLS handshake')
 
     def _advance(self):
         """Take a step of the handshake; return whether it was the last, and its error or None.
@@ -2460,7 +2465,8 @@ class TlsLayer(Layer):
             pass
         except Exception as error:
             failure = error
-            if isinstance(error, ValueError):   # ssl.CertificateError, up to Python 3.6
+            # ssl.CertificateError, up to Python 3.6.
+            if isinstance(error, ValueError) and not isinstance(error, OSError):
                 failure = self._ssl.SSLError(self._ssl.SSL_ERROR_SSL, str(error))
             self._forget_error()
         if self._tls.server_side and thread_time() - started > self.QUICK:
@@ -3402,8 +3408,9 @@ class Settings(NamedTuple):
     """The settings of a server, with their defaults.
 
     Times are in seconds.  `Server` also accepts the texts of the command line for networks, rules,
-    proxies, addresses, ports and numbers.  For a wrong value it raises ValueError, which names the
-    field.  A field has the name of its option, or the option stands in parentheses.
+    proxies, addresses, ports and numbers; one text may have several rules, one a line.  For a wrong
+    value it raises ValueError, which names the field.  A field has the name of its option, or the
+    option stands in parentheses.
 
     users              mapping from name to password: text, bytes or `Hashed`; empty: no login
                        (--user, --users)
@@ -3492,7 +3499,7 @@ class Settings(NamedTuple):
             isinstance(each, (str, bytes)) for each in getattr(self, name) or ())}
         fields = ', '.join(f'{name}={"..." if name in hidden else repr(value)}'
                            for name, value in zip(self._fields, self) if name != 'users')
-        return f'Settings({len(self.users)} users, {fields})'
+        return f'Settings({counted(len(self.users), "user")}, {fields})'
 
 
 class NetworkMap:
@@ -3931,7 +3938,8 @@ def parse_rule(text: str, place: str) -> Rule:
     try:
         (first, _), *words = split_rule(text) or [('', False)]
         if first not in ('allow', 'deny'):
-            raise ValueError(f'{first!r}, expected allow or deny')
+            # Without what follows a colon: the file may be that of the users.
+            raise ValueError(f'{first.partition(":")[0]!r}, expected allow or deny')
         rule = Rule(first == 'allow', place=place, **parse_conditions(words))
         if rule.via and not rule.allow:
             raise ValueError("'via' is not expected here, but after what is allowed")
@@ -3995,7 +4003,7 @@ def parse_conditions(words):
             kind, values = RULE_WORDS[section](word)
             parts[kind] += values
     if section not in ('names', 'via') or is_for_all == bool(parts['names'] or parts['networks']):
-        raise ValueError('expected "to", then networks and names, or *')
+        raise ValueError('expected "to", then networks and names or else *; ports are numbers')
     via = parse_way(parts.pop('via')) if section == 'via' else None
     # Look-ups are judged with port 0, see do_RESOLVE().
     if (parts['commands'] and set(parts['commands']) <= set(RULE_COMMANDS['resolve'])
@@ -4016,8 +4024,9 @@ def parse_way(words):
             return Way(chain=tuple(parse_chain(words)))
         except GeneralProxyError as error:
             raise ValueError(str(error)) from None
-    raise ValueError(f'via {" ".join(words) or "nothing"}: expected direct, inbound, an IP address '
-                     f'of each family at most, or proxy URLs')
+    # The words may be URLs with passwords, so they are not shown.
+    raise ValueError('via: expected direct, inbound, an IP address of each family at most, or '
+                     'proxy URLs')
 
 
 def parse_command(word):
@@ -4102,19 +4111,19 @@ def all_of(function, items):
     return results
 
 
-def read_lines(path):
+def read_lines(option, path):
     """Iterate over the lines of a file, as (place, line), without empty lines and comments.
 
     line     bytes, stripped
     place    PATH:NUMBER, for messages
 
-    Raises FileError if the file cannot be read.
+    Raises FileError, with the option that names the file, if it cannot be read.
     """
     try:
         with open(path, 'rb') as file:
             lines = file.readlines()
     except OSError as error:
-        raise FileError(f'{path}: {reason(error)}') from None
+        raise FileError(f'{option} {path}: {reason(error)}') from None
     for number, line in enumerate(lines, 1):
         line = re.sub(b'^' + codecs.BOM_UTF8, b'', line).strip()        # Notepad writes a BOM
         if line and not line.startswith(b'#'):
@@ -4123,7 +4132,8 @@ def read_lines(path):
 
 def read_rules(path: str) -> Tuple[Rule, ...]:
     """The `Rule`s in a file; FileError has all errors with their lines."""
-    return tuple(all_of(lambda place, line: parse_rule(name_text(line), place), read_lines(path)))
+    return tuple(all_of(lambda place, line: parse_rule(name_text(line), place),
+                        read_lines('--rules', path)))
 
 
 class Hashed:
@@ -4140,6 +4150,8 @@ class Hashed:
 
     def __init__(self, text: str) -> None:
         import hashlib                  # here, because few servers need it
+        if text.count(':') != 3:
+            raise ValueError('expected METHOD:PARAMETERS:SALT:HASH, as --hash-password prints it')
         self._text = text
         self._method, parameters, salt, digest = text.split(':')
         self._parameters = [int(number) for number in parameters.split('-')]
@@ -4229,9 +4241,9 @@ def read_users(path: str) -> Dict[bytes, Union[bytes, Hashed]]:
                             f'defined twice')
         users[name] = password
 
-    all_of(add, read_lines(path))
+    all_of(add, read_lines('--users', path))
     if not users:                       # else an empty file would mean: no login
-        raise FileError(f'{path}: expected at least one NAME:PASSWORD line')
+        raise FileError(f'--users {path}: expected at least one NAME:PASSWORD line')
     warn_if_readable(path)
     return users
 
@@ -6195,7 +6207,7 @@ class Routes:
         name, is_name = canonical(wanted).host, ip_bytes(address.host) is None
         was_found = not is_name and name != address.host        # by a look-up
         relay.targets += header not in self.known
-        relay.client.target = f'{relay.targets} targets'
+        relay.client.target = counted(relay.targets, 'target')
         log.debug('%s: datagrams to %s%s', relay.client.address,
                   f'{name}, ' if was_found else '', address)
         target = Target(route, way)
@@ -6665,10 +6677,10 @@ class UdpRelay(Relay):
             self.close_far()
             self.close_near()
             client.server.sessions.associations -= 1
-            client.target = (f'{self.targets} targets, {self.up.count} datagrams up, '
-                             f'{self.down.count} down')
+            client.target = (f'{counted(self.targets, "target")}, '
+                             f'{counted(self.up.count, "datagram")} up, {self.down.count} down')
             if self.dropped:
-                outcome = f'{outcome}, {self.dropped} datagrams dropped'
+                outcome = f'{outcome}, {counted(self.dropped, "datagram")} dropped'
             client.end(outcome, *self.traffic)
 
 
@@ -7213,8 +7225,10 @@ class Proxy(NamedTuple):
         is_path = isinstance(addr, str) and addr.startswith('/')
         if is_path and not hasattr(socket, 'AF_UNIX'):
             raise ValueError('proxy address: this system has no unix sockets')
-        if isinstance(addr, str) and not is_path and set(addr) & set('/@'):
-            raise ValueError('proxy address: expected a name or an IP address, not a URL')
+        if isinstance(addr, str) and not is_path and (
+                set(addr) & set('/@') or ':' in addr and ip_bytes(addr.strip('[]')) is None):
+            raise ValueError('proxy address: expected a name or an IP address, not a URL, and the '
+                             'port by itself')
         if not isinstance(addr, str) or not addr or not is_path and min(addr) <= ' ':
             raise ValueError(f'proxy address {addr!r}: expected a name or an IP address')
         if port is not None and not is_port(port):
@@ -7310,7 +7324,8 @@ def parse_proxy_url(url: str) -> Proxy:
     try:
         port = parts.port
     except ValueError:
-        raise ValueError('proxy URL: bad port, expected a number up to 65535') from None
+        raise ValueError('proxy URL: bad port, expected a number up to 65535, IPv6 in brackets, '
+                         'and %2F for "/" in a password') from None
     addr = parts.hostname
     if addr and ':' in addr:            # RFC 6874: %25 before a zone
         addr = addr.replace('%25', '%', 1)
@@ -7811,6 +7826,18 @@ def flush_at_exit(loop, patience=5.0):
         time.sleep(0.01)
 
 
+def load_authorities(context, name, path):
+    """Have an ssl.SSLContext trust the certificates in a PEM file, which an option or variable
+    `name` names; FileError if there are none."""
+    try:
+        open(path, 'rb').close()        # the errors of ssl do not tell a directory
+        context.load_verify_locations(path)
+    except OSError as error:
+        is_read = hasattr(error, 'library')     # an ssl.SSLError
+        fault = 'expected a certificate, as PEM' if is_read else reason(error)
+        raise FileError(f'{name} {path}: {fault}') from None
+
+
 def certificate_places():
     """The values of the environment variables that say where trusted certificates are."""
     return [os.environ.get(name) for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR')]
@@ -7826,14 +7853,35 @@ def usual_context(*_):
     return ssl.create_default_context()
 
 
+@functools.lru_cache(4)
+def trust_advice(path, _):
+    """The end of the error of a certificate that usual_context(), with the same arguments, does
+    not trust."""
+    import ssl
+    try:
+        if path:
+            load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), 'SSL_CERT_FILE', path)
+        place = f'{path} (SSL_CERT_FILE)' if path else 'the file that SSL_CERT_FILE names'
+        return f'; expected the certificate that signed it in {place}'
+    except FileError as error:
+        return f'; {error}'
+
+
 def open_tls(sock, proxy, context, until):
     """Conversation: start TLS to `proxy` over a duplicate of `sock`; a `PlainEnd` of it."""
-    context = context or usual_context(*certificate_places())
+    given, context = context, context or usual_context(*certificate_places())
     name = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     keep_urgent(sock)                   # a byte taken out would corrupt a TLS record
     tls = TlsLayer(sock.dup(), context, server_hostname=name)
     with owned(tls):
-        yield from tls.handshake(until)
+        try:
+            yield from tls.handshake(until)
+        except OSError as error:
+            # OpenSSL's codes for issuers that are missing or not trusted; Python 3.6 has none.
+            if (not given and getattr(error, 'reason', '') == 'CERTIFICATE_VERIFY_FAILED'
+                    and getattr(error, 'verify_code', 2) in (2, 18, 19, 20, 21)):
+                error.strerror += trust_advice(*certificate_places())
+            raise
         return expose(tls)
 
 
@@ -7980,7 +8028,7 @@ def destination(pair, chain):
     """
     if not (isinstance(pair, (tuple, list)) and 2 <= len(pair) <= 4 and pair[0]
             and isinstance(pair[0], (str, bytes)) and is_port(pair[1])):
-        raise GeneralProxyError('Invalid destination-connection (host, port) pair')
+        raise GeneralProxyError(f'Invalid destination-connection (host, port) pair: {pair!r}')
     host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
     bare = without_brackets(host)
     address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
@@ -8199,6 +8247,9 @@ ACCEPT_BATCH = 8                        # per event, to leave some for other cli
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 WARNING_PAUSE = 60.0                    # seconds between two warnings of the same kind
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection (RFC 8446 section 5.1)
+# First bytes of what an option switches on.
+SWITCHED_ON_BY = {6: 'SOCKS6, which needs --socks6', TLS_HANDSHAKE: 'TLS, which needs --tls-cert',
+                  0x0D: 'a PROXY header, which needs --proxy-protocol'}
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 COSTLY_CALLS = 2                        # at a time, so that others get the processors
 DESCRIPTORS_KEPT = 32                   # reserved for files that are not clients' sockets
@@ -8236,9 +8287,12 @@ def as_networks(value):
 
 
 def as_rules(value):
+    # A text may be that of a whole file.
+    items = value.splitlines() if isinstance(value, str) else several(value or ())
     return None if value is None else Rules(
         item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
-        for number, item in enumerate(several(value), 1))
+        for number, item in enumerate(items, 1)
+        if isinstance(item, Rule) or not re.match(r'\s*(#|$)', str(item)))
 
 
 def as_hosts(value):
@@ -8299,9 +8353,10 @@ def one_of(expected, is_valid):
 
 
 as_flag = one_of('True or False', lambda value: isinstance(value, bool))
-as_version = one_of('4, 6 or 0', lambda value: value in (0, 4, 6))
+as_version = one_of('4, 6 or 0, an int', lambda value: value in (0, 4, 6))
 # isinstance() would import ssl, which is large, for servers without TLS, too.
-as_context = one_of('an ssl.SSLContext', lambda value: value is None or hasattr(value, 'wrap_bio'))
+as_context = one_of('an ssl.SSLContext of a server', lambda value: value is None or (
+    hasattr(value, 'wrap_bio') and value.protocol.name != 'PROTOCOL_TLS_CLIENT'))
 
 
 def as_mode(value):
@@ -8519,6 +8574,7 @@ def ask_ident(client, local, source):
 
 CO_GENERATOR = 0x20                     # inspect.CO_GENERATOR; importing inspect takes long
 ALWAYS_OFFERED = Command.CONNECT, Command.FORWARD
+NOT_SUPPORTED = 'not supported'
 COMMAND_METHODS = {command: 'do_' + command.name for command in Command}
 
 
@@ -8722,9 +8778,8 @@ class Handler(socketserver.BaseRequestHandler):
             return (yield from self.negotiate_http())
         if first == 6 and self.settings.socks6:
             return (yield from self.negotiate6())
-        if first == TLS_HANDSHAKE:
-            raise ProtocolError('TLS, which needs --tls-cert, expected SOCKS or HTTP')
-        raise ProtocolError(f'first byte {first:#04x}, expected 0x04 or 0x05')
+        found = SWITCHED_ON_BY.get(first, f'first byte {first:#04x}')
+        raise ProtocolError(f'{found}, expected SOCKS or HTTP')
 
     def negotiate4(self):
         """Conversation: read a request of SOCKS4 or SOCKS4a, and check its userid."""
@@ -8886,7 +8941,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.client.protocol = 'HTTP'
         if not self.settings.http:
             self.make_reply = lambda *_: HttpAnswer(HttpCode.NOT_IMPLEMENTED, NO_HTTP)
-            raise ProtocolError('HTTP, expected SOCKS')
+            raise ProtocolError('HTTP, which --no-http switches off, expected SOCKS')
         self.make_reply = functools.partial(self.http_answer, '')
         request = HttpRequest.unpack((yield from self.stream.read_head()))
         self.make_reply = functools.partial(self.http_answer, request.method)
@@ -9005,10 +9060,10 @@ class Handler(socketserver.BaseRequestHandler):
     def do(self, request: AnyRequest) -> Conversation:
         """The conversation that does the command of a request."""
         command, method, is_conversation = self.methods.get(request.command, (None, None, None))
-        if not (method and self.offered(command, isinstance(request, Request4))):
+        why = self.obstacle(command, isinstance(request, Request4)) if method else NOT_SUPPORTED
+        if why:
             name = command.name if command else f'command {request.command:#04x}'
-            raise ProtocolError(f'{name} is not supported, or not switched on',
-                                reply=Reply.COMMAND_NOT_SUPPORTED)
+            raise ProtocolError(f'{name} is {why}', reply=Reply.COMMAND_NOT_SUPPORTED)
         self.client.command = command
         address = request.address
         try:
@@ -9045,20 +9100,22 @@ class Handler(socketserver.BaseRequestHandler):
                             f'expected a socket or None')
         return None
 
-    def offered(self, command, is_socks4):
-        """Whether the protocol has the command, and the settings allow it at all."""
+    def obstacle(self, command, is_socks4):
+        """Why a command is not offered: the protocol lacks it, or the settings; '' if it is."""
         settings = self.settings
         if command in ALWAYS_OFFERED:
-            return True
+            return ''
         if command == Command.BIND:     # with other proxies, it would leave from here, past them
-            return not settings.upstream
+            return 'not supported through another proxy (-x)' if settings.upstream else ''
         if self.client.protocol == 'SOCKS6':
-            return command in (Command.NOOP, Command.UDP_ASSOCIATE)
-        if command in (Command.UDP_ASSOCIATE, Command.UDP_IN_TCP):      # SOCKS4 has neither
+            return '' if command in (Command.NOOP, Command.UDP_ASSOCIATE) else NOT_SUPPORTED
+        if command in (Command.UDP_ASSOCIATE, Command.UDP_IN_TCP) and not is_socks4:
             is_clear = command == Command.UDP_ASSOCIATE and settings.tls
-            return not (is_socks4 or is_clear and not settings.udp_over_plain)
-        return settings.tor_extensions and (
-            command == Command.RESOLVE or command == Command.RESOLVE_PTR and not is_socks4)
+            is_off = is_clear and not settings.udp_over_plain
+            return 'not switched on beside TLS (--udp-over-plain)' if is_off else ''
+        if command == Command.RESOLVE or command == Command.RESOLVE_PTR and not is_socks4:
+            return '' if settings.tor_extensions else 'not switched on (--tor-extensions)'
+        return NOT_SUPPORTED
 
     def do_NOOP(self, request: AnyRequest) -> Conversation:
         """Reply only: a client may just log in, or look whether the proxy is there (SOCKS6)."""
@@ -9822,7 +9879,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._draining = True
         for sock in self.listeners:
             sock.close()
-        log.info('draining %d clients, up to %g s', len(self.clients), seconds)
+        log.info('draining %s, up to %g s', counted(len(self.clients), 'client'), seconds)
         self.loop.timers.set(self._item, self.loop.now + seconds)
         self._go_on()
 
@@ -9853,8 +9910,8 @@ class Server(socketserver.ThreadingTCPServer):
         listener, family, kind, protocol = self._listening[fd]
         room = self._room()
         if room <= 0:
-            self._warn('%s clients are served, more have to wait (--max-clients)',
-                       self.max_clients)
+            self._warn('serving %s, more have to wait (--max-clients)',
+                       counted(self.max_clients, 'client'))
         for _ in range(min(ACCEPT_BATCH, room)):
             try:
                 # As accept() does, which asks the listener for its family each time.
@@ -11753,7 +11810,7 @@ def create_server(address: Tuple[str, int] = ('', 0), *, proxy: ProxyArgument = 
     chain = effective_chain(proxy)
     if not chain:
         raise GeneralProxyError('No proxy specified')
-    expected = destination(restore_name((address[0] or UNSPECIFIED.host, address[1])), chain)
+    expected = destination(restore_name((address[0] or UNSPECIFIED.host, *address[1:])), chain)
     near, bnd = run(open_chain(chain, expected, deadline(timeout), socksocket.default_source,
                                ssl_context, Command.BIND))
     sock = _ServerSocket(near.family, near.type, near.proto, near.detach(), proxy=[])
@@ -12150,11 +12207,12 @@ def tls_context(certificate: str, key: Optional[str] = None,
     """The ssl.SSLContext of a server, for TLS 1.2 and newer.
 
     certificate    name of a PEM file with the certificate and those that lead to it
-    key            name of the PEM file with its key; None if it is in the same file
+    key            name of the PEM file with its key, which has no passphrase; None if it is in the
+                   same file
     client_ca      name of a PEM file with the certificate that clients' certificates must be signed
                    by; None to ask for none
 
-    Raises FileError, which names the file that is wrong.
+    Raises FileError, which names the option and the file that is wrong.
     """
     import ssl                          # here, because few servers need it and it is large
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -12164,21 +12222,23 @@ def tls_context(certificate: str, key: Optional[str] = None,
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     # Renegotiation costs the server more than the client; Python 3.6 cannot refuse it.
     context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)
+    encrypted = []
     try:
-        # The errors of ssl do not name the file.
-        for name in filter(None, (certificate, key, client_ca)):
-            open(name, 'rb').close()
-        name = key or certificate
-        context.load_cert_chain(certificate, key)
-        if client_ca:
-            name = client_ca
-            context.load_verify_locations(client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except ssl.SSLError as error:
-        wanted = 'certificates' if name == client_ca else 'a certificate and its key'
-        raise FileError(f'{name}: expected {wanted}, as PEM: {reason(error)}') from None
-    except OSError as error:
-        raise FileError(f'{name}: {reason(error)}') from None
+        # With no passphrase, instead of asking for one, which a reload in the background cannot.
+        context.load_cert_chain(certificate, key, lambda: encrypted.append(key) or '')
+    except OSError as error:            # whose text does not tell which file is wrong
+        load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), '--tls-cert', certificate)
+        fault = reason(error)
+        if encrypted:
+            fault = 'the private key is encrypted, expected one without a passphrase'
+        elif isinstance(error, ssl.SSLError):
+            fault = f'expected a private key that fits {certificate}, as PEM' + (
+                f': {fault}' if error.reason else '')       # else it only says "PEM lib"
+        place = f'--tls-key {key}' if key else f'--tls-cert {certificate} without --tls-key'
+        raise FileError(f'{place}: {fault}') from None
+    if client_ca:
+        load_authorities(context, '--tls-client-ca', client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
@@ -12358,7 +12418,7 @@ class Service(LoopItem):
             self.server.reconfigure(self._configure())
             log.info('reloaded')
         except (ValueError, OSError) as error:
-            log.error('not reloaded, the old settings stay: %s', error)
+            log.error('not reloaded, the old settings stay: %s', reason(error))
         self._notifier.notify('READY=1')
 
     def show(self):
@@ -12392,12 +12452,12 @@ class Table(NamedTuple):
                    sessions.ended, sessions.up, sessions.down)
 
     def __str__(self):
-        number = f'{len(self.lines)} of {self.limit}' if self.limit else len(self.lines)
+        number = counted(len(self.lines), 'client') + (f' of {self.limit}' if self.limit else '')
         rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
         rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
                  for line in self.lines]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        return '\n'.join([f'process {os.getpid()}: {number} clients now, {self.ended} before, '
+        return '\n'.join([f'process {os.getpid()}: {number} now, {self.ended} before, '
                           f'with {self.up} bytes up and {self.down} down'] + [
             '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
             for row in rows])
@@ -12632,7 +12692,7 @@ class LogWriter(logging.Handler):
             if lost:
                 reported += lost
                 record = log.makeRecord(log.name, logging.WARNING, '', 0,
-                                        '%d lines of the log were lost here', (lost,), None)
+                                        '%s of the log lost here', (counted(lost, 'line'),), None)
                 self._write(self.format(record).encode() + b'\n')
             if not self._hurry:
                 time.sleep(self.PAUSE)
@@ -12858,15 +12918,18 @@ port_number = number_of(int, 65536, 'a port, 0 to 65535', '[0-9]{1,5}$')
 used_port = number_of(int, 65536, 'a port, 1 to 65535', '0*[1-9][0-9]{0,4}$')
 whole_number = number_of(int, float('inf'), 'a whole number, 0 or more', '[0-9]+$')
 time_span = number_of(float, float('inf'), 'seconds, 0 or more', '[0-9.]+$')
+ip_version = number_of(int, 7, '4 or 6', '[46]$')
+not_empty = one_of('a name', bool)
 
 
 def port_range(text):
     """(lowest, highest) of LOW-HIGH, or of one port."""
-    low, _, high = text.partition('-')
-    low, high = port_number(low), port_number(high or low)
-    if not 0 < low <= high:
-        raise ValueError(f'{text!r}: expected LOW-HIGH, from 1 to 65535')
-    return low, high
+    low, dash, high = text.partition('-')
+    with contextlib.suppress(ValueError):
+        low, high = used_port(low), used_port(high if dash else low)
+        if low <= high:
+            return low, high
+    raise ValueError(f'{text!r}: expected LOW-HIGH, from 1 to 65535')
 
 
 def host_and_port(text):
@@ -12938,10 +13001,11 @@ def worker_count(text):
 
 def host_with_port(text):
     """(host, port) of HOST:PORT."""
-    host, port = host_and_port(text)
-    if not port:
-        raise ValueError(f'{text!r}: expected HOST:PORT')
-    return host, port
+    with contextlib.suppress(ValueError):
+        host, port = host_and_port(text)
+        if port:
+            return host, port
+    raise ValueError(f'{text!r}: expected HOST:PORT, or [IPV6]:PORT')
 
 
 DEFAULTS = Settings()
@@ -12978,7 +13042,7 @@ OPTIONS = [
             metavar='FILE', help="the server's certificate and its chain; clients must use TLS "
                                  '(default: no TLS)')),
         (('--tls-key',), dict(
-            metavar='FILE', help='its key (default: in the same file)')),
+            metavar='FILE', help='its key, without a passphrase (default: in the same file)')),
         (('--tls-client-ca',), dict(
             metavar='FILE', help='serve only clients with a certificate signed by the one in FILE; '
                                  'its common name is the user name')),
@@ -13057,7 +13121,7 @@ OPTIONS = [
             action='store_const', const=6, default=DEFAULTS.family, dest='family',
             help='connect to IPv6 addresses only')),
         (('--prefer',), dict(
-            metavar='4|6', type=int, choices=(4, 6), default=DEFAULTS.prefer,
+            metavar='4|6', type=ip_version, default=DEFAULTS.prefer,
             help='try addresses of this version of IP first (default: as the system routes)')),
         (('--source',), dict(
             metavar='ADDRESS', type=source_address, action='append', default=[],
@@ -13112,7 +13176,7 @@ OPTIONS = [
             metavar='NAME', help='do not serve: print the address of a name, or the name of an '
                                  "address, as the proxy finds it by Tor's extension")),
         (('--run',), dict(
-            metavar='PROGRAM', nargs=argparse.REMAINDER,
+            metavar='PROGRAM', nargs=argparse.REMAINDER, type=str,
             help='do not serve: run a Python script, or a module after -m, with its arguments, and '
                  'send all its sockets through the proxy'))]),
     ('logging', [
@@ -13139,8 +13203,8 @@ def build_parser():
     for title, options in OPTIONS:
         group = parser.add_argument_group(title)
         for flags, details in options:
-            if 'type' in details:
-                details = dict(details, type=argument_type(details['type']))
+            if 'metavar' in details:    # a value; it is empty if a shell variable is not set
+                details = dict(details, type=argument_type(details.get('type', not_empty)))
             group.add_argument(*flags, **details)
     # -4 and -6 would have argparse take the number in "--idle-timeout -1" for an option.
     parser._has_negative_number_optionals.clear()
@@ -13259,10 +13323,10 @@ def chain_from(args, environ):
     urls = [('SOCKS_PROXY', url) for url in environ.get('SOCKS_PROXY', '').split()]
     if args.proxy_file:
         urls = [(place, line.decode('utf-8', 'replace'))
-                for place, line in read_lines(args.proxy_file)]
+                for place, line in read_lines('--proxy-file', args.proxy_file)]
         warn_if_readable(args.proxy_file)
         if not urls:
-            raise FileError(f'{args.proxy_file}: there are no proxies')
+            raise FileError(f'--proxy-file {args.proxy_file}: expected at least one URL')
     chain = [*args.upstream]
     for place, url in () if chain else urls:
         try:
@@ -13363,10 +13427,12 @@ def program_runner(arguments, chain):
     import runpy
     is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
-    if not chain or not program:
-        raise ValueError('--run: expected a proxy, -x URL or ALL_PROXY, and a program')
-    if not is_module and not os.path.exists(program):
-        raise ValueError(f'--run: there is no Python script {program}')
+    if not program:
+        raise ValueError('--run: expected a Python script, or -m and a module')
+    if not chain:
+        raise ValueError('--run: expected a proxy, ALL_PROXY or -x URL before --run')
+    if not is_module and not os.access(program, os.R_OK):
+        raise ValueError(f'--run: there is no Python script {program}, or it cannot be read')
     # As the interpreter sets it; the search for a module uses it.
     sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(program))
     if is_module and not importlib.util.find_spec(program.partition('.')[0]):
@@ -13454,7 +13520,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.run is None or args.verbose or args.log_file:
             set_up_logging(args, os.environ, not (tasks or args.check))
     except OSError as error:
-        print(f'socks.py: {args.log_file}: {reason(error)}', file=sys.stderr)
+        print(f'socks.py: --log-file {args.log_file}: {reason(error)}', file=sys.stderr)
         return 1
     if args.hash_password:
         return print_hash()
@@ -13545,10 +13611,9 @@ def check(settings, addresses):
     start would raise, except for failures to bind.  Returns the exit status."""
     refuse_open_proxy(prepared(settings), [
         Address(host, port) for host, port in addresses if ip_bytes(host)])
-    numbers = [(len(settings.users), 'user')]
+    summary = counted(len(settings.users), 'user')
     if settings.rules is not None:
-        numbers.append((len(settings.rules), 'rule'))
-    summary = ', '.join(f'{number} {what}{"s" * (number != 1)}' for number, what in numbers)
+        summary += ', ' + counted(len(settings.rules), 'rule')
     return 0 if print_at_once(summary + ': ok') else 1
 
 

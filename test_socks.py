@@ -3667,7 +3667,7 @@ class UdpTest(DatagramCase):
         self.assertLessEqual(descriptors(), files)
         client.control.sock.close()
         eventually(lambda: self.lines)
-        self.assertRegex(self.lines[-1], r'done, \d+ datagrams dropped')
+        self.assertRegex(self.lines[-1], r'done, \d+ datagrams? dropped')
 
 
 @unittest.skipUnless(hasattr(socket, 'SO_REUSEPORT'), 'this system has no SO_REUSEPORT')
@@ -4020,7 +4020,7 @@ class UdpInTcpTest(DatagramCase):
             self.assertEqual(Datagram.unpack(client.receive()), Datagram(echo.address, payload))
         self.assertEqual(client.ask(Datagram(echo.address, b'x').pack())[-1:], b'x')
         client.control.finish()
-        self.assertIn(' datagrams dropped', eventually(lambda: self.lines)[0])
+        self.assertRegex(eventually(lambda: self.lines)[0], ' datagrams? dropped')
 
     def test_many_clients_that_do_not_read(self):
         """Little waits for each of them when much waits for others."""
@@ -4087,7 +4087,7 @@ class Socks6Test(DatagramCase):
         """Without the setting, it is a wrong first byte; with it, others are as before."""
         server = self.serve()
         self.assertEqual(self.ask(server, '0601 0000 0050 00 01 7f000001').rest(), b'')
-        self.assertIn(' - - - -: refused: first byte 0x06, expected 0x04 or 0x05, ',
+        self.assertIn(' - - - -: refused: SOCKS6, which needs --socks6, expected SOCKS or HTTP, ',
                       eventually(lambda: self.lines)[0])
         server = self.serve(socks6=True)
         self.assertEqual(self.ask(server, '07').rest(), b'')
@@ -4333,7 +4333,7 @@ class Socks6Test(DatagramCase):
         self.assertIsNone(self.relay_in(server).port)
         client.control.send(hexed('0603 0000 00*8'))        # too short to be a message
         self.assertEqual(client.control.rest(), b'')
-        self.assertIn('SOCKS6 UDP_ASSOCIATE 1 targets, 1 datagrams up, 1 down: client: malformed '
+        self.assertIn('SOCKS6 UDP_ASSOCIATE 1 target, 1 datagram up, 1 down: client: malformed '
                       'message: SOCKS6 message of 0 bytes', eventually(lambda: self.lines)[0])
 
     def test_no_target(self):
@@ -4391,6 +4391,27 @@ class TorTest(VectorCase):
 
     def test_vectors(self):
         self.check(TOR, self.serve(tor_extensions=True))
+
+    def test_off(self):
+        """The log tells the option that switches a command on, if there is one."""
+        server, chained = self.serve(), self.serve(upstream='socks5h://127.0.0.1:9')
+        for server, text, why in (
+                (server, '050100 05f00003016100 00', 'RESOLVE is not switched on (--tor-ext'),
+                (server, '050100 05f100017f0000010000', 'RESOLVE_PTR is not switched on (--tor-ex'),
+                (server, '04f0 0000 00000001 00 6100', 'RESOLVE is not switched on (--tor-ext'),
+                (server, '04f1 0000 7f000001 00', 'RESOLVE_PTR is not supported,'),
+                (server, '0403 0001 01020304 00', 'UDP_ASSOCIATE is not supported,'),
+                (server, '050100 05330001010101010001', 'command 0x33 is not supported,'),
+                (chained, '050100 05020001010203040001', 'BIND is not supported through another '
+                                                         'proxy (-x),'),
+                (server, '0d', 'a PROXY header, which needs --proxy-protocol, expected SOCKS or'),
+                (server, '16', 'TLS, which needs --tls-cert, expected SOCKS or HTTP,'),
+                (server, '7f', 'first byte 0x7f, expected SOCKS or HTTP,')):
+            with self.subTest(text), Peer(server.server_address) as peer:
+                peer.send(hexed(text))
+                peer.rest()
+                self.assertIn(f' - -: refused: {why}', eventually(lambda: self.lines)[0])
+            del self.lines[:]
 
 
 # --------------------------------------------------------------------------------------- lifecycle
@@ -4530,6 +4551,8 @@ class LifecycleTest(Case):
                 ('trusted', '10.0.0.0/8', (network('10.0.0.0/8'),)),
                 ('balancers', [network('::1')], (network('::1'),)),
                 ('rules', ('deny to *',), socks.Rules([socks.parse_rule('deny to *', 'rule 1')])),
+                ('rules', '# none\n\ndeny to *  # x\n', socks.Rules([
+                    socks.parse_rule('deny to *', 'rule 3')])),
                 ('rules', None, None), ('upstream', 'socks5h://h', (hop,)),
                 ('upstream', hop, (hop,)), ('upstream', ('socks5h://h', hop), (hop, hop)),
                 ('source', '127.0.0.1', ('127.0.0.1',)), ('udp_ports', '5-9', (5, 9)),
@@ -4555,7 +4578,8 @@ class LifecycleTest(Case):
                 ('max_clients', 2.5), ('idle_timeout', 'soon'), ('idle_timeout', float('nan')),
                 ('users', ['bob:secret']), ('users', {'bob': 5}), ('users', {5: 'bob'}),
                 ('open', 'no'), ('http', 1), ('ident', None), ('unix_mode', '999'),
-                ('unix_mode', 0o1777), ('upstream', [5]), ('udp_ports', 'x')):
+                ('unix_mode', 0o1777), ('upstream', [5]), ('udp_ports', 'x'),
+                ('tls', ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))):
             with self.subTest(name, value=value):
                 with self.assertRaisesRegex(ValueError, f'^Settings.{name}: '):
                     socks.Server(('127.0.0.1', 0), Settings(**{name: value}))
@@ -5010,6 +5034,36 @@ pE8YJWVx2mc4gqUwHwYDVR0jBBgwFoAU1lZTUVO+nE/jpE8YJWVx2mc4gqUwDwYD
 VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
 zj0EAwIDSQAwRgIhALbzeUbTa3XbLmZpRSPpGeTd3qg0QJmGYL+o1D/OqX1+AiEA
 i1Rla78yky7Fytd35gS6sXmZImE0XFUMey9w7DppEm0=
+-----END CERTIFICATE-----
+'''
+
+
+# The same key, with the passphrase "secret", and another key with its certificate.
+ENCRYPTED_KEY = '''\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAg/dLlN0kiPqwICA+gw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEFtzP2ZfkUmbW19uMPhoqhgEgZBG
+2RQ94YQIKlyx3MdQKVys7idMGgmfDmyRgjaHOh8MPMBHJsYT7WcEkGflfn2i/kDZ
+CScIApN7eoMhpjQwkXMODBPk+GKtNqAbbaimALNFH5qIfg5tZVLow5mkXMO2udox
+CKuV1Kf/pHE7gbdzSAT51o0o0T8G4Cs9gYmYvaBWnAC1oU2uswbn7qkmfNeobPw=
+-----END ENCRYPTED PRIVATE KEY-----
+'''
+OTHER_KEY = '''\
+-----BEGIN PRIVATE KEY-----
+MEECAQAwEwYHKoZIzj0CAQYIKoZIzj0DAQcEJzAlAgEBBCDmyrECbZTqeJq23vKw
+GVTrC9C23k/guMNq9rRbvZdANg==
+-----END PRIVATE KEY-----
+'''
+OTHER_CERTIFICATE = '''\
+-----BEGIN CERTIFICATE-----
+MIIBdjCCAR2gAwIBAgIUXxMSyp0tqdFo/BCg4T48HS78ZZYwCgYIKoZIzj0EAwIw
+EDEOMAwGA1UEAwwFb3RoZXIwIBcNMjYxMTI3MDE1ODAwWhgPMjEyNjExMDMwMTU4
+MDBaMBAxDjAMBgNVBAMMBW90aGVyMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
+ad5xgG52gDTJxhLyKfbGd9C/jyGZDmprc6mqSE01d/2Q9lNKbBopQ5xSARxb0DQS
+qxwJa1UKUA4s5zJ4hmZDBaNTMFEwHQYDVR0OBBYEFPHbKpGyP+OThbw1NtCvWkBy
+IDYuMB8GA1UdIwQYMBaAFPHbKpGyP+OThbw1NtCvWkByIDYuMA8GA1UdEwEB/wQF
+MAMBAf8wCgYIKoZIzj0EAwIDRwAwRAIgSp4uhtt4E9WTkza61nRCilis5qVj0vAI
+cuxwL41V6fUCIFV89VNXka62t4XNdbU9YUmN/wfjGcOyD1TdBjK5O388
 -----END CERTIFICATE-----
 '''
 
@@ -5471,7 +5525,8 @@ class ClientTest(ClientCase):
                 ((2, 'h', '1'), ValueError, "port '1'"), ((2, None), ValueError, 'address None'),
                 ((2, 'h', 1, 'bob', 'secret'), ValueError, 'rdns'),
                 ((2, 'h', True), ValueError, 'port True'), ((True, 'h'), GENERAL, 'type: bool'),
-                ((2, 'socks5://bob:secret@h'), ValueError, 'address: expected .* not a URL$'),
+                ((2, 'socks5://bob:secret@h'), ValueError, 'address: expected .* not a URL, and'),
+                ((2, 'h:80'), ValueError, 'address: expected .* and the port by itself'),
                 ((2, 'h', 1, True, 'b' * 256), ValueError, 'username of 256 bytes'),
                 ((['socks5://h', 'socks5+unix:///x'],), ValueError, 'only be the first')):
             with self.subTest(args), socks.socksocket() as sock:
@@ -5485,6 +5540,14 @@ class ClientTest(ClientCase):
             self.assertEqual(repr(sock.proxy), '<SOCKS5 proxy h:1080 with credentials>')
             sock.set_proxy()
             self.assertEqual(sock.proxy, (None, None, None, True, None, None))
+
+    def test_wrong_destinations(self):
+        """They are shown."""
+        for function in socks.create_connection, socks.create_server:
+            for pair in (('h', '80'), ('h',), ('h', 70000)):
+                with self.subTest(pair), self.assertRaisesRegex(
+                        GENERAL, r'\(host, port\) pair: ' + re.escape(repr(pair))):
+                    function(pair, proxy='socks5h://127.0.0.1:9')
 
     def test_urls(self):
         for url, expected in PROXY_URLS:
@@ -6534,7 +6597,7 @@ class DatagramsInTcpTest(DatagramClientTest):
                 eventually(lambda: target.seen[-1] == data)
                 sock.close()
                 way = 'UDP_ASSOCIATE' if hops == 1 else 'UDP_IN_TCP'
-                eventually(lambda: any(f'SOCKS5 {way} 1 targets, 4 datagrams up' in line
+                eventually(lambda: any(f'SOCKS5 {way} 1 target, 4 datagrams up' in line
                                        for line in self.lines))
                 del self.lines[:]
 
@@ -6550,7 +6613,7 @@ class DatagramsInTcpTest(DatagramClientTest):
                 sock.settimeout(PATIENCE)
                 sock.sendto(b'x', target.address)
                 self.assertEqual(sock.recv(10), b'E:x')
-            eventually(lambda: any(way + ' 1 targets' in line for line in self.lines))
+            eventually(lambda: any(way + ' 1 target, ' in line for line in self.lines))
 
     def test_exempt_hosts(self):
         """They cannot be sent to beside the connection; connect() leaves it."""
@@ -8920,6 +8983,7 @@ OPENED = [
 
 WRONG_RULES = [
     ('permit to *', "f:1: 'permit', expected allow or deny"),
+    ('bob:secret', r"f:1: 'bob', expected allow or deny$"),
     ('\n\nallow', 'f:3: expected "to"'), ('allow to', 'f:1: expected "to"'),
     ('allow to 80', 'f:1: expected "to"'), ('allow * to x', r"f:1: '\*', expected connect, bind"),
     ('allow from x to *', "f:1: 'x', expected a network"),
@@ -8939,7 +9003,8 @@ WRONG_RULES = [
     ('deny resolve to * 53', 'f:1: resolve has no port, so this never matches'),
     ('allow to * 70000', "f:1: '70000', expected PORT or LOW-HIGH"),
     ('allow to * 5-4', "f:1: '5-4', expected PORT or LOW-HIGH"),
-    ('allow to * x.example', 'f:1: expected "to"'), ('allow to a%b', 'f:1: host name a%b'),
+    ('allow to * x.example', 'f:1: expected "to", then networks and names or else \\*; ports are'),
+    ('allow to a%b', 'f:1: host name a%b'),
     ('deny to *.example.org', r"f:1: '\*.example.org', expected a network, a name, .suffix, or "),
     ('deny to 10.0.0.*', r"f:1: '10.0.0.\*', expected a network"),
     ('deny to 300.1.1.1', "f:1: '300.1.1.1', expected a network"),
@@ -9694,6 +9759,7 @@ class WaysTest(FileCase):
                 ('allow to via direct', "'via' is not expected here"),
                 ('allow to * via', 'expected direct'),
                 ('allow to * via nowhere', 'expected direct'),
+                ('allow to * via socks5h://bob:secret@h nowhere', '^here: via: expected direct'),
                 ('allow to * via direct inbound', 'expected direct'),
                 ('allow to * via 127.0.0.1 127.0.0.2', 'of each family'),
                 ('allow to * via socks5h://a 127.0.0.1', 'expected direct'),
@@ -9756,8 +9822,11 @@ class AccessTest(FileCase):
             socks.read_users(self.write('users', 'bob\nann:x\nann:y\n'))
         self.assertEqual([fault.partition(': ')[0][-7:] for fault in caught.exception.args],
                          ['users:1', 'users:3'])
-        with self.assertRaisesRegex(socks.FileError, 'expected at least one NAME:PASSWORD'):
-            socks.read_users(self.write('users', '# none\n'))
+        path = self.write('users', '# none\n')
+        with self.assertRaisesRegex(socks.FileError, f'^--users {path}: expected at least one NAM'):
+            socks.read_users(path)
+        with self.assertRaisesRegex(ValueError, 'expected METHOD:PARAMETERS:SALT:HASH, as --hash'):
+            socks.Hashed('secret')
         path = self.write('users', 'bob:x\n')
         os.chmod(path, 0o644)
         with self.assertLogs('socks', 'WARNING') as logged:
@@ -10608,6 +10677,9 @@ class TlsTest(FileCase):
                 peer.send(Request(3, Address('0.0.0.0', 0)).pack())
                 reply, relay = Response.unpack(peer.read)
                 self.assertEqual(reply, 0 if allowed else Reply.COMMAND_NOT_SUPPORTED)
+                self.assertEqual(any('UDP_ASSOCIATE is not switched on beside TLS '
+                                     '(--udp-over-plain),' in line for line in self.lines),
+                                 not allowed)
                 if allowed:
                     sock.settimeout(PATIENCE)
                     sock.sendto(Datagram(target.address, b'x').pack(), relay)
@@ -10641,15 +10713,57 @@ class TlsTest(FileCase):
             old.wrap_socket(sock)
 
     def test_files(self):
-        for name, options in (('none', {}), ('cert', {'key': 'none'}), ('cert', {'key': 'cert'}),
-                              ('cert', {'key': 'key', 'client_ca': 'key'})):
-            self.write('cert', CERTIFICATE), self.write('key', KEY)
-            path = os.path.join(self.folder, name)
-            options = {key: os.path.join(self.folder, value) for key, value in options.items()}
-            with self.subTest(name), self.assertRaisesRegex(
-                    socks.FileError, 'No such file|expected (a certificate and its key|certificates'
-                                     '), as PEM'):
-                socks.tls_context(path, **options)
+        """The error names the option, the file, and what is wrong with it."""
+        files = {'cert': CERTIFICATE, 'key': KEY, 'both': CERTIFICATE + KEY, 'other': OTHER_KEY,
+                 'locked': ENCRYPTED_KEY, 'locks': CERTIFICATE + ENCRYPTED_KEY, 'empty': ''}
+        for name, text in files.items():
+            self.write(name, text)
+        for names, message in (
+                (['none'], '--tls-cert none: No such file or directory'),
+                (['.'], '--tls-cert .: Is a directory'),
+                (['empty'], '--tls-cert empty: expected a certificate, as PEM'),
+                (['key', 'cert'], '--tls-cert key: expected a certificate, as PEM'),
+                (['cert'], '--tls-cert cert without --tls-key: expected a private key that fits '
+                           'cert, as PEM'),
+                (['cert', 'cert'], '--tls-key cert: expected a private key that fits cert, as PEM'),
+                (['cert', 'other'], '--tls-key other: expected a private key that fits cert, as '
+                                    'PEM: '),
+                (['cert', 'none'], '--tls-key none: No such file or directory'),
+                (['cert', 'locked'], '--tls-key locked: the private key is encrypted, expected '
+                                     'one without a passphrase'),
+                (['locks'], '--tls-cert locks without --tls-key: the private key is encrypted'),
+                (['both', None, 'none'], '--tls-client-ca none: No such file or directory'),
+                (['both', None, 'key'], '--tls-client-ca key: expected a certificate, as PEM')):
+            paths = [name and os.path.join(self.folder, name) for name in names]
+            with self.subTest(names), self.assertRaises(socks.FileError) as caught:
+                socks.tls_context(*paths)
+            text = str(caught.exception).replace(self.folder + os.sep, '')
+            self.assertEqual(text[:len(message)], message)
+            self.assertEqual('PEM lib' in text or text.count('\n'), 0)
+
+    def test_a_certificate_that_is_not_trusted(self):
+        """The error tells where it is looked for, unless the caller has said that."""
+        url = f'socks5h+tls://{self.serve(tls=self.context()).server_address}'
+        trusted, other = self.write('trusted', CERTIFICATE), self.write('other', OTHER_CERTIFICATE)
+        for path, message in (
+                ('', 'expected the certificate that signed it in the file that SSL_CERT_FILE '),
+                (other, f'expected the certificate that signed it in {other} (SSL_CERT_FILE) '),
+                (other + 'x', f'SSL_CERT_FILE {other}x: No such file or directory '),
+                (self.folder, f'SSL_CERT_FILE {self.folder}: Is a directory '),
+                (self.write('wrong', KEY), f'SSL_CERT_FILE {self.folder}/wrong: expected a cert')):
+            with self.subTest(path), self.assertRaises(socks.GeneralProxyError) as caught, \
+                    unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=path):
+                socks.create_connection(('h', 1), PATIENCE, proxy=url)
+            self.assertIn('; ' + message, str(caught.exception))
+            self.assertIsInstance(caught.exception.socket_err, getattr(
+                ssl, 'SSLCertVerificationError', ssl.SSLError))         # Python 3.6 has none
+        by_name = url.replace('127.0.0.1', '127.1')     # which the certificate lacks
+        for url, context in (url, ssl.create_default_context(cafile=other)), (by_name, None):
+            with self.assertRaises(socks.GeneralProxyError) as caught, \
+                    unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
+                socks.create_connection(('h', 1), PATIENCE, proxy=url, ssl_context=context)
+            self.assertIsInstance(caught.exception.socket_err, ssl.SSLError)
+            self.assertNotIn('SSL_CERT_FILE', str(caught.exception))
 
 
 # ----------------------------------------------------------------------------------------- GSSAPI
@@ -10830,6 +10944,7 @@ class HttpTest(HttpCase):
             status, _, body = self.ask(server, text)
             self.assertEqual(status, 501)
             self.assertIn(b'SOCKS5, not HTTP', body)
+        self.assertIn('HTTP, which --no-http switches off, expected SOCKS,', self.lines[0])
 
     def test_tunnel(self):
         """What follows the head at once is kept; either side ends for itself."""
@@ -12457,7 +12572,7 @@ class ServiceTest(FileCase):
                 write(number)
             with open(path, 'rb', 0) as reading:
                 lines = []
-                while not lines or b'were lost' not in lines[-1]:
+                while not lines or b'log lost' not in lines[-1]:
                     lines.append(reading.readline())
                     self.assertTrue(lines[-1])
                 write(300)
@@ -12466,7 +12581,7 @@ class ServiceTest(FileCase):
         numbers = [int(line.split()[2]) for line in lines]      # 40 is taken for sure
         self.assertEqual(numbers, sorted({*range(40), *numbers}))
         self.assertEqual(lines, [f'INFO line {number} ' + 'x' * 2000 + '\n' for number in numbers])
-        self.assertEqual(lost, f'WARNING {300 - len(lines)} lines of the log were lost here\n')
+        self.assertEqual(lost, f'WARNING {300 - len(lines)} lines of the log lost here\n')
         self.assertGreaterEqual(len(lines), 40)
         self.assertTrue(last.startswith(b'INFO line 300 '))
 
@@ -12549,12 +12664,12 @@ class ServiceTest(FileCase):
         with Program('--max-clients', '1', '--drain', '20') as program, \
                 Peer(program.address) as peer, Peer(program.address):
             peer.ask(Greeting(b'\0'), Choice)
-            text = 'WARNING 1 clients are served, more have to wait (--max-clients)'
+            text = 'WARNING serving 1 client, more have to wait (--max-clients)'
             eventually(lambda: text in program.so_far())
             program.process.send_signal(signal.SIGUSR1)
-            eventually(lambda: ': 1 of 1 clients now, ' in program.so_far())
+            eventually(lambda: ': 1 client of 1 now, ' in program.so_far())
             program.process.send_signal(signal.SIGTERM)
-            eventually(lambda: 'INFO draining 1 clients, up to 20 s' in program.so_far())
+            eventually(lambda: 'INFO draining 1 client, up to 20 s' in program.so_far())
         self.assertEqual(program.log.count('more have to wait'), 1)
 
     def test_table(self):
@@ -12565,7 +12680,7 @@ class ServiceTest(FileCase):
             far.read(5)
             program.process.send_signal(signal.SIGUSR1)
             eventually(lambda: program.so_far().count('\n') >= 3)
-        self.assertRegex(program.log, r'process \d+: 1 clients now, 0 before')
+        self.assertRegex(program.log, r'process \d+: 1 client now, 0 before')
         self.assertRegex(program.log, r'\d  -     SOCKS5    CONNECT  127.0.0.1:\d+  5   0     0')
 
     def test_workers(self):
@@ -12748,7 +12863,10 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
         bad = self.write('bad', 'nonsense')
         for arguments, status, text in (
                 (('--rules', good[0], '--users', good[1]), 0, ''), (('--rules', bad), 1, 'bad:1:'),
-                (('--users', bad), 1, 'bad:1:'), (('--users', bad + 'x'), 1, 'No such file'),
+                (('--users', bad), 1, 'bad:1:'),
+                (('--users', bad + 'x'), 1, f'socks.py: --users {bad}x: No such file'),
+                (('--rules', self.folder), 1, f'socks.py: --rules {self.folder}: Is a directory'),
+                (('--tls-cert', bad + 'x'), 1, f'socks.py: --tls-cert {bad}x: No such file'),
                 (('-b', '0.0.0.0'), 2, 'would serve everybody'),
                 (('--tls-cert', bad), 1, 'bad: '), (('--source', '203.0.113.1'), 1, 'not an add')):
             with self.subTest(arguments):
@@ -12925,7 +13043,8 @@ WRONG_USAGE = [
     (['--advertise', '::1', '--advertise', '::2'], r'--advertise: expected at most one IPv4'),
     (['--udp-ports', '5-4'], r"--udp-ports: '5-4': expected LOW-HIGH, from 1 to 65535"),
     (['--udp-ports', '0'], r"--udp-ports: '0': expected LOW-HIGH"),
-    (['--udp-ports', '1-x'], r"--udp-ports: 'x': expected a port"),
+    (['--udp-ports', '1-x'], r"--udp-ports: '1-x': expected LOW-HIGH"),
+    (['--udp-ports', ''], r"--udp-ports: '': expected LOW-HIGH"),
     (['--udp-port', '0'], r"--udp-port: '0': expected a port, 1 to 65535"),
     (['--udp-port', '65536'], r"--udp-port: '65536': expected a port, 1 to 65535"),
     (['--udp-port', '5', '-w', '2'], r'--udp-port: expected one worker process; with -w'),
@@ -12947,13 +13066,24 @@ WRONG_USAGE = [
     (['-x', 'localhost:1080'], r'-x/--proxy: proxy URL: scheme missing, expected socks5h://localh'),
     (['-x', 'bob:x@h:1'], r'proxy URL: scheme missing, expected socks5h://HOST:PORT for example$'),
     (['-x', 'ftp://h'], r"-x/--proxy: proxy URL: scheme 'ftp', expected one of socks4,"),
+    (['-x', 'socks5://::1:1080'], r'bad port, expected a number .*, IPv6 in brackets'),
+    (['-x', 'socks5://bob:a/b@h'], r'bad port, .* and %2F for "/" in a password$'),
     (['--connect', 'host'], r"--connect: 'host': expected HOST:PORT"),
+    (['--connect', ''], r"--connect: '': expected HOST:PORT, or \[IPV6\]:PORT"),
+    (['--connect', 'http://h/'], r"--connect: 'http://h/': expected HOST:PORT"),
     (['--connect', 'h:1', '--resolve', 'i'], r'--connect, --resolve, --run: expected only one'),
     (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected only one of them'),
     (['-x', 'http://i', '--run', '/nowhere/x'], r'--run: there is no Python script /nowhere/x'),
     (['-x', 'http://i', '--run', '-m', 'no.where'], r'--run: there is no module no.where'),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
-    (['-x', 'http://i', '--run'], r'--run: expected a proxy, -x URL or ALL_PROXY, and a program'),
+    (['--run', 'x'], r'--run: expected a proxy, ALL_PROXY or -x URL before --run'),
+    (['-x', 'http://i', '--run'], r'--run: expected a Python script, or -m and a module'),
+    (['--prefer', 'x'], r"--prefer: 'x': expected 4 or 6"),
+    (['--prefer', '5'], r"--prefer: '5': expected 4 or 6"),
+    # A variable of a shell script that is not set must not stand for no rules, users, or TLS.
+    *(([option, '', '--check'], rf"{option}: '': expected a name") for option in (
+        '--users', '--rules', '--tls-cert', '--tls-key', '--tls-client-ca', '--keytab',
+        '--proxy-file', '--log-file', '--resolve')),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
     (['--gssapi-nec'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
     (['--gssapi-level', 'clear'], r'--gssapi-level, --gssapi-nec, --keytab: expected --gssapi'),
@@ -13002,9 +13132,13 @@ class CommandLineTest(Case):
             self.assertEqual((settings.http, settings.unix_mode), expected)
 
     def test_wrong_usage(self):
-        for arguments, message in WRONG_USAGE:
+        more, script = [], self.write('script', 'pass')
+        os.chmod(script, 0)
+        if os.name == 'posix' and os.geteuid():         # root can read all files
+            more = [(['-x', 'http://i', '--run', script], 'no Python script .*cannot be read$')]
+        for arguments, message in WRONG_USAGE + more:
             with self.subTest(arguments):
-                status, out, err = in_process(*arguments)
+                status, out, err = in_process(*arguments, ALL_PROXY='', all_proxy='')
                 self.assertEqual((status, out), (2, ''))
                 self.assertRegex(err.splitlines()[-1], message)
 
@@ -13018,7 +13152,7 @@ class CommandLineTest(Case):
                     (['-b', '127.0.0.1:0', '-b', '203.0.113.1', '--open'], '203.0.113.1:1080: '),
                     (['-b', '127.0.0.1:0', '-b', '127.0.0.1:0', '-p', '0'], 'already in use'),
                     (['--source', '203.0.113.1'], 'connect from 203.0.113.1: not an'),
-                    (['--log-file', '/nowhere/log'], '/nowhere/log: No such file or directory'),
+                    (['--log-file', '/nowhere/log'], '--log-file /nowhere/log: No such file'),
                     (['-b', 'nowhere.invalid'], 'nowhere.invalid is never resolved')]:
                 with self.subTest(arguments):
                     status, out, err = in_process(*arguments)
@@ -13061,8 +13195,8 @@ class CommandLineTest(Case):
         for arguments, environment, status, text in (
                 ((), {'SOCKS_PROXY': 'ftp://h'}, 2, 'SOCKS_PROXY: proxy URL: scheme'),
                 (('-x', 'http://h', '--proxy-file', 'f'), {}, 2, '--proxy-file: expected only one'),
-                (('--proxy-file', '/nowhere'), {}, 1, '/nowhere: No such file'),
-                (('--proxy-file', '/dev/null'), {}, 1, '/dev/null: there are no proxies')):
+                (('--proxy-file', '/nowhere'), {}, 1, '--proxy-file /nowhere: No such file'),
+                (('--proxy-file', '/dev/null'), {}, 1, '--proxy-file /dev/null: expected at lea')):
             with self.subTest(arguments):
                 found, _, err = in_process('--check', *arguments, **environment)
                 self.assertEqual(found, status)

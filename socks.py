@@ -3132,6 +3132,50 @@ def error_rank(error):
     return ERROR_RANKS.get(reply_for(error), len(ERROR_RANKS))
 
 
+class Race(NamedTuple):
+    """The attempts of dial() to connect."""
+    waiting: deque                      # the `Address`es to try
+    racing: Dict[_orig_socket, Address]         # by the sockets of the attempts under way
+    errors: List[OSError]               # why the others have failed
+    source: Sequence                    # local addresses, see start_connect()
+    note: Optional[Callable]            # function(text, *args) that logs a step
+
+    def start(self):
+        """Start the next attempt that does not fail at once, if there is one.
+
+        The result is its socket if that is connected already, else None.
+        """
+        while self.waiting:
+            address = self.waiting.popleft()
+            if self.note:
+                self.note('dialling %s', address)
+            try:
+                sock, is_connected = start_connect(address, self.source)
+            except OSError as error:
+                self.failed(address, error)
+                continue
+            if is_connected:
+                return sock
+            self.racing[sock] = address
+            break
+        return None
+
+    def is_won_by(self, sock):
+        """Whether the attempt of a socket that is ready has succeeded; it leaves the race."""
+        address = self.racing.pop(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            sock.close()
+            self.failed(address, OSError(error, os.strerror(error)))
+        return not error
+
+    def failed(self, address, error):
+        """Note why an attempt has failed."""
+        self.errors.append(error)
+        if self.note:
+            self.note('%s: %s', address, reason(error))
+
+
 def dial(addresses, until=None, source=(), note=None):
     """Conversation: a non-blocking socket, connected to the first address that answers (RFC 8305
     section 5).
@@ -3143,35 +3187,16 @@ def dial(addresses, until=None, source=(), note=None):
     waiting, racing, errors = deque(addresses), {}, []
     if len(addresses) > 1:
         waiting = deque(interleave(addresses)[:ATTEMPTS])
-
-    def failed(address, error):
-        errors.append(error)
-        if note:
-            note('%s: %s', address, reason(error))
-
+    race = make(Race, (waiting, racing, errors, source, note))
     try:
-        while waiting or racing:
-            if waiting:
-                address = waiting.popleft()
-                if note:
-                    note('dialling %s', address)
-                try:
-                    sock, connected = start_connect(address, source)
-                except OSError as error:
-                    failed(address, error)
-                    continue
-                if connected:
-                    return sock
-                racing[sock] = address
+        sock = race.start()
+        while racing and not sock:
             # The last attempt has no successor to start, so it may take until the end.
             pause = ATTEMPT_DELAY if waiting else None
-            for sock in (yield from wait_ready((), list(racing), until, pause)):
-                address = racing.pop(sock)
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not error:
-                    return sock
-                sock.close()
-                failed(address, OSError(error, os.strerror(error)))
+            ready = yield from wait_ready((), list(racing), until, pause)
+            sock = next(filter(race.is_won_by, ready), None) or race.start()
+        if sock:
+            return sock
     except socket.timeout as error:
         errors.append(error)
     finally:                            # also when the client has left
@@ -3337,17 +3362,25 @@ class UdpPorts:
         free[place], free[-1] = free[-1], free[place]
         return free.pop()
 
+    @staticmethod
+    def _bound_if_free(address):
+        """A UDP socket bound to `address`, or None if the port is in use."""
+        try:
+            return bound_udp(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return None
+
     def _bind(self, host, ports, free):
         """Return a socket and its port, which is taken from `free`."""
         tried = []                      # ports to put back into `free`
         try:
             while free and len(tried) < self.ATTEMPTS:
                 tried.append(self._take(free))
-                try:
-                    return bound_udp(Address(host, tried[-1])), tried.pop()
-                except OSError as error:
-                    if error.errno != errno.EADDRINUSE:
-                        raise
+                sock = self._bound_if_free(Address(host, tried[-1]))
+                if sock:
+                    return sock, tried.pop()
         finally:
             free.extend(tried)
         raise OSError(errno.EADDRINUSE, 'no UDP port from %d to %d is free' % ports)
@@ -4675,21 +4708,21 @@ class Task:
             self.loop.timers.set(self, awaited.until)
         if isinstance(awaited, Wait):
             self._awaited = awaited
-            own = self._sock
-            for sockets, wanted in (awaited.reading, READ), (awaited.writing, WRITE):
-                for sock in sockets:
-                    if sock is not own:
-                        self.loop.watch(sock, 0, wanted, self)
-                        self._others.append(sock)
-                    elif wanted != self._events:
-                        self.loop.watch(own, self._events, wanted, self)
-                        self._events = wanted
         else:
             self._call = awaited
             try:
                 self._delegate(awaited)
             except RuntimeError as error:           # no thread is available
                 return self._step(self._conversation.throw, OSError(errno.EAGAIN, str(error)))
+        own = self._sock
+        for sockets, wanted in (self._awaited.reading, READ), (self._awaited.writing, WRITE):
+            for sock in sockets:
+                if sock is not own:
+                    self.loop.watch(sock, 0, wanted, self)
+                    self._others.append(sock)
+                elif wanted != self._events:
+                    self.loop.watch(own, self._events, wanted, self)
+                    self._events = wanted
         if ERRORS and not self._events and self._conversation and self._sock:
             self._watch_own(ERRORS)     # to notice a reset during the wait
 
@@ -8057,34 +8090,46 @@ def negotiate_chain(sock, chain, command, address, until=None, context=None, dat
     data        the first bytes for the target
     at_once     whether to use a `Flight` where a proxy is OPTIMISTIC; may raise NotAnswered then
     """
-    last, plain_ends, flight = sock, [], None
-    hops = hops_of(chain, address)
+    ends = [sock]
     try:
-        for index, (proxy, target) in enumerate(hops):
-            step = command if target is address else Command.CONNECT
-            with negotiating(proxy, target):
-                if proxy.type & TLS:
-                    last = yield from open_tls(last, proxy, context, until)
-                    plain_ends.append(last)
-                if proxy.type & GSSAPI:
-                    last = yield from open_gssapi(last, proxy, step != Command.UDP_ASSOCIATE, until)
-                    plain_ends.append(last)
-                if at_once and proxy.is_optimistic and not (flight and flight.left):
-                    flight = Flight(last, until, not index)
-                    yield from flight.start(hops[index:], command, data)
-                if flight and flight.left:
-                    bnd = yield from flight.answers(proxy)
-                else:
-                    bnd = yield from request_from(ExactStream(last, until), proxy, step, target)
-                if data and target is address and not (flight and flight.has_data):
-                    yield from ExactStream(last, until).write(Packed(data))
+        bnd = yield from negotiate_hops(ends, hops_of(chain, address), command, until, context,
+                                        data, at_once)
     except BaseException:
-        for plain in plain_ends:        # by RST, which makes the background loop drop the layers
+        for plain in ends[1:]:          # by RST, which makes the background loop drop the layers
             abort(plain)
         raise
-    for plain in plain_ends[:-1]:
+    for plain in ends[1:-1]:
         plain.close()
-    return last, bnd
+    return ends[-1], bnd
+
+
+def negotiate_hops(ends, hops, command, until, context, data, at_once):
+    """Conversation: negotiate with each proxy of negotiate_chain() in turn; BND.
+
+    ends    list with the socket to the first proxy; the `PlainEnd` of each layer is appended
+    hops    list of (proxy, target)
+    """
+    flight = None
+    for index, (proxy, target) in enumerate(hops):
+        is_last = index == len(hops) - 1
+        step = command if is_last else Command.CONNECT
+        with negotiating(proxy, target):
+            if proxy.type & TLS:
+                ends.append((yield from open_tls(ends[-1], proxy, context, until)))
+            if proxy.type & GSSAPI:
+                ends.append((yield from open_gssapi(
+                    ends[-1], proxy, step != Command.UDP_ASSOCIATE, until)))
+            stream = ExactStream(ends[-1], until)
+            if at_once and proxy.is_optimistic and not (flight and flight.left):
+                flight = Flight(ends[-1], until, not index)
+                yield from flight.start(hops[index:], command, data)
+            if flight and flight.left:
+                bnd = yield from flight.answers(proxy)
+            else:
+                bnd = yield from request_from(stream, proxy, step, target)
+            if data and is_last and not (flight and flight.has_data):
+                yield from stream.write(Packed(data))
+    return bnd
 
 
 def open_chain(chain, address, until=None, source=(), context=None, command=Command.CONNECT,
@@ -8143,8 +8188,7 @@ def open_association(chain, source_port, until=None, source=(), context=None):
             sock, bnd = yield from open_chain(chain, address, until, source, context, command)
             form = StreamedDatagram if command == Command.UDP_IN_TCP else None
             if last.kind == SOCKS6:
-                with owned(sock), negotiating(last, address):
-                    form = yield from begin_in_connection(sock, until)
+                form = yield from begin_in_connection(sock, last, address, until)
             return form, sock, bnd
         except GeneralProxyError as error:
             is_unknown = error.reply == Reply.COMMAND_NOT_SUPPORTED
@@ -8157,20 +8201,22 @@ def open_association(chain, source_port, until=None, source=(), context=None):
                       '(command 05)', refusal)
 
 
-def begin_in_connection(sock, until):
+def begin_in_connection(sock, proxy, address, until):
     """Conversation: decide that the datagrams of a SOCKS6 association go in its TCP connection, by
     one without a target; the `Form6`.
 
-    The confirmation comes now, so that whatever comes later is a datagram.
+    The confirmation comes now, so that whatever comes later is a datagram.  After an error, `sock`
+    is closed.
     """
-    stream = ExactStream(sock, until)
-    begun = yield from stream.read(Message6.unpack)
-    form = Form6(begun.association)
-    yield from stream.write(form(Datagram(UNSPECIFIED, b'').pack()))
-    confirmed = yield from stream.read(Message6.unpack)
-    if begun.kind != Message6.BEGUN or confirmed != form(b''):
-        raise ProtocolError('SOCKS6 association: expected messages of the types 1 and 2')
-    return form
+    with owned(sock), negotiating(proxy, address):
+        stream = ExactStream(sock, until)
+        begun = yield from stream.read(Message6.unpack)
+        form = Form6(begun.association)
+        yield from stream.write(form(Datagram(UNSPECIFIED, b'').pack()))
+        confirmed = yield from stream.read(Message6.unpack)
+        if begun.kind != Message6.BEGUN or confirmed != form(b''):
+            raise ProtocolError('SOCKS6 association: expected messages of the types 1 and 2')
+        return form
 
 
 def unsupported(text, cause=None):
@@ -8208,15 +8254,17 @@ def usable_bnd(bnd, chain, sock, until):
     else:
         proxy = Address.with_zone(sock.getpeername()) if len(chain) == 1 else Address(last.addr, 0)
     ip = plain_ip(proxy.host.partition('%')[0])
+    own = Address(ip if ip and '%' not in proxy.host else proxy.host, bnd.port)
+    # With rdns, no name is looked up here: the proxy could learn this host's address by one.
+    if last.rdns and ip_bytes(bnd.host) is None:
+        return own
     with contextlib.suppress(OSError):  # a name without an address is not believable, either
-        # With rdns, no name is looked up here: the proxy could learn this host's address by one.
-        if not last.rdns or ip_bytes(bnd.host) is not None:
-            for host, port in (yield from resolve(bnd, until)):
-                if is_believable(host, ip):
-                    # Link-local addresses mean nothing without the interface (RFC 4007 section 6).
-                    zone = proxy.host.partition('%')[2] if host.startswith('fe80:') else ''
-                    return Address(f'{host}%{zone}' if zone else host, port)
-    return Address(ip if ip and '%' not in proxy.host else proxy.host, bnd.port)
+        for host, port in (yield from resolve(bnd, until)):
+            if is_believable(host, ip):
+                # Link-local addresses mean nothing without the interface (RFC 4007 section 6).
+                zone = proxy.host.partition('%')[2] if host.startswith('fe80:') else ''
+                return Address(f'{host}%{zone}' if zone else host, port)
+    return own
 
 
 def is_believable(host, proxy):
@@ -8664,7 +8712,7 @@ class Handler(socketserver.BaseRequestHandler):
         relay = request = None
         try:
             yield from self.prepare()
-            request = yield from self.negotiate()
+            request = yield from self.negotiate((yield from self.stream.peek()))
             if self.settings is not self.server.settings:
                 self.check_again()
             self.server.sessions.negotiated(self.client)
@@ -8764,20 +8812,19 @@ class Handler(socketserver.BaseRequestHandler):
 
     # Negotiation
 
-    def negotiate(self):
-        """Conversation: go through the negotiation of the protocol that the first byte tells.
+    def negotiate(self, first):
+        """The conversation that negotiates in the protocol that the first byte tells.
 
-        The result is a `Request`, `Request4`, `Request6` or `HttpRequest`.
+        Its result is a `Request`, `Request4`, `Request6` or `HttpRequest`.
         """
-        first = yield from self.stream.peek()
         if first == 4:
-            return (yield from self.negotiate4())
+            return self.negotiate4()
         if first == 5:
-            return (yield from self.negotiate5())
+            return self.negotiate5()
         if first in HTTP_BYTES:
-            return (yield from self.negotiate_http())
+            return self.negotiate_http()
         if first == 6 and self.settings.socks6:
-            return (yield from self.negotiate6())
+            return self.negotiate6()
         found = SWITCHED_ON_BY.get(first, f'first byte {first:#04x}')
         raise ProtocolError(f'{found}, expected SOCKS or HTTP')
 
@@ -10936,11 +10983,7 @@ class Attempt:
                     sock.proxy_sockname, sock._proxy_address = (
                         inner.proxy_sockname, inner._proxy_address)
                 self.is_done = True
-                while self._filling:
-                    try:
-                        self._filling -= len(self._far.recv(self._filling))
-                    except BLOCKED:
-                        yield from wait_ready([self._far], (), None)
+                yield from self._take_filling()
                 self._far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
                 keep_urgent(inner)
                 end = _orig_socket(inner.family, inner.type, inner.proto, inner.detach())
@@ -10950,6 +10993,14 @@ class Attempt:
             self._far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)    # for its close()
             if not isinstance(error, (OSError, EOFError, ClientReset, GeneratorExit)):
                 raise
+
+    def _take_filling(self):
+        """Conversation: read the filling from `far`, so that `near` becomes writable."""
+        while self._filling:
+            try:
+                self._filling -= len(self._far.recv(self._filling))
+            except BLOCKED:
+                yield from wait_ready([self._far], (), None)
 
     def check(self):
         """Raise an OSError unless it is connected."""
@@ -11443,6 +11494,7 @@ class socksocket(_Descriptor):
         """
         association, until = self._association, deadline(self.gettimeout())
         waits = self.gettimeout() != 0 and not flags & MSG_DONTWAIT
+        incomplete = BLOCKED if waits else ()   # raised when only a part of a message has come
         while True:
             while waits and self not in poll(association.watched(self), (), until):
                 association.check()
@@ -11451,10 +11503,8 @@ class socksocket(_Descriptor):
             with contextlib.suppress(EOFError, ProtocolError):
                 try:
                     payload, sender = association.receive(self, flags)
-                except BLOCKED:
-                    if waits:           # only a part of a message has come
-                        continue
-                    raise
+                except incomplete:
+                    continue
                 if not isinstance(sender, Address):     # it came directly
                     return payload[:size], sender, len(payload) > size
                 if self._is_from_peer(sender):
@@ -11718,30 +11768,23 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
                           proxy_password)
     dest_pair = (without_brackets(host_text(dest_pair[0])), *dest_pair[1:])
     chain = effective_chain(proxy, dest_pair, optimistic)
+    new_socket = functools.partial(_socket_to_connect, chain, ssl_context, socket_options, timeout,
+                                   source_address)
     if chain:                           # connecting changes the family if it has to
-        found = [(family_of(source_address[0] if source_address else ''), None)]
-    else:
-        found = look_up(*restore_name(dest_pair)[:2])
+        sock = new_socket(family_of(source_address[0] if source_address else ''))
+        with owned(sock):
+            run(sock._connecting(dest_pair, chain, sock._deadline(), bytes(data)))
+        return sock
     error = OSError('getaddrinfo() returned no address')
-    for family, *_, sockaddr in found:
+    for family, *_, sockaddr in look_up(*restore_name(dest_pair)[:2]):
         try:
-            sock = socksocket(family, socket.SOCK_STREAM, proxy=chain)
-            sock.ssl_context = ssl_context
+            sock = new_socket(family)
             with owned(sock):
-                for option in socket_options or ():
-                    sock.setsockopt(*option)
-                if isinstance(timeout, (int, float)):   # urllib3 passes an object for "default"
-                    sock.settimeout(timeout)
-                if source_address:
-                    sock.bind(source_address)
-                if chain:
-                    run(sock._connecting(dest_pair, chain, sock._deadline(), bytes(data)))
-                else:
-                    sock.connect(sockaddr)
+                sock.connect(sockaddr)
         except OSError as caught:
             error = caught
             continue
-        if data and not chain:
+        if data:
             with owned(sock):
                 sock.sendall(data)
         return sock
@@ -11749,6 +11792,20 @@ def create_connection(dest_pair: Tuple[Union[str, bytes], int], timeout: Any = N
         raise error
     finally:
         error = None                    # breaks the cycle: error, traceback, this frame
+
+
+def _socket_to_connect(chain, ssl_context, options, timeout, source_address, family):
+    """A new socksocket of a family, with the arguments of create_connection() applied to it."""
+    sock = socksocket(family, socket.SOCK_STREAM, proxy=chain)
+    sock.ssl_context = ssl_context
+    with owned(sock):
+        for option in options or ():
+            sock.setsockopt(*option)
+        if isinstance(timeout, (int, float)):   # urllib3 passes an object for "default"
+            sock.settimeout(timeout)
+        if source_address:
+            sock.bind(source_address)
+    return sock
 
 
 def effective_chain(proxy, dest_pair=None, optimistic=False):

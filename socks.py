@@ -6552,14 +6552,18 @@ class UdpRelay(Relay):
         end_of_turn = monotonic() + loop.time_slice
         try:
             while monotonic() < end_of_turn:
-                try:                    # recv_into() saves the making of the address
-                    count, source = (receive(buffer), source) if is_filtered else receive(buffer)
+                try:
+                    received = receive(buffer)
                 except BLOCKED:
                     # What came before connect() has been read: the rest is from the owner.
                     self.is_filtered = self.connected and isinstance(near, _orig_socket)
                     return
                 except OSError:         # an ICMP error for an earlier send
                     continue
+                if is_filtered:         # saves the making of the address
+                    count = received
+                else:
+                    count, source = received
                 # The common case, IPv4, without a call.
                 end = 10 if count >= 10 and buffer[3] == 1 else header_end(buffer, count)
                 if end > count or source != self.owner and not self.admit(source):

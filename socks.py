@@ -1502,6 +1502,7 @@ class HttpBody:
         # The part of a line that has arrived; None after the last line, and if the length is known.
         self._line = b'\r\n' if length is None else None
         self._pattern = self.CHUNK
+        self._trailers = 0              # fields of the trailer
 
     def take(self, data):
         """The number of bytes at the start of `data` that belong to the body.
@@ -1531,6 +1532,11 @@ class HttpBody:
                     self._pattern = self.TRAILER
             elif match.group() == b'\r\n':
                 self._line = None
+            else:
+                self._trailers += 1
+                if self._trailers > MAX_FIELDS:
+                    raise ProtocolError(f'HTTP trailer of more than {MAX_FIELDS} fields',
+                                        reply=HttpCode.BAD_REQUEST)
             return used
         # Incomplete, or wrong?  Each line is parsed again from its start, hence the limit.  A line
         # end inside means that it is complete, so that the pattern should have matched; a CR may
@@ -3133,12 +3139,20 @@ def error_rank(error):
 
 
 class Race(NamedTuple):
-    """The attempts of dial() to connect."""
+    """The attempts of dial() to connect.
+
+    A client chooses the name, and so how many addresses there are, none of which may answer.  So
+    all races together have at most RACERS attempts beyond the first one of each.  A race that may
+    have no more gives up the oldest of these for the next one, or else its first one.
+    """
     waiting: deque                      # the `Address`es to try
     racing: Dict[_orig_socket, Address]         # by the sockets of the attempts under way
     errors: List[OSError]               # why the others have failed
     source: Sequence                    # local addresses, see start_connect()
     note: Optional[Callable]            # function(text, *args) that logs a step
+
+    RACERS = 32
+    racers = set()                      # the sockets of these
 
     def start(self):
         """Start the next attempt that does not fail at once, if there is one.
@@ -3149,6 +3163,9 @@ class Race(NamedTuple):
             address = self.waiting.popleft()
             if self.note:
                 self.note('dialling %s', address)
+            if self.racing and len(self.racers) >= self.RACERS:
+                oldest = min(self.racing, key=lambda sock: sock not in self.racers)
+                self.give_up(oldest, errno.ETIMEDOUT)
             try:
                 sock, is_connected = start_connect(address, self.source)
             except OSError as error:
@@ -3156,18 +3173,30 @@ class Race(NamedTuple):
                 continue
             if is_connected:
                 return sock
+            if self.racing:
+                self.racers.add(sock)
             self.racing[sock] = address
             break
         return None
 
     def is_won_by(self, sock):
         """Whether the attempt of a socket that is ready has succeeded; it leaves the race."""
-        address = self.racing.pop(sock)
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            sock.close()
-            self.failed(address, OSError(error, os.strerror(error)))
+            self.give_up(sock, error)
+        else:
+            self.leave(sock)
         return not error
+
+    def leave(self, sock):
+        """Take an attempt out of the race; its address."""
+        self.racers.discard(sock)
+        return self.racing.pop(sock)
+
+    def give_up(self, sock, error):
+        """End an attempt, with an errno."""
+        sock.close()
+        self.failed(self.leave(sock), OSError(error, os.strerror(error)))
 
     def failed(self, address, error):
         """Note why an attempt has failed."""
@@ -3200,7 +3229,8 @@ def dial(addresses, until=None, source=(), note=None):
     except socket.timeout as error:
         errors.append(error)
     finally:                            # also when the client has left
-        for loser in racing:
+        for loser in list(racing):
+            race.leave(loser)
             loser.close()
     raise min(reversed(errors), key=error_rank)
 
@@ -3903,17 +3933,27 @@ class Rules(tuple):
 
     def ways(self, client, target, name=None):
         """The `Way`s to an IP address, asked for by `name` or not, in the order in which to try
-        them; None stands for that of the settings.  For a name, only rules that match by name are
-        used; if the list is empty, the name must be looked up, and its addresses decide.
+        them; None stands for that of the settings.
 
         The rule that decides has the first one, the further rules that allow the same have the
         others, up to the first without a way.
         """
-        ways, rules = [], self._matching(client, target, name)
-        if ip_bytes(target.host) is None:
-            rules = itertools.takewhile(
-                lambda rule: rule.is_for_all_hosts or rule.names.has(target.host),
-                self._matching_name(client, target))
+        return self._ways(self._matching(client, target, name))
+
+    def ways_by_name(self, client, target, is_final, select=itertools.takewhile):
+        """The `Way`s to a name, like ways(), by the rules that match by name; if the list is empty,
+        the name must be looked up, and its addresses decide.
+
+        is_final    as in first_for_name()
+        select      `filter` if the name has no addresses: no rule on networks will match
+        """
+        return self._ways(select(lambda rule: rule.is_for_all_hosts or rule.names.has(target.host),
+                                 self._matching_name(client, target, is_final)))
+
+    @staticmethod
+    def _ways(rules):
+        """The `Way`s of rules that match, in order."""
+        ways = []
         for rule in rules:
             if not rule.allow:
                 break
@@ -5728,15 +5768,16 @@ class SplicePipe(Pipe):
             return super().fill()
         try:
             count = system_splice()(self.source.fileno(), self._ends[1], SystemPipes.SIZE)
-        except BLOCKED:                 # splice() stops before urgent data, recv() does not
-            return super().fill()
+        except BLOCKED:
+            count = 0
         except OSError as error:
             if error.errno not in self.UNABLE:
                 return self.tunnel.close(self.tunnel.fault_of(self.source, error))
             self._copy()
             return super().fill()
+        # splice() stops before urgent data, as if nothing were there, or the end; recv() does not.
         if not count:
-            return self.end()
+            return super().fill()
         self.count += count
         self.keep(range(count))
         self._small = self._small + 1 if count < self.SMALLEST else 0
@@ -8304,7 +8345,7 @@ SWITCHED_ON_BY = {6: 'SOCKS6, which needs --socks6', TLS_HANDSHAKE: 'TLS, which 
                   0x0D: 'a PROXY header, which needs --proxy-protocol'}
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 COSTLY_CALLS = 2                        # at a time, so that others get the processors
-DESCRIPTORS_KEPT = 32                   # reserved for files that are not clients' sockets
+DESCRIPTORS_KEPT = 32 + Race.RACERS     # reserved for what is not counted by clients
 UPSTREAM_ATTEMPTS = 4                   # addresses of one name to ask another proxy for
 
 # First bytes of an HTTP request: those of a token (RFC 9110 section 5.6.2).
@@ -9202,10 +9243,15 @@ class Handler(socketserver.BaseRequestHandler):
                     self.set_stack_options(target, plain_ip(wanted.host) is None)
                 self.client.target_address = None       # the same as what was wanted
                 if found[0] != wanted:
-                    self.client.target_address = Address.of(target.getpeername())
+                    self.client.target_address = found[0] if len(found) == 1 else (
+                        Address.of(target.getpeername()))
                 if self.is_verbose:
                     self.note('connected to %s', self.client.target_address or found[0])
-                return (yield from self.join(target, Address.of(target.getsockname())))
+                bnd = Address.of(target.getsockname())
+                if bnd in found:        # TCP can connect a socket to itself if nobody listens there
+                    target.close()
+                    raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+                return (yield from self.join(target, bnd))
             except OSError as error:
                 if left == 1 or not self.server.is_unreached(error, way):
                     raise
@@ -9268,7 +9314,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.client.target_address = None if wanted == address else wanted
         if self.is_verbose:
             self.note('the last proxy connects from %s', printable(str(bnd)))
-        if ip_bytes(bnd.host) is None:  # a name; clients expect an IP address as BND
+        if plain_ip(bnd.host) is None:  # a name, or a zone; clients expect an IP address as BND
             bnd = UNSPECIFIED
         return (yield from self.join(target, bnd))
 
@@ -9410,8 +9456,12 @@ class Handler(socketserver.BaseRequestHandler):
         """Look up a name (Tor's socks-extensions); IPv4 first, because some clients read no other.
         """
         until = self.stream.until = deadline(self.settings.connect_timeout)
-        addresses = yield from self.server.destinations(
-            self.client, request.address, until, self.server.judge)
+        if self.server.is_final and plain_ip(request.address.host) is None:
+            wanted = self.server.permitted(self.client, request.address)
+            addresses = [(yield from self.ask_upstream(request.command, wanted, until))]
+        else:
+            addresses = yield from self.server.destinations(
+                self.client, request.address, until, self.server.judge)
         address = min(addresses, key=lambda address: ':' in address.host)
         if ':' in address.host and isinstance(request, Request4):
             raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
@@ -9425,10 +9475,22 @@ class Handler(socketserver.BaseRequestHandler):
                                 reply=Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         self.server.judge(self.client, Address(host, 0))
         until = self.stream.until = deadline(self.settings.connect_timeout)
-        name, _ = yield Call(functools.partial(
-            stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
+        if self.server.is_final:
+            name, _ = yield from self.ask_upstream(request.command, Address(host, 0), until)
+        else:
+            name, _ = yield Call(functools.partial(
+                stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
         address = canonical(Address(name, 0))
         yield from self.reply_with(address, f'done, {address.host}')
+
+    def ask_upstream(self, command, address, until):
+        """Conversation: the `Address` that the next proxies answer to RESOLVE or RESOLVE_PTR.  What
+        they are to look up is not looked up here."""
+        chain = self.settings.upstream
+        sock, found = yield from open_chain(
+            chain, destination(address, chain), until, self.settings.source, command=command)
+        sock.close()
+        return found
 
     def reply_with(self, address, outcome):
         """Conversation: send the reply Succeeded, and end the connection."""
@@ -9479,13 +9541,20 @@ def processors():
     return os.cpu_count() or 1
 
 
-def clients_possible():
-    """The number of clients, of two descriptors each, that the limit of open files allows; 0 for
-    any number."""
+def clients_possible(descriptors):
+    """The number of clients, each with that many descriptors, that the limit of open files allows;
+    0 for any number."""
     if not resource:                    # Windows, where Python's select() takes 512 sockets
-        return (512 - DESCRIPTORS_KEPT) // 2
+        return (512 - DESCRIPTORS_KEPT) // descriptors
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 0 if soft == resource.RLIM_INFINITY else max(4, (soft - DESCRIPTORS_KEPT) // 2)
+    return 0 if soft == resource.RLIM_INFINITY else max(
+        4, (soft - DESCRIPTORS_KEPT) // descriptors)
+
+
+def descriptors_of(chain):
+    """The number of descriptors of a client whose target is reached by a chain: two, and two for
+    each layer."""
+    return 2 + 2 * sum(bool(proxy.type & kind) for proxy in chain for kind in (TLS, GSSAPI))
 
 
 def listening_addresses(server_address):
@@ -9815,7 +9884,11 @@ class Server(socketserver.ThreadingTCPServer):
         self.settings = settings
         self.usual_ways = [Way(settings.upstream, settings.source)]
         self.has_ways = bool(settings.rules and settings.rules.have_ways)
-        self.places = clients_possible()        # number of clients that descriptors are left for
+        # Names are usually looked up by the last proxy, not here.
+        self.is_final = bool(settings.upstream) and settings.upstream[-1].rdns
+        chains = [rule.via.chain for rule in settings.rules or () if rule.via]
+        # The number of clients that descriptors are left for.
+        self.places = clients_possible(max(map(descriptors_of, [settings.upstream, *chains])))
         self.max_clients = settings.max_clients or self.places
         # The default for one host, and for clients without a request, is half of the places, so
         # that others find some; but 64, which one browser may need, if three quarters are as many.
@@ -9938,7 +10011,7 @@ class Server(socketserver.ThreadingTCPServer):
         """A client has left: accept again, or end the drain if it was the last one."""
         if not self._draining:
             self._expire()
-        elif not self.clients:
+        elif not any(loop.items for loop in self.loops()):
             self.loop.stop()
 
     # Accepting.  The listeners are watched (`_accepting`) except during a pause, in a drain, and
@@ -10111,8 +10184,7 @@ class Server(socketserver.ThreadingTCPServer):
         """
         address, settings = canonical(address), self.settings
         if settings.rules is not None and ip_bytes(address.host) is None:
-            is_final = bool(settings.upstream) and settings.upstream[-1].rdns
-            allowing(settings.rules.first_for_name(client, address, is_final), address)
+            allowing(settings.rules.first_for_name(client, address, self.is_final), address)
         return address
 
     def unresolved(self, client: Session, address: Address) -> Address:
@@ -10176,17 +10248,15 @@ class Server(socketserver.ThreadingTCPServer):
     # Ways
 
     def ways(self, client: Session, target: Address, name: Optional[str] = None) -> List[Way]:
-        """The `Way`s to a target in canonical form, an IP address that was asked for by `name` or
-        not, or a name, in the order in which to try them.
-
-        Empty for a name: the ways to its addresses count.
-        """
+        """The `Way`s to an IP address in canonical form, asked for by `name` or not, in the order
+        in which to try them."""
         if not self.has_ways:
             return self.usual_ways
-        usual, = self.usual_ways
         ways = self.settings.rules.ways(client, target, name)
-        if not ways and ip_bytes(target.host) is not None:
-            ways = [usual]              # authorize() says why not
+        return self._with_usual(ways or [None])         # without any, authorize() says why
+
+    def _with_usual(self, ways):
+        usual, = self.usual_ways
         return [way or usual for way in ways]
 
     def find_ways(self, client: Session, address: Address,
@@ -10197,10 +10267,20 @@ class Server(socketserver.ThreadingTCPServer):
         of the first destination, list of the destinations that have the same ways).
         """
         wanted = self.permitted(client, address)
-        ways = self.ways(client, wanted)
+        if not self.has_ways or ip_bytes(wanted.host) is not None:
+            return self.ways(client, wanted), None
+        by_name = functools.partial(
+            self.settings.rules.ways_by_name, client, wanted, self.is_final)
+        ways = self._with_usual(by_name())
         if ways:
             return ways, None
-        found = yield from self.destinations(client, address, until)
+        try:
+            found = yield from self.destinations(client, address, until)
+        except socket.gaierror:
+            ways = self._with_usual(by_name(filter))
+            if not (ways and ways[0].passes_names):
+                raise
+            return ways, None
         each = [self.ways(client, one, wanted.host) for one in found]
         return each[0], [one for one, ways in zip(found, each) if ways == each[0]]
 

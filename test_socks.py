@@ -554,6 +554,18 @@ class Case(unittest.TestCase):
         return eventually(lambda: [item for item in list(server.loop.items)
                                    if isinstance(item, socks.UdpRelay)])[0]
 
+    @contextlib.contextmanager
+    def busy(self, relay):
+        """Keep the loop of a relay from what comes meanwhile, all of which it then finds at once.
+        """
+        is_busy, event = threading.Event(), threading.Event()
+        relay.loop.call(relay, lambda: is_busy.set() or event.wait(PATIENCE))
+        self.assertTrue(is_busy.wait(PATIENCE))
+        try:
+            yield
+        finally:
+            event.set()
+
     def slow_names(self):
         """Have look-ups of names under .slow wait for the event that is returned, then fail."""
         event, look_up = threading.Event(), socket.getaddrinfo
@@ -1223,6 +1235,13 @@ class HttpWireTest(unittest.TestCase):
                 with self.subTest(text, step=step), self.assertRaises(ProtocolError):
                     self.take_all(data, step)
 
+    def test_long_trailer(self):
+        """As many fields as in a head, and no more."""
+        fields = b'a: b\r\n' * socks.MAX_FIELDS
+        self.take_all(b'0\r\n' + fields + b'\r\n', 1000)
+        with self.assertRaisesRegex(ProtocolError, 'trailer of more than 200 fields'):
+            self.take_all(b'0\r\n' + fields + b'a: b\r\n', 1000)
+
     def take_all(self, data, step):
         """Give all of the data to an `HttpBody`, in pieces."""
         state = socks.HttpBody(None)
@@ -1462,6 +1481,20 @@ class SocketsTest(Case):
                      for port in (self.refused_port(), self.silent_port())]
         with self.assertRaises(ConnectionRefusedError):
             dial(addresses, 0.3)
+
+    def test_racers(self):
+        """Without room for one more attempt, a race gives up another one for it."""
+        origin, silent = self.origin(), [self.silent_port() for _ in range(3)]
+        addresses = [Address('127.0.0.1', port) for port in (*silent, origin.port)]
+        self.change(socks, ATTEMPT_DELAY=0.01)
+        for room, most in (socks.Race.RACERS, 2), (1, 1), (0, 0):
+            self.change(socks.Race, RACERS=room)
+            numbers = []
+            race = socks.dial(addresses, socks.deadline(PATIENCE), note=lambda *_: numbers.append(
+                len(socks.Race.racers)))
+            with socks.run(race) as sock:
+                self.assertEqual(sock.getpeername(), addresses[-1])
+            self.assertEqual((max(numbers), socks.Race.racers), (most, set()))
 
     def test_dial_source(self):
         origin = self.origin()
@@ -2176,6 +2209,23 @@ class RelayTest(Case):
                 one.sock.send(hexed('fff4fff2'), socket.MSG_OOB)
                 one.send(b'after')
                 self.assertEqual(other.read(15), b'before' + hexed('fff4fff2') + b'after')
+
+    def test_urgent_data_before_the_end(self):
+        """All is there already when the tunnel reads, both ways."""
+        server = self.serve()
+        for index in (0, 1):
+            pair = self.tunnel(server, self.held)
+            one, other = pair[index], pair[1 - index]
+            one.send(b'x')
+            self.assertEqual(other.read(1), b'x')
+            with self.busy(self.carried(server)):
+                one.sock.send(b'urgent', socket.MSG_OOB)
+                one.send(b'after')
+                one.finish()
+            self.assertEqual(other.rest(), b'urgentafter')
+            other.finish()
+            self.assertEqual(one.rest(), b'')
+            eventually(lambda: not server.clients)
 
     def test_half_close_by_the_target(self):
         near, far = self.tunnel(self.serve(), self.held)
@@ -2984,18 +3034,6 @@ class DatagramCase(Case):
     def echo(self, *args):
         return self.enter(Echo(*args))
 
-    @contextlib.contextmanager
-    def busy(self, relay):
-        """Keep the loop of a relay from what comes meanwhile, all of which it then finds at once.
-        """
-        is_busy, event = threading.Event(), threading.Event()
-        relay.loop.call(relay, lambda: is_busy.set() or event.wait(PATIENCE))
-        self.assertTrue(is_busy.wait(PATIENCE))
-        try:
-            yield
-        finally:
-            event.set()
-
     def check_bursts(self, client, relay, sizes, hosts=('127.0.0.1',)):
         """Send datagrams of these sizes to a target at each of the hosts, and their payloads back,
         all at once each time: nothing is lost or changed, and those of each target are in order."""
@@ -3260,6 +3298,7 @@ class UdpTest(DatagramCase):
     def test_bursts(self):
         """With and without sending several at once: of one size and of many, to several targets."""
         random_sizes = random.Random(1).choices((0, 1, 64, 1200, 1201), k=50)
+        six = '::1' if HAS_IPV6 else '127.0.0.2'
         for most in socks.Burst.MOST, 1:
             self.change(socks.Burst, MOST=most)
             server = self.serve()
@@ -3273,7 +3312,7 @@ class UdpTest(DatagramCase):
                                  (random_sizes, ['127.0.0.1']),
                                  (random_sizes, ['127.0.0.1', '127.0.0.2', '127.0.0.3']),
                                  # The same sizes with headers of 22 and 10 bytes.
-                                 ([100, 112] * 10, ['::1' if HAS_IPV6 else '127.0.0.2', '127.0.0.1'])):
+                                 ([100, 112] * 10, [six, '127.0.0.1'])):
                 with self.subTest(sizes=sizes, hosts=hosts, most=most):
                     self.check_bursts(client, relay, sizes, hosts)
             server.server_close()
@@ -3281,6 +3320,7 @@ class UdpTest(DatagramCase):
     @unittest.skipUnless(socks.can_segment(), 'the system has no UDP_SEGMENT')
     def test_a_burst_is_sent_at_once(self):
         """A target that takes joined datagrams gets them in one piece."""
+        self.change(socks.Loop, ROUND_TIME=PATIENCE)
         server, target = self.serve(), self.enter(JoiningTarget())
         client = self.associate(server)
         client.send(target.datagram(b'0'))
@@ -3306,6 +3346,7 @@ class UdpTest(DatagramCase):
     @unittest.skipUnless(socks.can_segment(), 'the system has no UDP_SEGMENT')
     def test_errors_of_bursts(self):
         """Only a size that the system does not take ends the joining of datagrams."""
+        self.change(socks.Loop, ROUND_TIME=PATIENCE)
         server, target = self.serve(), self.enter(JoiningTarget())
         client = self.associate(server)
         client.send(target.datagram(b'0'))
@@ -9546,7 +9587,7 @@ class RulesTest(FileCase):
                 expected = list(itertools.takewhile(lambda pair: pair[1], (
                     (rule, decides) for rule, decides in zip(judged, by_name)
                     if decides or rule.allow and rule.networks)))
-                self.assertEqual(compiled.ways(client, asked),
+                self.assertEqual(compiled.ways_by_name(client, asked, False),
                                  self.ways_by(rule for rule, _ in expected))
 
     def test_many_rules_cost_little(self):
@@ -9762,6 +9803,32 @@ class WaysTest(FileCase):
         server = self.ways(f'allow to a.test via socks5h://{dead}', 'deny to *')
         self.source(server, 'a.test', code=Reply.GENERAL_FAILURE)
         self.source(server, 'b.test', code=Reply.NOT_ALLOWED)
+
+    def test_name_without_an_address(self):
+        """No rule on networks can match it, so those on names decide."""
+        def names(name, family):
+            raise socket.gaierror(socket.EAI_NONAME, 'no such name')
+
+        proxy = self.exit()
+        self.names(names)
+        lines = ('allow to 192.0.2.0/24',
+                 f'allow to .onion .test via socks5h://{proxy.server_address}')
+        for rules in lines, (f'{lines[0]} via direct', lines[1]), lines[::-1]:
+            server = self.ways(*rules, 'allow to *')
+            for host in 'abc.onion', 'a.test':
+                self.source(server, host)
+                self.assertEqual(proxy.asked.pop(), host)
+            self.source(server, 'a.example', code=Reply.HOST_UNREACHABLE)
+            self.assertEqual(proxy.asked, [])
+
+    def test_names_for_the_usual_proxy(self):
+        """A way for some names does not have others looked up here."""
+        proxy, looked_up = self.exit(), []
+        self.names(lambda name, family: looked_up.append(name) or ['127.0.0.1'])
+        server = self.ways('allow to 10.0.0.0/8', 'allow to *', 'allow to x.test via direct',
+                           upstream=(socks.parse_proxy_url(f'socks5h://{proxy.server_address}'),))
+        self.source(server, 'secret.test')
+        self.assertEqual((proxy.asked, looked_up), (['secret.test'], []))
 
     def test_only_connections_and_datagrams_have_ways(self):
         """What else the rule would allow must not leave in another way."""
@@ -12016,6 +12083,43 @@ class UpstreamTest(Case):
         eventually(lambda: any(f'CONNECT localhost:{origin.port}: done' in line
                                for line in self.lines))
 
+    def test_names_are_resolved_there(self):
+        """By Tor's extensions, too; what the other proxy answers goes to the client."""
+        looked_up = []
+        self.names(lambda name, family: looked_up.append(name) or ['192.0.2.7'])
+        last = self.serve(tor_extensions=True)
+        self.peer(last.server_address).request(socks.Command.RESOLVE, Address('a.test', 0))
+        del looked_up[:]                # the other proxy remembers it
+        upstream = f'socks5h://{last.server_address}'
+        first = self.serve(upstream=upstream, tor_extensions=True)
+        for command, asked, found in ((socks.Command.RESOLVE, 'a.test', '192.0.2.7'),
+                                      (socks.Command.RESOLVE, '192.0.2.8', '192.0.2.8'),
+                                      (socks.Command.RESOLVE_PTR, '127.0.0.1', 'localhost')):
+            answer = self.peer(first.server_address).request(command, Address(asked, 0))
+            self.assertEqual((answer.reply, answer.address.host.partition('.localdomain')[0]),
+                             (0, found))
+        without = self.serve(upstream=upstream, tor_extensions=True, rules=['deny to a.test'])
+        self.assertEqual(self.peer(without.server_address).request(
+            socks.Command.RESOLVE, Address('a.test', 0)).reply, Reply.NOT_ALLOWED)
+        plain = self.serve()
+        server = self.serve(upstream=f'socks5h://{plain.server_address}', tor_extensions=True)
+        self.assertEqual(self.peer(server.server_address).request(
+            socks.Command.RESOLVE, Address('a.test', 0)).reply, Reply.COMMAND_NOT_SUPPORTED)
+        self.assertEqual(looked_up, [])
+
+    def test_strange_bnd(self):
+        """What the other proxy says it is bound to: the client gets an IP address, or zeros."""
+        for name in b'fe80::1%\xff', b'fe80::1%eth0', b'x.test', b'\0':
+            def proxy(peer):
+                peer.read(3)
+                peer.send(b'\5\0')
+                peer.read(10)
+                peer.send(b'\5\0\0\3%c%b\0\x50' % (len(name), name))
+
+            server = self.serve(upstream=f'socks5h://127.0.0.1:{self.origin(proxy).port}')
+            self.assertEqual(self.peer(server.server_address).connect('192.0.2.1', 80),
+                             Response(0, socks.UNSPECIFIED))
+
     def test_rules(self):
         """Names are not looked up here, so that only rules on names concern them."""
         origin, last = self.origin(echo), self.serve()
@@ -13329,7 +13433,7 @@ class CommandLineTest(Case):
     @unittest.skipIf(resource is None, 'there is no limit of open files')
     def test_descriptors_of_associations(self):
         """Each counts as two clients; when there is no room, that is reply 1 and one warning."""
-        prefix = ('sh', '-c', 'ulimit -n 64; exec "$0" "$@"')
+        prefix = ('sh', '-c', 'ulimit -n 96; exec "$0" "$@"')
         with self.origin(echo) as origin, Program(prefix=prefix) as program, \
                 contextlib.ExitStack() as stack, Echo() as target:
             server = argparse.Namespace(server_address=Address(*program.address))

@@ -3079,7 +3079,7 @@ def start_connect(address, source):
     try:
         if '%' in address.host:
             address = address.sockaddr
-        if not SOCK_NONBLOCK:
+        if sock.gettimeout() != 0:      # there is no SOCK_NONBLOCK, or gevent's class ignores it
             sock.setblocking(False)
         # A relay sends what it has: Nagle's algorithm would only delay that, tcp(7).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5942,15 +5942,15 @@ class Tunnel(Relay):
         if not client:
             return
         self.detach()                   # before close(), since the loop needs the descriptors
+        # A forwarding HTTP layer has the cause in `failure`, such as a malformed request.
+        cause = getattr(self.up.source, 'failure', None) or outcome
         for pipe in (self.up, self.down):
             pipe.done, pipe.load = True, b''
             if outcome == 'done':
                 pipe.source.close()
             else:
                 abort(pipe.source)
-        # A forwarding HTTP layer has the cause in `failure`, such as a malformed request.
-        client.end(getattr(self.up.source, 'failure', None) or outcome, self.up.count,
-                   self.down.count)
+        client.end(cause, self.up.count, self.down.count)
 
 
 class Reassembly:
@@ -8072,25 +8072,26 @@ def await_connect(sock, address, until):
             raise OSError(error, os.strerror(error)) from None
 
 
-def connect_by_name(host, port, until=None, source=()):
+def connect_by_name(host, port, until=None, source=(), family=0):
     """Conversation: a non-blocking socket, connected to a host of the user's choice.
 
     A name is looked up by the rules of the system, search domains included, unlike the names that
-    clients send.  `source` has local addresses, see dial().
+    clients send.  `source` has local addresses, see dial().  An address of `family` is tried first.
     """
     found = yield Call(functools.partial(look_up, host, port), until)
+    found = sorted(found, key=lambda info: info[0] != family)
     addresses = dict.fromkeys(Address.with_zone(sockaddr) for *_, sockaddr in found)
     return (yield from dial(list(addresses), until, source))
 
 
-def connect_to_proxy(proxy, until=None, source=()):
-    """Conversation: a non-blocking socket, connected to `proxy`.
+def connect_to_proxy(proxy, until=None, source=(), family=0):
+    """Conversation: a non-blocking socket, connected to `proxy`, over `family` if possible.
 
     Raises ProxyConnectionError.
     """
     with connecting(proxy):
         if not proxy.is_path:
-            return (yield from connect_by_name(proxy.addr, proxy.sure_port, until, source))
+            return (yield from connect_by_name(proxy.addr, proxy.sure_port, until, source, family))
         sock = _orig_socket(socket.AF_UNIX)
         with owned(sock):
             sock.setblocking(False)
@@ -8105,9 +8106,9 @@ def destination(pair, chain):
     target by its protocol: checked here for all, before anything is sent.
     """
     if not (isinstance(pair, (tuple, list)) and 2 <= len(pair) <= 4 and pair[0]
-            and isinstance(pair[0], (str, bytes)) and is_port(pair[1])):
+            and isinstance(pair[0], (str, bytes, bytearray)) and is_port(pair[1])):
         raise GeneralProxyError(f'Invalid destination-connection (host, port) pair: {pair!r}')
-    host = name_text(pair[0]) if isinstance(pair[0], bytes) else pair[0]
+    host = pair[0] if isinstance(pair[0], str) else name_text(pair[0])
     bare = without_brackets(host)
     address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
     for proxy, (host, port) in hops_of(chain, address):
@@ -8205,7 +8206,7 @@ def open_chain(chain, address, until=None, source=(), context=None, command=Comm
     return last, bnd
 
 
-def open_association(chain, source_port, until=None, source=(), context=None):
+def open_association(chain, source_port, until=None, source=(), context=None, connect=None):
     """Conversation: have the last proxy relay datagrams; (form, socket, BND), the last two as from
     open_chain(), and the form of the datagrams in the connection, or None if they are beside it.
 
@@ -8214,6 +8215,7 @@ def open_association(chain, source_port, until=None, source=(), context=None):
     a chain, or inside TLS, which does not cover datagrams beside it, UDP_IN_TCP is the only way.
 
     source_port     of the UDP socket.  Its host is not sent: behind a NAT, the proxy sees another.
+    connect         as in open_chain()
     """
     last = chain[-1]
     try:
@@ -8230,7 +8232,8 @@ def open_association(chain, source_port, until=None, source=(), context=None):
     address, refusal = destination(('0.0.0.0', source_port), chain), None
     for command in commands:
         try:
-            sock, bnd = yield from open_chain(chain, address, until, source, context, command)
+            sock, bnd = yield from open_chain(chain, address, until, source, context, command,
+                                              connect=connect)
             form = StreamedDatagram if command == Command.UDP_IN_TCP else None
             if last.kind == SOCKS6:
                 form = yield from begin_in_connection(sock, last, address, until)
@@ -10360,6 +10363,7 @@ MSG_DONTWAIT = getattr(socket, 'MSG_DONTWAIT', 0)       # not on Windows
 MSG_FASTOPEN = 0x20000000 if sys.platform == 'linux' else 0
 SO_ACCEPTCONN = getattr(socket, 'SO_ACCEPTCONN', 2)     # Windows has it, its socket module does not
 NEEDS_SELECTORS = "UDP through a proxy needs asyncio's SelectorEventLoop"
+MAX_SKIPPED = 64                        # datagrams that a non-blocking recvfrom() skips at once
 MAX_RECEIVERS = 1024                    # ports for which a socket remembers the host it sent to
 # The defaults of a stock socket's family, type and proto, which ask the descriptor since 3.7.
 STOCK = (-1,) * 3 if sys.version_info >= (3, 7) else (socket.AF_INET, socket.SOCK_STREAM, 0)
@@ -10567,8 +10571,10 @@ class ImportGuard:
 
 
 def host_text(host):
-    """A caller's host, str or bytes, as str; '' for any other type."""
-    return name_text(host) if isinstance(host, bytes) else host if isinstance(host, str) else ''
+    """A caller's host, of a type that the stock functions take, as str; '' for any other type."""
+    if isinstance(host, (bytes, bytearray)):
+        return name_text(host)
+    return host if isinstance(host, str) else ''
 
 
 def restore_name(dest_pair):
@@ -10774,11 +10780,18 @@ def set_self_blocking(function: Function) -> Function:
 def relayed(method: Function) -> Function:
     """Decorator of a method for datagrams that go through a relay; else the stock one is called."""
     stock = getattr(_orig_socket, method.__name__, None)
+    names = method.__code__.co_varnames[:method.__code__.co_argcount]
+    defaults = dict(zip(reversed(names), reversed(method.__defaults__ or ())))
 
     @functools.wraps(method)
     def wrapper(self, *args, **kwargs):
         if self._is_datagram and self._ensure_relay():
             return method(self, *args, **kwargs)
+        if kwargs:                      # PySocks' methods take keywords, most stock ones do not
+            given = {**defaults, **kwargs}
+            rest = list(itertools.takewhile(given.__contains__, names[1 + len(args):]))
+            args = (*args, *[given[name] for name in rest])
+            kwargs = {name: kwargs[name] for name in kwargs if name not in rest}
         return stock(self, *args, **kwargs)
     del wrapper.__wrapped__             # parameters of the stock methods have no names
     return wrapper
@@ -10817,10 +10830,15 @@ class _Descriptor(_orig_socket):
         """Take over the descriptor of `sock`, under the number of this one except on Windows.
 
         stays_same  whether family, type and proto stay those of this socket
+
+        If this one has been closed, by another thread perhaps, `sock` is closed, too.
         """
         like = self if stays_same else sock
         timeout, family, kind, proto = self.gettimeout(), like.family, like.type, like.proto
         fd = super().detach()
+        if fd < 0:
+            abort(sock)                 # the background loop drops the layer of a `PlainEnd`
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         other = sock.detach()
         if os.name == 'posix':          # dup2() closes the old descriptor in the same step
             os.dup2(other, fd, inheritable=False)
@@ -10837,6 +10855,7 @@ class Association:
 
     control   its TCP connection; the association ends with it
     relay     address of the relay, if the socket is not connected to it
+    is_other  whether the socket's descriptor is not of the family and type that the socket has
 
     Theory of operation.  If all datagrams go through the relay, the socket is connected to it, so
     that the system drops those of other hosts.  With a bypass, other hosts are sent to directly:
@@ -10845,9 +10864,10 @@ class Association:
     in_tcp = False                      # whether the socket's descriptor is that of `control`
     is_shut_down = False                # the program has called shutdown()
 
-    def __init__(self, control, relay=None):
+    def __init__(self, control, relay=None, is_other=False):
         self.control = control
         self.relay = relay
+        self.is_other = is_other
         self._context = getattr(control, 'context', None)   # `GssContext` for datagrams, or None
         self._peeked = None, b''        # the message that MSG_PEEK has left, and its content
         self._has_ended = False         # _end() was called
@@ -10952,7 +10972,7 @@ class StreamAssociation(Association):
     in_tcp = True
 
     def __init__(self, control, form):
-        super().__init__(control)
+        super().__init__(control, is_other=True)
         self._form = form
         self._stream = ExactStream(control, None)
         self._reading, self._writing = threading.Lock(), threading.Lock()
@@ -11187,6 +11207,11 @@ class socksocket(_Descriptor):
     _local = None                       # address given to bind(), for _renew()
     _proxy_address = None               # of the first proxy, as the system has it
     _attempt = None                     # `Attempt` that connect() has begun, until it is done
+    _is_accepted = False                # whether accept() has returned it
+    # What sockets for the same connection have in common.
+    _shared: Tuple[str, ...] = (
+        'proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername', 'proxy_sockname',
+        '_proxy_address', '_association', '_attempt', '_options', '_local', '_is_accepted')
 
     def _twin(self):
         """Another socksocket with a proxy that has the same descriptor, or None."""
@@ -11195,9 +11220,7 @@ class socksocket(_Descriptor):
 
     def _copy_state(self, other):
         """Copy what another socket for the same connection knows about it."""
-        for name in ('proxy', '_is_default', '_bypass', 'ssl_context', 'proxy_peername',
-                     'proxy_sockname', '_proxy_address', '_association', '_attempt', '_options',
-                     '_local'):
+        for name in self._shared:
             setattr(self, name, getattr(other, name))
 
     def set_proxy(self, proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
@@ -11256,7 +11279,7 @@ class socksocket(_Descriptor):
         """Prepare to connect without the proxy; the address for the system's connect()."""
         self._goes_directly = True
         if self._association:
-            if self._association.in_tcp:
+            if self._association.is_other:
                 self._replace(_orig_socket(self.family, socket.SOCK_DGRAM))
             self._association.leave(self)
             self._association = self.proxy_peername = None
@@ -11321,6 +11344,12 @@ class socksocket(_Descriptor):
         super().listen(*backlog)
         if not self._is_local:
             _listeners.add(weakref.ref(self, _listeners.discard))
+
+    def accept(self) -> Tuple[socket.socket, Any]:
+        sock, address = super().accept()
+        if isinstance(sock, socksocket):        # after wrap_module()
+            sock._is_accepted = True
+        return sock, address
 
     def _guard_descriptor(self):
         """Raise GeneralProxyError if whoever takes the descriptor could connect past the proxy."""
@@ -11468,14 +11497,24 @@ class socksocket(_Descriptor):
 
     def _connect_at(self, family, sockaddr, until):
         """Conversation: connect to one address of the first proxy, which may change the family."""
-        if (family, self.family) == (socket.AF_INET, socket.AF_INET6):
-            sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
-        elif family != self.family:
-            self._renew(family)
+        if family != self.family:
+            if family == socket.AF_INET and self._reaches_ipv4():
+                sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
+            else:
+                self._renew(family)
         self._bind_source(sockaddr)
         with self._stock_copy() as sock:
             yield from await_connect(sock, sockaddr, until)
         self._proxy_address = sockaddr
+
+    def _reaches_ipv4(self):
+        """Whether the descriptor is of IPv6 and can be connected to IPv4-mapped addresses."""
+        if self.family != socket.AF_INET6:
+            return False
+        option = socket.IPPROTO_IPV6, socket.IPV6_V6ONLY        # a default of some systems
+        with contextlib.suppress(OSError):      # it is bound, or OpenBSD's
+            super().setsockopt(*option, 0)
+        return not super().getsockopt(*option)
 
     def _renew(self, family):
         """Take over the descriptor of a new TCP socket, and apply options and bind() to it."""
@@ -11521,10 +11560,10 @@ class socksocket(_Descriptor):
             super().bind(source_of(self.family, self.default_source).sockaddr)
 
     def _is_connected(self):
-        """Whether the system's socket is connected, to whatever peer."""
+        """Whether the system's socket is connected, to whatever peer, or was when accepted."""
         with contextlib.suppress(OSError):
             return bool(super().getpeername())
-        return False
+        return self._is_accepted
 
     def _deadline(self):
         """The deadline for connecting: by the timeout, or SETUP_TIMEOUT if it is non-blocking."""
@@ -11536,25 +11575,38 @@ class socksocket(_Descriptor):
         if self._is_connected():        # the system would drop the relay's datagrams
             raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
         if not self.getsockname()[1]:
+            self._reaches_ipv4()        # while that can be changed
             super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
-        port = self.getsockname()[1]
+        port, chain, until = self.getsockname()[1], self._chain(), self._deadline()
+        # A relay of this socket's family needs no other descriptor.
+        connect = functools.partial(connect_to_proxy, chain[0], until, self._control_source(),
+                                    self.family)
         form, control, relay = yield from open_association(
-            self._chain(), port, self._deadline(), self._control_source(), self.ssl_context)
+            chain, port, until, context=self.ssl_context, connect=connect)
         with owned(control):
             if form:
                 association = StreamAssociation(control, form)
                 self._replace(control.dup(), True)
             else:
                 association = self._use_relay(control, relay, port)
-        self._association, self.proxy_sockname = association.join(self), tuple(UNSPECIFIED)
+            self._check_open()
+            self._association, self.proxy_sockname = association.join(self), tuple(UNSPECIFIED)
 
     def _use_relay(self, control, relay, port):
-        """The `Association` for a relay, after a change of family if necessary."""
-        if (family_of(relay.host), self.family) == (socket.AF_INET, socket.AF_INET6):
-            relay = Address('::ffff:' + relay.host, relay.port)
-        elif family_of(relay.host) != self.family:
-            self._replace(bound(Address('::', port), socket.SOCK_DGRAM))
+        """The `Association` for a relay, with a descriptor of its family if necessary.
+
+        The program does not see that: `family` stays, and addresses keep the form of it.
+        """
+        family = family_of(relay.host)
+        if family != self.family and not (family == socket.AF_INET and self._reaches_ipv4()):
+            sock = bound(source_of(family, ())._replace(port=port), socket.SOCK_DGRAM)
+            with owned(sock):
+                sock.connect(relay.sockaddr)
+            self._replace(sock, True)
             self._bypass = ''           # the new descriptor cannot reach those hosts directly
+            return Association(control, is_other=True)
+        if family != self.family:
+            relay = Address('::ffff:' + relay.host, relay.port)
         association = Association(control, relay.sockaddr)
         if not self._bypass:
             association.connect(self)
@@ -11571,11 +11623,15 @@ class socksocket(_Descriptor):
         return () if host in ZEROS else (host, '0.0.0.0' if ':' in host else '::')
 
     def _receive(self, size, flags=0):
-        """(payload, sender, whether it was longer than `size`) of the next datagram.
+        """(payload, sender, length) of the next datagram, whose payload is cut off at `size`.
 
         Skips datagrams that are malformed, fragments, or not from the peer of connect(), instead of
-        raising an error: anyone may have sent them.
+        raising an error: anyone may have sent them.  If the socket is non-blocking, at most
+        MAX_SKIPPED, since an event loop has other things to do.
         """
+        if size < 0:
+            raise ValueError('negative buffersize')
+        skipped = 0
         association, until = self._association, deadline(self.gettimeout())
         waits = self.gettimeout() != 0 and not flags & MSG_DONTWAIT
         incomplete = BLOCKED if waits else ()   # raised when only a part of a message has come
@@ -11590,14 +11646,17 @@ class socksocket(_Descriptor):
                 except incomplete:
                     continue
                 if not isinstance(sender, Address):     # it came directly
-                    return payload[:size], sender, len(payload) > size
+                    return payload[:size], sender, len(payload)
                 if self._is_from_peer(sender):
-                    return payload[:size], self._sender(sender), len(payload) > size
+                    return payload[:size], self._sender(sender), len(payload)
             if flags & socket.MSG_PEEK:     # remove it, or it would be peeked at forever
                 with contextlib.suppress(EOFError, ProtocolError):
                     association.receive(self, flags & ~socket.MSG_PEEK)
             if until and time.monotonic() >= until:     # a flood must not hold this up
                 raise socket.timeout('timed out')
+            skipped += 1
+            if not waits and skipped == MAX_SKIPPED:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _is_from_peer(self, address):
         """Whether a datagram from `address` is from the peer of connect(), if there is one.
@@ -11727,25 +11786,27 @@ class socksocket(_Descriptor):
     def recvfrom_into(self, buffer: Any, nbytes: int = 0,
                       flags: int = 0) -> Tuple[int, Any]:
         view = memoryview(buffer).cast('B')
-        payload, sender, _ = self._receive(nbytes or len(view), flags)
+        if nbytes > len(view):
+            raise ValueError('nbytes is greater than the length of the buffer')
+        payload, sender, length = self._receive(nbytes or len(view), flags)
         view[:len(payload)] = payload
-        return len(payload), sender
+        return length if flags & socket.MSG_TRUNC else len(payload), sender
 
     @relayed
     def recvmsg(self, bufsize: int, ancbufsize: int = 0,
                 flags: int = 0) -> Tuple[bytes, List[Tuple[int, int, bytes]], int, Any]:
-        payload, sender, longer = self._receive(bufsize, flags)
-        return payload, [], socket.MSG_TRUNC if longer else 0, sender
+        payload, sender, length = self._receive(bufsize, flags)
+        return payload, [], socket.MSG_TRUNC if length > len(payload) else 0, sender
 
     @relayed
     def recvmsg_into(self, buffers: Iterable[Any], ancbufsize: int = 0,
                      flags: int = 0) -> Tuple[int, List[Tuple[int, int, bytes]], int, Any]:
         views = [memoryview(buffer).cast('B') for buffer in buffers]
-        payload, sender, longer = self._receive(sum(map(len, views)), flags)
+        payload, sender, length = self._receive(sum(map(len, views)), flags)
         stream = io.BytesIO(payload)
         for view in views:
             stream.readinto(view)
-        return len(payload), [], socket.MSG_TRUNC if longer else 0, sender
+        return len(payload), [], socket.MSG_TRUNC if length > len(payload) else 0, sender
 
     def shutdown(self, *args: int) -> None:
         if self._association:           # before another thread wakes up
@@ -11797,6 +11858,15 @@ class socksocket(_Descriptor):
         return self.proxy_peername
 
     getpeername = get_peername
+
+    def getsockname(self) -> Any:
+        """As in stock, for datagrams through a proxy always in the form of this socket's family."""
+        sockaddr = super().getsockname()
+        if not (self._association and self._association.is_other):
+            return sockaddr
+        if len(sockaddr) != 2:          # of IPv6, which an IPv4 socket has no form for, or no IP
+            sockaddr = '0.0.0.0', sockaddr[1] if sockaddr else 0
+        return self._own_tuple(Address(*sockaddr))
 
     # PySocks' private methods: subclasses that connect to the proxy themselves call them.
 
@@ -11907,6 +11977,7 @@ class _ServerSocket(socksocket):
     _request = None                     # (proxy, target) of the request, for errors
     _unpack_reply = None                # decoder of the second reply
     _partial_reply = b''                # what came of it before accept() timed out
+    _shared = (*socksocket._shared, '_request', '_unpack_reply', '_partial_reply')
 
     def getsockname(self) -> Any:
         """(host, port) at which the proxy listens."""

@@ -5750,6 +5750,18 @@ class ClientTest(ClientCase):
                                      (number, PATIENCE, ('1.2.3.4', 80, 0, 0)))
                     self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
 
+    @needs_ipv6
+    def test_ipv6_only(self):
+        """A default of some systems; a proxy over IPv4 is reached nevertheless."""
+        proxy = self.scripted(['050100', '0500', IP5, OK5])
+        for local in (), ('::', 0):
+            with socks.socksocket(socket.AF_INET6, proxy=self.url(proxy)) as sock:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                if local:
+                    sock.bind(local)
+                sock.connect(('1.2.3.4', 80))
+                self.check_echo(sock)
+
     @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'no unix sockets here')
     @unittest.skipUnless(sys.platform == 'linux', 'other systems refuse it, or wait')
     def test_full_queue_of_a_unix_socket(self):
@@ -5952,10 +5964,11 @@ class ClientTest(ClientCase):
             waiting.settimeout(0.05)
             with self.assertRaises(socket.timeout):
                 waiting.accept()
-            waiting.settimeout(PATIENCE)
             proxy.peers[0].send(hexed('000001 0009'))
-            sock, address = waiting.accept()
-            sock.close()
+            with waiting.dup() as other:        # which has it, too
+                other.settimeout(PATIENCE)
+                sock, address = other.accept()
+                sock.close()
             self.assertEqual(address, ('127.0.0.1', 9))
 
     def test_bind_announced_without_an_address(self):
@@ -6574,14 +6587,63 @@ class DatagramClientTest(ClientCase):
             with self.subTest(host, family=family), \
                     socks.socksocket(family, socket.SOCK_DGRAM, proxy=proxy) as sock:
                 sock.settimeout(PATIENCE)
+                rest = (0, 0) if family == socket.AF_INET6 else ()
                 sock.sendto(b'x', ('::1', six.address.port, 0, 0))
-                data, sender = sock.recvfrom(10)
-                self.assertEqual((data, sender[:2]), (b'E:x', tuple(six.address)))
-                mapped = '::ffff:127.0.0.1' if family == socket.AF_INET6 else '127.0.0.1'
+                self.assertEqual(sock.recvfrom(10), (b'E:x', (*six.address, *rest)))
+                mapped = '::ffff:127.0.0.1' if rest else '127.0.0.1'
                 sock.sendto(b'y', (mapped, four.address.port))
-                data, sender = sock.recvfrom(10)
-                if sock.family == socket.AF_INET6:
-                    self.assertEqual(sender, ('::ffff:127.0.0.1', four.address.port, 0, 0))
+                self.assertEqual(sock.recvfrom(10), (b'E:y', (mapped, four.address.port, *rest)))
+                self.assertEqual((sock.family, len(sock.getsockname())), (family, 2 + len(rest)))
+                if family == socket.AF_INET:
+                    sock.set_proxy()
+                    sock.connect(four.address)
+                    sock.send(b'z')
+                    self.assertEqual(sock.recv(10), b'E:z')
+                    self.assertEqual(four.senders[-1], sock.getsockname())
+
+    @needs_ipv6
+    def test_proxy_of_both_families(self):
+        """It is reached over that of the socket."""
+        target = self.enter(Echo())
+        servers = [self.serve(host=host) for host in ('::1', '127.0.0.1')]
+        found = [(socks.family_of(server.server_address[0]), socket.SOCK_STREAM, 6, '',
+                  server.server_address) for server in servers]
+        self.change(socket, getaddrinfo=lambda *_: order)
+        for order in found, found[::-1]:
+            for family, host in (socket.AF_INET6, '::1'), (socket.AF_INET, '127.0.0.1'):
+                with self.subTest(host, order=order), socks.socksocket(
+                        family, socket.SOCK_DGRAM, proxy='socks5h://proxy.example') as sock:
+                    sock.settimeout(PATIENCE)
+                    sock.sendto(b'x', target.address)
+                    self.assertEqual(sock.recv(10), b'E:x')
+                    self.assertEqual(sock.get_proxy_peername()[0], host)
+
+    @needs_ipv6
+    def test_ipv6_only(self):
+        """A default of some systems; a proxy over IPv4 is reached nevertheless."""
+        target, proxy = self.enter(Echo()), self.proxy(self.serve())
+        for bound in False, True:
+            with socks.socksocket(socket.AF_INET6, socket.SOCK_DGRAM, proxy=proxy) as sock:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.settimeout(PATIENCE)
+                if bound:
+                    sock.bind(('::', 0))
+                sock.sendto(b'x', target.address)
+                self.assertEqual(sock.recvfrom(10), (b'E:x', (
+                    '::ffff:127.0.0.1', target.address.port, 0, 0)))
+                self.assertEqual((sock.family, len(sock.getsockname())), (socket.AF_INET6, 4))
+
+    def test_sizes(self):
+        """Wrong ones are an error before a datagram is taken."""
+        target, sock, buffer = self.enter(Echo()), self.relayed(), bytearray(3)
+        sock.sendto(b'data', target.address)
+        for function, *arguments in ((sock.recv, -1), (sock.recvfrom, -1), (sock.recvmsg, -1),
+                                     (sock.recv_into, buffer, -1), (sock.recv_into, buffer, 4),
+                                     (sock.recvfrom_into, buffer, 4)):
+            with self.assertRaises(ValueError):
+                function(*arguments)
+        flag = socket.MSG_TRUNC if sys.platform == 'linux' else 0       # for the whole length
+        self.assertEqual((sock.recv_into(buffer, 0, flag), buffer), (6 if flag else 3, b'E:d'))
 
     def test_association_ends(self):
         sock = self.relayed(udp_timeout=0.2)
@@ -6640,6 +6702,7 @@ class DatagramsInTcpTest(DatagramClientTest):
     """UDP inside of TCP, through a chain of two proxies or as a test says."""
     # The datagrams of these are beside the connection.
     test_bound_to_one_of_several_addresses = test_bypass = test_announced_relays = None
+    test_proxy_of_both_families = None
 
     def proxy(self, server):
         return [self.url(server)] * 2
@@ -6761,6 +6824,17 @@ class DatagramsInTcpTest(DatagramClientTest):
         self.assertEqual(sock.recv(10, socket.MSG_PEEK), b'x')
         self.assertEqual(sock.recvfrom(10), (b'x', ('1.2.3.4', 53)))
 
+    def test_much_to_skip(self):
+        """An event loop gets to other things in between."""
+        sock, peer = self.connected(be_silent, 0)
+        sock.connect(('1.2.3.4', 53))
+        peer.send(hexed(TO_NAME * 100 + TO_IP))
+        self.assertTrue(ready([sock], [], PATIENCE))
+        with self.assertRaises(BlockingIOError):
+            sock.recv(10)
+        self.assertTrue(ready([sock], [], PATIENCE))
+        self.assertEqual(sock.recv(10), b'x')
+
     def test_proxy_that_does_not_read(self):
         """What was sent in part is sent to its end, although the program only waits."""
         held = threading.Event()
@@ -6854,6 +6928,7 @@ class DatagramsInTcpTest(DatagramClientTest):
 class DatagramsOfSocks6Test(DatagramClientTest):
     """UDP through SOCKS6 proxies, always in the connection."""
     test_bound_to_one_of_several_addresses = test_bypass = test_announced_relays = None
+    test_proxy_of_both_families = None
 
     def serve(self, *args, **settings):
         return super().serve(*args, **dict(settings, socks6=True))
@@ -7193,6 +7268,12 @@ class ResolverTest(ClientCase):
         for host in ('host.example', ip):
             self.assertEqual(socket.gethostbyaddr(host), ('host.example', [], [ip]))
         self.assertEqual(socket.gethostbyname_ex('host.example'), ('host.example', [], [ip]))
+        name = bytearray(b'host.example')
+        self.assertEqual(socket.gethostbyname(name), ip)
+        for function in socket.gethostbyname_ex, socket.gethostbyaddr:
+            self.assertEqual(function(name), ('host.example', [], [ip]))
+        with socket.socket() as sock, self.assertRaisesRegex(OSError, 'not looked up'):
+            sock.bind((name, 0))
         self.assertEqual(socket.getfqdn('short'), 'short')
         self.assertEqual(socket.getfqdn(ip), 'host.example')
         self.assertEqual(socket.getfqdn(), socket.gethostname())
@@ -7224,9 +7305,10 @@ class ResolverTest(ClientCase):
                              ('example.org', '443'))
             with sock.dup() as other:
                 self.assertEqual(other.getpeername(), (ip, 443))
-        with socket.socket() as sock:
-            sock.connect(('example.org', 443))
-            self.assertEqual(sock.getpeername(), (ip, 443))
+        for name in 'example.org', b'example.org', bytearray(b'example.org'):
+            with socket.socket() as sock:
+                sock.connect((name, 443))
+                self.assertEqual(sock.getpeername(), (ip, 443))
         if socket.has_ipv6:
             with socket.socket(socket.AF_INET6) as sock:
                 sock.connect(('example.org', 443))
@@ -7483,6 +7565,29 @@ class PastTheProxyTest(ClientCase):
         sock.connect_ex(('127.0.0.1', self.silent_port()))      # it is on its way
         socket.socket(fileno=sock.detach()).close()
 
+    def test_accepted_and_reset(self):
+        """A default proxy does not concern what came in, even if it is not connected any more."""
+        with socks.default_proxy('socks5h://127.0.0.1:9'):
+            listener = self.enter(socks.socksocket())
+            listener.bind(('127.0.0.1', 0))
+            listener.listen(1)
+            with socket.socket() as client:
+                client.connect(listener.getsockname())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, socks.RESET)
+            self.change(socket, socket=socks.socksocket)
+            sock, _ = listener.accept()
+        self.change(socket, socket=socks._orig_socket)
+        with sock:
+            self.assertTrue(ready([sock], [], PATIENCE))
+            self.assertEqual(sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE),
+                             socket.SOCK_STREAM)
+            for send in (functools.partial(sock.sendto, b'x'),
+                         functools.partial(sock.sendmsg, [b'x'], [], 0)):
+                with self.assertRaises(OSError) as caught:
+                    send(('127.0.0.1', 9))
+                self.assertNotIsInstance(caught.exception, socks.ProxyError)
+            socket.socket(fileno=sock.detach()).close()
+
     def test_tls_and_the_destination(self):
         """A socket of ssl that is one of ours tells what it is connected to, as FTP_TLS asks."""
         proxy = self.scripted(['050100', '0500', f'05010003{NAME}01bb', OK5], last=serve_tls)
@@ -7673,6 +7778,38 @@ class WrongTimeTest(ClientCase):
             with self.assertRaises(socket.timeout):
                 other.recv(1)
         self.assertEqual(len(errors), 1)
+
+    def test_closed_before_its_descriptor_is_replaced(self):
+        """By another thread: what was to replace it is closed, too, and so the proxy's connection.
+        """
+        def serve(peer):
+            with context.wrap_socket(peer.sock, server_side=True) if context else peer.sock as sock:
+                peer.sock = sock
+                peer.read(3)
+                asked.set()
+                closed.wait(PATIENCE)
+                peer.send(b'\5\0')
+                peer.read(10)
+                peer.send(hexed(OK5))
+                with contextlib.suppress(ConnectionResetError):
+                    peer.rest()
+
+        for kind, context in ((socket.SOCK_STREAM, server_context()), (socket.SOCK_DGRAM, None)):
+            asked, closed, proxy = threading.Event(), threading.Event(), self.origin(serve)
+            url = self.url(proxy, 'socks5h+tls' if context else 'socks5h') + '?udp=tcp' * (
+                not context)
+            sock = socks.socksocket(type=kind, proxy=url)
+            sock.ssl_context = client_context()
+            sock.settimeout(PATIENCE)
+            connecting = Background(sock.connect, ('1.2.3.4', 80))
+            self.assertTrue(asked.wait(PATIENCE))
+            sock.close()
+            closed.set()
+            with self.assertRaises(OSError) as caught:
+                connecting.result()
+            self.assertEqual(caught.exception.errno, errno.EBADF)
+            eventually(lambda: not any(thread.is_alive() for thread in proxy.threads[1:]))
+            eventually(lambda: not socks.background_loop().items)
 
     def test_a_fork_has_a_tls_thread_of_its_own(self):
         proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True)
@@ -8429,6 +8566,54 @@ class DropInTest(ClientCase):
         socket.setdefaulttimeout(7)
         with socks.socksocket() as sock:
             self.assertEqual(sock.gettimeout(), 7)
+
+    def test_keywords(self):
+        """PySocks' methods take them, most stock ones do not."""
+        server, origin = self.serve(), self.origin(echo)
+        buffer = bytearray(5)
+        with socks.create_connection(('127.0.0.1', origin.port), proxy=self.url(server)) as sock:
+            self.assertEqual(sock.send(b'a', flags=0), 1)
+            self.assertEqual(sock.recv(bufsize=5, flags=socket.MSG_PEEK), b'a')
+            self.assertEqual(sock.recv_into(buffer, flags=socket.MSG_PEEK), 1)
+            self.assertEqual(sock.recvfrom(5, flags=socket.MSG_PEEK)[0], b'a')
+            self.assertEqual(sock.recvmsg(5, flags=socket.MSG_PEEK)[0], b'a')
+            self.assertEqual(sock.recv(5), b'a')
+            self.assertIsNone(sock.sendall(bytes=b'b'))
+            self.assertEqual(sock.recv(5, flags=0), b'b')
+            for wrong in {}, {'flags': 0}, {'bufsize': 5, 'other': 0}:
+                with self.assertRaises(TypeError):
+                    sock.recv(**wrong)
+
+    def test_another_class_of_sockets(self):
+        """One that takes no SOCK_NONBLOCK and asks a closed socket for nothing, as gevent's."""
+        server, target = self.serve(), self.enter(Echo())
+        proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True)
+        script = f"""
+import socket, ssl
+stock = socket.socket
+class Other(stock):
+    def __init__(self, family=2, type=1, proto=0, fileno=None):
+        super().__init__(family, type & 0xF, proto, fileno)
+    def __getattr__(self, name):
+        raise OSError('closed') if self.fileno() < 0 else AttributeError(name)
+socket.socket = Other
+import socks
+assert socks._orig_socket is Other
+sock = socks.socksocket(type=socket.SOCK_DGRAM, proxy={self.url(server)!r})
+sock.sendto(b'x', {tuple(target.address)!r})
+assert sock.recv(10) == b'E:x'
+sock.close()
+context = ssl.create_default_context(cadata={CERTIFICATE!r})
+sock = socks.create_connection(('1.2.3.4', 80), 5, ssl_context=context,
+                               proxy={self.url(proxy, 'socks5h+tls')!r})
+sock.sendall(b'hello')
+assert sock.recv(5) == b'hello'
+sock.close()
+while socks.background_loop().items:
+    pass
+"""
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=compiled())
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
 
     def test_default_proxy_of_a_subclass(self):
         origin, server = self.origin(echo), self.serve()

@@ -365,8 +365,8 @@ HTTP_CODES = {
 class ProxyError(OSError):
     """Base class of the errors of this module.
 
-    msg         what went wrong
-    socket_err  the error that caused this one, or None; str() includes it
+    msg         what went wrong, with the text of `socket_err`
+    socket_err  the error that caused this one, or None
     reply       the `Reply` that the server sends for this error, or the code that a proxy sent
     proxy       the `Proxy` of the chain that failed, without user name and password, or None if it
                 is not known
@@ -379,19 +379,18 @@ class ProxyError(OSError):
     def __init__(self, msg: str, socket_err: Optional[BaseException] = None,
                  reply: Optional[int] = None) -> None:
         super().__init__(msg)
-        self.msg = msg
+        self.msg = msg if socket_err is None else f'{msg}: {socket_err}'
         self.socket_err = socket_err
         if reply is not None:
             self.reply = reply
 
     def __str__(self) -> str:
-        text = self.msg if self.socket_err is None else f'{self.msg}: {self.socket_err}'
-        return f'{text} ({self.proxy}, target {self.target})' if self.target else text
+        return f'{self.msg} ({self.proxy}, target {self.target})' if self.target else self.msg
 
     def __repr__(self) -> str:
         cause = '' if self.socket_err is None else f', {self.socket_err!r}'
         where = f', proxy={self.proxy}, target={self.target}' if self.target else ''
-        return f'{type(self).__name__}({self.msg!r}{cause}{where})'
+        return f'{type(self).__name__}({self.args[0]!r}{cause}{where})'
 
     def __reduce__(self) -> Tuple[Any, ...]:
         kind, args, state = super().__reduce__()        # whose state lacks errno
@@ -548,6 +547,10 @@ make = tuple.__new__
 
 MAX_USERID = 512                        # bytes; SOCKS4's strings end with NUL and have no limit
 MAX_NAME = 255                          # bytes of a host name; SOCKS5 has one byte for its length
+# A name without characters that delimit hosts in a URL or request (URL Standard, section 3.5:
+# "forbidden domain code points").
+SENDABLE_NAME = re.compile(br'(?=.{1,253}\.?\Z)[^LABEL]{1,63}(\.[^LABEL]{1,63})*\.?\Z'.replace(
+    b'LABEL', br'\0- #%./:<>?@[\\\]^|\x7f'))
 MAX_LINE, MAX_LINES = 8192, 100         # bytes, and lines, of the head of an HTTP proxy's answer
 MAX_HEAD, MAX_FIELDS = 1 << 16, 200     # bytes and fields of a head that is forwarded
 MAX_OPTIONS = 20480                     # bytes of the options of a SOCKS6 message
@@ -627,7 +630,26 @@ def name_bytes(name):
     try:
         return name.encode('ascii')
     except UnicodeEncodeError:
+        if len(name) > MAX_NAME:        # the codec takes quadratic time (CVE-2022-45061)
+            raise ValueError(f'host name of more than {MAX_NAME} characters') from None
         return name.encode('idna')
+
+
+@functools.lru_cache(256)
+def name_to_send(host):
+    """The ASCII form of a name that the user of the client has given.
+
+    It is the one of IDNA 2003, as socket.getaddrinfo() has it.  Raises ProtocolError for a name
+    that cannot be sent, or that the request's reader could take for something else.
+    """
+    try:
+        name = name_bytes(host)
+    except ValueError:
+        name = b''
+    if not SENDABLE_NAME.match(name):
+        raise ProtocolError(f'host name {printable(host)}, expected labels of 1 to 63 characters, '
+                            f'no spaces, controls or delimiters, at most 253 characters')
+    return name.decode()
 
 
 def encoded(value):
@@ -1240,8 +1262,9 @@ class HttpStatus(NamedTuple):
     @classmethod
     def unpack(cls, read: Read) -> 'HttpStatus':
         line = http_line(read)
-        # The phrase, and the space before it, are missing in the answers of some proxies.
-        match = re.match(r'HTTP/[0-9]\.[0-9] ([0-9]{3})(?: (.*))?$', line.decode('latin-1'))
+        # The phrase, and the space before it, are missing in the answers of some proxies; so is the
+        # minor version, as HTTP/2 has none.
+        match = re.match(r'HTTP/[0-9](?:\.[0-9])? ([0-9]{3})(?: (.*))?$', line.decode('latin-1'))
         if not match:
             raise ProtocolError(f'{line[:40]!r}, expected the status line of an HTTP proxy')
         return cls(int(match.group(1)), match.group(2) or '')
@@ -1944,9 +1967,10 @@ class VirtualAddresses:
     (RFC 6666) that ends with it.  No host on the Internet has an address of these networks.
 
     The SIZE names that were used last are remembered.  The address of a forgotten name is an error,
-    and is given to another name only after all others: a program may have stored it.
+    and is given to another name only after all others: a program may have stored it.  An address
+    that was never given to a name is a real one: other software uses these networks, too.
 
-    is_on   whether programs get such addresses; all addresses of these networks are virtual then
+    is_on   whether programs get such addresses
     """
     SIZE = 1 << 15
     FIRST, COUNT = 0xc6120000, 1 << 17  # 198.18.0.0/15
@@ -1955,7 +1979,7 @@ class VirtualAddresses:
     def __init__(self):
         self.is_on = False
         self._numbers = OrderedDict()   # name: number of its address, the one used last at the end
-        self._names = {}                # number of an address, counted from FIRST: name
+        self._names = {}    # number of an address, counted from FIRST: name, None if forgotten
         self._origins = OrderedDict()   # real address: name, see remember()
         self.after_fork()
 
@@ -1971,7 +1995,7 @@ class VirtualAddresses:
             number = self._numbers.get(name)
             if number is None:
                 if len(self._numbers) >= self.SIZE:
-                    del self._names[self._numbers.popitem(last=False)[1]]
+                    self._names[self._numbers.popitem(last=False)[1]] = None
                 number = self._unused()
                 self._names[number] = name
                 self._numbers[name] = number
@@ -1984,7 +2008,7 @@ class VirtualAddresses:
         while True:
             self._last = (self._last + 1) % self.COUNT
             # Some programs take .0 for the address of a network and .255 for broadcast.
-            if self._last not in self._names and self._last % 256 not in (0, 255):
+            if self._names.get(self._last) is None and self._last % 256 not in (0, 255):
                 return self._last
 
     def name(self, host):
@@ -1992,11 +2016,11 @@ class VirtualAddresses:
 
         Raises GeneralProxyError for the address of a forgotten name.
         """
-        number = self.number(host) if self.is_on or self._names else None
-        if number is None:
-            return None
+        number = self.number(host) if self._names else None
         with self._lock:
-            name = self._names.get(number)
+            if number not in self._names:
+                return None
+            name = self._names[number]
             if name is not None:
                 self._numbers.move_to_end(name)
                 return name
@@ -7313,6 +7337,8 @@ class Proxy(NamedTuple):
             raise ValueError(f'proxy port {port!r}: expected a number up to 65535')
         if isinstance(rdns, (str, bytes)):      # the user name, in a call that forgets rdns
             raise ValueError('rdns: expected True or False')
+        if not all(isinstance(value or '', (str, bytes)) for value in (username, password)):
+            raise ValueError('user name and password: expected str or bytes')
         username, password = encoded(username) or None, encoded(password) or None
         if proxy_type & GSSAPI and kind != SOCKS5:
             raise ValueError('GSSAPI: expected a proxy of type SOCKS5')
@@ -7464,6 +7490,8 @@ def is_bypassed(host: str, patterns: str, port: Optional[int] = None) -> bool:
     if not patterns:
         return False
     host = host.partition('%')[0]
+    with contextlib.suppress(ValueError):       # as it is sent; canonical() takes fewer names
+        host = name_bytes(host).decode().lower()
     with contextlib.suppress(ProtocolError):    # no valid name, but "*" matches it, too
         host = canonical(Address(host, 0)).host
     return any(matches(pattern, host, port)
@@ -7486,10 +7514,10 @@ def matches(pattern, host, port):
             network = ipaddress.ip_network(pattern.strip('[]'), strict=False)
             return ipaddress.ip_address(ip) in network
         return False
-    with contextlib.suppress(ValueError):       # a pattern that cannot be a name matches nothing
-        pattern = name_bytes(pattern).decode()
     is_wildcard = pattern.startswith('*.')
     name = pattern[2 * is_wildcard:].strip('.')
+    with contextlib.suppress(ValueError):       # a pattern that cannot be a name matches nothing
+        name = name_bytes(name).decode()
     return bool(name) and (host.endswith('.' + name) or host == name and not is_wildcard)
 
 
@@ -8111,10 +8139,13 @@ def destination(pair, chain):
     host = pair[0] if isinstance(pair[0], str) else name_text(pair[0])
     bare = without_brackets(host)
     address = Address(plain_ip(bare.partition('%')[0] if ':' in bare else bare) or host, pair[1])
-    for proxy, (host, port) in hops_of(chain, address):
+    if ip_bytes(address.host) is None:
+        address = Address(name_to_send(host), pair[1])
+    for proxy, (host, _) in hops_of(chain, address):
         if proxy.kind == SOCKS4 and ':' in host:
             raise SOCKS4Error(f'{host}: SOCKS4 has no IPv6 addresses')
-        canonical(Address(host, port))
+        if ip_bytes(host) is None:
+            name_to_send(host)
     return address
 
 
@@ -10404,6 +10435,11 @@ def proxy_tuple(proxy_type, addr=None, port=None, rdns=True, username=None, pass
     return first if len(chain) == 1 else (chain, first.addr, first.port, first.rdns, None, None)
 
 
+def check_bypass(bypass):
+    if not isinstance(bypass or '', str):
+        raise ValueError(f'bypass: expected hosts in one str, not {type(bypass).__name__}')
+
+
 def set_default_proxy(proxy_type: ProxyType = None, addr: Union[str, bytes, None] = None,
                       port: Optional[int] = None, rdns: bool = True, username: Secret = None,
                       password: Secret = None, *, bypass: str = '') -> None:
@@ -10415,6 +10451,7 @@ def set_default_proxy(proxy_type: ProxyType = None, addr: Union[str, bytes, None
     With a proxy, modules that connect without using `socket` (PAST_SOCKET) are logged as a warning,
     since a program may then set socket.socket to socksocket.
     """
+    check_bypass(bypass)
     socksocket.default_proxy = proxy_tuple(proxy_type, addr, port, rdns, username, password)
     socksocket.default_bypass = bypass
     if socksocket.default_proxy[0] is not None:
@@ -10437,6 +10474,7 @@ def default_proxy(proxy: ProxyArgument, bypass: str = '') -> Iterator[None]:
     proxy   URL, list of URLs for a chain, tuple of set_proxy()'s arguments, or None for no proxy
     bypass  as in set_default_proxy()
     """
+    check_bypass(bypass)
     token = _scope.set((proxy_tuple(parse_chain(proxy)), bypass))
     try:
         yield
@@ -10601,23 +10639,30 @@ def screen_host(host):
     text = host_text(host)
     if text in ('', '<broadcast>') or ip_bytes(text.partition('%')[0]) or is_looked_up(text):
         return host, None
+    with contextlib.suppress(ProtocolError):
+        # canonical() turns the old forms of IPv4 addresses (127.1) into the usual one.
+        ip = canonical(Address(text, 0)).host
+        return (ip, None) if ip_bytes(ip) else (None, text)
     try:
-        address = canonical(Address(text, 0))
+        name_to_send(text)
     except ProtocolError as error:
         raise socket.gaierror(socket.EAI_NONAME, f'{printable(text)}: {error}') from None
-    # canonical() turns the old forms of IPv4 addresses (127.1) into the usual one.
-    return (address.host, None) if ip_bytes(address.host) else (None, text)
+    return None, text
 
 
 def remember(host, found):
     """Remember the IP addresses found for a name that `bypass` lists.
 
-    A program then connects to such an address, and `bypass` must exempt it, too.
+    A program then connects to such an address, and `bypass` must exempt it, too.  The result is
+    None; or the name, if one of the addresses may stand for another name, too: then the program
+    must get a virtual address instead.
     """
     text = host_text(host)
-    if text and not ip_bytes(text) and is_bypassed(text, _default()[1]):
-        for ip in found:
-            virtual_addresses.remember(ip, text)
+    if not text or ip_bytes(text) or not is_bypassed(text, _default()[1]):
+        return None
+    for ip in found:
+        virtual_addresses.remember(ip, text)
+    return text if any(virtual_addresses.number(ip) is not None for ip in found) else None
 
 
 def resolver(function):
@@ -10641,7 +10686,8 @@ def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None
     host, name = screen_host(host) if not flags & socket.AI_NUMERICHOST else (host, None)
     if name is None:
         found = original(host, port, family, type, proto, flags)
-        remember(host, [info[4][0] for info in found])
+        name = remember(host, [info[4][0] for info in found])
+    if name is None:
         return found
     kept = flags & (socket.AI_PASSIVE | socket.AI_CANONNAME | getattr(socket, 'AI_NUMERICSERV', 0))
     found = original(virtual_addresses.of(name, family), port, family or socket.AF_INET, type,
@@ -10655,22 +10701,20 @@ def getaddrinfo(host: Union[str, bytes, None], port: Union[str, bytes, int, None
 def gethostbyname(host):
     """socket.gethostbyname(), with the exception of getaddrinfo()."""
     stand_in, name = screen_host(host)
-    if name is not None:
-        return virtual_addresses.of(name)
-    found = gethostbyname.stock(stand_in)
-    remember(host, [found])
-    return found
+    if name is None:
+        found = gethostbyname.stock(stand_in)
+        name = remember(host, [found])
+    return found if name is None else virtual_addresses.of(name)
 
 
 @resolver
 def gethostbyname_ex(host):
     """socket.gethostbyname_ex(), with the exception of getaddrinfo()."""
     stand_in, name = screen_host(host)
-    if name is not None:
-        return name, [], [virtual_addresses.of(name)]
-    found = gethostbyname_ex.stock(stand_in)
-    remember(host, found[2])
-    return found
+    if name is None:
+        found = gethostbyname_ex.stock(stand_in)
+        name = remember(host, found[2])
+    return found if name is None else (name, [], [virtual_addresses.of(name)])
 
 
 def name_of(ip):
@@ -13567,7 +13611,9 @@ def client_command(args):
     host, port = args.connect or (args.resolve, 0)
     chain = chain_from(args, os.environ) or environment_hops(args.connect and host, port)
     bypass = os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''
-    if args.connect and not chain and not is_bypassed(host, bypass, port):
+    if args.connect and is_bypassed(host, bypass, port):
+        chain = []
+    elif args.connect and not chain:
         raise ValueError(f'--connect: expected a proxy, -x URL or ALL_PROXY, or {printable(host)} '
                          f'in NO_PROXY, to connect directly')
     until = deadline(args.connect_timeout)
@@ -13633,9 +13679,13 @@ def program_runner(arguments, chain):
     arguments    of --run: ['-m'], the program, and its own arguments
     chain        list of `Proxy`
 
+    The program remains `__main__` after its last line: its threads, and the functions of atexit,
+    may pickle its objects.  (runpy's public functions undo that.)
+
     Raises ValueError if one is missing.
     """
     import importlib.util
+    import pkgutil
     import runpy
     is_module = arguments[:1] == ['-m']
     program, *rest = arguments[is_module:] or ['']
@@ -13645,15 +13695,37 @@ def program_runner(arguments, chain):
         raise ValueError('--run: expected a proxy, ALL_PROXY or -x URL before --run')
     if not is_module and not os.access(program, os.R_OK):
         raise ValueError(f'--run: there is no Python script {program}, or it cannot be read')
+    is_archive = not is_module and pkgutil.get_importer(program) is not None    # or a directory
+    code = None if is_module or is_archive else code_of(program)
+    path = os.path.abspath(program)
     # As the interpreter sets it; the search for a module uses it.
-    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(program))
+    place = path if is_archive else os.getcwd() if is_module else os.path.dirname(path)
+    if not (sys.flags.isolated or getattr(sys.flags, 'safe_path', False)):      # -I, or -P of 3.11
+        sys.path[0] = place
+    elif is_archive:
+        sys.path.insert(0, place)
     if is_module and not importlib.util.find_spec(program.partition('.')[0]):
         raise ValueError(f'--run: there is no module {program}')
     wrap_process(chain, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or '')
     sys.argv = [program, *rest]
-    if is_module:
-        return functools.partial(runpy.run_module, program, run_name='__main__', alter_sys=True)
-    return functools.partial(runpy.run_path, program, run_name='__main__')
+    sys.modules['__main__'] = main_module = type(sys)('__main__')
+    if code:
+        main_module.__dict__.update(__file__=path, __cached__=None)
+        return functools.partial(exec, code, main_module.__dict__)
+    return functools.partial(runpy._run_module_as_main, program if is_module else '__main__',
+                             alter_argv=is_module)
+
+
+def code_of(program):
+    """The code object of a Python script, or of a compiled one.  Raises ValueError."""
+    import pkgutil
+    with open(program, 'rb') as file:
+        source = file.read()            # at once: it may be a pipe
+    try:
+        return (pkgutil.read_code(io.BytesIO(source))
+                or compile(source, program, 'exec', dont_inherit=True))
+    except (SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f'--run: {program} is not a Python script: {error}') from None
 
 
 # Code that runs first in a process that multiprocessing starts with a new interpreter: it imports

@@ -5203,6 +5203,8 @@ ACCEPTING = [
      ('0.0.0.0', 0)),
     ('HTTP, 201, no phrase', 'http://', 'example.org', [HEAD + '0d0a', crlf('HTTP/1.0 201\n\n')],
      ('0.0.0.0', 0)),
+    ('HTTP/2', 'http://', 'example.org', [HEAD + '0d0a', crlf('HTTP/2 200 OK\n\n')],
+     ('0.0.0.0', 0)),
     ('HTTP, more in the head', 'http://', 'example.org',
      [HEAD + '0d0a', crlf('HTTP/1.1 200 OK\nVia: x\nContent-Length: 5\n\n')], ('0.0.0.0', 0)),
     ('HTTP, which takes its time', 'http://', 'example.org',
@@ -5355,6 +5357,10 @@ BYPASS = [
     ('::1', '[::1]', True), ('127.0.0.1:80', '127.0.0.1', True), ('x:', 'x', False),
     ('127.0.0.1:81', '127.0.0.1', False), ('10.0.0.0/8:80', '10.1.1.1', True),
     ('fe80::/10', 'fe80::1%eth0', True), ('b\xfccher.example', 'xn--bcher-kva.example', True),
+    ('.b\xfccher.example', 'a.b\xfccher.example', True), ('\u2603.net', '\u2603.net', True),
+    ('.fa\xdf.example', 'a.FA\xdf.example.', True), ('xn--n3h.net', '\u2603.net', True),
+    ('*.fa\xdf.example', 'a.fass.example', True), ('example.org', '*.Example.org', True),
+    ('10.0.0.0/8', '\uff11\uff10.0.0.1', True), ('fa\xdf.example', 'xn--fa-hia.example', False),
     ('xn--bcher-kva.example', 'b\xfccher.example', True), ('300.1.1.1', '10.0.0.1', False),
 ]
 
@@ -5561,6 +5567,8 @@ class ClientTest(ClientCase):
                                   other.errno, other.proxy, other.target),
                                  (socks.SOCKS5Error, str(error), repr(error), error.msg, 2,
                                   errno.EACCES, socks.parse_proxy_url(url), ('1.2.3.4', 80)))
+            self.assertEqual(error.msg, 'Socket error: 0x02: Connection not allowed by ruleset')
+            self.assertEqual(str(error), f'{error.msg} ({error.proxy}, target 1.2.3.4:80)')
             self.assertIsInstance(error, (socks.GeneralProxyError, OSError))
             self.assertNotIn(b'secret', pickle.dumps(error))
 
@@ -5575,8 +5583,11 @@ class ClientTest(ClientCase):
                              ('socks5h', ('\udcff', 80)), ('http', ('a?.example.org', 80)),
                              ('socks5h', ('a%.example.org', 80)), ('socks4a', ('a\\116.org', 80)),
                              ('http', ('[10.0.0.4]', 80)), ('socks5h', ('[[::1]]', 80)),
-                             ('socks5', ('a/b.example', 80)), ('socks5h', ('stra\u00dfe.de', 80)),
-                             ('socks5h', ('a' * 64, 80)), ('http', ('a@b.example', 80))):
+                             ('socks5', ('a/b.example', 80)), ('socks5h', ('a' * 64, 80)),
+                             ('http', ('a@b.example', 80)), ('socks5h', ('a..example', 80)),
+                             ('socks5h', ('a\0.example', 80)), ('http', ('h:80', 80)),
+                             ('socks5h', ('\u2100.example', 80)),       # a/c
+                             ('socks5h', ('\u00df' * 100000, 80))):
             with self.subTest(pair), socks.socksocket(proxy=self.url(proxy, scheme)) as sock, \
                     self.assertRaises(GENERAL):
                 sock.settimeout(PATIENCE)
@@ -5586,6 +5597,23 @@ class ClientTest(ClientCase):
                 socks.socksocket(type=socket.SOCK_DGRAM, proxy='socks4://h') as sock:
             sock.bind(('', 0))
         self.assertEqual(caught.exception.errno, errno.EOPNOTSUPP)
+
+    def test_unusual_names(self):
+        """They are sent as the codec of Python encodes them, as PySocks does."""
+        for host, sent in (('fa\u00df.example', b'fass.example'), ('\u2603.net', b'xn--n3h.net'),
+                           ('*.example.org', b'*.example.org'), ('\uff11.2.3.4a', b'1.2.3.4a'),
+                           ('b\u00fccher.X.', b'xn--bcher-kva.X.')):
+            with self.subTest(host):
+                name = bytes([len(sent)]) + sent
+                proxy = self.scripted(['050100', '0500', f'05010003{name.hex()}0050', OK5])
+                with socks.create_connection((host, 80), PATIENCE, proxy=self.url(proxy)) as sock:
+                    self.check_echo(sock)
+                    self.assertEqual(sock.getpeername(), (host, 80))
+                proxy = self.scripted([(b'CONNECT %b:80 HTTP/1.1\r\nHost: %b:80\r\n\r\n'
+                                        % (sent, sent)).hex(), crlf('HTTP/1.1 200 OK\n\n')])
+                url = self.url(proxy, 'http')
+                with socks.create_connection((host, 80), PATIENCE, proxy=url) as sock:
+                    self.check_echo(sock)
 
     def test_arguments(self):
         for args, error, text in (
@@ -5598,6 +5626,8 @@ class ClientTest(ClientCase):
                 ((2, 'socks5://bob:secret@h'), ValueError, 'address: expected .* not a URL, and'),
                 ((2, 'h:80'), ValueError, 'address: expected .* and the port by itself'),
                 ((2, 'h', 1, True, 'b' * 256), ValueError, 'username of 256 bytes'),
+                ((3, 'h', 1, True, 'bob', 5), ValueError, 'user name and password: expected str'),
+                ((1, 'h', 1, True, 5), ValueError, 'user name and password: expected str'),
                 ((['socks5://h', 'socks5+unix:///x'],), ValueError, 'only be the first')):
             with self.subTest(args), socks.socksocket() as sock:
                 for function in (sock.set_proxy, sock.setproxy, socks.set_default_proxy):
@@ -5609,6 +5639,11 @@ class ClientTest(ClientCase):
             self.assertEqual(repr(sock.proxy), '<SOCKS5 proxy h:1080 with credentials>')
             sock.set_proxy()
             self.assertEqual(sock.proxy, (None, None, None, True, None, None))
+        with self.assertRaisesRegex(ValueError, 'bypass: expected .*, not list'):
+            socks.set_default_proxy('socks5h://h', bypass=['localhost'])
+        with self.assertRaisesRegex(ValueError, 'bypass: expected .*, not list'), \
+                socks.default_proxy('socks5h://h', ['localhost']):
+            pass
 
     def test_wrong_destinations(self):
         """They are shown."""
@@ -7121,14 +7156,14 @@ class VirtualAddressesTest(unittest.TestCase):
             self.assertIsNone(addresses.name(host))
 
     def test_an_address_of_nobody(self):
+        """It is a real one: other software uses these networks, too."""
         addresses = socks.VirtualAddresses()
-        self.assertIsNone(addresses.name('198.18.0.1'))         # programs got none yet
-        addresses.is_on = True
-        for host in ('198.18.0.0', '100::198.18.0.0', '100::', '100::1', '100::dead:beef',
-                     '100::1:0:0:1', '100::ffff:ffff:ffff:ffff%1'):
-            with self.assertRaisesRegex(GENERAL, host + ' stands for no name') as caught:
-                addresses.name(host)
-            self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
+        for _ in range(2):
+            for host in ('198.18.0.0', '100::198.18.0.0', '100::', '100::1', '100::dead:beef',
+                         '100::1:0:0:1', '100::ffff:ffff:ffff:ffff%1'):
+                self.assertIsNone(addresses.name(host))
+            addresses.of('host.example')
+            addresses.is_on = True
 
     def test_old_addresses(self):
         """They are errors, for as long as there are others; those in use are kept."""
@@ -7143,8 +7178,10 @@ class VirtualAddressesTest(unittest.TestCase):
             self.assertEqual(addresses.name(kept), 'kept.example')
         self.assertEqual(len(seen), 1000)
         self.assertFalse({first, kept} & seen)
-        with self.assertRaises(GENERAL):
-            addresses.name(first)
+        for host in (first, f'100::{first}', f'::ffff:{first}'):
+            with self.assertRaisesRegex(GENERAL, host + ' stands for no name') as caught:
+                addresses.name(host)
+            self.assertEqual(caught.exception.errno, errno.EHOSTUNREACH)
         for number in range(5000):
             self.assertNotEqual(addresses.of(f'{number}.test'), kept)
             self.assertEqual(addresses.name(kept), 'kept.example')
@@ -7252,6 +7289,8 @@ class ResolverTest(ClientCase):
         self.assertEqual(socket.getaddrinfo(host, 80, proto=6), [(family, *tcp, '', (host, 80))])
         self.assertEqual(socket.getaddrinfo('::1', 80)[0][4], ('::1', 80, 0, 0))
         self.assertEqual(socket.getaddrinfo('127.1', 80)[0][4], ('127.0.0.1', 80))
+        for name in ('fa\u00df.example', '\u2603.net', '*.example.org'):
+            self.assertEqual(socks.virtual_addresses.name(socket.gethostbyname(name)), name)
         self.assertEqual(socket.getaddrinfo('127.0.0.1.', 80)[0][4], ('127.0.0.1', 80))
         self.assertEqual(socket.getaddrinfo(None, 80, socket.AF_INET, tcp[0], 0,
                                             socket.AI_PASSIVE)[0][4], ('0.0.0.0', 80))
@@ -7319,10 +7358,35 @@ class ResolverTest(ClientCase):
                 self.assertEqual(sock.getpeername()[0], f'::ffff:{ip}')
         with socks.create_connection((ip, 443)) as sock:
             self.check_echo(sock)
-        with socket.socket() as sock, self.assertRaisesRegex(GENERAL, 'stands for no name'):
-            sock.connect(('198.18.0.0', 443))
-        with socket.socket() as sock:
-            self.assertEqual(sock.connect_ex(('198.18.0.0', 443)), errno.EHOSTUNREACH)
+
+    def test_real_addresses_among_the_virtual_ones(self):
+        """Some resolvers answer with such addresses, which only the system or the proxy knows."""
+        proxy = self.scripted(['050100', '0500', '05010001c612000001bb', OK5])      # 198.18.0.0
+        self.wrap(self.url(proxy), 'intranet.example')
+        socket.gethostbyname('host.example')
+        with socket.create_connection(('198.18.0.0', 443)) as sock:
+            self.check_echo(sock)
+        # That of a host without the proxy must not be taken for a name that the proxy looks up.
+        self.system(intranet='198.18.0.1')
+        self.change(socks.gethostbyname, stock=lambda host: '198.18.0.1')
+        self.change(socks.gethostbyname_ex, stock=lambda host: (host, [], ['198.18.0.1']))
+        found = [socket.getaddrinfo('intranet.example', 80)[0][4][0],
+                 socket.gethostbyname('intranet.example'),
+                 *socket.gethostbyname_ex('intranet.example')[2]]
+        self.assertEqual([socks.virtual_addresses.name(ip) for ip in found],
+                         ['intranet.example'] * 3)
+        self.assertEqual(socks.virtual_addresses.origin('198.18.0.1'), 'intranet.example')
+        origin = self.origin(echo)
+        self.system(intranet='127.0.0.1')       # connect() looks the real one up
+        with socket.create_connection((found[0], origin.port)) as sock:
+            self.check_echo(sock)
+
+    def test_real_addresses_looked_up_here(self):
+        proxy = self.scripted(['050100', '0500', '05010001c612000101bb', OK5])      # 198.18.0.1
+        self.wrap(self.url(proxy, 'socks5'))
+        self.system(host='198.18.0.1')
+        with socket.create_connection(('host.example', 443)) as sock:
+            self.check_echo(sock)
 
     def test_urllib_and_ftp(self):
         """It looks the host up by itself, and connects to getpeername() for the data."""
@@ -8974,6 +9038,7 @@ class ToolTest(Case):
         near = {'NO_PROXY': '127.0.0.1'}
         for options, environment in (
                 (('-x', url), {}), (('-x', url + '?optimistic=1', '-x', url), {}), ((), near),
+                (('-x', url), near), ((), {'SOCKS_PROXY': url, **near}),
                 ((), {'ALL_PROXY': url}), ((), {'ALL_PROXY': url, **near})):
             there = '127.0.0.1' if 'NO_PROXY' in environment else 'localhost'
             with self.subTest(options, environment=environment):
@@ -9034,6 +9099,33 @@ class ToolTest(Case):
         status, _, err = self.tool(*proxy, '--run', wrong)
         self.assertEqual(status, 1)
         self.assertIn('Traceback', err)
+        for program in (['-m', 'json.missing'], [os.path.dirname(script)]):
+            status, _, err = self.tool(*proxy, '--run', *program)
+            self.assertEqual((status, len(err.splitlines())), (1, 1), err)
+
+    def test_run_to_the_end(self):
+        """The program is `__main__`, also after its last line; a script, a module, a folder."""
+        os.makedirs(self.place('package'))
+        for name in ('last.py', 'package/__main__.py'):
+            path = self.write(name, LAST_WORDS)
+        for program in (['last.py', 'a'], ['-m', 'last', 'a'], ['-m', 'package', 'a'],
+                        ['package', 'a']):
+            with self.subTest(program):
+                def end(*command):
+                    done = run(sys.executable, *command, *program, cwd=self.folder)
+                    return done.returncode, done.stdout, done.stderr
+
+                status, out, err = end()
+                self.assertEqual((status, err, len(out.splitlines())), (0, '', 4))
+                self.assertEqual(end(SCRIPT, '-x', 'socks5h://h', '--run'), (status, out, err))
+
+    def test_run_with_a_safe_path(self):
+        """Python puts no folder before those of PYTHONPATH then."""
+        script = self.write('path.py', 'import sys; print(sys.path)')
+        for option in ('-I', '-P')[:1 + (sys.version_info >= (3, 11))]:
+            self.assertEqual(self.tool('-x', 'socks5h://h', '--run', script,
+                                       command=(sys.executable, option, SCRIPT)),
+                             self.tool(script, command=(sys.executable, option)))
 
     def test_run_and_pickle(self):
         """What another process unpickles is looked for in the module socks."""
@@ -9164,6 +9256,25 @@ tried(urllib.request.urlopen, f'ftp://ftp.invalid:{site}/')
 tried(smtplib.SMTP, 'mail.invalid', site)
 logging.handlers.SysLogHandler(('log.invalid', 514)).emit(logging.makeLogRecord({'msg': 'x'}))
 socket.getfqdn(), socket.getfqdn('x.invalid'), socket.getfqdn('192.0.2.1')
+'''
+
+LAST_WORDS = '''
+import atexit, os, pickle, sys, threading
+
+class State:
+    pass
+
+def keep():
+    print(type(pickle.loads(pickle.dumps(State()))), __name__)
+
+def wait():
+    threading.main_thread().join()
+    keep()
+
+print(sys.argv, os.path.abspath(sys.path[0]), os.path.abspath(__file__))
+print(sys.modules['__main__'].__dict__ is globals(), __package__, __spec__ and __spec__.name)
+atexit.register(keep)
+threading.Thread(target=wait).start()
 '''
 
 FETCH = '''
@@ -13381,6 +13492,7 @@ WRONG_USAGE = [
     (['--check', '--connect', 'h:1'], r'--check, --connect, .*: expected only one of them'),
     (['-x', 'http://i', '--run', '/nowhere/x'], r'--run: there is no Python script /nowhere/x'),
     (['-x', 'http://i', '--run', '-m', 'no.where'], r'--run: there is no module no.where'),
+    (['-x', 'http://i', '--run', sys.executable], r'--run: .* is not a Python script: '),
     (['--resolve', 'h', '-x', 'http://i'], r'--resolve: expected a SOCKS proxy, -x URL'),
     (['--run', 'x'], r'--run: expected a proxy, ALL_PROXY or -x URL before --run'),
     (['-x', 'http://i', '--run'], r'--run: expected a Python script, or -m and a module'),

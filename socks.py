@@ -1918,6 +1918,8 @@ def run(conversation: Generator[Any, Any, Result]) -> Result:
                 awaited = advance(value)
             except StopIteration as stop:
                 return stop.value
+            finally:
+                value = None            # breaks the cycle: error, traceback, this frame
             try:
                 value = poll(*awaited) if isinstance(awaited, Wait) else awaited.function()
                 advance = conversation.send
@@ -2291,9 +2293,9 @@ class ExactStream(Stream):
     """
     GONE = 'Connection closed unexpectedly'
 
-    @staticmethod
-    def lost(error):
-        return error
+    def lost(self, error):
+        fault = getattr(self.sock, 'fault', None)       # of a `PlainEnd`
+        return OSError(error.errno, fault) if fault else error
 
     def read(self, unpack):
         # Two system calls for a message that is there.  To read what is missing step by step would
@@ -2348,6 +2350,7 @@ class Layer:
     RECORD = 1 << 15                    # more than the bytes of one record
     LARGEST = 1 << 19                   # bytes that may wait for the socket
     failure = None                      # outcome for the log, where the relay's would be less exact
+    fault = None                        # text of an error of TLS, such as the peer's alert
 
     def __init__(self, sock):
         self._sock = sock
@@ -2578,7 +2581,8 @@ class TlsLayer(Layer):
             return None
         except self._ssl.SSLZeroReturnError:
             return 0
-        except self._ssl.SSLError:
+        except self._ssl.SSLError as error:
+            self.fault = reason(error)
             self._forget_error()
             raise
         if count:
@@ -2622,10 +2626,16 @@ class TlsLayer(Layer):
         super().close()
 
 
-def abort(sock):
-    """Close a socket, or the one below a layer, by RST, so that its end does not look regular."""
+def below_layers(sock):
+    """The socket below all layers, `sock` itself if it is none."""
     while isinstance(sock, Layer):
         sock = sock._sock
+    return sock
+
+
+def abort(sock):
+    """Close a socket, or the one below a layer, by RST, so that its end does not look regular."""
+    sock = below_layers(sock)
     with contextlib.suppress(OSError):          # it is closed already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     sock.close()
@@ -3256,7 +3266,10 @@ def dial(addresses, until=None, source=(), note=None):
         for loser in list(racing):
             race.leave(loser)
             loser.close()
-    raise min(reversed(errors), key=error_rank)
+    try:
+        raise min(reversed(errors), key=error_rank)
+    finally:
+        errors.clear()                  # breaks the cycle, as in run()
 
 
 def keep_urgent(sock):
@@ -4847,7 +4860,6 @@ class Task:
         loop = self.loop
         if self.due:
             loop.timers.set(self, None)
-        loop.items.pop(self, None)
         if relay:
             try:
                 relay.start(loop, self._events)
@@ -4856,6 +4868,7 @@ class Task:
         else:
             loop.watch(self._sock, self._events, 0, self)
             self._sock.close()
+        loop.items.pop(self, None)      # last, since flush_at_exit() looks from another thread
 
 
 class Errand(Task):
@@ -7529,32 +7542,55 @@ def proxy_from_environment(host: Optional[str] = None, port: Optional[int] = Non
     return None if not url or host and bypass and is_bypassed(host, bypass, port) else url
 
 
-@contextlib.contextmanager
-def negotiating(proxy, target):
+# The error of a proxy goes up to the program.  A frame that it has passed must not have a variable
+# for it: such a cycle would keep the frames of all callers, and what they hold, until a collection.
+# So the errors are made by functions, and these context managers are no generators, whose frames
+# would be in a cycle with those of contextlib.
+
+class negotiating:
     """Context manager: turn errors of a negotiation with `proxy` for `target` into PySocks'.
 
     The error raised is a GeneralProxyError with the cause as `socket_err`.  If the cause is a
     GeneralProxyError itself, it has the same class: programs written for PySocks look at one or
     the other.
     """
-    try:
-        yield
-    except (OSError, EOFError) as error:
-        cause = GeneralProxyError(str(error)) if isinstance(error, EOFError) else error
-        kind = type(cause) if isinstance(cause, GeneralProxyError) else (
-            ProxyTimeoutError if is_timeout(cause) else GeneralProxyError)
-        wrapped = kind('Socket error', cause, reply_for(cause))
-        wrapped.proxy, wrapped.target = proxy.without_secrets(), target
-        if isinstance(cause, HTTPError):
-            wrapped.status = cause.status
-        wrapped.errno = (errno.EACCES if isinstance(cause, SOCKS5AuthError) else system_errno(cause)
-                         or REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED))
-        raise wrapped from cause
+
+    def __init__(self, proxy, target):
+        self._proxy, self._target = proxy, target
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, _, error, traceback):
+        if isinstance(error, (OSError, EOFError)):
+            raise negotiation_error(error, self._proxy, self._target) from error
+
+
+def negotiation_error(error, proxy, target):
+    """The error that negotiating() raises for another one."""
+    cause = GeneralProxyError(str(error)) if isinstance(error, EOFError) else error
+    kind = type(cause) if isinstance(cause, GeneralProxyError) else (
+        ProxyTimeoutError if is_timeout(cause) else GeneralProxyError)
+    wrapped = kind('Socket error', cause, reply_for(cause))
+    wrapped.proxy, wrapped.target = proxy.without_secrets(), target
+    if isinstance(cause, HTTPError):
+        wrapped.status = cause.status
+    wrapped.errno = (errno.EACCES if isinstance(cause, SOCKS5AuthError) else system_errno(cause)
+                     or REPLY_ERRNOS.get(wrapped.reply, errno.ECONNABORTED))
+    return wrapped
 
 
 def system_errno(error):
     """The errno of an OSError; None for the resolver's and OpenSSL's, which mean something else."""
     return None if isinstance(error, socket.gaierror) or hasattr(error, 'library') else error.errno
+
+
+def returned_errno(error):
+    """What connect_ex() returns for an error; None if it raises the error, as in stock."""
+    cause = getattr(error, 'socket_err', error)
+    if isinstance(cause, socket.timeout) and not cause.errno:
+        return errno.EAGAIN
+    return None if isinstance(cause, socket.gaierror) else system_errno(error)
 
 
 def request_from(stream, proxy, command, address):
@@ -7899,6 +7935,7 @@ class NoSession:
     reset that follows, `linger` (seconds) bounds how long such a tunnel is kept.
     """
     address, key, idle_timeout, linger = 'a layer', None, 0, 0 if ERRORS else 300.0
+    is_sending = False                  # whether a task has what the program has sent
 
     def end(self, *_):
         """Called by the tunnel at its end; there is no line to log."""
@@ -7914,7 +7951,27 @@ def background_loop_of(_):
     loop = Loop()
     threading.Thread(target=loop.run, name='socks-tls', daemon=True).start()
     atexit.register(flush_at_exit, loop)
+    if hasattr(os, 'register_at_fork'):         # since Python 3.7
+        os.register_at_fork(after_in_child=functools.partial(leave_to_parent, loop))
     return loop
+
+
+def leave_to_parent(loop):
+    """In the child of a fork, close its copies of the loop's descriptors.
+
+    Else the program's sockets, which the child has too, would not end with the parent that serves
+    them, but be silent.
+    """
+    atexit.unregister(flush_at_exit)
+    if loop.closed:                     # by an earlier fork
+        return
+    loop.closed = True
+    for item in [*(item for item, _, _ in loop._inbox), *loop.items]:
+        is_tunnel = isinstance(item, Tunnel)
+        for sock in [item.up.source, item.down.source] if is_tunnel else [item._sock]:
+            below_layers(sock).close()          # the close() of a layer would send something
+    loop._poller.close()
+    loop.waker.close()
 
 
 def flush_at_exit(loop, patience=5.0):
@@ -7925,9 +7982,11 @@ def flush_at_exit(loop, patience=5.0):
     until = deadline(patience)
     while time.monotonic() < until:
         with contextlib.suppress(OSError, ValueError):      # the loop has closed a socket meanwhile
-            pipes = [item.up for item in list(loop.items) if isinstance(item, Tunnel)]
-            if not any(pipe.load or not pipe.done and poll([pipe.source], (), time.monotonic())
-                       for pipe in pipes):
+            items = list(loop.items)
+            pipes = [item.up for item in items if isinstance(item, Tunnel)]
+            if not (any(item.client.is_sending for item in items if isinstance(item, Task))
+                    or any(pipe.load or not pipe.done and poll([pipe.source], (), time.monotonic())
+                           for pipe in pipes)):
                 return
         time.sleep(0.01)
 
@@ -7995,8 +8054,14 @@ class PlainEnd(_orig_socket):
     """The plain TCP socket that a program gets instead of a layer.
 
     context     the `GssContext` that protects datagrams of an association, or None
+    layer       the `Layer`
     """
-    __slots__ = ('context',)
+    __slots__ = ('context', 'layer')
+
+    @property
+    def fault(self):
+        """Why the tunnel has reset this end, where the layer knows it; else None."""
+        return self.layer.fault
 
 
 def expose(layer, context=None):
@@ -8007,7 +8072,7 @@ def expose(layer, context=None):
         far.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPIDLE)
     plain = PlainEnd(near.family, socket.SOCK_STREAM, 0, near.detach())
     plain.setblocking(False)
-    plain.context = context
+    plain.context, plain.layer = context, layer
     tunnel, loop = Tunnel(NoSession(), far, layer), background_loop()
     loop.call(tunnel, tunnel.start, loop)
     # Data that came with the end of the handshake is in the layer; the socket will not tell of it.
@@ -8071,16 +8136,26 @@ def read_token(stream, kind):
     return message.token
 
 
-@contextlib.contextmanager
-def connecting(proxy):
+class connecting:
     """Context manager: turn an OSError of connecting to `proxy` into a ProxyConnectionError."""
-    try:
-        yield
-    except OSError as error:
-        kind = ProxyConnectionTimeoutError if is_timeout(error) else ProxyConnectionError
-        wrapped = kind(f'Error connecting to {proxy}', error)
-        wrapped.proxy, wrapped.errno = proxy.without_secrets(), system_errno(error)
-        raise wrapped from error
+
+    def __init__(self, proxy):
+        self._proxy = proxy
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, _, error, traceback):
+        if isinstance(error, OSError):
+            raise connection_error(error, self._proxy) from error
+
+
+def connection_error(error, proxy):
+    """The error that connecting() raises for another one."""
+    kind = ProxyConnectionTimeoutError if is_timeout(error) else ProxyConnectionError
+    wrapped = kind(f'Error connecting to {proxy}', error)
+    wrapped.proxy, wrapped.errno = proxy.without_secrets(), system_errno(error)
+    return wrapped
 
 
 def await_connect(sock, address, until):
@@ -8803,6 +8878,8 @@ class Handler(socketserver.BaseRequestHandler):
                 yield from self.refuse(error)
             else:
                 self.client_left(error, request)
+                if self.tls and not is_timeout(error):  # the handshake has failed, with an alert
+                    yield from self.stream.linger(deadline(LINGER))
         except Exception:               # the loop logs it, with a traceback
             self.client.report('failed: this is a bug')
             raise
@@ -8875,6 +8952,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Conversation: start TLS.  The common name of a client's certificate is its user name."""
         first = (yield from self.stream.look())[0]
         if first != TLS_HANDSHAKE:      # ssl would wait for more bytes of a SOCKS greeting
+            yield from self.stream.peek()       # takes them: unread, they would cause a reset
             raise ProtocolError(f'first byte {first:#04x}, expected TLS')
         self.client.protocol = 'TLS'
         self.tls = self.server.settings.tls or self.settings.tls        # the latest certificate
@@ -10885,9 +10963,10 @@ class _Descriptor(_orig_socket):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         other = sock.detach()
         if os.name == 'posix':          # dup2() closes the old descriptor in the same step
-            os.dup2(other, fd, inheritable=False)
+            os.dup2(other, fd, os.get_inheritable(fd))
             os.close(other)
         else:
+            os.set_handle_inheritable(other, os.get_handle_inheritable(fd))
             socket.close(fd)
             fd = other
         _orig_socket.__init__(self, family, kind, proto, fd)
@@ -11045,8 +11124,9 @@ class StreamAssociation(Association):
             with self._failing():
                 self._unsent = message[self.control.send(message, MSG_DONTWAIT):]
             if self._unsent:
-                loop, sock = background_loop(), self.control.dup()
-                rest = Task(NoSession(), sock, self._send_rest(sock))
+                loop, sock, session = background_loop(), self.control.dup(), NoSession()
+                session.is_sending = True
+                rest = Task(session, sock, self._send_rest(sock))
                 loop.call(rest, rest.start, loop)
 
     def _send_rest(self, sock):
@@ -11089,6 +11169,9 @@ class StreamAssociation(Association):
         super().leave(sock)
 
 
+SEND_BUFFER = socket.SOL_SOCKET, socket.SO_SNDBUF
+
+
 class Attempt:
     """A connect() through proxies that does not block.
 
@@ -11105,7 +11188,11 @@ class Attempt:
     the program sends too early follows the filling.
 
     Linux calls a socket writable if a third of its send buffer is free.  What may still leave the
-    buffer after it was full is one window of `far`, so that must be less than a third.
+    buffer after it was full is one window of `far`, so that must be less than a third.  The size of
+    the buffer is the program's again when it is connected.
+
+    Other processes, or duplicates, may have the program's socket too.  So its options are theirs,
+    and it ends the attempt only when the last descriptor is closed.
     """
     WINDOW, BUFFER = 1 << 13, 1 << 16   # bytes; Linux doubles both
 
@@ -11114,23 +11201,25 @@ class Attempt:
         copy of."""
         self._sock, self._filling, self.error, self.is_done = weakref.ref(sock), 0, None, False
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.BUFFER)
+        # Else flush_at_exit() could miss what Nagle's algorithm holds back.
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _, self._far = tcp_pair(near, self.WINDOW)
         with owned(self._far), contextlib.suppress(*BLOCKED):
+            self._descriptors = select.epoll()          # knows those of the program's socket
+            self._descriptors.register(near, 0)
             while True:
                 self._filling += near.send(bytes(self.BUFFER))
-        task, loop = Task(NoSession(), self._far, self._run(inner, conversation)), background_loop()
-        loop.call(task, task.start, loop)
+        self._session, self._loop = NoSession(), background_loop()
+        self._task = Task(self._session, self._far, self._run(inner, conversation))
+        self._loop.call(self._task, self._task.start, self._loop)
 
     def _run(self, inner, conversation):
         """Conversation: the tunnel between `far` and `inner`, or None."""
         try:
             with owned(inner):
                 yield from conversation
-                sock = self._sock()
-                if sock:
-                    sock.proxy_sockname, sock._proxy_address = (
-                        inner.proxy_sockname, inner._proxy_address)
-                self.is_done = True
+                self._session.is_sending = self.is_done = True
+                self._tell_socket(inner)
                 yield from self._take_filling()
                 self._far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
                 keep_urgent(inner)
@@ -11141,6 +11230,17 @@ class Attempt:
             self._far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)    # for its close()
             if not isinstance(error, (OSError, EOFError, ClientReset, GeneratorExit)):
                 raise
+        finally:
+            self._descriptors.close()
+
+    def _tell_socket(self, inner):
+        """Give the program's socket what it has as a connected one."""
+        sock = self._sock()
+        if sock:
+            sock.proxy_sockname, sock._proxy_address = inner.proxy_sockname, inner._proxy_address
+            option = sock._options.get(SEND_BUFFER)
+            with contextlib.suppress(Exception):        # it is closed, or the value is a wrong one
+                _orig_socket.setsockopt(sock, *option)
 
     def _take_filling(self):
         """Conversation: read the filling from `far`, so that `near` becomes writable."""
@@ -11149,6 +11249,16 @@ class Attempt:
                 self._filling -= len(self._far.recv(self._filling))
             except BLOCKED:
                 yield from wait_ready([self._far], (), None)
+
+    def end_if_closed(self):
+        """End the attempt if no descriptor of the program's socket is left in any process."""
+        if self.is_done or self._loop.closed:           # closed: this is the child of a fork
+            return
+        # An epoll object drops a socket with its last descriptor, epoll(7); proc(5) lists the rest.
+        with contextlib.suppress(OSError, ValueError):
+            with open(f'/proc/self/fdinfo/{self._descriptors.fileno()}') as info:
+                if 'tfd:' not in info.read():
+                    self._loop.call(self._task, self._task.close, 'closed by the program')
 
     def check(self):
         """Raise an OSError unless it is connected."""
@@ -11339,7 +11449,11 @@ class socksocket(_Descriptor):
 
     def setsockopt(self, *args: Any) -> None:
         """As in stock, but options of TCP, UDP and IP are ignored if the proxy is on a unix socket,
-        or datagrams are inside TCP."""
+        or datagrams are inside TCP; those of IPv6, if connect() has made this a socket of IPv4."""
+        if self._attempt and args[:2] == SEND_BUFFER:
+            self._options = {**self._options, SEND_BUFFER: args}
+            if not self._attempt.is_done:       # which sets the option when it is
+                return
         if not self._ignores(args[0]):
             super().setsockopt(*args)
         if self._is_proxiable and not self.proxy_peername:
@@ -11370,7 +11484,9 @@ class socksocket(_Descriptor):
     def _ignores(self, level):
         return (self._is_proxiable and level != socket.SOL_SOCKET
                 and (self.family not in IP_FAMILIES
-                     or self._association and self._association.in_tcp))
+                     or self._association and self._association.in_tcp
+                     or level == socket.IPPROTO_IPV6 and self.family == socket.AF_INET
+                     and self.proxy_peername))
 
     def bind(self, *address: Any) -> None:
         """As in stock; a UDP socket with a proxy requests its relay now."""
@@ -11448,12 +11564,10 @@ class socksocket(_Descriptor):
             socksocket.connect(self, dest_pair)         # a subclass's may call connect_ex()
             return 0
         except OSError as error:
-            cause = getattr(error, 'socket_err', error)
-            if isinstance(cause, socket.timeout) and not cause.errno:
-                return errno.EAGAIN     # as in stock
-            if isinstance(cause, socket.gaierror) or not system_errno(error):
+            code = returned_errno(error)
+            if not code:
                 raise
-            return error.errno
+            return code
 
     def _connect_datagrams(self, dest_pair, chain):
         """connect() of UDP: receive from `dest_pair` only; from all if it is ('0.0.0.0', 0)."""
@@ -11868,10 +11982,9 @@ class socksocket(_Descriptor):
     def close(self) -> None:
         if self._association:
             self._association.leave(self)
-        if self._attempt and not self._attempt.is_done and self.fileno() >= 0:
-            # By a reset, so that the background loop ends it.
-            super().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         super().close()
+        if self._attempt:
+            self._attempt.end_if_closed()
 
     def get_proxy_sockname(self) -> Optional[Tuple[str, int]]:
         """(host, port) that the proxy says it connects from; None before connect()."""
@@ -12143,6 +12256,8 @@ async def open_connection(host: str, port: int, *, proxy: ProxyArgument = None,
     sock, _ = await drive(open_chain(chain, address, until, source, ssl_context, data=early))
     if options.get('ssl'):              # asyncio has no `host` to take it from
         options.setdefault('server_hostname', host)
+    # Without TLS to the destination, there is nothing more to wait for.
+    until = until if options.get('ssl') else None
     with owned(sock):
         reader, writer = await within(until, asyncio.open_connection(sock=sock, **options))
     writer.write(data[len(early):])
@@ -12414,6 +12529,8 @@ async def drive(conversation):
             awaited = advance(value)
         except StopIteration as stop:
             return stop.value
+        finally:
+            value = None                        # as in run()
         try:
             value = await wait_in_task(awaited)
             advance = conversation.send

@@ -61,6 +61,7 @@ import unittest
 import unittest.mock
 import urllib.request
 import warnings
+import weakref
 
 try:
     import pwd
@@ -7892,6 +7893,31 @@ os.wait()
         done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=compiled())
         self.assertEqual((done.stdout, done.stderr), ('hello', ''))
 
+    @unittest.skipUnless(hasattr(os, 'register_at_fork'), 'needs Python 3.7')
+    def test_a_fork_that_outlives_its_parent(self):
+        """As a daemon does: its connection inside TLS ends with the parent, which carries it."""
+        proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True)
+        script = f"""
+import os, socks, ssl, sys
+context = ssl.create_default_context(cadata={CERTIFICATE!r})
+sock = socks.create_connection(('1.2.3.4', 80), {PATIENCE}, ssl_context=context,
+                               proxy={self.url(proxy, 'socks5h+tls')!r})
+goes_on, leave = os.pipe()
+if os.fork():
+    os.read(goes_on, 1)
+    os._exit(0)
+sock.sendall(b'hello')
+assert sock.recv(5) == b'hello'
+os.write(leave, b'x')
+try:
+    end = sock.recv(5)
+except ConnectionResetError:
+    end = b''
+print(end)
+"""
+        done = run(sys.executable, '-W', 'ignore', '-c', script, cwd=compiled())
+        self.assertEqual((done.stdout, done.stderr), ("b''\n", ''))
+
     def test_tls_of_a_socket_without_timeout(self):
         """Its blocking must not become that of the thread that carries TLS."""
         proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True, last=lambda peer: None)
@@ -7975,6 +8001,58 @@ for connect in ssl.SSLSocket.connect, ssl.SSLSocket.connect_ex:
             with self.assertRaises(socket.gaierror):
                 socket.getaddrinfo('not-a-number', 0, 0, 0, 0, socket.AI_NUMERICHOST)
 
+    @unittest.skipUnless(sys.implementation.name == 'cpython', 'others collect later in any case')
+    def test_frames_are_not_kept(self):
+        """After a failure, nothing that the callers hold waits for the collector of cycles."""
+        refused = '127.0.0.1', self.refused_port()
+        request = Request(1, Address(*refused)).pack().hex()
+        self.scripted_names(lambda name: [])
+        proxies = [self.url(self.scripted(script, last=last), scheme) for script, last, scheme in (
+            (['050100', '05ff'], leave, 'socks5h'), ([], leave, 'socks5h'),
+            (['050100', '0500', request, '0505000105060708 0051'], leave, 'socks5h'),
+            ([], be_silent, 'socks5h'), ([], leave, 'socks5h+tls'))]
+        proxies.append('socks5h://%s:%d' % refused)
+
+        def use(how, proxy):
+            held = socks.socksocket(proxy=proxy)
+            held.settimeout(0.2)
+            with held, contextlib.suppress(OSError):
+                how(held)
+            return weakref.ref(held)
+
+        async def connect(sock):
+            with contextlib.suppress(OSError):
+                await socks.open_connection(*refused, proxy=sock._proxies(), timeout=0.2)
+
+        self.addCleanup(gc.enable)
+        gc.disable()
+        # In asyncio, direct connections and look-ups that fail make cycles of their own.
+        for proxy, how in (*itertools.product([*proxies, 'socks5h://nowhere.test', []], (
+                lambda sock: sock.connect(refused), lambda sock: sock.connect_ex(refused),
+                lambda sock: socks.create_connection(refused, 0.2, proxy=sock._proxies()))),
+                *((proxy, lambda sock: self.run_async(connect(sock))) for proxy in proxies)):
+            with self.subTest(proxy, how=how):
+                self.assertIsNone(use(how, proxy)())
+
+    def test_inheritable(self):
+        """A program may say so before its descriptor is replaced."""
+        proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True)
+        for is_inheritable in False, True:
+            with socks.socksocket(proxy=self.url(proxy, 'socks5h+tls')) as sock:
+                sock.ssl_context = client_context()
+                sock.set_inheritable(is_inheritable)
+                sock.connect(('1.2.3.4', 80))
+                self.assertEqual(sock.get_inheritable(), is_inheritable)
+
+    @needs_ipv6
+    def test_options_of_another_family(self):
+        proxy = self.scripted(['050100', '0500', IP5, OK5], tls=True)
+        with socks.socksocket(socket.AF_INET6, proxy=self.url(proxy, 'socks5h+tls')) as sock:
+            sock.ssl_context = client_context()
+            sock.connect(('1.2.3.4', 80))
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 5)
+            self.check_echo(sock)
+
     def test_options_are_kept_once(self):
         with socks.socksocket() as sock:
             for number in range(1000):
@@ -8046,6 +8124,24 @@ class AsyncTest(ClientCase):
             self.run_async(job)
         with self.assertRaises(socket.timeout):
             self.run_async(socks.open_connection('127.0.0.1', self.silent_port(), timeout=0.2))
+
+    def test_a_slow_event_loop(self):
+        """The timeout is for the network: a connection that is made is returned."""
+        class SlowLoop(asyncio.SelectorEventLoop):
+            async def create_connection(self, *args, **options):
+                await asyncio.sleep(0.5)
+                return await super().create_connection(*args, **options)
+
+        async def talk():
+            reader, writer = await socks.open_connection('127.0.0.1', origin.port, proxy=url,
+                                                         timeout=0.4)
+            writer.write(b'hello')
+            self.assertEqual(await reader.readexactly(5), b'hello')
+            writer.close()
+
+        url, origin = self.url(self.serve()), self.origin(echo)
+        with contextlib.closing(SlowLoop()) as loop:
+            loop.run_until_complete(talk())
 
     async def endpoint(self, server, scheme='socks5h', hops=1, **options):
         """A transport and its protocol, an `EventQueue`."""
@@ -8404,14 +8500,119 @@ class BackgroundConnectTest(ClientCase):
             sock.connect(('a b', 80))           # known before anything is sent
 
     def test_closed_meanwhile(self):
-        """The connection to the proxy ends, too."""
+        """The connection to the proxy ends, too, with the last copy of the socket."""
         proxy = self.origin()
-        sock = self.start(self.url(proxy))
-        peer = eventually(lambda: proxy.peers and proxy.peers.pop())
-        with peer:
-            self.assertEqual(peer.read(3), b'\5\1\0')
+        for copies in (lambda sock: [], lambda sock: [sock.dup()],
+                       lambda sock: [sock.makefile('rb')]):
+            sock = self.start(self.url(proxy))
+            with proxy.take() as peer:
+                self.assertEqual(peer.read(3), b'\5\1\0')
+                for copy_or_sock in [sock, *copies(sock)]:
+                    self.assertEqual(ready([peer.sock], [], 0.05), [])
+                    copy_or_sock.close()
+                self.assertEqual(peer.rest(), b'')
+
+    def fill(self, sock):
+        """Send until all buffers are full; the number of bytes."""
+        sent = 0
+        sock.setblocking(False)
+        while ready([], [sock], 0.2):
+            sent += sock.send(bytes(1 << 16))
+        return sent
+
+    def test_a_copy_is_closed_meanwhile(self):
+        """What the program sends by another one arrives completely."""
+        origin, server = self.origin(), self.serve()
+        for make_copy in (socks.socksocket.dup,
+                          lambda sock: socket.socket(fileno=os.dup(sock.fileno()))):
+            sock = self.start(self.url(server), target=('127.0.0.1', origin.port))
+            with make_copy(sock) as other:
+                sock.close()
+                self.assertTrue(ready([], [other], PATIENCE))
+                sent = self.fill(other)
+            self.assertEqual(len(origin.take().rest()), sent)
+
+    def test_a_fork_closes_its_copy_meanwhile(self):
+        origin, server = self.origin(), self.serve()
+        script = f"""
+import os, select, socks
+sock = socks.socksocket(proxy={self.url(server)!r})
+sock.connect_blocks = False
+sock.setblocking(False)
+sock.connect_ex(('127.0.0.1', {origin.port}))
+if not os.fork():
+    sock.close()
+    os._exit(0)
+os.wait()
+select.select([], [sock], [])
+sent = 0
+while select.select([], [sock], [], 0.2)[1]:
+    sent += sock.send(bytes(1 << 16))
+sock.close()
+print(sent, flush=True)
+"""
+        with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script], cwd=compiled(),
+                              stdout=subprocess.PIPE) as process:
+            sent = int(process.stdout.readline())
+            self.assertEqual(len(origin.take().rest()), sent)
+
+    def test_the_program_ends(self):
+        """What it has sent arrives nevertheless, also after a dialogue, which delays ACKs."""
+        def talk(peer):
+            data = peer.read(1)
+            while data == b'?':
+                peer.send(data)
+                data = peer.read(1)
+            received.append(data + peer.rest())
+
+        received, origin, server = [], self.origin(talk), self.serve()
+        script = f"""
+import os, select, socks, sys
+for number in range(40):
+    if not os.fork():
+        sock = socks.socksocket(proxy={self.url(server)!r})
+        sock.connect_blocks = False
+        sock.setblocking(False)
+        sock.connect_ex(('127.0.0.1', {origin.port}))
+        select.select([], [sock], [])
+        sock.setblocking(True)
+        for _ in range(number // 20 * 20):
+            sock.send(b'?')
+            sock.recv(1)
+        for letter in b'hello':
+            sock.send(bytes([letter]))
+        if number % 2:
             sock.close()
-            self.assertEqual(peer.rest(), b'')
+        sys.exit()
+    os.wait()
+"""
+        done = run(sys.executable, '-c', script, cwd=compiled())
+        self.assertEqual((done.stdout, done.stderr), ('', ''))
+        eventually(lambda: len(received) == 40)
+        self.assertEqual(set(received), {b'hello'})
+
+    def test_send_buffer(self):
+        """Its size does not make the socket writable early, and is the program's in the end."""
+        proxy, option = self.origin(), (socket.SOL_SOCKET, socket.SO_SNDBUF)
+        for before, after in ((1 << 17, None), (None, 1 << 17), (1 << 12, 1 << 17)):
+            sock = self.enter(socks.socksocket(proxy=self.url(proxy)))
+            sock.connect_blocks = False
+            sock.setblocking(False)
+            if before:
+                sock.setsockopt(*option, before)
+            with socket.socket() as stock:
+                stock.setsockopt(*option, after or before)
+                expected = stock.getsockopt(*option)
+            self.assertEqual(sock.connect_ex(('1.2.3.4', 80)), errno.EINPROGRESS)
+            if after:
+                sock.setsockopt(*option, after)
+            with proxy.take() as peer:
+                self.assertEqual(ready([], [sock], 0.06), [])
+                for answer in '0500', OK5:
+                    peer.sock.recv(100)
+                    peer.send(hexed(answer))
+                self.assertTrue(ready([], [sock], PATIENCE))
+                self.assertEqual(sock.getsockopt(*option), expected)
 
     def test_data(self):
         """4 MiB each way at once, and each direction ends for itself."""
@@ -10735,6 +10936,31 @@ class TlsTest(FileCase):
         with self.assertRaises(socks.ProxyError):
             socks.create_connection(('localhost', origin.port), PATIENCE, proxy=url,
                                     ssl_context=client_context())
+
+    def test_a_client_without_certificate(self):
+        """It gets the alert, although it has sent more: a close() with unread bytes is a reset."""
+        self.change(socks, LINGER=PATIENCE)
+        server = self.serve(tls=self.context(client_ca=True))
+        sock = self.enter(socket.create_connection(server.server_address, PATIENCE))
+        with self.assertRaisesRegex(ssl.SSLError, 'alert'):     # in TLS 1.2 at once
+            tls = self.enter(client_context().wrap_socket(sock, server_hostname='localhost'))
+            self.assertIn('certificate', self.line())
+            for _ in range(2):
+                tls.sendall(b'\5\1\0')
+            tls.recv(1)
+
+    def test_an_alert_in_the_negotiation(self):
+        """In TLS 1.3, it comes after the handshake; the error tells it."""
+        server = self.serve(tls=self.context(client_ca=True))
+        with self.assertRaisesRegex(GENERAL, 'alert'):
+            self.connect(server, ('localhost', 1))
+
+    def test_a_client_without_tls(self):
+        """It gets an end, not a reset."""
+        server = self.serve(tls=self.context())
+        peer = self.peer(server.server_address)
+        peer.send(b'\5\1\0')
+        self.assertEqual(peer.rest(), b'')
 
     def test_another_client_ca(self):
         """After a reload it counts for all who have not made their request."""

@@ -3176,30 +3176,33 @@ class Race(NamedTuple):
     """The attempts of dial() to connect.
 
     A client chooses the name, and so how many addresses there are, none of which may answer.  So
-    all races together have at most RACERS attempts beyond the first one of each.  A race that may
-    have no more gives up the oldest of these for the next one, or else its first one.
+    beyond the first attempt of each race, which is free, there are at most RACERS at a time, SHARE
+    for one owner.  A race without room waits for its attempts before it starts the next one.
     """
     waiting: deque                      # the `Address`es to try
     racing: Dict[_orig_socket, Address]         # by the sockets of the attempts under way
     errors: List[OSError]               # why the others have failed
     source: Sequence                    # local addresses, see start_connect()
     note: Optional[Callable]            # function(text, *args) that logs a step
+    owner: Any                          # key of a client, or None for one without a share
 
-    RACERS = 32
-    racers = set()                      # the sockets of these
+    RACERS, SHARE = 64, 16
+    racers = {}                         # owners by the sockets of these attempts
+
+    def has_room(self):
+        """Whether one more attempt may start beside another one."""
+        return len(self.racers) < self.RACERS and (
+            self.owner is None or list(self.racers.values()).count(self.owner) < self.SHARE)
 
     def start(self):
-        """Start the next attempt that does not fail at once, if there is one.
+        """Start the next attempt that does not fail at once, if there is one, and room for it.
 
         The result is its socket if that is connected already, else None.
         """
-        while self.waiting:
+        while self.waiting and (not self.racing or self.has_room()):
             address = self.waiting.popleft()
             if self.note:
                 self.note('dialling %s', address)
-            if self.racing and len(self.racers) >= self.RACERS:
-                oldest = min(self.racing, key=lambda sock: sock not in self.racers)
-                self.give_up(oldest, errno.ETIMEDOUT)
             try:
                 sock, is_connected = start_connect(address, self.source)
             except OSError as error:
@@ -3208,29 +3211,23 @@ class Race(NamedTuple):
             if is_connected:
                 return sock
             if self.racing:
-                self.racers.add(sock)
+                self.racers[sock] = self.owner
             self.racing[sock] = address
             break
         return None
 
-    def is_won_by(self, sock):
-        """Whether the attempt of a socket that is ready has succeeded; it leaves the race."""
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    def finish(self, sock):
+        """Take the result of an attempt whose socket is ready; whether it has succeeded."""
+        address, error = self.leave(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            self.give_up(sock, error)
-        else:
-            self.leave(sock)
+            sock.close()
+            self.failed(address, OSError(error, os.strerror(error)))
         return not error
 
     def leave(self, sock):
         """Take an attempt out of the race; its address."""
-        self.racers.discard(sock)
+        self.racers.pop(sock, None)
         return self.racing.pop(sock)
-
-    def give_up(self, sock, error):
-        """End an attempt, with an errno."""
-        sock.close()
-        self.failed(self.leave(sock), OSError(error, os.strerror(error)))
 
     def failed(self, address, error):
         """Note why an attempt has failed."""
@@ -3239,25 +3236,29 @@ class Race(NamedTuple):
             self.note('%s: %s', address, reason(error))
 
 
-def dial(addresses, until=None, source=(), note=None):
+if hasattr(os, 'register_at_fork'):     # since Python 3.7; the threads of these races are not there
+    os.register_at_fork(after_in_child=Race.racers.clear)
+
+
+def dial(addresses, until=None, source=(), note=None, owner=None):
     """Conversation: a non-blocking socket, connected to the first address that answers (RFC 8305
     section 5).
 
     An attempt starts when the one before it fails, or after ATTEMPT_DELAY seconds.  If all fail,
     the error that says most is raised, the last one of several.  note(text, *args) is called to log
-    each attempt.
+    each attempt; `owner` has a share of them, see `Race`.
     """
     waiting, racing, errors = deque(addresses), {}, []
     if len(addresses) > 1:
         waiting = deque(interleave(addresses)[:ATTEMPTS])
-    race = make(Race, (waiting, racing, errors, source, note))
+    race = make(Race, (waiting, racing, errors, source, note, owner))
     try:
         sock = race.start()
         while racing and not sock:
             # The last attempt has no successor to start, so it may take until the end.
             pause = ATTEMPT_DELAY if waiting else None
             ready = yield from wait_ready((), list(racing), until, pause)
-            sock = next(filter(race.is_won_by, ready), None) or race.start()
+            sock = next(filter(race.finish, ready), None) or race.start()
         if sock:
             return sock
     except socket.timeout as error:
@@ -5797,7 +5798,7 @@ class SplicePipe(Pipe):
 
     def grow(self):
         super().grow()
-        if self.size == self.LARGEST:
+        if self.size == self.LARGEST and not self._ends:
             self._take()
 
     def fill(self):
@@ -8312,6 +8313,22 @@ def open_chain(chain, address, until=None, source=(), context=None, command=Comm
     return last, bnd
 
 
+def ask_for(command, chain, address, until, source):
+    """Conversation: the host that the last proxy answers to RESOLVE or RESOLVE_PTR (Tor's
+    socks-extensions), for the host of `address`.
+
+    Raises GeneralProxyError, also if it is none of the right kind.
+    """
+    sock, (answer, _) = yield from open_chain(chain, destination(address, chain), until, source,
+                                              command=command)
+    sock.close()
+    host, is_lookup = plain_ip(answer), command == Command.RESOLVE
+    if (host is not None) != is_lookup or host in ZEROS:
+        raise ProtocolError(f'the proxy has answered {printable(answer)}, expected '
+                            + ('an IP address' if is_lookup else 'a name'))
+    return host or canonical(Address(answer, 0)).host
+
+
 def open_association(chain, source_port, until=None, source=(), context=None, connect=None):
     """Conversation: have the last proxy relay datagrams; (form, socket, BND), the last two as from
     open_chain(), and the form of the datagrams in the connection, or None if they are beside it.
@@ -8454,7 +8471,7 @@ SWITCHED_ON_BY = {6: 'SOCKS6, which needs --socks6', TLS_HANDSHAKE: 'TLS, which 
                   0x0D: 'a PROXY header, which needs --proxy-protocol'}
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 COSTLY_CALLS = 2                        # at a time, so that others get the processors
-DESCRIPTORS_KEPT = 32 + Race.RACERS     # reserved for what is not counted by clients
+DESCRIPTORS_KEPT = 32 + Race.RACERS     # reserved for what no client is counted with
 UPSTREAM_ATTEMPTS = 4                   # addresses of one name to ask another proxy for
 
 # First bytes of an HTTP request: those of a token (RFC 9110 section 5.6.2).
@@ -8489,12 +8506,14 @@ def as_networks(value):
 
 
 def as_rules(value):
-    # A text may be that of a whole file.
-    items = value.splitlines() if isinstance(value, str) else several(value or ())
-    return None if value is None else Rules(
-        item if isinstance(item, Rule) else parse_rule(str(item), f'rule {number}')
-        for number, item in enumerate(items, 1)
-        if isinstance(item, Rule) or not re.match(r'\s*(#|$)', str(item)))
+    if value is None:
+        return None
+    lines = []
+    for item in several(value):         # a text may be that of a whole file
+        lines += [item] if isinstance(item, Rule) else str(item).split('\n')
+    return Rules(line if isinstance(line, Rule) else parse_rule(line, f'rule {number}')
+                 for number, line in enumerate(lines, 1)
+                 if isinstance(line, Rule) or not re.match(r'\s*(#|$)', line))
 
 
 def as_hosts(value):
@@ -8558,7 +8577,8 @@ as_flag = one_of('True or False', lambda value: isinstance(value, bool))
 as_version = one_of('4, 6 or 0, an int', lambda value: value in (0, 4, 6))
 # isinstance() would import ssl, which is large, for servers without TLS, too.
 as_context = one_of('an ssl.SSLContext of a server', lambda value: value is None or (
-    hasattr(value, 'wrap_bio') and value.protocol.name != 'PROTOCOL_TLS_CLIENT'))
+    hasattr(value, 'wrap_bio')
+    and getattr(getattr(value, 'protocol', None), 'name', '') != 'PROTOCOL_TLS_CLIENT'))
 
 
 def as_mode(value):
@@ -9350,7 +9370,7 @@ class Handler(socketserver.BaseRequestHandler):
                     return (yield from self.connect_through(
                         way.chain, wanted, found, limit, source))
                 target = yield from dial(found, limit, source,
-                                         self.note if self.is_verbose else None)
+                                         self.note if self.is_verbose else None, self.client.key)
                 if self.stack_options:
                     self.set_stack_options(target, plain_ip(wanted.host) is None)
                 self.client.target_address = None       # the same as what was wanted
@@ -9568,16 +9588,15 @@ class Handler(socketserver.BaseRequestHandler):
         """Look up a name (Tor's socks-extensions); IPv4 first, because some clients read no other.
         """
         until = self.stream.until = deadline(self.settings.connect_timeout)
-        if self.server.is_final and plain_ip(request.address.host) is None:
-            wanted = self.server.permitted(self.client, request.address)
-            addresses = [(yield from self.ask_upstream(request.command, wanted, until))]
+        if (yield from self.asks_upstream(request.address, until)):
+            host = yield from self.ask_upstream(request.command, request.address, until)
         else:
             addresses = yield from self.server.destinations(
                 self.client, request.address, until, self.server.judge)
-        address = min(addresses, key=lambda address: ':' in address.host)
-        if ':' in address.host and isinstance(request, Request4):
-            raise ProtocolError(f'{address.host}: SOCKS4 has no IPv6 addresses')
-        yield from self.reply_with(Address(address.host, 0), f'done, {address.host}')
+            host, _ = min(addresses, key=lambda address: ':' in address.host)
+        if ':' in host and isinstance(request, Request4):
+            raise ProtocolError(f'{host}: SOCKS4 has no IPv6 addresses')
+        yield from self.reply_with(Address(host, 0), f'done, {host}')
 
     def do_RESOLVE_PTR(self, request: AnyRequest) -> Conversation:
         """Look up the name of an IP address (Tor's socks-extensions)."""
@@ -9588,21 +9607,23 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.judge(self.client, Address(host, 0))
         until = self.stream.until = deadline(self.settings.connect_timeout)
         if self.server.is_final:
-            name, _ = yield from self.ask_upstream(request.command, Address(host, 0), until)
+            name = yield from self.ask_upstream(request.command, Address(host, 0), until)
         else:
             name, _ = yield Call(functools.partial(
                 stock(socket.getnameinfo), (host, 0), socket.NI_NAMEREQD), until)
         address = canonical(Address(name, 0))
         yield from self.reply_with(address, f'done, {address.host}')
 
+    def asks_upstream(self, address, until):
+        """Conversation: whether the next proxies would be asked for the name by CONNECT, too."""
+        if not self.server.is_final or plain_ip(address.host) is not None:
+            return False
+        ways, _ = yield from self.server.find_ways(self.client, address, until)
+        return ways[0] is self.server.usual_ways[0]
+
     def ask_upstream(self, command, address, until):
-        """Conversation: the `Address` that the next proxies answer to RESOLVE or RESOLVE_PTR.  What
-        they are to look up is not looked up here."""
-        chain = self.settings.upstream
-        sock, found = yield from open_chain(
-            chain, destination(address, chain), until, self.settings.source, command=command)
-        sock.close()
-        return found
+        """Conversation: what the next proxies answer to RESOLVE or RESOLVE_PTR, see ask_for()."""
+        return ask_for(command, self.settings.upstream, address, until, self.settings.source)
 
     def reply_with(self, address, outcome):
         """Conversation: send the reply Succeeded, and end the connection."""
@@ -10375,8 +10396,9 @@ class Server(socketserver.ThreadingTCPServer):
                   until: Optional[float]) -> Conversation:
         """Conversation: the `Way`s to an `Address`, and, if these depend on it, its destinations().
 
-        The result is (list of ways, None) if the name or IP address asked for decides; else (ways
-        of the first destination, list of the destinations that have the same ways).
+        The result is (list of ways, None) if the name or IP address asked for decides, or if the
+        name has no address here; else (ways of the first destination, list of the destinations that
+        have the same ways).
         """
         wanted = self.permitted(client, address)
         if not self.has_ways or ip_bytes(wanted.host) is not None:
@@ -10388,9 +10410,9 @@ class Server(socketserver.ThreadingTCPServer):
             return ways, None
         try:
             found = yield from self.destinations(client, address, until)
-        except socket.gaierror:
+        except socket.gaierror as error:
             ways = self._with_usual(by_name(filter))
-            if not (ways and ways[0].passes_names):
+            if error.errno not in NO_SUCH_NAME or not (ways and ways[0].passes_names):
                 raise
             return ways, None
         each = [self.ways(client, one, wanted.host) for one in found]
@@ -11656,7 +11678,7 @@ class socksocket(_Descriptor):
     def _connect_at(self, family, sockaddr, until):
         """Conversation: connect to one address of the first proxy, which may change the family."""
         if family != self.family:
-            if family == socket.AF_INET and self._reaches_ipv4():
+            if family == socket.AF_INET and self._open_to_ipv4():
                 sockaddr = '::ffff:' + sockaddr[0], sockaddr[1]
             else:
                 self._renew(family)
@@ -11665,8 +11687,8 @@ class socksocket(_Descriptor):
             yield from await_connect(sock, sockaddr, until)
         self._proxy_address = sockaddr
 
-    def _reaches_ipv4(self):
-        """Whether the descriptor is of IPv6 and can be connected to IPv4-mapped addresses."""
+    def _open_to_ipv4(self):
+        """Let a descriptor of IPv6 be connected to IPv4-mapped addresses; whether it can be."""
         if self.family != socket.AF_INET6:
             return False
         option = socket.IPPROTO_IPV6, socket.IPV6_V6ONLY        # a default of some systems
@@ -11733,7 +11755,7 @@ class socksocket(_Descriptor):
         if self._is_connected():        # the system would drop the relay's datagrams
             raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
         if not self.getsockname()[1]:
-            self._reaches_ipv4()        # while that can be changed
+            self._open_to_ipv4()        # while that can be changed
             super().bind(('::' if self.family == socket.AF_INET6 else '', 0))
         port, chain, until = self.getsockname()[1], self._chain(), self._deadline()
         # A relay of this socket's family needs no other descriptor.
@@ -11756,7 +11778,7 @@ class socksocket(_Descriptor):
         The program does not see that: `family` stays, and addresses keep the form of it.
         """
         family = family_of(relay.host)
-        if family != self.family and not (family == socket.AF_INET and self._reaches_ipv4()):
+        if family != self.family and not (family == socket.AF_INET and self._open_to_ipv4()):
             sock = bound(source_of(family, ())._replace(port=port), socket.SOCK_DGRAM)
             with owned(sock):
                 sock.connect(relay.sockaddr)
@@ -12019,7 +12041,8 @@ class socksocket(_Descriptor):
     def getsockname(self) -> Any:
         """As in stock, for datagrams through a proxy always in the form of this socket's family."""
         sockaddr = super().getsockname()
-        if not (self._association and self._association.is_other):
+        is_other = self._association and self._association.is_other
+        if not is_other or len(sockaddr) == 4 and self.family == socket.AF_INET6:
             return sockaddr
         if len(sockaddr) != 2:          # of IPv6, which an IPv4 socket has no form for, or no IP
             sockaddr = '0.0.0.0', sockaddr[1] if sockaddr else 0
@@ -12601,12 +12624,12 @@ def tls_context(certificate: str, key: Optional[str] = None,
         context.load_cert_chain(certificate, key, lambda: encrypted.append(key) or '')
     except OSError as error:            # whose text does not tell which file is wrong
         load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), '--tls-cert', certificate)
-        fault = reason(error)
+        fault = os.strerror(error.errno)        # PyPy sets no strerror
         if encrypted:
             fault = 'the private key is encrypted, expected one without a passphrase'
         elif isinstance(error, ssl.SSLError):
-            fault = f'expected a private key that fits {certificate}, as PEM' + (
-                f': {fault}' if error.reason else '')       # else it only says "PEM lib"
+            fault = f'expected a private key for {certificate}, as PEM' + (
+                f': {reason(error)}' if error.reason else '')       # else it only says "PEM lib"
         place = f'--tls-key {key}' if key else f'--tls-cert {certificate} without --tls-key'
         raise FileError(f'{place}: {fault}') from None
     if client_ca:
@@ -13292,7 +13315,7 @@ used_port = number_of(int, 65536, 'a port, 1 to 65535', '0*[1-9][0-9]{0,4}$')
 whole_number = number_of(int, float('inf'), 'a whole number, 0 or more', '[0-9]+$')
 time_span = number_of(float, float('inf'), 'seconds, 0 or more', '[0-9.]+$')
 ip_version = number_of(int, 7, '4 or 6', '[46]$')
-not_empty = one_of('a name', bool)
+not_empty = one_of('a value', bool)
 
 
 def port_range(text):
@@ -13758,10 +13781,7 @@ def resolve_through(chain, host, until, source):
         raise ValueError('--resolve: expected a SOCKS proxy, -x URL')
     chain = [*chain[:-1], chain[-1]._replace(rdns=True)]        # socks5:// would resolve it here
     command = Command.RESOLVE if ip_bytes(host) is None else Command.RESOLVE_PTR
-    sock, found = run(open_chain(chain, destination((host, 0), chain), until, source,
-                                 command=command))
-    sock.close()
-    return found.host
+    return run(ask_for(command, chain, (host, 0), until, source))
 
 
 def copy_stdio(sock):

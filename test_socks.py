@@ -1484,18 +1484,25 @@ class SocketsTest(Case):
             dial(addresses, 0.3)
 
     def test_racers(self):
-        """Without room for one more attempt, a race gives up another one for it."""
-        origin, silent = self.origin(), [self.silent_port() for _ in range(3)]
-        addresses = [Address('127.0.0.1', port) for port in (*silent, origin.port)]
+        """Without room for one more attempt, a race waits for those under way."""
+        origin = Address('127.0.0.1', self.origin().port)
+        silent = [Address('127.0.0.1', self.silent_port()) for _ in range(2)]
+        refused = Address('127.0.0.1', self.refused_port())
         self.change(socks, ATTEMPT_DELAY=0.01)
-        for room, most in (socks.Race.RACERS, 2), (1, 1), (0, 0):
-            self.change(socks.Race, RACERS=room)
-            numbers = []
-            race = socks.dial(addresses, socks.deadline(PATIENCE), note=lambda *_: numbers.append(
-                len(socks.Race.racers)))
-            with socks.run(race) as sock:
-                self.assertEqual(sock.getpeername(), addresses[-1])
-            self.assertEqual((max(numbers), socks.Race.racers), (most, set()))
+        for racers, share, owner, waiting, connects in (
+                (64, 16, 'a', silent, True), (64, 0, 'a', silent, False),
+                (64, 0, None, silent, True), (64, 1, 'a', silent, False),
+                (0, 16, 'a', silent[:1], False), (0, 16, 'a', [refused], True)):
+            self.change(socks.Race, RACERS=racers, SHARE=share)
+            with self.subTest(racers=racers, share=share, owner=owner, waiting=waiting):
+                until = socks.deadline(PATIENCE if connects else 0.1)
+                dialling = socks.dial([*waiting, origin], until, owner=owner)
+                try:
+                    socks.run(dialling).close()
+                    has_connected = True
+                except socket.timeout:
+                    has_connected = False
+                self.assertEqual((has_connected, socks.Race.racers), (connects, {}))
 
     def test_dial_source(self):
         origin = self.origin()
@@ -2632,6 +2639,18 @@ class SpliceTest(RelayTest):
         eventually(lambda: not pipe._ends)
         sent = Background(pour, near, 1 << 25, 1)
         self.assertEqual(drink(far), sent.result())
+
+    def test_one_pipe_for_each_direction(self):
+        """However often the reads grow."""
+        server = self.serve()
+        self.tunnel(server, self.held)
+        tunnel = self.carried(server)
+        with self.busy(tunnel):
+            free = len(tunnel.up._pipes._free)
+            tunnel.up.size = tunnel.up.SMALLEST
+            while tunnel.up.size < tunnel.up.LARGEST:
+                tunnel.up.grow()
+            self.assertEqual(len(tunnel.up._pipes._free), free)
 
     def test_where_it_fails(self):
         """It copies instead."""
@@ -4614,6 +4633,9 @@ class LifecycleTest(Case):
                 ('rules', ('deny to *',), socks.Rules([socks.parse_rule('deny to *', 'rule 1')])),
                 ('rules', '# none\n\ndeny to *  # x\n', socks.Rules([
                     socks.parse_rule('deny to *', 'rule 3')])),
+                ('rules', ['# own\ndeny to a.test', 'allow to *'], socks.Rules([
+                    socks.parse_rule('deny to a.test', 'rule 2'),
+                    socks.parse_rule('allow to *', 'rule 3')])),
                 ('rules', None, None), ('upstream', 'socks5h://h', (hop,)),
                 ('upstream', hop, (hop,)), ('upstream', ('socks5h://h', hop), (hop, hop)),
                 ('source', '127.0.0.1', ('127.0.0.1',)), ('udp_ports', '5-9', (5, 9)),
@@ -10302,8 +10324,10 @@ class WaysTest(FileCase):
         self.source(server, 'b.test', code=Reply.NOT_ALLOWED)
 
     def test_name_without_an_address(self):
-        """No rule on networks can match it, so those on names decide."""
+        """No rule on networks can match it, so those on names decide; not if that may change."""
         def names(name, family):
+            if name == 'later.test':
+                raise socket.gaierror(socket.EAI_AGAIN, 'try again')
             raise socket.gaierror(socket.EAI_NONAME, 'no such name')
 
         proxy = self.exit()
@@ -10316,6 +10340,8 @@ class WaysTest(FileCase):
                 self.source(server, host)
                 self.assertEqual(proxy.asked.pop(), host)
             self.source(server, 'a.example', code=Reply.HOST_UNREACHABLE)
+            if rules != lines[::-1]:
+                self.source(server, 'later.test', code=Reply.GENERAL_FAILURE)
             self.assertEqual(proxy.asked, [])
 
     def test_names_for_the_usual_proxy(self):
@@ -11333,10 +11359,10 @@ class TlsTest(FileCase):
                 (['.'], '--tls-cert .: Is a directory'),
                 (['empty'], '--tls-cert empty: expected a certificate, as PEM'),
                 (['key', 'cert'], '--tls-cert key: expected a certificate, as PEM'),
-                (['cert'], '--tls-cert cert without --tls-key: expected a private key that fits '
+                (['cert'], '--tls-cert cert without --tls-key: expected a private key for '
                            'cert, as PEM'),
-                (['cert', 'cert'], '--tls-key cert: expected a private key that fits cert, as PEM'),
-                (['cert', 'other'], '--tls-key other: expected a private key that fits cert, as '
+                (['cert', 'cert'], '--tls-key cert: expected a private key for cert, as PEM'),
+                (['cert', 'other'], '--tls-key other: expected a private key for cert, as '
                                     'PEM: '),
                 (['cert', 'none'], '--tls-key none: No such file or directory'),
                 (['cert', 'locked'], '--tls-key locked: the private key is encrypted, expected '
@@ -12629,6 +12655,47 @@ class UpstreamTest(Case):
             socks.Command.RESOLVE, Address('a.test', 0)).reply, Reply.COMMAND_NOT_SUPPORTED)
         self.assertEqual(looked_up, [])
 
+    def test_strange_answers_to_look_ups(self):
+        """An address for a name, and a name for an address, and nothing that forges a log line."""
+        for command, asked, kind, host, found in (
+                (socks.Command.RESOLVE, 'a.test', 3, b'ok\n2026 INFO', None),
+                (socks.Command.RESOLVE, 'a.test', 3, b'', None),
+                (socks.Command.RESOLVE, 'a.test', 3, b'\xff\xfe', None),
+                (socks.Command.RESOLVE, 'a.test', 3, b'b.test', None),
+                (socks.Command.RESOLVE, 'a.test', 1, bytes(4), None),
+                (socks.Command.RESOLVE, 'a.test', 1, b'\1\2\3\4', '1.2.3.4'),
+                (socks.Command.RESOLVE, 'a.test', 4, bytes(10) + b'\xff\xff\1\2\3\4', '1.2.3.4'),
+                (socks.Command.RESOLVE_PTR, '192.0.2.1', 1, b'\1\2\3\4', None),
+                (socks.Command.RESOLVE_PTR, '192.0.2.1', 3, b'a b', None),
+                (socks.Command.RESOLVE_PTR, '192.0.2.1', 3, b'B.test.', 'b.test')):
+            def proxy(peer):
+                peer.read(3)
+                peer.send(b'\5\0')
+                peer.read(5)
+                length = bytes([len(host)]) if kind == 3 else b''
+                peer.send(bytes([5, 0, 0, kind]) + length + host + b'\0\0')
+
+            upstream = f'socks5h://127.0.0.1:{self.origin(proxy).port}'
+            with self.subTest(asked, host=host):
+                server = self.serve(upstream=upstream, tor_extensions=True)
+                answer = self.peer(server.server_address).request(command, Address(asked, 0))
+                self.assertEqual((answer.reply, answer.address.host),
+                                 (0, found) if found else (Reply.GENERAL_FAILURE, '0.0.0.0'))
+                self.assertNotIn('\n', self.line())
+
+    def test_look_ups_go_the_way_of_connections(self):
+        """A name that rules on networks concern is looked up here, as for CONNECT."""
+        self.names(lambda name, family: ['127.0.0.1'])
+        last = self.serve(tor_extensions=True)
+        for rules, reply in ((['allow to 10.0.0.0/8 via direct', 'deny to *'], Reply.NOT_ALLOWED),
+                             (['allow to 127.0.0.0/8 via direct'], 0),
+                             (['allow to *'], 0), (['allow to b.test via direct', 'allow to *'], 0)):
+            with self.subTest(rules):
+                server = self.serve(upstream=f'socks5h://{last.server_address}', rules=rules,
+                                    tor_extensions=True)
+                self.assertEqual(self.peer(server.server_address).request(
+                    socks.Command.RESOLVE, Address('a.test', 0)).reply, reply)
+
     def test_strange_bnd(self):
         """What the other proxy says it is bound to: the client gets an IP address, or zeros."""
         for name in b'fe80::1%\xff', b'fe80::1%eth0', b'x.test', b'\0':
@@ -13725,7 +13792,7 @@ WRONG_USAGE = [
     (['--prefer', 'x'], r"--prefer: 'x': expected 4 or 6"),
     (['--prefer', '5'], r"--prefer: '5': expected 4 or 6"),
     # A variable of a shell script that is not set must not stand for no rules, users, or TLS.
-    *(([option, '', '--check'], rf"{option}: '': expected a name") for option in (
+    *(([option, '', '--check'], rf"{option}: '': expected a value") for option in (
         '--users', '--rules', '--tls-cert', '--tls-key', '--tls-client-ca', '--keytab',
         '--proxy-file', '--log-file', '--resolve')),
     (['--tls-key', 'f'], r'--tls-key, --tls-client-ca, --udp-over-plain: expected --tls-cert'),
@@ -13956,7 +14023,7 @@ class CommandLineTest(Case):
     @unittest.skipIf(resource is None, 'there is no limit of open files')
     def test_descriptors_of_associations(self):
         """Each counts as two clients; when there is no room, that is reply 1 and one warning."""
-        prefix = ('sh', '-c', 'ulimit -n 96; exec "$0" "$@"')
+        prefix = ('sh', '-c', 'ulimit -n 128; exec "$0" "$@"')
         with self.origin(echo) as origin, Program(prefix=prefix) as program, \
                 contextlib.ExitStack() as stack, Echo() as target:
             server = argparse.Namespace(server_address=Address(*program.address))

@@ -75,8 +75,8 @@ A connection to the server, served by a `Handler`::
 
 A datagram; the bytes of its header are the key to its target, so it is parsed only once::
 
-    UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> Burst: sendto,
-    of a UDP socket or of an association at another proxy
+    UdpRelay.from_client -> new header: Routes.forward (resolve, Server.authorize) -> Burst: sendto
+    or sendmsg, of a UDP socket or of an association at another proxy
     UdpRelay.from_target -> header of the sender, payload -> Burst
 
 A connection through a proxy, as a client::
@@ -101,6 +101,7 @@ failures of another proxy on the way          Handler.connect_through, negotiati
 the reply to an error                         Handler.refuse, reply_for
 the bound address (BND) in a reply            Handler.join, Handler.own_address
 a client that leaves while it waits           Task.ready, Stream.wait_for, dial
+addresses that do not answer                  dial, Race
 half-closed, reset, slow, idle tunnels        Pipe, Tunnel.patience, Tunnel.close
 TLS and GSSAPI, and floods in them            Layer, TlsLayer, GssContext
 HTTP requests that could be read in two ways  HttpHead, HttpRequest, HttpBody, HttpForward
@@ -3940,7 +3941,7 @@ class Rules(tuple):
             if rule.concerns(client, target.port) and rule.is_for_host(hosts, name):
                 yield rule
 
-    def _matching_name(self, client, target, is_final=False):
+    def _matching_name(self, client, target, is_final):
         """Iterate over the rules that match `target`, the `Address` of a name, in order, and over
         those that may allow one of its addresses."""
         name, openers = target.host, self._openers_by_ways if is_final else self._openers
@@ -3979,8 +3980,9 @@ class Rules(tuple):
         return self._ways(self._matching(client, target, name))
 
     def ways_by_name(self, client, target, is_final, select=itertools.takewhile):
-        """The `Way`s to a name, like ways(), by the rules that match by name; if the list is empty,
-        the name must be looked up, and its addresses decide.
+        """The `Way`s to a name, like ways(), by the rules that match by name, up to the first one
+        that may match one of its addresses; if the list is empty, the name must be looked up, and
+        its addresses decide.
 
         is_final    as in first_for_name()
         select      `filter` if the name has no addresses: no rule on networks will match
@@ -6398,18 +6400,18 @@ def can_segment():
 class Burst:
     """Sends the datagrams of one direction of a `UdpRelay`, and counts them.
 
-    drop      function of the reason, called for each datagram that the system has not taken
-    count     the datagrams that it has taken
+    drop      function(reason), called for each datagram that the system has not taken
+    count     the datagrams that the system has taken
     bytes     bytes of payload in these
 
     Datagrams of one size that follow each other to one destination go out by one system call, where
-    the system can do that.  It handles them as one for most of the way: with 8 at a time, Linux
-    takes 1.0 instead of 3.7 microseconds for each.  The last one may be smaller.
+    the system can do that; the last one may be smaller.  The system handles them as one for most of
+    the way: with 8 at a time, Linux takes 1.0 instead of 3.7 microseconds for each.
 
     add() may keep datagrams for the next ones, so flush() is called at the end of each turn of a
-    socket.  If the system does not take datagrams together, they are sent one by one.  Where that
-    works, their size is the cause, such as one beyond the MTU of the route, and those of that size
-    or more are sent one by one from then on.
+    socket.  If the system refuses datagrams together, each is sent by itself.  If that works after
+    an error of UNFIT, their size is the cause, such as one beyond the MTU of the route, and those
+    of that size or more are sent one by one from then on.
     """
     MOST = 8                            # datagrams; more save little, and delay the first of them
     LARGEST = 65507                     # bytes in all, as in one datagram over IPv4
@@ -6493,6 +6495,7 @@ class UdpRelay(Relay):
     hint       `Address` that the client has announced to send from; port 0 if it does not know
     is_here    whether the client is on this host
     release    function to call at the end, when `near` is closed, or None
+    up, down   the `Burst`s to targets, and to the client
 
     Datagrams are accepted only from the IP address of the control connection.  The port from which
     the first one comes is the client's, the `owner`.  If the client has announced another port, the
@@ -8019,10 +8022,9 @@ def usual_context(*_):
     return ssl.create_default_context()
 
 
-@functools.lru_cache(4)
-def trust_advice(path, _):
-    """The end of the error of a certificate that usual_context(), with the same arguments, does
-    not trust."""
+def trust_advice(path):
+    """The end of the error of a certificate that usual_context() does not trust; `path` is the
+    value of SSL_CERT_FILE, or None."""
     import ssl
     try:
         if path:
@@ -8035,7 +8037,8 @@ def trust_advice(path, _):
 
 def open_tls(sock, proxy, context, until):
     """Conversation: start TLS to `proxy` over a duplicate of `sock`; a `PlainEnd` of it."""
-    given, context = context, context or usual_context(*certificate_places())
+    is_usual = not context
+    context = context or usual_context(*certificate_places())
     name = 'localhost' if proxy.is_path else proxy.addr.partition('%')[0]
     keep_urgent(sock)                   # a byte taken out would corrupt a TLS record
     tls = TlsLayer(sock.dup(), context, server_hostname=name)
@@ -8044,9 +8047,9 @@ def open_tls(sock, proxy, context, until):
             yield from tls.handshake(until)
         except OSError as error:
             # OpenSSL's codes for issuers that are missing or not trusted; Python 3.6 has none.
-            if (not given and getattr(error, 'reason', '') == 'CERTIFICATE_VERIFY_FAILED'
+            if (is_usual and getattr(error, 'reason', '') == 'CERTIFICATE_VERIFY_FAILED'
                     and getattr(error, 'verify_code', 2) in (2, 18, 19, 20, 21)):
-                error.strerror += trust_advice(*certificate_places())
+                error.strerror += trust_advice(certificate_places()[0])
             raise
         return expose(tls)
 
@@ -8466,8 +8469,8 @@ ACCEPT_BATCH = 8                        # per event, to leave some for other cli
 ACCEPT_PAUSE = 0.1                      # seconds until the next try when there is no room
 WARNING_PAUSE = 60.0                    # seconds between two warnings of the same kind
 TLS_HANDSHAKE = 0x16                    # first byte of a TLS connection (RFC 8446 section 5.1)
-# First bytes of what an option switches on.
-SWITCHED_ON_BY = {6: 'SOCKS6, which needs --socks6', TLS_HANDSHAKE: 'TLS, which needs --tls-cert',
+# First bytes that need an option.
+OPTION_NEEDED = {6: 'SOCKS6, which needs --socks6', TLS_HANDSHAKE: 'TLS, which needs --tls-cert',
                   0x0D: 'a PROXY header, which needs --proxy-protocol'}
 FREE_PORT_TRIES = 10                    # to find a port that is free on several addresses
 COSTLY_CALLS = 2                        # at a time, so that others get the processors
@@ -9002,7 +9005,7 @@ class Handler(socketserver.BaseRequestHandler):
             return self.negotiate_http()
         if first == 6 and self.settings.socks6:
             return self.negotiate6()
-        found = SWITCHED_ON_BY.get(first, f'first byte {first:#04x}')
+        found = OPTION_NEEDED.get(first, f'first byte {first:#04x}')
         raise ProtocolError(f'{found}, expected SOCKS or HTTP')
 
     def negotiate4(self):
@@ -9325,7 +9328,8 @@ class Handler(socketserver.BaseRequestHandler):
         return None
 
     def obstacle(self, command, is_socks4):
-        """Why a command is not offered: the protocol lacks it, or the settings; '' if it is."""
+        """Why a command is not offered, by the protocol or the settings, as the end of a sentence;
+        '' if it is."""
         settings = self.settings
         if command in ALWAYS_OFFERED:
             return ''
@@ -10389,8 +10393,8 @@ class Server(socketserver.ThreadingTCPServer):
         return self._with_usual(ways or [None])         # without any, authorize() says why
 
     def _with_usual(self, ways):
-        usual, = self.usual_ways
-        return [way or usual for way in ways]
+        """The ways with that of the settings in the place of None."""
+        return [way or self.usual_ways[0] for way in ways]
 
     def find_ways(self, client: Session, address: Address,
                   until: Optional[float]) -> Conversation:
@@ -10403,15 +10407,14 @@ class Server(socketserver.ThreadingTCPServer):
         wanted = self.permitted(client, address)
         if not self.has_ways or ip_bytes(wanted.host) is not None:
             return self.ways(client, wanted), None
-        by_name = functools.partial(
-            self.settings.rules.ways_by_name, client, wanted, self.is_final)
-        ways = self._with_usual(by_name())
+        rules = self.settings.rules
+        ways = self._with_usual(rules.ways_by_name(client, wanted, self.is_final))
         if ways:
             return ways, None
         try:
             found = yield from self.destinations(client, address, until)
         except socket.gaierror as error:
-            ways = self._with_usual(by_name(filter))
+            ways = self._with_usual(rules.ways_by_name(client, wanted, self.is_final, filter))
             if error.errno not in NO_SUCH_NAME or not (ways and ways[0].passes_names):
                 raise
             return ways, None
@@ -10466,9 +10469,10 @@ class Server(socketserver.ThreadingTCPServer):
     @property
     def clients(self) -> List[Session]:
         """A list of the `Session` of each client that is connected."""
-        # list() copies at once, as other threads add and remove items.
-        clients = (item.client for loop in self.loops() for item in list(loop.items))
-        return [client for client in clients if client]     # None where a relay is just ending
+        # list() copies at once, as other threads add and remove items.  A client is there twice
+        # while a relay takes the place of a task, and None where a relay is just ending.
+        clients = [item.client for loop in self.loops() for item in list(loop.items)]
+        return [client for client in dict.fromkeys(clients) if client]
 
     def loops(self) -> List[Loop]:
         """A list of the loops that serve clients."""
@@ -12848,7 +12852,9 @@ class Table(NamedTuple):
                    sessions.ended, sessions.up, sessions.down)
 
     def __str__(self):
-        number = counted(len(self.lines), 'client') + (f' of {self.limit}' if self.limit else '')
+        number = counted(len(self.lines), 'client')
+        if self.limit:
+            number = f'{len(self.lines)} of {counted(self.limit, "client")}'
         rows = [('client', 'user', 'protocol', 'command', 'target', 'up', 'down', 'seconds')]
         rows += [(*map(str, line[:5]), str(line.up), str(line.down), f'{line.seconds:.0f}')
                  for line in self.lines]
@@ -13088,7 +13094,7 @@ class LogWriter(logging.Handler):
             if lost:
                 reported += lost
                 record = log.makeRecord(log.name, logging.WARNING, '', 0,
-                                        '%s of the log lost here', (counted(lost, 'line'),), None)
+                                        'lost %s of the log here', (counted(lost, 'line'),), None)
                 self._write(self.format(record).encode() + b'\n')
             if not self._hurry:
                 time.sleep(self.PAUSE)

@@ -10333,13 +10333,13 @@ class WaysTest(FileCase):
         proxy = self.exit()
         self.names(names)
         lines = ('allow to 192.0.2.0/24',
-                 f'allow to .onion .test via socks5h://{proxy.server_address}')
+                 f'allow to .onion a.test later.test via socks5h://{proxy.server_address}')
         for rules in lines, (f'{lines[0]} via direct', lines[1]), lines[::-1]:
             server = self.ways(*rules, 'allow to *')
             for host in 'abc.onion', 'a.test':
                 self.source(server, host)
                 self.assertEqual(proxy.asked.pop(), host)
-            self.source(server, 'a.example', code=Reply.HOST_UNREACHABLE)
+            self.source(server, 'b.test', code=Reply.HOST_UNREACHABLE)
             if rules != lines[::-1]:
                 self.source(server, 'later.test', code=Reply.GENERAL_FAILURE)
             self.assertEqual(proxy.asked, [])
@@ -12689,7 +12689,8 @@ class UpstreamTest(Case):
         last = self.serve(tor_extensions=True)
         for rules, reply in ((['allow to 10.0.0.0/8 via direct', 'deny to *'], Reply.NOT_ALLOWED),
                              (['allow to 127.0.0.0/8 via direct'], 0),
-                             (['allow to *'], 0), (['allow to b.test via direct', 'allow to *'], 0)):
+                             (['allow to *'], 0),
+                             (['allow to b.test via direct', 'allow to *'], 0)):
             with self.subTest(rules):
                 server = self.serve(upstream=f'socks5h://{last.server_address}', rules=rules,
                                     tor_extensions=True)
@@ -13278,7 +13279,7 @@ class ServiceTest(FileCase):
                 write(number)
             with open(path, 'rb', 0) as reading:
                 lines = []
-                while not lines or b'log lost' not in lines[-1]:
+                while not lines or b'of the log here' not in lines[-1]:
                     lines.append(reading.readline())
                     self.assertTrue(lines[-1])
                 write(300)
@@ -13287,7 +13288,7 @@ class ServiceTest(FileCase):
         numbers = [int(line.split()[2]) for line in lines]      # 40 is taken for sure
         self.assertEqual(numbers, sorted({*range(40), *numbers}))
         self.assertEqual(lines, [f'INFO line {number} ' + 'x' * 2000 + '\n' for number in numbers])
-        self.assertEqual(lost, f'WARNING {300 - len(lines)} lines of the log lost here\n')
+        self.assertEqual(lost, f'WARNING lost {300 - len(lines)} lines of the log here\n')
         self.assertGreaterEqual(len(lines), 40)
         self.assertTrue(last.startswith(b'INFO line 300 '))
 
@@ -13373,7 +13374,7 @@ class ServiceTest(FileCase):
             text = 'WARNING serving 1 client, more have to wait (--max-clients)'
             eventually(lambda: text in program.so_far())
             program.process.send_signal(signal.SIGUSR1)
-            eventually(lambda: ': 1 client of 1 now, ' in program.so_far())
+            eventually(lambda: ': 1 of 1 client now, ' in program.so_far())
             program.process.send_signal(signal.SIGTERM)
             eventually(lambda: 'INFO draining 1 client, up to 20 s' in program.so_far())
         self.assertEqual(program.log.count('more have to wait'), 1)

@@ -14485,8 +14485,14 @@ class ForeignTest(Case):
                 self.assertIsNone(process.poll(), process.returncode and process.stderr.read())
                 yield port
             finally:
-                process.terminate()
-                process.communicate()
+                self.end(process)
+
+    @staticmethod
+    def end(process):
+        while process.poll() is None:   # danted misses a signal now and then
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=1)
 
     def fetch(self, *proxy, host='127.0.0.1', copes=True):
         """A page, by our client through others' servers: message by message, and at once."""

@@ -9384,7 +9384,7 @@ class Handler(socketserver.BaseRequestHandler):
                 if self.is_verbose:
                     self.note('connected to %s', self.client.target_address or found[0])
                 bnd = Address.of(target.getsockname())
-                if bnd in found:        # TCP can connect a socket to itself if nobody listens there
+                if bnd in found:        # connected to itself, as no program listens on that port
                     target.close()
                     raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
                 return (yield from self.join(target, bnd))
@@ -10540,6 +10540,7 @@ def proxy_tuple(proxy_type, addr=None, port=None, rdns=True, username=None, pass
 
 
 def check_bypass(bypass):
+    """Raise ValueError unless `bypass` is text, or None."""
     if not isinstance(bypass or '', str):
         raise ValueError(f'bypass: expected hosts in one str, not {type(bypass).__name__}')
 
